@@ -1,0 +1,34 @@
+# The environment is .venv: made on first use by tools/make_venv.sh, with PYTHON=/path/to/python where it is given.
+# ARGS goes to the command of demo and test, for example: make test ARGS="-k ops -x"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format venv clean
+
+export PYTHON
+BIN := .venv/bin
+
+help: ## this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: venv ## train a small model and show what it does
+	@$(BIN)/python -m osdn_jax.demo $(ARGS)
+
+test: venv ## run the tests (ARGS="-k ops" for some of them)
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: venv ## check format, lint rules and types
+	@$(BIN)/python -m ruff format --check --quiet . || { echo "Run 'make format'; it would change:"; \
+		$(BIN)/python -m ruff format --check .; exit 1; }
+	@$(BIN)/python -m ruff check --quiet .
+	@$(BIN)/python -m mypy
+
+format: venv ## format the code and apply the safe fixes
+	@$(BIN)/python -m ruff check --fix-only --quiet .
+	@$(BIN)/python -m ruff format .
+
+venv: ## make .venv, or bring it up to date (the targets above do so themselves)
+	@tools/make_venv.sh
+
+clean: ## remove caches and build products (.venv and runs/ stay)
+	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,103 @@
+"""Batches of windows: endless and shuffled to train on, finite and in order to evaluate on."""
+
+import dataclasses
+import operator
+from collections.abc import Iterator
+
+import grain
+import numpy as np
+
+from osdn_jax.data.windows import Window, WindowSource, checked_count
+
+
+def _checked_shard(shard_index: int, shard_count: int) -> None:
+    checked_count("shard_count", shard_count)
+    if not 0 <= operator.index(shard_index) < shard_count:
+        raise ValueError(f"shard_index must be in 0..{shard_count - 1}, below shard_count; got {shard_index}")
+
+
+def training_batches(
+    source: WindowSource, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
+) -> grain.DatasetIterator[Window]:
+    """Endless shuffled batches of shape [batch_size, T], the same for the same arguments, bit for bit.
+
+    Every epoch visits each window once, in an order of its own; a batch may cross from one epoch into the next, so a
+    source of fewer windows than a batch works too. With several processes each passes its own `shard_index` of
+    `shard_count` and reads only its share, `batch_size` rows of a global batch of `batch_size * shard_count`; the
+    windows of global step n are the same ones however many processes share a global batch of that size.
+
+    The iterator is a grain `DatasetIterator`: `get_state` and `set_state` hold its position (not its data: rebuild it
+    with the same arguments before restoring), and `grain.checkpoint.CheckpointSave` writes it with Orbax.
+
+    Raises ValueError for a size or count below 1, a shard outside the count, a seed outside 0..2**32-1 or an empty
+    source; TypeError where an integer is needed.
+    """
+    checked_count("batch_size", batch_size)
+    _checked_shard(shard_index, shard_count)
+    if isinstance(seed, bool) or not 0 <= operator.index(seed) < 2**32:
+        raise ValueError(f"seed must be in 0..2**32-1; got {seed!r}")
+    _checked_source(source)
+    windows = grain.MapDataset.source(source).seed(operator.index(seed)).shuffle().repeat()
+    # Sharding comes after the shuffle, so that shards do not depend on how the corpus is ordered, and after the
+    # repetition, so that no window is dropped where the count does not divide the corpus.
+    batches = windows[shard_index::shard_count].batch(batch_size)
+    # No reader threads: the windows are slices of memory, and threads would only compete for the interpreter.
+    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+
+
+def _checked_source(source: WindowSource) -> None:
+    if not len(source):
+        raise ValueError("the source holds no windows")
+
+
+def _padding(like: Window) -> Window:
+    return {
+        "inputs": np.zeros_like(like["inputs"]),
+        "targets": np.zeros_like(like["targets"]),
+        "segment_ids": np.zeros_like(like["segment_ids"]),
+        "weights": np.zeros_like(like["weights"]),
+    }
+
+
+@dataclasses.dataclass(frozen=True)
+class ValidationBatches:
+    """All windows of a source once, in order; may be iterated any number of times. Made by `validation_batches`."""
+
+    source: WindowSource
+    batch_size: int
+    shard_index: int
+    shard_count: int
+
+    def __len__(self) -> int:
+        """The number of batches, the same for every shard: a process without rows left still takes part."""
+        global_batch = self.batch_size * self.shard_count
+        return (len(self.source) + global_batch - 1) // global_batch
+
+    def __iter__(self) -> Iterator[Window]:
+        empty = _padding(self.source[0])
+        for step in range(len(self)):
+            first = (step * self.shard_count + self.shard_index) * self.batch_size
+            rows = [
+                self.source[row] if row < len(self.source) else empty for row in range(first, first + self.batch_size)
+            ]
+            yield {
+                "inputs": np.stack([row["inputs"] for row in rows]),
+                "targets": np.stack([row["targets"] for row in rows]),
+                "segment_ids": np.stack([row["segment_ids"] for row in rows]),
+                "weights": np.stack([row["weights"] for row in rows]),
+            }
+
+
+def validation_batches(
+    source: WindowSource, *, batch_size: int, shard_index: int = 0, shard_count: int = 1
+) -> ValidationBatches:
+    """Every window once, in order, in batches of shape [batch_size, T]; rows of padding (weight 0) fill the last one.
+
+    With several processes global batch n is the shards' n-th batches in order of `shard_index`.
+    Raises ValueError for a size or count below 1, a shard outside the count or an empty source; TypeError where an
+    integer is needed.
+    """
+    checked_count("batch_size", batch_size)
+    _checked_shard(shard_index, shard_count)
+    _checked_source(source)
+    return ValidationBatches(source, batch_size, shard_index, shard_count)

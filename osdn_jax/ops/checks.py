@@ -1,0 +1,100 @@
+"""Checks of arguments: every error names the argument, what came and what was expected, at trace time."""
+
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+Shape = tuple[int, ...]
+
+
+def floating_array(name: str, value: Any, ndim: int | Sequence[int], layout: str) -> jax.Array:
+    """Returns value as an array, or raises: TypeError for no array or no floating type, ValueError for its rank."""
+    array = _array(name, value, layout)
+    if not jnp.issubdtype(array.dtype, jnp.floating):
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected a floating-point {layout}")
+    ranks = (ndim,) if isinstance(ndim, int) else tuple(ndim)
+    if array.ndim not in ranks:
+        raise ValueError(f"{name}: got shape {array.shape}, expected {layout}")
+    return array
+
+
+def shaped_array(name: str, value: Any, shapes: Shape | Sequence[Shape], layout: str) -> jax.Array:
+    """Returns value as a floating array of one of the shapes, or raises TypeError or ValueError."""
+    allowed = [shapes] if not shapes or isinstance(shapes[0], int) else list(shapes)  # type: ignore[list-item]
+    array = floating_array(name, value, [len(shape) for shape in allowed], layout)  # type: ignore[arg-type]
+    if array.shape not in allowed:
+        expected = " or ".join(str(shape) for shape in dict.fromkeys(allowed))
+        raise ValueError(f"{name}: got shape {array.shape}, expected {layout} = {expected}")
+    return array
+
+
+def segment_ids(value: Any, shape: Shape) -> jax.Array:
+    """Returns value as an int32 [B, T] array, or raises TypeError or ValueError."""
+    array = _array("segment_ids", value, "[B, T]")
+    if not jnp.issubdtype(array.dtype, jnp.integer):
+        raise TypeError(f"segment_ids: got dtype {array.dtype}, expected an integer [B, T]")
+    if array.shape != shape:
+        raise ValueError(f"segment_ids: got shape {array.shape}, expected [B, T] = {shape}")
+    return array.astype(jnp.int32)
+
+
+def chunk_size(value: Any) -> int | None:
+    """Returns a positive int or None, or raises TypeError or ValueError."""
+    if value is None:
+        return None
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"chunk_size: got {value!r}, expected a positive int or None")
+    if value < 1:
+        raise ValueError(f"chunk_size: got {value}, expected at least 1")
+    return int(value)
+
+
+def number(name: str, value: Any) -> float:
+    """Returns a static real number as a float, or raises TypeError or ValueError."""
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
+        raise TypeError(f"{name}: got {value!r}, expected a static number")
+    if not np.isfinite(value):
+        raise ValueError(f"{name}: got {value}, expected a finite number")
+    return float(value)
+
+
+def bounds(value: Any) -> tuple[float, float] | None:
+    """Returns (lo, hi) with lo <= hi or None, or raises TypeError or ValueError."""
+    if value is None:
+        return None
+    if not isinstance(value, (tuple, list)) or len(value) != 2:
+        raise TypeError(f"bounds: got {value!r}, expected a pair (lo, hi) or None")
+    lo, hi = (number("bounds", x) for x in value)
+    if lo > hi:
+        raise ValueError(f"bounds: got ({lo}, {hi}), an empty range; expected lo <= hi")
+    return lo, hi
+
+
+def implementation(value: Any, known: Iterable[str]) -> None:
+    """Raises ValueError unless value is None or one of the known names."""
+    names = sorted(known)
+    if value is not None and value not in names:
+        raise ValueError(f"implementation: got {value!r}, expected None or one of {', '.join(names)}")
+
+
+def accumulator_dtype(*arrays: jax.Array | None) -> Any:
+    """float64 where an input is float64, else float32: the type of memories, gates and sums."""
+    wide = any(x is not None and x.dtype == jnp.float64 for x in arrays)
+    return jnp.float64 if wide else jnp.float32
+
+
+def restarts(ids: jax.Array | None) -> jax.Array | None:
+    """Whether a new document starts at each token: [B, T] ids -> [B, T] bool; never at the first token."""
+    if ids is None:
+        return None
+    changed = ids[:, 1:] != ids[:, :-1]
+    return jnp.pad(changed, ((0, 0), (min(1, ids.shape[1]), 0)))
+
+
+def _array(name: str, value: Any, layout: str) -> jax.Array:
+    if not isinstance(value, (jax.Array, np.ndarray)):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected an array {layout}")
+    return jnp.asarray(value)

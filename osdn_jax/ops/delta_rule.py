@@ -1,0 +1,94 @@
+"""The one operator: `delta_rule`, and its choice of implementation."""
+
+from collections.abc import Callable
+
+import jax
+from jaxtyping import Array, Float, Int
+
+from osdn_jax.ops import checks, chunkwise, recurrence
+from osdn_jax.ops.arguments import Call, check_call, resolve_scale
+from osdn_jax.ops.selection import forward_by_scan
+
+Implementation = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def _scan(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
+    del chunk_size  # the scan has no chunks
+    return recurrence.scan(call, erase=erase, scale=scale)
+
+
+def _fastest(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
+    def chunk(call: Call) -> tuple[jax.Array, jax.Array]:
+        return chunkwise.chunk(call, erase=erase, scale=scale, chunk_size=chunk_size)
+
+    if not forward_by_scan(call):
+        return chunk(call)
+
+    # Without a gradient the scan is the faster of the two here; with one, the chunks are, by far.
+    @jax.custom_vjp
+    def forward(call: Call) -> tuple[jax.Array, jax.Array]:
+        return recurrence.scan(call, erase=erase, scale=scale)
+
+    forward.defvjp(lambda call: jax.vjp(chunk, call), lambda pull, cotangents: pull(cotangents))
+    return forward(call)
+
+
+# A new kernel joins here: (Call, *, erase, scale, chunk_size) -> (outputs [B, T, H, V], final memory [B, H, K, V]).
+IMPLEMENTATIONS: dict[str, Implementation] = {"scan": _scan, "chunk": chunkwise.chunk}
+
+
+def delta_rule(
+    q: Float[Array, "B T Hk K"],
+    k: Float[Array, "B T Hk K"],
+    v: Float[Array, "B T H V"],
+    beta: Float[Array, "B T H"],
+    *,
+    write_key: Float[Array, "B T Hw K"] | None = None,
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None = None,
+    erase: bool = True,
+    scale: float | None = None,
+    initial_state: Float[Array, "B H K V"] | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
+    """The asymmetric gated delta rule.
+
+    With S the memory of a head, [K, V], and w the write key, each token decays the memory, corrects what it recalls
+    for the read key k, and reads with the query q:
+
+        S~ = exp(log_decay) * S,    e = v - S~^T k,    S = S~ + beta w e^T,    o = scale S^T q
+
+    w = k is the delta rule (arXiv 2102.11174, chunkwise 2406.06484), a scalar decay Gated DeltaNet (2412.06464), a
+    decay per channel KDA (2510.26692), a preconditioned w OSDN (2605.13473) and Preconditioned DeltaNet (2604.21100).
+
+    Args:
+        q, k: queries and read keys, [B, T, Hk, K]. Nothing is normalised here.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        beta: write strengths, [B, T, H].
+        write_key: w, [B, T, Hk, K] or [B, T, H, K]; default k.
+        log_decay: log of the factor on the memory before each token, [B, T, H] or per channel [B, T, H, K]; 0 keeps
+            everything. Meant to be at most 0; a positive value grows the memory and is taken as it is.
+        erase: False leaves out the correction, e = v: linear attention, Mamba-2's scalar decay, GLA.
+        scale: factor on the output; default K^-1/2.
+        initial_state: memory before the first token, [B, H, K, V]; default zeros.
+        segment_ids: [B, T], packed documents: the memory restarts from zeros where the id changes. initial_state
+            serves the first document, and the returned memory is the last one's.
+        chunk_size: tokens per chunk of the implementations that have chunks; default by device.
+        implementation: "scan" (one token at a time, the specification), "chunk" (matrix products), or None for the
+            fastest here. "chunk" and None have reverse-mode gradients only; "scan" has both modes.
+
+    Returns:
+        (o [B, T, H, V] in the type of v, final memory [B, H, K, V] float32, or float64 where an input is).
+
+    Raises:
+        ValueError: a shape does not fit the others, chunk_size is below 1, or implementation is not known.
+        TypeError: an argument is not an array of the expected kind of type.
+    """
+    checks.implementation(implementation, IMPLEMENTATIONS)
+    chunk_size = checks.chunk_size(chunk_size)
+    call = check_call(q, k, v, beta, write_key, log_decay, initial_state, segment_ids)
+    scale = resolve_scale(scale, call.q.shape[-1])
+    run = _fastest if implementation is None else IMPLEMENTATIONS[implementation]
+    out, memory = run(call, erase=erase, scale=scale, chunk_size=chunk_size)
+    return out.astype(call.v.dtype), memory

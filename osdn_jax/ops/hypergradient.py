@@ -1,0 +1,152 @@
+"""The hypergradient preconditioner of OSDN: a diagonal step size per key channel, learned inside the sequence."""
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from osdn_jax.ops import checks, hypergradient_chunk
+from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
+from osdn_jax.ops.selection import on_cpu
+from osdn_jax.ops.tiling import fitting_chunk, from_chunks, to_chunks
+
+_EPSILON = 1e-5
+_DEFAULT_CHUNK = 64
+
+Implementation = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+def _scan(tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
+    del chunk_size  # the scan has no chunks
+    final, used = hypergradient_chunk.token_by_token(start.initial, tokens, start, bounds)
+    return used, final
+
+
+def _chunk(tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
+    length = tokens.u.shape[1]
+    size = fitting_chunk(chunk_size or _DEFAULT_CHUNK, length)
+    chunks = jax.tree.map(lambda x: to_chunks(x, size), tokens)
+    final, used = hypergradient_chunk.chunked(start.initial, chunks, start, bounds)
+    return from_chunks(used, length), final
+
+
+# A new kernel joins here: (Tokens, Start, bounds, chunk_size) -> (d before each token [B, T, P, K], final d).
+IMPLEMENTATIONS: dict[str, Implementation] = {"scan": _scan, "chunk": _chunk}
+
+
+def hypergradient_preset(name: str) -> dict[str, object]:
+    """Keyword arguments eta, bounds and initial of the two published settings.
+
+    "paper" (arXiv 2605.13473): eta 1, bounds (0, 1e9), d_0 = 0, so that the first token writes nothing.
+    "trust": eta 0.003, bounds (2/3, 3/2), d_0 = 1: never far from plain DeltaNet.
+
+    Raises:
+        ValueError: another name.
+    """
+    presets: dict[str, dict[str, object]] = {
+        "paper": {"eta": 1.0, "bounds": (0.0, 1e9), "initial": 0.0},
+        "trust": {"eta": 0.003, "bounds": (2 / 3, 3 / 2), "initial": 1.0},
+    }
+    if name not in presets:
+        raise ValueError(f"preset: got {name!r}, expected one of {', '.join(sorted(presets))}")
+    return presets[name]
+
+
+def hypergradient_preconditioner(
+    k: Float[Array, "B T Hk K"],
+    beta: Float[Array, "B T Hk"] | None = None,
+    *,
+    eta: float,
+    log_forget: Float[Array, "B T Hk"] | None = None,
+    initial: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float | None = None,
+    anchor: Float[Array, "Hk K"] | float = 0.0,
+    bounds: tuple[float, float] | None = None,
+    normalize: bool = False,
+    restart: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+) -> tuple[Float[Array, "B T Hk K"], Float[Array, "B Hk K"]]:
+    """Diagonal preconditioner by hypergradient feedback, with Adaptive Preconditioner Forgetting (arXiv 2605.13473).
+
+    The write key of token t is d_t * k_t. After that write the token's residual is (1 - beta <d_t, k_t^2>) times what
+    it was, so the hypergradient of the squared residual needs nothing but d and u_t = k_t^2:
+
+        d_{t+1} = clip(g_t d_t + (1 - g_t) anchor + eta b_t (1 - b_t <d_t, u_t>) u_t),    g_t = exp(log_forget_t)
+
+    Args:
+        k: keys, [B, T, Hk, K], as the delta rule reads them (L2-normalised in the paper).
+        beta: b_t, the write strengths, one per key head [B, T, Hk]; None is 1, the paper's first form.
+        eta: step size of the preconditioner.
+        log_forget: log of g_t, [B, T, Hk], at most 0; None forgets nothing.
+        initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used as it is, outside the bounds too.
+        anchor: what forgetting draws d toward, [Hk, K] or a number: 0 in the paper, 1 for plain DeltaNet.
+        bounds: (lo, hi) of the projection of every update, or None for no projection. The projection is exact, token
+            by token, in every implementation.
+        normalize: divides the update by sum(u_t) + 1e-5.
+        restart: what documents that start inside the sequence begin with; default `initial`. Differs from it where
+            `initial` is the state carried over from an earlier piece of the sequence.
+        segment_ids: [B, T], packed documents: the state starts anew where the id changes.
+        chunk_size: tokens per chunk of the implementations that have chunks; default 64.
+        implementation: "scan" (the specification), "chunk", or None for the fastest here.
+
+    Returns:
+        (d [B, T, Hk, K], at each token before that token's update; d after the last token [B, Hk, K]), float32, or
+        float64 where an input is.
+
+    Raises:
+        ValueError: a shape does not fit k, bounds are empty, chunk_size is below 1, implementation is not known.
+        TypeError: an argument is not of the expected kind.
+    """
+    checks.implementation(implementation, IMPLEMENTATIONS)
+    chunk_size = checks.chunk_size(chunk_size)
+    bounds = checks.bounds(bounds)
+    eta = checks.number("eta", eta)
+    k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
+    batch, length, heads, key_dim = k.shape
+    if beta is not None:
+        beta = checks.shaped_array("beta", beta, (batch, length, heads), "[B, T, Hk], one per key head")
+    if log_forget is not None:
+        log_forget = checks.shaped_array("log_forget", log_forget, (batch, length, heads), "[B, T, Hk]")
+    shapes = [(batch, heads, key_dim), (heads, key_dim)]
+    layout = "a number, [Hk, K] or [B, Hk, K]"
+    floats = {"initial": initial, "anchor": anchor, "restart": restart}
+    arrays = {name: _state(name, x, shapes, layout) for name, x in floats.items()}
+    dtype = checks.accumulator_dtype(k, beta, log_forget, *arrays.values())
+
+    def full(x: jax.Array | None) -> jax.Array:
+        return jnp.zeros(shapes[0], dtype) if x is None else jnp.broadcast_to(x.astype(dtype), shapes[0])
+
+    u = jnp.square(k.astype(dtype))
+    b = None if beta is None else beta.astype(dtype)
+    step = jnp.full(u.shape[:-1], eta, dtype) if b is None else eta * b
+    if normalize:
+        step = step / (jnp.sum(u, axis=-1) + _EPSILON)
+    tokens = Tokens(
+        u=u,
+        beta=b,
+        step=step,
+        log_forget=None if log_forget is None else log_forget.astype(dtype),
+        restart=None
+        if segment_ids is None
+        else checks.restarts(checks.segment_ids(segment_ids, (batch, length))),
+    )
+    # Without forgetting nothing is drawn anywhere, and an anchor of 0 draws by forgetting alone.
+    anchored = log_forget is not None and not (isinstance(anchor, (int, float)) and anchor == 0)
+    start = Start(
+        initial=full(arrays["initial"]),
+        restart=full(arrays["initial"] if restart is None else arrays["restart"]),
+        anchor=full(arrays["anchor"]) if anchored else None,
+    )
+    # One token costs the CPU a few hundred nanoseconds, less than its share of a chunk's small products.
+    name = implementation or ("scan" if on_cpu() else "chunk")
+    return IMPLEMENTATIONS[name](tokens, start, bounds, chunk_size)
+
+
+def _state(name: str, value: object, shapes: list[tuple[int, ...]], layout: str) -> jax.Array | None:
+    if value is None:
+        return None
+    if isinstance(value, (int, float)):
+        return jnp.asarray(checks.number(name, value), jnp.float32)
+    return checks.shaped_array(name, value, shapes, layout)

@@ -1,0 +1,108 @@
+"""Decayed scores inside a chunk: sum over K of x_i exp(G_i - G_j) w_j for i >= j, for scalar and channel decay.
+
+Every exponent is formed as a sum of log decays over (j, i], never as a difference of two long cumulative sums: that
+keeps full precision beside strong decays, in the values and (their adjoint being sums over the pairs that straddle a
+token) in the gradients, and no exponent is positive for log decays that are not.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+_LEAF = 8
+
+_matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
+
+
+def inclusive_sum(x: jax.Array) -> jax.Array:
+    """Sums over s <= i along the axis before the last. [..., C, D] -> [..., C, D]."""
+    return _matmul(np.tril(np.ones((x.shape[-2],) * 2, x.dtype)), x)
+
+
+def suffix_sum(x: jax.Array) -> jax.Array:
+    """Sums over s > i along the axis before the last. [..., C, D] -> [..., C, D]."""
+    return _matmul(np.triu(np.ones((x.shape[-2],) * 2, x.dtype), 1), x)
+
+
+def pair_decay(log_decay: jax.Array) -> jax.Array:
+    """exp(sum of log_decay over (j, i]) for i >= j, else 0. [..., C] -> [..., C, C]."""
+    size = log_decay.shape[-1]
+    after = np.tril(np.ones((size, size), log_decay.dtype), -1)  # [s, j]: s > j
+    exponent = inclusive_sum(log_decay[..., :, None] * _lead(after, log_decay.ndim + 1))
+    return jnp.exp(exponent) * _lead(np.tril(np.ones((size, size), log_decay.dtype)), exponent.ndim)
+
+
+def channel_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Array:
+    """Scores under a decay per channel, by halving: one matrix product joins the two halves of every block.
+
+    The rows of the right half decay from the middle of the block, the columns of the left half up to it, so that both
+    factors are at most one. Blocks of 8 are formed elementwise.
+
+    Args:
+        x: [..., M, C, K], M kinds of rows (read keys and queries) that share w and the decay.
+        w: [..., C, K].
+        log_decay: [..., C, K].
+
+    Returns:
+        [..., M, C, C], zero above the diagonal.
+    """
+    size = w.shape[-2]
+    padded = _LEAF
+    while padded < size:
+        padded *= 2
+    x, w, log_decay = (_pad_rows(a, padded - size) for a in (x, w, log_decay))
+    return _halved_scores(x, w, log_decay)[..., :size, :size]
+
+
+def _halved_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Array:
+    size = w.shape[-2]
+    half = _LEAF
+    scores = _leaf_scores(*(_split_rows(a, half) for a in (x, w, log_decay)))  # [..., M, C / half, half, half]
+    while half < size:
+        left_w, _ = _halves(w, half)
+        left_decay, right_decay = _halves(log_decay, half)
+        _, right_x = _halves(x, half)
+        columns = left_w * jnp.exp(suffix_sum(left_decay))
+        rows = right_x * jnp.exp(inclusive_sum(right_decay))[..., None, :, :, :]
+        corner = jnp.einsum("...mnik,...njk->...mnij", rows, columns)
+        pairs = scores.reshape(*scores.shape[:-3], -1, 2, half, half)
+        first, second = pairs[..., 0, :, :], pairs[..., 1, :, :]
+        top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
+        bottom = jnp.concatenate([corner, second], axis=-1)
+        scores = jnp.concatenate([top, bottom], axis=-2)
+        half *= 2
+    return scores[..., 0, :, :]
+
+
+def _leaf_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Array:
+    """x [..., M, n, L, K], w and log_decay [..., n, L, K] -> [..., M, n, L, L]."""
+    size = w.shape[-2]
+    i, j, s = np.ogrid[:size, :size, :size]
+    between = ((j < s) & (s <= i)).astype(log_decay.dtype).reshape(size * size, size)
+    exponent = _matmul(between, log_decay)
+    decayed = jnp.exp(exponent).reshape(*w.shape[:-2], size, size, w.shape[-1])
+    decayed = decayed * w[..., None, :, :]
+    scores = jnp.sum(x[..., :, None, :] * decayed[..., None, :, :, :, :], axis=-1)
+    return scores * _lead(np.tril(np.ones((size, size), scores.dtype)), scores.ndim)
+
+
+def _split_rows(x: jax.Array, size: int) -> jax.Array:
+    return x.reshape(*x.shape[:-2], x.shape[-2] // size, size, x.shape[-1])
+
+
+def _halves(x: jax.Array, half: int) -> tuple[jax.Array, jax.Array]:
+    """Left and right halves of every block of 2 * half rows. [..., C, K] -> two of [..., C / (2 half), half, K]."""
+    blocks = _split_rows(x, half)
+    return blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
+
+
+def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0)] * (x.ndim - 2) + [(0, rows), (0, 0)])
+
+
+def _lead(x: np.ndarray, ndim: int) -> np.ndarray:
+    """Adds leading axes of length one, for explicit broadcasting."""
+    return x.reshape((1,) * (ndim - x.ndim) + x.shape)

@@ -1,0 +1,429 @@
+"""Checkpoints of a training run: orbax's CheckpointManager, with grain's iterator state and a way out of damaged files.
+
+A checkpoint is one folder named after its step. Orbax writes it in the background under another name and renames it
+when it is complete, so a killed process leaves the checkpoints before it whole. Three things are added here:
+
+* a checksum of every array, computed where the array lives and compared on reading. TensorStore notices a truncated or
+  missing file, but not a flipped bit in an uncompressible chunk;
+* a newest checkpoint that cannot be read is moved aside, not deleted, and the one before it is used. It has to move:
+  orbax quietly skips a save at or below the newest step it sees;
+* a checkpoint of another model is refused by the names of the arrays that differ.
+"""
+
+import json
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, NamedTuple, Self
+
+import grain
+import grain.checkpoint
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from orbax.checkpoint import checkpoint_managers
+
+log = logging.getLogger(__name__)
+
+type PyTree = Any
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be saved, or none could be read."""
+
+
+class CheckpointMismatchError(ValueError):
+    """A checkpoint is of another model (or optimiser, or data pipeline) than the one it is restored into."""
+
+
+class _UnreadableError(Exception):
+    """A checkpoint's files are damaged; the message says how, in one line."""
+
+
+class Restored(NamedTuple):
+    """What `Checkpoints.restore` found.
+
+    Attributes:
+      step: the checkpoint's step.
+      state: the pytree, of the target's structure and shardings.
+      metadata: the JSON dictionary that was saved with it.
+      warnings: one line for each newer checkpoint that could not be read, and where it is now.
+    """
+
+    step: int
+    state: PyTree
+    metadata: dict[str, Any]
+    warnings: tuple[str, ...]
+
+
+class Checkpoints:
+    """Saves and restores the checkpoints of one run. Use as a context manager, or call `close`."""
+
+    def __init__(
+        self, directory: str | os.PathLike[str], *, max_to_keep: int | None = 3, keep_period: int | None = None
+    ) -> None:
+        """Opens the folder, creating it if need be; removes what a killed process left unfinished in it.
+
+        Args:
+          directory: the folder of the checkpoints, used by one run at a time.
+          max_to_keep: how many of the newest to keep; None keeps all.
+          keep_period: also keep every checkpoint whose step is a multiple of this.
+
+        Raises:
+          ValueError: max_to_keep or keep_period below 1.
+        """
+        for name, value in (("max_to_keep", max_to_keep), ("keep_period", keep_period)):
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, not {value}")
+        keep: list[checkpoint_managers.PreservationPolicy] = [checkpoint_managers.LatestN(max_to_keep)]
+        if keep_period is not None:
+            keep.append(checkpoint_managers.EveryNSteps(keep_period))
+        self._directory = Path(directory).absolute()
+        self._manager = _manager(
+            self._directory,
+            cleanup_tmp_directories=True,
+            preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
+        )
+        self._saving: int | None = None
+
+    @property
+    def latest_step(self) -> int | None:
+        """The newest step saved, or being saved; None without any."""
+        return self._manager.latest_step()
+
+    def all_steps(self) -> list[int]:
+        """The steps of the checkpoints, in order, the one being saved included."""
+        return sorted(self._manager.all_steps())
+
+    def save(
+        self,
+        step: int,
+        state: PyTree,
+        iterator: grain.DatasetIterator | None = None,
+        metadata: dict[str, Any] | None = None,
+    ) -> None:
+        """Starts saving a checkpoint; waits for the save before it, but not for this one.
+
+        Args:
+          step: greater than any step saved.
+          state: pytree of jax arrays, typed random keys as their `jax.random.key_data`. It may be donated as soon as
+            this returns.
+          iterator: the training data's iterator, saved as it stands now.
+          metadata: anything small that JSON can hold.
+
+        Raises:
+          ValueError: the step is not greater than the newest one.
+          TypeError: a leaf of the state is no jax array, is empty or is a typed random key; metadata is not JSON.
+          CheckpointError: this save could not start, or the one before it failed.
+        """
+        self.wait()
+        latest = self.latest_step
+        if latest is not None and step <= latest:
+            raise ValueError(f"cannot save step {step}: {self._directory} already holds step {latest}")
+        record = {"metadata": metadata or {}, "checksums": _checksums(state)}
+        json.dumps(record)  # a TypeError here is better than one from the background thread
+        items = {"state": ocp.args.PyTreeSave(state), "metadata": ocp.args.JsonSave(record)}
+        if iterator is not None:
+            items["data"] = grain.checkpoint.CheckpointSave(iterator)
+        self._saving = step
+        saved = self._surfacing_errors(lambda: self._manager.save(step, args=ocp.args.Composite(**items)))
+        if not saved:
+            raise CheckpointError(f"orbax refused to save step {step} in {self._directory}")
+
+    def restore(self, target: PyTree, iterator: grain.DatasetIterator | None = None) -> Restored | None:
+        """Restores the newest checkpoint that can be read; None if the folder holds none.
+
+        Newer ones that cannot be read are renamed to `<step>.corrupt`, with a warning in the log and in the result.
+
+        Args:
+          target: pytree of jax arrays or `jax.ShapeDtypeStruct`s, whose structure, shapes, dtypes and shardings the
+            result has (without a sharding: the first device).
+          iterator: set to the saved position, in place. Untouched unless a checkpoint is restored.
+
+        Raises:
+          CheckpointMismatchError: the checkpoint is of another model, or of another data pipeline.
+          CheckpointError: there are checkpoints, but none can be read. Nothing is renamed.
+        """
+        self.wait()
+        target = _abstract(target)
+        step, (state, metadata), unreadable = _newest_readable(
+            self._manager, lambda step: _read(self._manager, self._directory / str(step), target, iterator=iterator)
+        )
+        if step is None:
+            return None
+        warnings = []
+        for bad, reason in unreadable.items():
+            moved = _move_aside(self._directory / str(bad))
+            warnings.append(f"checkpoint {bad} cannot be read ({reason}); it is now {moved.name}; using step {step}")
+            log.warning("%s", warnings[-1])
+        if unreadable:
+            self._manager.reload()
+        return Restored(step, state, metadata, tuple(warnings))
+
+    def wait(self) -> None:
+        """Waits until the save under way is complete. Raises CheckpointError if it failed."""
+        self._surfacing_errors(self._manager.wait_until_finished)
+
+    def close(self) -> None:
+        """Waits as `wait` does and ends the background threads."""
+        self._surfacing_errors(self._manager.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            self.close()
+        except CheckpointError as failed:
+            if kind is None:
+                raise
+            log.error("%s", failed)  # the exception under way matters more
+
+    def _surfacing_errors[T](self, call: Callable[[], T]) -> T:
+        try:
+            return call()
+        except Exception as error:  # whatever the background thread met; TensorStore raises plain ValueErrors
+            self._manager.reload()  # the failed step is still in orbax's list, and what it was to replace is not
+            left = self.latest_step
+            kept = (
+                "there is no complete checkpoint" if left is None else f"the newest complete checkpoint is step {left}"
+            )
+            raise CheckpointError(
+                f"saving checkpoint {self._saving} in {self._directory} failed; {kept}. {_one_line(error)}"
+            ) from error
+
+
+def load_parameters(
+    directory: str | os.PathLike[str], target: PyTree, *, key: str = "params", step: int | None = None
+) -> tuple[int, PyTree]:
+    """Reads only the parameters of a checkpoint. Changes nothing in the folder.
+
+    Args:
+      directory: the folder of the checkpoints.
+      target: the parameters' pytree, of arrays or `jax.ShapeDtypeStruct`s (as for `Checkpoints.restore`).
+      key: where in the saved state they are.
+      step: which checkpoint; None is the newest that can be read, with a warning in the log for any newer one.
+
+    Returns:
+      (step, parameters).
+
+    Raises:
+      FileNotFoundError: no such folder, no checkpoint in it, or not this step.
+      CheckpointMismatchError: they are of another model.
+      CheckpointError: no checkpoint can be read.
+    """
+    directory = Path(directory).absolute()
+    if not directory.is_dir():
+        raise FileNotFoundError(f"no folder of checkpoints {directory}")
+    target = {key: _abstract(target)}
+    with _manager(directory, read_only=True) as manager:
+        if step is not None and step not in manager.all_steps():
+            raise FileNotFoundError(f"no checkpoint {step} in {directory}; there are {sorted(manager.all_steps())}")
+        found, (state, _), unreadable = _newest_readable(
+            manager, lambda number: _read(manager, directory / str(number), target, partial=True), only=step
+        )
+    if found is None:
+        raise FileNotFoundError(f"no checkpoint in {directory}")
+    for bad, reason in unreadable.items():
+        log.warning("checkpoint %d cannot be read (%s); using step %d", bad, reason, found)
+    return found, state[key]
+
+
+# Reading
+
+
+def _manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
+    _silence_orbax()
+    return ocp.CheckpointManager(
+        directory,
+        options=ocp.CheckpointManagerOptions(**options),
+        item_handlers={
+            "state": ocp.PyTreeCheckpointHandler(),
+            "metadata": ocp.JsonCheckpointHandler(),
+            "data": grain.checkpoint.CheckpointHandler(),
+        },
+    )
+
+
+def _newest_readable(
+    manager: ocp.CheckpointManager,
+    read: Callable[[int], tuple[PyTree, dict[str, Any]]],
+    only: int | None = None,
+) -> tuple[int | None, tuple[PyTree, dict[str, Any]], dict[int, str]]:
+    """(step, (state, metadata), {unreadable newer step: why}); step None if there are none. Raises CheckpointError."""
+    unreadable: dict[int, str] = {}
+    for step in sorted(manager.all_steps(), reverse=True) if only is None else [only]:
+        try:
+            return step, read(step), unreadable
+        except _UnreadableError as error:
+            unreadable[step] = str(error)
+    if unreadable:
+        reasons = "".join(f"\n  {step}: {reason}" for step, reason in unreadable.items())
+        raise CheckpointError(f"no checkpoint in {manager.directory} can be read:{reasons}")
+    return None, (None, {}), {}
+
+
+def _read(
+    manager: ocp.CheckpointManager,
+    folder: Path,
+    target: PyTree,
+    *,
+    iterator: grain.DatasetIterator | None = None,
+    partial: bool = False,
+) -> tuple[PyTree, dict[str, Any]]:
+    """(state, metadata) of one checkpoint. Raises _UnreadableError or CheckpointMismatchError."""
+    step = int(folder.name)
+    saved = _reading(lambda: manager.item_metadata(step).state)
+    if saved is None:
+        raise _UnreadableError("the description of its arrays is missing")
+    _check_same_arrays(saved.tree, target, folder, partial=partial)
+    items = {
+        "metadata": ocp.args.JsonRestore(),
+        "state": ocp.args.PyTreeRestore(
+            item=target,
+            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+            partial_restore=partial,
+        ),
+    }
+    if iterator is not None:
+        _check_iterator_state(folder)
+    read = _reading(lambda: manager.restore(step, args=ocp.args.Composite(**items)))
+    checksums = read.metadata.get("checksums", {})
+    for path, checksum in _checksums(read.state).items():
+        if checksums.get(path) != checksum:
+            raise _UnreadableError(f"the content of {path} is not what was saved")
+    if iterator is not None:  # last, so that it keeps its position if the arrays cannot be read
+        try:
+            manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator)))
+        except (ValueError, KeyError, TypeError) as error:
+            raise CheckpointMismatchError(
+                f"{folder} was saved with another data pipeline: {_one_line(error)}"
+            ) from error
+    return read.state, read.metadata["metadata"]
+
+
+def _reading[T](call: Callable[[], T]) -> T:
+    """Calls a read of orbax; what damaged files make it raise (down to a plain Exception) becomes _UnreadableError."""
+    try:
+        return call()
+    except (MemoryError, PermissionError, RuntimeError):
+        raise  # out of memory on the device, say: no fault of the files
+    except Exception as error:
+        raise _UnreadableError(_one_line(error)) from error
+
+
+def _check_iterator_state(folder: Path) -> None:
+    files = list((folder / "data").glob("process_*-of-*.json"))
+    if not files and not (folder / "data").is_dir():
+        raise CheckpointMismatchError(f"{folder} was saved without the state of a data iterator")
+    if not files:
+        raise _UnreadableError("the state of the data iterator is missing")
+    for file in files:
+        try:
+            json.loads(file.read_text())
+        except ValueError as error:
+            raise _UnreadableError(f"the state of the data iterator is damaged: {error}") from error
+
+
+def _check_same_arrays(saved: PyTree, target: PyTree, folder: Path, *, partial: bool, show: int = 5) -> None:
+    """Raises CheckpointMismatchError naming the first arrays whose path, shape or dtype differs."""
+    there, here = ({p: f"{np.dtype(x.dtype)}{list(x.shape)}" for p, x in _leaves(tree)} for tree in (saved, target))
+    paths = list(here) if partial else [*here, *(path for path in there if path not in here)]
+    differ = [
+        f"\n  {path}: {there.get(path, 'absent')} in the checkpoint, {here.get(path, 'absent')} expected"
+        for path in paths
+        if there.get(path) != here.get(path)
+    ]
+    if differ:
+        more = f"\n  and {len(differ) - show} more" if len(differ) > show else ""
+        raise CheckpointMismatchError(
+            f"{folder} is of another model ({len(differ)} of {len(paths)} arrays differ):{''.join(differ[:show])}{more}"
+        )
+
+
+def _move_aside(folder: Path) -> Path:
+    """Renames `<step>` to `<step>.corrupt`, or `.corrupt2` and so on; orbax reads none of these names as a step."""
+    number = 1
+    while (moved := folder.with_name(f"{folder.name}.corrupt{number if number > 1 else ''}")).exists():
+        number += 1
+    return folder.rename(moved)
+
+
+# Leaves
+
+
+def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def _check_leaf(path: str, leaf: Any) -> None:
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        raise TypeError(f"{path} is a {type(leaf).__name__}; a checkpoint holds jax arrays")
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{path} is a typed random key; give jax.random.key_data of it, and wrap_key_data on restoring")
+    if leaf.size == 0:
+        raise TypeError(f"{path} has no elements (shape {leaf.shape}), which orbax cannot save")
+
+
+def _abstract(tree: PyTree) -> PyTree:
+    """The tree's shapes, dtypes and shardings. Raises TypeError for a leaf that is no array and no such struct."""
+    for path, leaf in _leaves(tree):
+        _check_leaf(path, leaf)
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), tree)
+
+
+def _checksums(tree: PyTree) -> dict[str, int]:
+    """{path: checksum} of each array; one transfer of a number per array."""
+    for path, leaf in _leaves(tree):
+        _check_leaf(path, leaf)
+    return {path: int(x) for path, x in [(path, _checksum(leaf)) for path, leaf in _leaves(tree)]}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """Σ word · (2 · position + 1) mod 2³² over the array's words of at most 32 bits: uint32 [].
+
+    Any one changed word changes it, because an odd factor is invertible mod 2³². Positions come from the indices of
+    each axis, so a sharded array is summed where it is.
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis in range(words.ndim):
+        stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
+        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
+    return jnp.sum(words * (position * np.uint32(2) + np.uint32(1)), dtype=jnp.uint32)
+
+
+# Words
+
+
+def _one_line(error: BaseException, length: int = 240) -> str:
+    """The first line of an error's first cause; its middle left out if it is long (TensorStore's end with why)."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    text = (str(error).strip().splitlines() or [""])[0]
+    if len(text) > length:
+        text = f"{text[: length // 2]} … {text[-length // 2 :]}"
+    return f"{type(error).__name__}: {text}"
+
+
+def _from_elsewhere(record: logging.LogRecord) -> bool:
+    return "orbax" not in Path(record.pathname).parts
+
+
+def _silence_orbax() -> None:
+    """Keeps orbax's log off the terminal: it prints a traceback up to four times, and raises each error besides."""
+    logging.getLogger("absl").addFilter(_from_elsewhere)  # adding the same filter twice is no change

@@ -1,0 +1,128 @@
+"""The numbers of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard event files beside it."""
+
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import numpy as np
+from tensorboardX import SummaryWriter
+
+from osdn_jax.training.config import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+TENSORBOARD_FOLDER = "tensorboard"
+
+type Row = dict[str, Any]
+
+
+class MetricsWriter:
+    """Appends rows to `workdir/metrics.jsonl` and `workdir/tensorboard`. Use as a context manager, or call `close`."""
+
+    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
+        """Opens the files.
+
+        Args:
+          workdir: created if need be.
+          resume_step: the step of the checkpoint that training goes on from: later rows, which training will write
+            again, are dropped, and so is a last line that a crash cut short. None is a start from the beginning: all
+            rows are dropped.
+
+        Raises:
+          ValueError: metrics.jsonl is damaged elsewhere than in its last line.
+        """
+        workdir = Path(workdir)
+        workdir.mkdir(parents=True, exist_ok=True)
+        path = workdir / METRICS_FILE
+        first = 0 if resume_step is None else resume_step + 1
+        rows = [] if resume_step is None or not path.exists() else read_metrics(path)
+        kept = [row for row in rows if row["step"] < first]
+        write_atomically(path, "".join(_line(row) for row in kept))
+        self._last = kept[-1]["step"] if kept else None
+        self._file = path.open("a", encoding="utf-8")
+        board = workdir / TENSORBOARD_FOLDER
+        # tensorboardX names its file by the second and overwrites: a quick restart would lose the one before.
+        suffix = f".{len(list(board.iterdir())) if board.is_dir() else 0}"
+        self._board = SummaryWriter(str(board), purge_step=first, filename_suffix=suffix)
+
+    def write(self, step: int, values: Mapping[str, Any]) -> None:
+        """Writes one row; it is in the file when this returns.
+
+        Args:
+          step: the training step, not below the one before. Several rows may share a step.
+          values: {name: number}, such as "train/bits_per_byte"; anything with one element counts as a number. NaN and
+            infinities are null in the JSON, which has no word for them.
+
+        Raises:
+          ValueError: a step below the one before; "step" among the names.
+          TypeError: a value that is no number.
+        """
+        if self._last is not None and step < self._last:
+            raise ValueError(f"step {step} comes after step {self._last}")
+        if "step" in values:
+            raise ValueError("'step' is the row's own key and cannot be a metric")
+        numbers = {name: _number(name, value) for name, value in values.items()}
+        self._last = int(step)
+        self._file.write(_line({"step": self._last} | numbers))
+        self._file.flush()
+        for name, number in numbers.items():
+            self._board.add_scalar(name, number, self._last)
+
+    def close(self) -> None:
+        """Closes the files."""
+        self._file.close()
+        self._board.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
+    """The rows of a metrics.jsonl (or of the one in a working directory), in order.
+
+    A last line that a crash cut short is left out.
+
+    Raises:
+      FileNotFoundError: no such file.
+      ValueError: another line is not a JSON object with a step; names the line.
+    """
+    path = Path(path)
+    if path.is_dir():
+        path = path / METRICS_FILE
+    lines = path.read_bytes().split(b"\n")
+    rows = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line)
+        except ValueError as error:
+            if number == len(lines):  # a whole line has its newline, so an empty piece after it
+                break
+            raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
+        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
+            raise ValueError(f"{path}, line {number} has no step: {row!r}")
+        rows.append(row)
+    return rows
+
+
+def _number(name: str, value: Any) -> int | float:
+    array = np.asarray(value)
+    if array.size != 1 or array.dtype.kind not in "biufV":  # V: bfloat16 and its kin
+        raise TypeError(f"metric {name!r} is no number: {value!r}")
+    if array.dtype.kind == "V":
+        array = array.astype(np.float32)
+    return array.item() if array.dtype.kind in "iuf" else int(array.item())
+
+
+def _line(row: Row) -> str:
+    finite = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in row.items()}
+    return json.dumps(finite, allow_nan=False) + "\n"

@@ -1,0 +1,184 @@
+"""Tokens, and text read from disk."""
+
+import gzip
+import json
+import lzma
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from osdn_jax.data import ByteTokenizer, Document, read_documents
+
+TEXT = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"))
+
+
+@given(TEXT)
+def test_decode_inverts_encode(text):
+    tokenizer = ByteTokenizer()
+    ids = tokenizer.encode(text)
+    assert ids.dtype == np.int32
+    assert ids.tolist() == list(text.encode())
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(text, bos=True).tolist() == [0, *ids]
+    assert tokenizer.decode(tokenizer.encode(text, bos=True)) == text
+
+
+@given(st.lists(st.integers(0, 255)), st.data())
+def test_streamed_pieces_join_to_the_whole(ids, data):
+    decoder = ByteTokenizer().stream_decoder()
+    pieces, rest = [], ids
+    while rest:
+        size = data.draw(st.integers(1, len(rest)))
+        pieces.append(decoder.push(rest[:size]))
+        rest = rest[size:]
+    assert "".join([*pieces, decoder.finish()]) == ByteTokenizer().decode(ids)
+
+
+def test_streaming_holds_back_half_a_character():
+    decoder = ByteTokenizer().stream_decoder()
+    assert [decoder.push(byte) for byte in "aé€".encode()] == ["a", "", "é", "", "", "€"]
+    assert decoder.finish() == ""
+    assert decoder.push(np.int32(0xC3)) == ""
+    assert decoder.finish() == "\N{REPLACEMENT CHARACTER}"
+    assert decoder.push(np.array(ord("b"))) == "b"
+
+
+def test_decode_replaces_what_is_not_utf8():
+    assert ByteTokenizer().decode(np.array([ord("a"), 0xFF, ord("b")])) == "a\N{REPLACEMENT CHARACTER}b"
+
+
+@pytest.mark.parametrize(
+    ("text", "error", "message"),
+    [
+        (b"bytes", TypeError, "str; got bytes"),
+        ("ab\0", ValueError, "character 2"),
+        ("a\ud800", ValueError, "surrogate at character 1"),
+    ],
+)
+def test_encode_rejects(text, error, message):
+    with pytest.raises(error, match=message):
+        ByteTokenizer().encode(text)
+
+
+@pytest.mark.parametrize(
+    ("ids", "error", "message"),
+    [
+        ([1, 256], ValueError, "256 at position 1"),
+        ([-1], ValueError, "-1 at position 0"),
+        ([1.5], TypeError, "float64"),
+        ([[1]], ValueError, r"\[1, 1\]"),
+    ],
+)
+def test_decode_rejects(ids, error, message):
+    with pytest.raises(error, match=message):
+        ByteTokenizer().decode(ids)
+
+
+COMPRESS = {"": bytes, ".gz": gzip.compress, ".xz": lzma.compress}
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_txt_is_one_document(tmp_path, ending):
+    file = tmp_path / f"a.TXT{ending}"
+    file.write_bytes(COMPRESS[ending](b"\xef\xbb\xbfone\r\ntwo\rthree \xe2\x82\xac\n"))
+    assert read_documents(file) == [Document(file.name, "one\ntwo\nthree €\n".encode())]
+    assert read_documents(str(file)) == read_documents(file)
+
+
+@pytest.mark.parametrize("ending", COMPRESS)
+def test_jsonl_has_one_document_per_row(tmp_path, ending):
+    file = tmp_path / f"a.jsonl{ending}"
+    rows = [json.dumps({"body": "x\r\ny \u2028 é"}), "", json.dumps({"body": ""}), json.dumps({"body": "z"})]
+    file.write_bytes(COMPRESS[ending](b"\xef\xbb\xbf" + "\r\n".join(rows).encode()))
+    name = file.name
+    assert read_documents(file, field="body") == [
+        Document(f"{name}:1", "x\ny \u2028 é".encode()),
+        Document(f"{name}:4", b"z"),
+    ]
+
+
+def test_the_last_ending_decides_the_kind(tmp_path):
+    (tmp_path / "a.jsonl.txt").write_text("not JSON")
+    assert read_documents(tmp_path) == [Document("a.jsonl.txt", b"not JSON")]
+
+
+def test_folder_is_read_recursively_in_the_order_of_paths(tmp_path):
+    for name in ("b.txt", "a/z.txt", "a/b/c.txt", "c.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(name)
+    (tmp_path / "a/rows.jsonl").write_text('{"text": "row"}')
+    (tmp_path / "image.png").write_bytes(b"\0")
+    (tmp_path / ".hidden").mkdir()
+    for name in ("._b.txt", ".hidden/d.txt"):
+        (tmp_path / name).write_bytes(b"\0")
+    (tmp_path / "a/loop").symlink_to(tmp_path, target_is_directory=True)
+    names = [document.name for document in read_documents(tmp_path)]
+    assert names == ["a/b/c.txt", "a/rows.jsonl:1", "a/z.txt", "b.txt", "c.txt"]
+
+
+GZ, XZ = gzip.compress(b"text" * 100), lzma.compress(b"text" * 100)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "message"),
+    [
+        ("a.txt", b"", "holds no text: the file is empty"),
+        ("a.txt", b"\xef\xbb\xbf \n", "holds no text: nothing but blanks"),
+        ("a.txt.gz", b"", "holds no text: the file is empty"),
+        ("a.jsonl", b"\n", "holds no text"),
+        ("a.jsonl", b'{"text": " "}', "holds no text"),
+        ("a.txt", b"ab\0c", "NUL byte at byte offset 2"),
+        ("a.txt", b"abc\xff", "byte 0xff at byte offset 3"),
+        ("a.txt", b"abc\xe2\x82", "byte 0xe2 at byte offset 3"),
+        ("a.txt", "text".encode("utf-16"), "UTF-16"),
+        ("a.txt.xz", lzma.compress(b"abc\xff"), "byte 0xff at byte offset 3"),
+        ("a.jsonl", b'{"text": "\xff"}', "byte 0xff at byte offset 10"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": ', "line 2: malformed JSON"),
+        ("a.jsonl", b'{"text": ' + b"[" * 100_000, "line 1: malformed JSON"),
+        ("a.jsonl", b'\n{"body": "a", "id": 1}', "line 2: no field 'text'; the row has 'body', 'id'"),
+        ("a.jsonl", b"{}", "line 1: no field 'text'; the row has no fields"),
+        ("a.jsonl", b'{"text": 3}', "line 1: field 'text' must be a string; got a number"),
+        ("a.jsonl", b'{"text": null}', "line 1: field 'text' must be a string; got null"),
+        ("a.jsonl", b'["text"]', "line 1: expected a JSON object with the field 'text'; got an array"),
+        ("a.jsonl", rb'{"text": "a\u0000"}', "line 1: field 'text' is not text: NUL at character 1"),
+        ("a.jsonl", rb'{"text": "a\ud800"}', "line 1: field 'text' has an unpaired surrogate at character 1"),
+        ("a.txt.gz", GZ[:-12], "not a complete .gz file"),
+        ("a.txt.gz", b"plain text", "not a complete .gz file"),
+        ("a.txt.gz", GZ[:12] + b"\xff\xff" + GZ[14:], "not a complete .gz file"),
+        ("a.txt.xz", XZ[:-12], "not a complete .xz file"),
+        ("a.txt.xz", b"plain text", "not a complete .xz file"),
+        ("a.jsonl.xz", XZ[:30] + b"\xff" + XZ[31:], "not a complete .xz file"),
+        ("a.parquet", b"PAR1", r"unsupported file .*\.txt, \.jsonl, \.txt\.gz"),
+    ],
+)
+def test_bad_file_is_named_with_the_place(tmp_path, name, data, message):
+    file = tmp_path / name
+    file.write_bytes(data)
+    with pytest.raises(ValueError, match=message) as caught:
+        read_documents(file)
+    assert str(file) in str(caught.value)
+
+
+def test_missing_path_and_empty_folder(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"no such file or folder: .*absent\.txt"):
+        read_documents(tmp_path / "absent.txt")
+    with pytest.raises(ValueError, match=r"holds no supported file; expected files ending in \.txt, \.jsonl"):
+        read_documents(tmp_path)
+    with pytest.raises(ValueError, match="path must not be empty"):
+        read_documents("")
+
+
+def test_bad_file_in_a_folder_is_not_passed_over(tmp_path):
+    (tmp_path / "a.txt").write_text("good")
+    (tmp_path / "b.txt").write_text("")
+    with pytest.raises(ValueError, match=r"b\.txt holds no text"):
+        read_documents(tmp_path)
+
+
+def test_arguments_of_the_wrong_type(tmp_path):
+    with pytest.raises(TypeError, match="path must be a str or a path; got int"):
+        read_documents(3)
+    with pytest.raises(TypeError, match="field must be a str; got int"):
+        read_documents(tmp_path, field=3)

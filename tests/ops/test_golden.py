@@ -1,0 +1,95 @@
+"""Every rule against float64 outputs and gradients of independent implementations (OSDN_GOLDEN_DIR)."""
+
+import json
+import os
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from osdn_jax import ops
+from tests_support import relative_error
+
+_DIRECTORY = os.environ.get("OSDN_GOLDEN_DIR")
+_CASES = json.loads((Path(_DIRECTORY) / "rules" / "manifest.json").read_text()) if _DIRECTORY else []
+
+pytestmark = pytest.mark.skipif(not _DIRECTORY, reason="OSDN_GOLDEN_DIR is not set: no golden data to compare with")
+
+
+def _unit(x):
+    return x / jnp.sqrt(jnp.sum(x * x, axis=-1, keepdims=True))
+
+
+def _hypergradient(rule, x, options, run):
+    beta_aware = rule == "os_gdn" or options.get("beta_aware", False)
+    bounds = None if options["d_min"] is None else (options["d_min"], options["d_max"])
+    decay = {"osdn": (), "os_gdn": ("g",), "os_kda": ("gk",)}[rule]
+    return getattr(ops, rule)(
+        x["q"],
+        x["k"],
+        x["v"],
+        x["beta"],
+        *(x[name] for name in decay),
+        eta=options["eta"],
+        log_forget=x.get("gd"),
+        initial=x["d0"],
+        bounds=bounds,
+        normalize=options.get("use_denominator", False),
+        beta_aware=beta_aware,
+        **run,
+    )
+
+
+def _rule(rule, x, options, run):
+    state = ops.State(x["h0"], x.get("A0"))
+    run = {"initial_state": state, **run}
+    q, k, v = x["q"], x["k"], x["v"]
+    match rule:
+        case "delta_net":
+            return ops.delta_net(q, k, v, x["beta"], **run)
+        case "gated_delta_net":
+            return ops.gated_delta_net(q, k, v, x["beta"], x["g"], **run)
+        case "kda":
+            return ops.kda(q, k, v, x["beta"], x["gk"], **run)
+        case "gdn2":
+            return ops.gdn2(q, k, v, x["be"], x["wv"], x["gk"], **run)
+        case "gla":
+            return ops.gla(q, k, v, x["gk"], **run)
+        case "simple_gla":
+            return ops.mamba2(q, k, v, jnp.ones(v.shape[:3], v.dtype), x["g"], **run)
+        case "osdn" | "os_gdn" | "os_kda":
+            return _hypergradient(rule, x, options, run)
+        case "pdn" | "pgdn":
+            decay = (x["g"],) if rule == "pgdn" else ()
+            return getattr(ops, rule)(_unit(q), _unit(k), v, x["beta"], *decay, x["ga"], x["ba"], center=x["c"], **run)
+        case "pkda":
+            return ops.pkda(q, k, v, x["beta"], x["gk"], x["ga"], x["ba"], center=x["c"], **run)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "chunk", None])
+@pytest.mark.parametrize("case", _CASES, ids=lambda case: case["file"].removesuffix(".npz"))
+def test_rule_equals_golden(case, implementation):
+    with jax.enable_x64(True):
+        data = np.load(Path(_DIRECTORY) / "rules" / case["file"])
+        inputs = {name[3:]: jnp.asarray(data[name]) for name in data.files if name.startswith("in_")}
+        run = {"implementation": implementation}
+        if implementation == "chunk":
+            run["chunk_size"] = 16
+
+        def outputs(x):
+            o, state = _rule(case["rule"], x, case["options"], run)
+            out = {"o": o, "state": state.memory}
+            if "out_d_final" in data.files:
+                out["d_final"] = state.preconditioner
+            if "out_A_final" in data.files:
+                out["A_final"] = state.preconditioner
+            return out
+
+        out, pull = jax.vjp(outputs, inputs)
+        (grads,) = pull({name: jnp.asarray(data["cot_" + name]) for name in out})
+        tolerance = 1e-7 if case["rule"] in ("pdn", "pgdn") else 1e-9
+        errors = {name: relative_error(value, data["out_" + name]) for name, value in out.items()}
+        errors |= {"grad " + name: relative_error(value, data["grad_" + name]) for name, value in grads.items()}
+        assert {name: error for name, error in errors.items() if not error <= tolerance} == {}

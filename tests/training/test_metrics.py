@@ -1,0 +1,231 @@
+"""The rows of a run: each once, whole, and where TensorBoard finds them too."""
+
+import io
+import json
+import math
+import re
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from tensorboardX.proto.event_pb2 import Event
+
+from osdn_jax.training import plots, progress
+from osdn_jax.training.metrics import MetricsWriter, read_metrics
+from osdn_jax.training.progress import ProgressBar
+
+
+def steps(workdir):
+    return [row["step"] for row in read_metrics(workdir / "metrics.jsonl")]
+
+
+def write_steps(workdir, steps, **options):
+    with MetricsWriter(workdir, **options) as writer:
+        for step in steps:
+            writer.write(step, {"train/loss": 1 / step, "run": options.get("resume_step") or 0})
+
+
+def events(workdir):
+    """[(step, tag, value)] of the event files, by TensorFlow's record format: length, its CRC, the event, its CRC."""
+    found = []
+    for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
+        data, at = path.read_bytes(), 0
+        while at < len(data):
+            size = int.from_bytes(data[at : at + 8], "little")
+            event = Event.FromString(data[at + 12 : at + 12 + size])
+            at += size + 16
+            found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
+            if event.HasField("session_log"):  # what tells TensorBoard to forget this step and later ones
+                found.append((event.step, "start", None))
+    return found
+
+
+def test_rows_are_json_lines_with_their_step(tmp_path):
+    with MetricsWriter(tmp_path / "new") as writer:
+        writer.write(1, {"a": jnp.float32(0.5), "b": np.int64(3), "c": True, "d": jnp.bfloat16(1.5), "e": [[2.0]]})
+        lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()  # before the writer is closed
+        assert [json.loads(line) for line in lines] == [{"step": 1, "a": 0.5, "b": 3, "c": 1, "d": 1.5, "e": 2.0}]
+        writer.write(1, {"validation/loss": 2.0})
+    assert read_metrics(tmp_path / "new")[1] == {"step": 1, "validation/loss": 2.0}
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf, jnp.float32(jnp.nan), jnp.bfloat16(jnp.inf)])
+def test_what_is_not_finite_is_null(tmp_path, value):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": value})
+    assert read_metrics(tmp_path) == [{"step": 1, "loss": None}]
+
+
+def test_what_is_no_number_is_refused_and_not_half_written(tmp_path):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(5, {"loss": 1.0})
+        for bad in ("text", [1.0, 2.0], None):
+            with pytest.raises(TypeError, match="'bad' is no number"):
+                writer.write(6, {"loss": 1.0, "bad": bad})
+        with pytest.raises(ValueError, match="'step'"):
+            writer.write(6, {"step": 1.0})
+        with pytest.raises(ValueError, match="step 4 comes after step 5"):
+            writer.write(4, {"loss": 1.0})
+    assert steps(tmp_path) == [5]
+
+
+def test_resuming_drops_the_rows_that_will_be_written_again(tmp_path):
+    write_steps(tmp_path, range(1, 11))
+    write_steps(tmp_path, range(7, 9), resume_step=6)
+    assert steps(tmp_path) == [1, 2, 3, 4, 5, 6, 7, 8]
+    assert [row["run"] for row in read_metrics(tmp_path)] == [0] * 6 + [6] * 2
+
+
+def test_resuming_keeps_the_rows_of_the_checkpoint_itself(tmp_path):
+    write_steps(tmp_path, [1, 2, 2, 3])
+    write_steps(tmp_path, [3], resume_step=2)
+    assert steps(tmp_path) == [1, 2, 2, 3]
+
+
+def test_starting_again_from_the_beginning_drops_all(tmp_path):
+    write_steps(tmp_path, [1, 2])
+    write_steps(tmp_path, [1])
+    assert steps(tmp_path) == [1]
+
+
+@pytest.mark.parametrize("cut", ['{"step": 3, "lo', '{"step": 3, "name": "\xc3'])
+def test_a_line_cut_short_by_a_crash_is_dropped(tmp_path, cut):
+    write_steps(tmp_path, [1, 2])
+    with (tmp_path / "metrics.jsonl").open("ab") as file:
+        file.write(cut.encode("latin-1"))
+    assert steps(tmp_path) == [1, 2]
+    write_steps(tmp_path, [3], resume_step=2)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+def test_a_whole_line_that_lacks_only_its_newline_is_kept(tmp_path):
+    write_steps(tmp_path, [1])
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 2}')
+    write_steps(tmp_path, [3], resume_step=2)
+    assert steps(tmp_path) == [1, 2, 3]
+
+
+@pytest.mark.parametrize("bad", ['{"step": 1, "lo', "[1]", '{"loss": 1.0}'])
+def test_damage_elsewhere_is_named_and_nothing_is_dropped(tmp_path, bad):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text('{"step": 1}\n' + bad + '\n{"step": 2}\n')
+    for call in (lambda: read_metrics(path), lambda: MetricsWriter(tmp_path, resume_step=2)):
+        with pytest.raises(ValueError, match=r"metrics\.jsonl, line 2"):
+            call()
+    assert path.read_text().count("\n") == 3
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"metrics\.jsonl"):
+        read_metrics(tmp_path)
+
+
+def test_tensorboard_gets_the_same_numbers_and_is_told_what_to_forget(tmp_path):
+    write_steps(tmp_path, [1, 2, 4])
+    write_steps(tmp_path, [3], resume_step=2)
+    found = events(tmp_path)
+    assert [(s, v) for s, tag, v in found if tag == "train/loss"] == [
+        (1, 1),
+        (2, 0.5),
+        (4, 0.25),
+        (3, pytest.approx(1 / 3)),
+    ]
+    assert (3, "start", None) in found
+
+
+# Plots
+
+
+def rows(slope, start=3.0):
+    train = [
+        {"step": s, "tokens": 1000 * s, "train/bits_per_byte": start * s**-slope + 1.2 + 0.05 * math.sin(s * s)}
+        for s in range(1, 401)
+    ]
+    held_out = [
+        {"step": s, "tokens": 1000 * s, "validation/bits_per_byte": start * s**-slope + 1.25}
+        for s in range(50, 401, 50)
+    ]
+    return sorted(train + held_out, key=lambda row: row["step"])
+
+
+def test_plot_is_a_png_of_1200_by_750(tmp_path):
+    path = tmp_path / "loss.png"
+    plots.plot_loss({"osdn": rows(0.3), "delta_net": rows(0.25)}, path, lines={"xz -9": 2.2}, title="Bits per byte")
+    data = path.read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert (int.from_bytes(data[16:20]), int.from_bytes(data[20:24])) == (1200, 750)
+    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
+
+
+def test_plot_needs_no_global_state_and_takes_gaps(tmp_path):
+    few = [
+        {"step": 1, "tokens": 10, "train/bits_per_byte": None},
+        {"step": 2, "tokens": 20, "train/bits_per_byte": 2.0},
+    ]
+    plots.plot_loss({"few": few}, tmp_path / "few.png", x="step")
+    assert (tmp_path / "few.png").stat().st_size > 1000
+
+
+def test_plot_without_anything_to_show_says_so(tmp_path):
+    with pytest.raises(ValueError, match=r"'empty' has neither 'train/bits_per_byte' nor 'validation/bits_per_byte'"):
+        plots.plot_loss({"empty": [{"step": 1, "tokens": 1, "loss": 1.0}]}, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="no runs"):
+        plots.plot_loss({}, tmp_path / "x.png")
+    assert list(tmp_path.iterdir()) == []
+
+
+# Progress
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+def test_progress_is_plain_lines_where_there_is_no_terminal():
+    out = io.StringIO()
+    with ProgressBar(1000, every=3600, stream=out) as bar:
+        for step in range(1, 1001):
+            bar.update(step, tokens=1000, bits_per_byte=2.5)
+        bar.print("saved [bold]")
+    lines = out.getvalue().splitlines()
+    assert len(lines) == 3  # the first, the last, and the printed one
+    assert re.fullmatch(r"step 1 of 1,000  2\.500 bits per byte  [\d.e+]+ [kMG] tokens/s  .* left", lines[0])
+    assert re.fullmatch(r"step 1,000 of 1,000 .* 0 s left", lines[1])
+    assert lines[2] == "saved [bold]"
+    assert "\x1b" not in out.getvalue()
+
+
+def test_progress_speaks_every_so_many_seconds_and_knows_the_speed(monkeypatch):
+    clock = [0.0]
+    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
+    out = io.StringIO()
+    bar = ProgressBar(5000, start_step=100, every=30, stream=out)
+    for step in range(101, 221):
+        clock[0] += 1.0
+        bar.update(step, tokens=2000)
+    lines = out.getvalue().splitlines()
+    assert [line.split("  ")[0] for line in lines] == [f"step {s} of 5,000" for s in (101, 131, 161, 191)]
+    assert lines[1].split("  ")[1:] == ["2 k tokens/s", "1 h 21 min left"]
+
+
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_an_exception_passes_and_the_terminal_is_left_in_order(stream, monkeypatch):
+    monkeypatch.setenv("TERM", "xterm")
+    out = stream()
+    with pytest.raises(KeyError, match="mine"), ProgressBar(10, stream=out) as bar:
+        bar.update(3, tokens=1, bits_per_byte=1.0)
+        raise KeyError("mine")
+    text = out.getvalue()
+    assert text.count("\x1b[?25l") == text.count("\x1b[?25h")  # the cursor is shown again as often as hidden
+    assert text.removesuffix("\x1b[?25h").endswith("\n")
+    assert "1.000 bits per byte" in text
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(7.4, "7 s"), (66, "1 min 06 s"), (3 * 3600 + 300, "3 h 05 min"), (26 * 3600, "1 d 2 h"), (-1, "0 s")],
+)
+def test_durations(seconds, words):
+    assert progress._duration(seconds) == words
