@@ -66,7 +66,7 @@ def check_call(
     if segment_ids is not None:
         restarts = checks.restarts(checks.segment_ids(segment_ids, leading))  # type: ignore[arg-type]
     return Call(
-        memory,
+        checks.varying_like(memory, q, k, v, beta, write_key, log_decay, restarts),
         q,
         k,
         write_key,

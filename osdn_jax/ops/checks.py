@@ -86,6 +86,15 @@ def accumulator_dtype(*arrays: jax.Array | None) -> Any:
     return jnp.float64 if wide else jnp.float32
 
 
+def varying_like(state: jax.Array, *arrays: jax.Array | None) -> jax.Array:
+    """state + 0, which under shard_map varies over every mesh axis that one of the arrays varies over.
+
+    A scan asks that of its carry. Zeros made here vary over none.
+    """
+    zeros = [jnp.zeros_like(x, state.dtype, shape=()) for x in arrays if x is not None]
+    return state + sum(zeros[1:], zeros[0])
+
+
 def restarts(ids: jax.Array | None) -> jax.Array | None:
     """Whether a new document starts at each token: [B, T] ids -> [B, T] bool; never at the first token."""
     if ids is None:

@@ -63,7 +63,7 @@ def gram_preconditioner(
     log_decay = checks.shaped_array("log_decay", log_decay, (batch, length, heads), "[B, T, Hk]")
     gain = checks.shaped_array("gain", gain, (batch, length, heads), "[B, T, Hk]")
     if isinstance(center, (int, float)):
-        center = jnp.full((heads,), checks.number("center", center), jnp.float32)
+        center = jnp.full((heads,), checks.number("center", center), checks.accumulator_dtype(k, log_decay, gain))
     center = checks.shaped_array("center", center, (heads,), "[Hk] or a number")
     dtype = checks.accumulator_dtype(k, log_decay, gain, center)
     shape = (batch, heads, key_dim)
@@ -73,6 +73,7 @@ def gram_preconditioner(
     restarts = None
     if segment_ids is not None:
         restarts = checks.restarts(checks.segment_ids(segment_ids, (batch, length)))
+    initial = checks.varying_like(initial, k, log_decay, gain, restarts)
 
     update = gain.astype(dtype)[..., None] * jnp.square(k.astype(dtype))
     log_decay = log_decay.astype(dtype)
@@ -120,6 +121,7 @@ def exact_gram_write_key(
     if initial is None:
         initial = jnp.broadcast_to(jnp.eye(key_dim, dtype=k.dtype) / ridge, shape)
     initial = checks.shaped_array("initial", initial, shape, "[B, Hk, K, K]").astype(k.dtype)
+    initial = checks.varying_like(initial, k)
 
     def step(inverse: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         mapped = jnp.einsum("bhij,bhj->bhi", inverse, key)

@@ -113,10 +113,13 @@ def hypergradient_preconditioner(
     layout = "a number, [Hk, K] or [B, Hk, K]"
     floats = {"initial": initial, "anchor": anchor, "restart": restart}
     arrays = {name: _state(name, x, shapes, layout) for name, x in floats.items()}
-    dtype = checks.accumulator_dtype(k, beta, log_forget, *arrays.values())
+    dtype = checks.accumulator_dtype(k, beta, log_forget, *(x for x in arrays.values() if isinstance(x, jax.Array)))
 
-    def full(x: jax.Array | None) -> jax.Array:
-        return jnp.zeros(shapes[0], dtype) if x is None else jnp.broadcast_to(x.astype(dtype), shapes[0])
+    def full(x: jax.Array | float | None) -> jax.Array:
+        if not isinstance(x, jax.Array):
+            x = jnp.full((), 0.0 if x is None else x, dtype)
+        state = jnp.broadcast_to(x.astype(dtype), shapes[0])
+        return checks.varying_like(state, *tokens)
 
     u = jnp.square(k.astype(dtype))
     b = None if beta is None else beta.astype(dtype)
@@ -144,9 +147,9 @@ def hypergradient_preconditioner(
     return IMPLEMENTATIONS[name](tokens, start, bounds, chunk_size)
 
 
-def _state(name: str, value: object, shapes: list[tuple[int, ...]], layout: str) -> jax.Array | None:
+def _state(name: str, value: object, shapes: list[tuple[int, ...]], layout: str) -> jax.Array | float | None:
     if value is None:
         return None
     if isinstance(value, (int, float)):
-        return jnp.asarray(checks.number(name, value), jnp.float32)
+        return checks.number(name, value)  # it takes the type of the state, not that of an array of its own
     return checks.shaped_array(name, value, shapes, layout)

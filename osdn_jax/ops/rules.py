@@ -256,7 +256,8 @@ def _hypergradient(
     own["eta"], own["bounds"] = options.pop("eta", 1.0), options.pop("bounds", (0.0, 1e9))
     state = _state(options)
     if state is not None and state.preconditioner is not None:
-        own["restart"], own["initial"] = own.get("initial", 0.0), state.preconditioner
+        fresh = own.get("initial")
+        own["restart"], own["initial"] = 0.0 if fresh is None else fresh, state.preconditioner
     k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
     keys = k
     if beta_aware:

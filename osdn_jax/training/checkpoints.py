@@ -17,7 +17,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import grain
 import grain.checkpoint
@@ -172,7 +172,7 @@ class Checkpoints:
         """Waits as `wait` does and ends the background threads."""
         self._surfacing_errors(self._manager.close)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Checkpoints":
         return self
 
     def __exit__(

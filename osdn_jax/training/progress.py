@@ -4,7 +4,6 @@ import sys
 import time
 from collections import deque
 from types import TracebackType
-from typing import Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -19,7 +18,7 @@ class ProgressBar:
     """
 
     def __init__(
-        self, total_steps: int, *, start_step: int = 0, every: float = 30.0, stream: TextIO | None = None
+        self, total_steps: int, *, start_step: int = 0, every: float = 30.0, console: Console | None = None
     ) -> None:
         """Prepares the bar.
 
@@ -27,16 +26,15 @@ class ProgressBar:
           total_steps: the step at which training ends.
           start_step: the step it goes on from.
           every: seconds between plain lines; the first update and the last step's are always shown.
-          stream: where to write; standard output by default.
+          console: where to write; standard output by default.
         """
-        self._stream = sys.stdout if stream is None else stream
         self._total = total_steps
         self._every = every
         self._spoke = -float("inf")
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=SPEED_WINDOW + 1)  # (seconds, step, tokens)
         self._marks.append((time.monotonic(), start_step, 0))
         self._tokens = 0
-        self._console = Console(file=self._stream, force_terminal=self._stream.isatty())
+        self._console = console or Console(force_terminal=sys.stdout.isatty())
         self._bar: Progress | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(
@@ -66,11 +64,8 @@ class ProgressBar:
             self.print(f"step {step:,} of {self._total:,}  {self._words(bits_per_byte)}")
 
     def print(self, line: str) -> None:
-        """Writes a line above the bar."""
-        if self._bar is not None:
-            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(line, file=self._stream, flush=True)
+        """Writes a line, above the bar if there is one."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _words(self, bits_per_byte: float | None) -> str:
         """Loss, speed and time left in words."""
@@ -82,7 +77,7 @@ class ProgressBar:
             words.append(f"{_duration((self._total - last) * seconds / (last - first))} left")
         return "  ".join(words)
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "ProgressBar":
         if self._bar is not None:
             self._bar.start()
         return self

@@ -8,6 +8,7 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from osdn_jax.training import plots, progress
@@ -178,14 +179,9 @@ def test_plot_without_anything_to_show_says_so(tmp_path):
 # Progress
 
 
-class Terminal(io.StringIO):
-    def isatty(self):
-        return True
-
-
 def test_progress_is_plain_lines_where_there_is_no_terminal():
     out = io.StringIO()
-    with ProgressBar(1000, every=3600, stream=out) as bar:
+    with ProgressBar(1000, every=3600, console=Console(file=out, width=20)) as bar:
         for step in range(1, 1001):
             bar.update(step, tokens=1000, bits_per_byte=2.5)
         bar.print("saved [bold]")
@@ -201,7 +197,7 @@ def test_progress_speaks_every_so_many_seconds_and_knows_the_speed(monkeypatch):
     clock = [0.0]
     monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
     out = io.StringIO()
-    bar = ProgressBar(5000, start_step=100, every=30, stream=out)
+    bar = ProgressBar(5000, start_step=100, every=30, console=Console(file=out))
     for step in range(101, 221):
         clock[0] += 1.0
         bar.update(step, tokens=2000)
@@ -210,14 +206,16 @@ def test_progress_speaks_every_so_many_seconds_and_knows_the_speed(monkeypatch):
     assert lines[1].split("  ")[1:] == ["2 k tokens/s", "1 h 21 min left"]
 
 
-@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
-def test_an_exception_passes_and_the_terminal_is_left_in_order(stream, monkeypatch):
+@pytest.mark.parametrize("terminal", [True, False])
+def test_an_exception_passes_and_the_terminal_is_left_in_order(terminal, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")
-    out = stream()
-    with pytest.raises(KeyError, match="mine"), ProgressBar(10, stream=out) as bar:
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal)
+    with pytest.raises(KeyError, match="mine"), ProgressBar(10, console=console) as bar:
         bar.update(3, tokens=1, bits_per_byte=1.0)
         raise KeyError("mine")
     text = out.getvalue()
+    assert ("\x1b" in text) == terminal
     assert text.count("\x1b[?25l") == text.count("\x1b[?25h")  # the cursor is shown again as often as hidden
     assert text.removesuffix("\x1b[?25h").endswith("\n")
     assert "1.000 bits per byte" in text

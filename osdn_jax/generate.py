@@ -1,0 +1,89 @@
+"""Text from a trained model:  python -m osdn_jax.generate --workdir runs/shakespeare --prompt "ROMEO:" --tokens 300
+
+Reads the newest checkpoint of the run and writes the prompt and what follows it to the terminal, byte by byte. Each
+token costs the same time and memory, however long the text.
+"""
+
+import argparse
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+
+from osdn_jax.data import ByteTokenizer
+from osdn_jax.nn.functional import functional
+from osdn_jax.sampling import sample
+from osdn_jax.training import CheckpointError, CheckpointMismatchError, build_model, load_config, load_parameters
+from osdn_jax.training.config import CHECKPOINT_FOLDER, fail
+
+
+def generate(
+    workdir: str | Path,
+    prompt: str = "",
+    *,
+    tokens: int = 300,
+    temperature: float = 0.8,
+    top_p: float = 0.95,
+    seed: int = 0,
+) -> Iterator[str]:
+    """Yields pieces of text that go on from a prompt, by the newest checkpoint of a run.
+
+    Raises:
+        FileNotFoundError: workdir holds no run, or no checkpoint.
+        CheckpointError, CheckpointMismatchError: no checkpoint can be read, or it is of another model.
+        ValueError: temperature, top_p or tokens out of range.
+    """
+    config = load_config(workdir)
+    apply, parameters = functional(build_model(config))
+    _, parameters = load_parameters(Path(workdir) / CHECKPOINT_FOLDER, parameters)
+    tokenizer = ByteTokenizer()
+    drawn = sample(
+        apply,
+        parameters,
+        tokenizer.encode(prompt, bos=True),
+        tokens=tokens,
+        seed=seed,
+        temperature=temperature,
+        top_p=top_p,
+        forbidden=(tokenizer.bos_id,),
+    )
+
+    def pieces() -> Iterator[str]:
+        decoder = tokenizer.stream_decoder()
+        for token in drawn:
+            yield decoder.push(token)
+        yield decoder.finish()
+
+    return pieces()
+
+
+def main() -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(prog="python -m osdn_jax.generate", description=__doc__.splitlines()[0])
+    parser.add_argument("--workdir", required=True, help="directory of a run of train.py")
+    parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
+    parser.add_argument("--tokens", type=int, default=300, help="how many to draw (default 300)")
+    parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    parser.add_argument("--top_p", type=float, default=0.95, help="share of the distribution kept (default 0.95)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    given = parser.parse_args()
+    try:
+        pieces = generate(
+            given.workdir,
+            given.prompt,
+            tokens=given.tokens,
+            temperature=given.temperature,
+            top_p=given.top_p,
+            seed=given.seed,
+        )
+    except (ValueError, FileNotFoundError, CheckpointError, CheckpointMismatchError) as error:
+        fail(error)
+    sys.stdout.write(given.prompt)
+    for piece in pieces:
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,30 @@
+"""Flax NNX modules: mixers of the delta-rule family, short convolution, MLP, blocks and a causal language model."""
+
+from osdn_jax.nn.config import RULES, GramConfig, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
+from osdn_jax.nn.gates import DecayGate, ForgetGate
+from osdn_jax.nn.layers import Exempt, ShortConvolution, SwiGLU, unit_norm
+from osdn_jax.nn.mixer import DeltaMixer, MixerState
+from osdn_jax.nn.model import Block, CausalLM
+from osdn_jax.nn.parameters import count_parameters, mixer_formula, parameter_formula
+
+__all__ = [
+    "RULES",
+    "Block",
+    "CausalLM",
+    "DecayGate",
+    "DeltaMixer",
+    "Exempt",
+    "ForgetGate",
+    "GramConfig",
+    "HypergradientConfig",
+    "MixerConfig",
+    "MixerState",
+    "ModelConfig",
+    "ShortConvolution",
+    "SwiGLU",
+    "count_parameters",
+    "mixer_config",
+    "mixer_formula",
+    "parameter_formula",
+    "unit_norm",
+]

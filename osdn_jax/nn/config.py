@@ -1,0 +1,151 @@
+"""Configurations of the modules, and the papers' rules by name."""
+
+import dataclasses
+from typing import Any, Literal
+
+from osdn_jax.ops import hypergradient_preset
+
+Decay = Literal["none", "scalar", "channel"]
+Preconditioner = Literal["none", "hypergradient", "gram"]
+
+
+@dataclasses.dataclass(frozen=True)
+class HypergradientConfig:
+    """Settings of the hypergradient preconditioner (arXiv 2605.13473); see `ops.hypergradient_preconditioner`."""
+
+    eta: float = 1.0
+    bounds: tuple[float, float] | None = (0.0, 1e9)
+    initial: float = 0.0  # what the learned d_0 starts from
+    anchor: float = 0.0
+    forget: bool = True  # Adaptive Preconditioner Forgetting: a gate per token and head, near 0.999 at first
+    beta_aware: bool = False
+    normalize: bool = False
+
+    @classmethod
+    def preset(cls, name: str, **changes: Any) -> "HypergradientConfig":
+        """The published setting "paper" or "trust", with changes. Raises ValueError for another name."""
+        return cls(**{**hypergradient_preset(name), **changes})
+
+
+@dataclasses.dataclass(frozen=True)
+class GramConfig:
+    """Settings of the Gram preconditioner (arXiv 2604.21100); see `ops.gram_preconditioner`."""
+
+    center: float = -0.2  # what the learned center starts from
+    squash: float = 1.5
+
+
+@dataclasses.dataclass(frozen=True)
+class MixerConfig:
+    """A token mixer of the delta-rule family: what decays, what preconditions the write, and its sizes.
+
+    Raises ValueError where a field is out of its range.
+    """
+
+    width: int
+    heads: int
+    key_dim: int  # per head
+    value_dim: int  # per head
+    key_heads: int | None = None  # default: as many as heads
+    decay: Decay = "none"
+    erase: bool = True  # False: linear attention
+    preconditioner: Preconditioner = "none"
+    hypergradient: HypergradientConfig = HypergradientConfig()
+    gram: GramConfig = GramConfig()
+    conv_size: int = 4
+    negative_eigenvalues: bool = False  # beta in (0, 2) instead of (0, 1)
+    output_gate: bool = False
+    norm_epsilon: float = 1e-6
+    chunk_size: int | None = None
+    implementation: str | None = None
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        for name in ("width", "heads", "key_dim", "value_dim", "conv_size"):
+            _at_least_one(name, getattr(self, name))
+        if self.key_heads is not None:
+            _at_least_one("key_heads", self.key_heads)
+            if self.heads % self.key_heads:
+                raise ValueError(f"key_heads: got {self.key_heads}, expected a divisor of the {self.heads} heads")
+        _one_of("decay", self.decay, ("none", "scalar", "channel"))
+        _one_of("preconditioner", self.preconditioner, ("none", "hypergradient", "gram"))
+        if not self.erase and self.preconditioner != "none":
+            raise ValueError(f"preconditioner: got {self.preconditioner!r} with erase=False, expected 'none'")
+
+    @property
+    def read_heads(self) -> int:
+        """Hk, the key heads."""
+        return self.key_heads or self.heads
+
+    @property
+    def preconditioner_heads(self) -> int:
+        """P: one preconditioner per value head where it follows that head's beta, else one per key head."""
+        aware = self.preconditioner == "hypergradient" and self.hypergradient.beta_aware
+        return self.heads if aware else self.read_heads
+
+
+RULES: dict[str, dict[str, Any]] = {
+    "delta_net": {},
+    "gated_delta_net": {"decay": "scalar", "output_gate": True},
+    "kda": {"decay": "channel", "output_gate": True},
+    "osdn": {"preconditioner": "hypergradient"},
+    "os_gdn": {
+        "decay": "scalar",
+        "output_gate": True,
+        "preconditioner": "hypergradient",
+        "hypergradient": HypergradientConfig.preset("trust", beta_aware=True),
+    },
+    "os_kda": {
+        "decay": "channel",
+        "output_gate": True,
+        "preconditioner": "hypergradient",
+        "hypergradient": HypergradientConfig.preset("trust", beta_aware=True),
+    },
+    "pdn": {"preconditioner": "gram"},
+    "pgdn": {"decay": "scalar", "output_gate": True, "preconditioner": "gram"},
+    "pkda": {"decay": "channel", "output_gate": True, "preconditioner": "gram"},
+    "linear_attention": {"erase": False},
+    "mamba2": {"decay": "scalar", "erase": False, "output_gate": True},
+    "gla": {"decay": "channel", "erase": False, "output_gate": True},
+}
+
+
+def mixer_config(rule: str, **fields: Any) -> MixerConfig:
+    """The mixer of a rule by its paper's name, with further fields. Raises ValueError for an unknown rule."""
+    _one_of("rule", rule, tuple(RULES))
+    return MixerConfig(**{**RULES[rule], **fields})
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A causal language model: embedding, blocks of mixer and MLP, norm, head.
+
+    Raises ValueError where a field is out of its range.
+    """
+
+    vocab_size: int
+    layers: int
+    mixer: MixerConfig
+    mlp_dim: int
+    tied_embeddings: bool = False
+    norm_epsilon: float = 1e-6
+    dropout: float = 0.0  # on what each mixer and MLP adds to the residual stream
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products; parameters are float32
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        for name in ("vocab_size", "layers", "mlp_dim"):
+            _at_least_one(name, getattr(self, name))
+        _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout: got {self.dropout}, expected a rate from 0 to below 1")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")

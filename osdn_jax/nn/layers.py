@@ -1,0 +1,89 @@
+"""Small layers of the blocks: short convolution, normalisation, MLP."""
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from osdn_jax.nn import initializers
+
+
+class Exempt(nnx.Param):
+    """A parameter that weight decay leaves alone: gates, rates, preconditioners, norms, convolutions."""
+
+
+class ShortConvolution(nnx.Module):
+    """Causal depthwise convolution along the sequence, without bias, that stays inside packed documents."""
+
+    def __init__(self, channels: int, size: int, *, rngs: nnx.Rngs) -> None:
+        """channels: features, each with its own taps; size: taps, the last one on the current token."""
+        bound = size**-0.5  # PyTorch's Conv1d default, as in the papers' code
+        taps = jax.random.uniform(rngs.params(), (size, channels), minval=-bound, maxval=bound)
+        self.kernel = Exempt(taps)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T C"],
+        window: Float[Array, "B W C"] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T C"], Float[Array, "B W C"]]:
+        """Convolves x, preceded by the window of the size - 1 inputs before it (zeros if None).
+
+        Returns the outputs and the window for what follows.
+        """
+        kernel = self.kernel[...].astype(x.dtype)
+        size, length = kernel.shape[0], x.shape[1]
+        if window is None:
+            window = jnp.zeros((x.shape[0], size - 1, x.shape[2]), x.dtype)
+        padded = jnp.concatenate([window.astype(x.dtype), x], axis=1)
+        ids = None
+        if segment_ids is not None:
+            # The window belongs to the document that goes on with the first token.
+            ids = jnp.concatenate([jnp.repeat(segment_ids[:, :1], size - 1, axis=1), segment_ids], axis=1)
+        out = jnp.zeros_like(x)
+        for tap in range(size):
+            shifted = padded[:, tap : tap + length]
+            if ids is not None and segment_ids is not None and tap < size - 1:
+                shifted = jnp.where((ids[:, tap : tap + length] == segment_ids)[..., None], shifted, 0.0)
+            out = out + shifted * kernel[tap][None, None]
+        return out, padded[:, length:]
+
+
+class SwiGLU(nnx.Module):
+    """Gated MLP: down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202)."""
+
+    def __init__(self, width: int, hidden: int, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+        """layers: of the whole model, for the scale at which the last projection starts."""
+        self.gate_and_up = linear(width, 2 * hidden, dtype, rngs=rngs)
+        self.down = linear(hidden, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Token by token."""
+        gate, up = jnp.split(self.gate_and_up(x), 2, axis=-1)
+        return self.down(jax.nn.silu(gate) * up)
+
+
+def linear(
+    inputs: int,
+    outputs: int,
+    dtype: jnp.dtype,
+    *,
+    kernel_init: nnx.Initializer = initializers.kernel,
+    rngs: nnx.Rngs,
+) -> nnx.Linear:
+    """A projection without bias; parameters float32, computation in dtype."""
+    return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
+
+
+def unit_norm(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32; the type of x is kept."""
+    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
+
+
+def dropout(x: Float[Array, "B T D"], rate: float, key: jax.Array | None) -> Float[Array, "B T D"]:
+    """Zeroes each number with probability rate and scales the rest up by 1 / (1 - rate); without a key does nothing."""
+    if key is None or rate == 0.0:
+        return x
+    kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)
+    return jnp.where(kept, x / (1.0 - rate), 0.0).astype(x.dtype)

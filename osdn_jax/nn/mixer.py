@@ -1,0 +1,135 @@
+"""The token mixer: projections, short convolution, gates and a rule of `osdn_jax.ops`."""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from osdn_jax import ops
+from osdn_jax.nn import initializers
+from osdn_jax.nn.config import MixerConfig
+from osdn_jax.nn.gates import DecayGate, ForgetGate
+from osdn_jax.nn.layers import Exempt, ShortConvolution, linear, unit_norm
+from osdn_jax.ops import State
+
+
+class MixerState(NamedTuple):
+    """What a mixer carries from one piece of a sequence to the next: constant in its length."""
+
+    window: Float[Array, "B W C"]  # the last inputs of the short convolution
+    rule: State
+
+
+class DeltaMixer(nnx.Module):
+    """A mixer of the delta-rule family, whose rule comes from its config.
+
+    q, k and v are bias-free projections, each followed by a short convolution and SiLU; q and k have unit length;
+    beta is a logistic gate. The output is normalised per head, gated if asked for, and projected back.
+    """
+
+    def __init__(self, config: MixerConfig, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+        """layers: of the whole model, for the scale at which the last projection starts."""
+        self.config = config
+        width, heads, key_heads = config.width, config.heads, config.read_heads
+        self.keys, self.values = key_heads * config.key_dim, heads * config.value_dim
+        self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v at once
+        self.convolution = ShortConvolution(2 * self.keys + self.values, config.conv_size, rngs=rngs)
+        gated_write = config.erase or config.decay == "scalar"
+        self.beta = linear(width, heads, dtype, rngs=rngs) if gated_write else None
+        self.norm = nnx.RMSNorm(config.value_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.output = linear(
+            self.values, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs
+        )
+        self.gate = linear(width, self.values, dtype, rngs=rngs) if config.output_gate else None
+
+        # Each of these is assigned once: NNX decides at the first assignment whether an attribute holds parameters.
+        channels = config.key_dim if config.decay == "channel" else None
+        self.decay = None if config.decay == "none" else DecayGate(width, heads, channels, dtype, rngs=rngs)
+
+        scales, settings = config.preconditioner_heads, config.hypergradient
+        by_feedback, by_gram = (config.preconditioner == name for name in ("hypergradient", "gram"))
+        self.initial = Exempt(jnp.full((scales, config.key_dim), settings.initial)) if by_feedback else None
+        self.forget = ForgetGate(width, scales) if by_feedback and settings.forget else None
+        self.gram_decay = DecayGate(width, scales, None, dtype, rngs=rngs) if by_gram else None
+        self.gram_gain = linear(width, scales, dtype, rngs=rngs) if by_gram else None
+        self.gram_center = Exempt(jnp.full((scales,), config.gram.center)) if by_gram else None
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: MixerState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+    ) -> tuple[Float[Array, "B T D"], MixerState]:
+        """Mixes a sequence, or its continuation from a state; one token at a time is decoding.
+
+        Returns the output and the state after the last token.
+        """
+        config = self.config
+        lead = x.shape[:2]
+        window, carried = (None, None) if state is None else state
+        mixed, window = self.convolution(self.project(x), window, segment_ids)
+        q, k, v = jnp.split(jax.nn.silu(mixed), [self.keys, 2 * self.keys], axis=-1)
+        q, k = (unit_norm(y.reshape(*lead, config.read_heads, config.key_dim)) for y in (q, k))
+        v = v.reshape(*lead, config.heads, config.value_dim)
+        out, rule = self._rule(x, q, k, v, carried, segment_ids)
+        out = self.norm(out)
+        if self.gate is not None:
+            out = out * jax.nn.silu(self.gate(x)).reshape(out.shape)
+        return self.output(out.reshape(*lead, self.values)), MixerState(window, rule)
+
+    def _rule(
+        self,
+        x: jax.Array,
+        q: jax.Array,
+        k: jax.Array,
+        v: jax.Array,
+        carried: State | None,
+        segment_ids: jax.Array | None,
+    ) -> tuple[jax.Array, State]:
+        config = self.config
+        arguments = [q, k, v]
+        if self.beta is not None:
+            beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
+            arguments.append(2.0 * beta if config.negative_eigenvalues else beta)
+        if self.decay is not None:
+            arguments.append(self.decay(x))
+        options: dict[str, Any] = {
+            "initial_state": carried,
+            "segment_ids": segment_ids,
+            "chunk_size": config.chunk_size,
+            "implementation": config.implementation,
+        }
+        if self.initial is not None:
+            settings = config.hypergradient
+            options |= {
+                "eta": settings.eta,
+                "bounds": settings.bounds,
+                "anchor": settings.anchor,
+                "normalize": settings.normalize,
+                "beta_aware": settings.beta_aware,
+                "initial": self.initial[...],
+                "log_forget": None if self.forget is None else self.forget(x),
+            }
+        if self.gram_decay is not None:
+            arguments += [self.gram_decay(x), jax.nn.sigmoid(self.gram_gain(x).astype(jnp.float32))]
+            options |= {"center": self.gram_center[...], "squash": config.gram.squash}
+        return _OPERATORS[config.erase, config.preconditioner, config.decay](*arguments, **options)
+
+
+_OPERATORS: dict[tuple[bool, str, str], Callable[..., tuple[jax.Array, State]]] = {
+    (False, "none", "none"): ops.linear_attention,
+    (False, "none", "scalar"): ops.mamba2,
+    (False, "none", "channel"): ops.gla,
+    (True, "none", "none"): ops.delta_net,
+    (True, "none", "scalar"): ops.gated_delta_net,
+    (True, "none", "channel"): ops.kda,
+    (True, "hypergradient", "none"): ops.osdn,
+    (True, "hypergradient", "scalar"): ops.os_gdn,
+    (True, "hypergradient", "channel"): ops.os_kda,
+    (True, "gram", "none"): ops.pdn,
+    (True, "gram", "scalar"): ops.pgdn,
+    (True, "gram", "channel"): ops.pkda,
+}

@@ -1,0 +1,41 @@
+"""Counting parameters: of a model, and by closed formula."""
+
+import jax
+from flax import nnx
+
+from osdn_jax.nn.config import MixerConfig, ModelConfig
+
+
+def count_parameters(model: nnx.Module) -> int:
+    """How many numbers the model learns."""
+    return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
+
+
+def parameter_formula(config: ModelConfig) -> int:
+    """How many numbers a model of this config learns, by closed formula."""
+    width = config.mixer.width
+    block = 2 * width + mixer_formula(config.mixer) + 3 * width * config.mlp_dim
+    embeddings = config.vocab_size * width * (1 if config.tied_embeddings else 2)
+    return embeddings + config.layers * block + width
+
+
+def mixer_formula(config: MixerConfig) -> int:
+    """How many numbers a mixer of this config learns, by closed formula."""
+    width, heads, key_dim = config.width, config.heads, config.key_dim
+    values = heads * config.value_dim
+    qkv = 2 * config.read_heads * key_dim + values
+    total = width * qkv + config.conv_size * qkv + values * width + config.value_dim
+    if config.erase or config.decay == "scalar":
+        total += width * heads
+    if config.output_gate:
+        total += width * values
+    if config.decay == "scalar":
+        total += width * heads + 2 * heads
+    elif config.decay == "channel":
+        total += width * key_dim + key_dim * heads * key_dim + heads + heads * key_dim
+    scales = config.preconditioner_heads
+    if config.preconditioner == "hypergradient":
+        total += scales * key_dim + (width * scales + scales if config.hypergradient.forget else 0)
+    elif config.preconditioner == "gram":
+        total += 2 * width * scales + 3 * scales
+    return total

@@ -1,0 +1,61 @@
+"""What the chunkwise gradient promises: memory for one state per chunk, and a program whose size is that of one chunk."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from osdn_jax import ops
+from support import jit
+
+H, K = 2, 64
+
+
+def gradient(implementation):
+    def loss(q, k, v, beta, log_decay):
+        o, memory = ops.delta_rule(q, k, v, beta, log_decay=log_decay, chunk_size=64, implementation=implementation)
+        return jnp.sum(o) + jnp.sum(memory)
+
+    return jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))
+
+
+def arguments(length):
+    keys = jax.ShapeDtypeStruct((1, length, H, K), jnp.float32)
+    heads = jax.ShapeDtypeStruct((1, length, H), jnp.float32)
+    return keys, keys, keys, heads, heads
+
+
+def temporary_bytes(implementation, length):
+    return gradient(implementation).lower(*arguments(length)).compile().memory_analysis().temp_size_in_bytes
+
+
+def test_gradient_in_chunks_holds_no_memory_per_token():
+    memory = H * K * K * 4
+    scan, chunk, longer = temporary_bytes("scan", 2048), temporary_bytes("chunk", 2048), temporary_bytes("chunk", 4096)
+    assert scan > 2048 * memory  # the scan does, which is what this test would notice
+    assert chunk < scan / 20
+    # From chunk to chunk: its memory, and q, k, v, o and their gradients, 64 tokens of K numbers each.
+    assert (longer - chunk) / (2048 / 64) < 8 * memory
+    assert temporary_bytes(None, 2048) <= 1.1 * chunk
+
+
+def equations(jaxpr):
+    """The equations of a program, those of its inner programs included."""
+    inner = [x for eqn in jaxpr.eqns for value in eqn.params.values() for x in jax.tree.leaves(value)]
+    inner = [getattr(x, "jaxpr", x) for x in inner]
+    return len(jaxpr.eqns) + sum(equations(x) for x in inner if hasattr(x, "eqns"))
+
+
+@pytest.mark.parametrize("implementation", ["scan", "chunk", None])
+def test_programs_do_not_grow_with_the_sequence(implementation):
+    counts = [equations(gradient(implementation).trace(*arguments(length)).jaxpr.jaxpr) for length in (256, 2048)]
+    assert counts[0] == counts[1] > 50
+
+
+def test_no_prefix_scan_over_memories():
+    """It would hold every prefix, T K V numbers. The linter knows it too, by name."""
+    sources = list((Path(__file__).parents[2] / "osdn_jax" / "ops").glob("*.py"))
+    assert len(sources) > 5
+    for source in sources:
+        assert "associative_scan" not in source.read_text(), source.name

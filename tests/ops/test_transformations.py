@@ -1,0 +1,114 @@
+"""jit, vmap, remat and shard_map leave values and gradients what they are; forward-mode for the scan."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from osdn_jax import ops
+from support import assert_close, jit, random_like, value_and_gradient
+from support.cases import IMPLEMENTATIONS, NAMED
+
+pytestmark = pytest.mark.usefixtures("float64")
+
+B, T, HK, H, K, V = 4, 21, 2, 4, 8, 6
+TOLERANCE = 1e-12
+
+
+def inputs():
+    rng = np.random.default_rng(0)
+    k = rng.normal(size=(B, T, HK, K))
+    x = {
+        "q": rng.normal(size=(B, T, HK, K)),
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+        "v": rng.normal(size=(B, T, H, V)),
+        "beta": rng.uniform(size=(B, T, H)),
+        "log_decay": -rng.uniform(0, 0.3, size=(B, T, H)),
+        "log_forget": -rng.uniform(0, 0.1, size=(B, T, H)),
+    }
+    return jax.tree.map(jnp.asarray, x)
+
+
+def outputs(x, implementation):
+    """Everything from nothing: initial states, the scans' carries, must take on the mesh axes of the inputs."""
+    o, state = ops.os_gdn(
+        **x, initial=1.0, eta=0.5, bounds=(0.9, 1.05), anchor=0.5, chunk_size=8, implementation=implementation
+    )
+    return o, state
+
+
+@functools.cache
+def expected():
+    x = inputs()
+    cotangents = random_like(jax.eval_shape(lambda x: outputs(x, "scan"), x), seed=1)
+    return cotangents, *jit(value_and_gradient(lambda x: outputs(x, "scan")))(x, cotangents)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_shard_map_and_remat(implementation):
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    token, state = P("data", None, "heads"), P("data", "heads")
+    x = inputs()
+    f = jax.checkpoint(functools.partial(outputs, implementation=implementation))
+    sharded = jax.shard_map(f, mesh=mesh, in_specs=(dict.fromkeys(x, token),), out_specs=(token, state))
+    cotangents, value, gradient = expected()
+    got_value, got_gradient = jit(value_and_gradient(sharded))(x, cotangents)
+    assert len(got_value[0].sharding.device_set) == 8
+    assert_close(got_value, value, TOLERANCE)
+    assert_close(got_gradient, gradient, TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "chunk"])
+def test_shard_map_of_value_heads_that_share_a_key_head(implementation):
+    """Keys, and with them the Gram preconditioner, are whole on every device, values and decays are not."""
+    rng = np.random.default_rng(5)
+    keys, values = P("data"), P("data", None, "heads")
+    x = inputs()
+    x = {name: x[name][:, :, :1] for name in ("q", "k")} | {name: x[name] for name in ("v", "beta")}
+    x["log_decay"] = -jnp.asarray(rng.uniform(0, 0.3, size=(B, T, H, K)))
+    x["gram_log_decay"], x["gram_gain"] = (jnp.asarray(s * rng.uniform(size=(B, T, 1))) for s in (-1.0, 1.0))
+    specs = dict.fromkeys(x, keys) | dict.fromkeys(("v", "beta", "log_decay"), values)
+
+    def outputs(x):
+        o, state = ops.pkda(**x, chunk_size=8, implementation=implementation)
+        return o, state.memory
+
+    mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    sharded = jax.shard_map(outputs, mesh=mesh, in_specs=(specs,), out_specs=(values, P("data", "heads")))
+    cotangents = random_like(jax.eval_shape(outputs, x), seed=1)
+    both = jit(lambda x, c: (value_and_gradient(sharded)(x, c), value_and_gradient(outputs)(x, c)))(x, cotangents)
+    assert_close(*both, TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_vmap(implementation):
+    def one(x):
+        out = outputs({name: array[None] for name, array in x.items()}, implementation)
+        return jax.tree.map(lambda y: y[0], out)
+
+    value = jit(jax.vmap(one))(inputs())
+    assert_close(value, expected()[1], TOLERANCE)
+
+
+def test_vmap_of_a_gradient_over_one_argument():
+    """What is not mapped is shared by the batch, what the chunks save for the gradient is not."""
+    case = NAMED["delta: scalar decay, write key per key head"]
+    x, cotangents = jax.tree.map(jnp.asarray, (case.arrays, case.cotangents))
+
+    def gradient(scale, implementation):
+        return value_and_gradient(case.run(implementation))(x | {"v": scale * x["v"]}, cotangents)[1]
+
+    scales = jnp.asarray([-0.5, 1.0, 2.0])
+    by_chunk = jit(jax.vmap(functools.partial(gradient, implementation="chunk")))(scales)
+    by_scan = jit(functools.partial(gradient, implementation="scan"))
+    for i, scale in enumerate(scales):
+        assert_close({name: array[i] for name, array in by_chunk.items()}, by_scan(scale), TOLERANCE)
+
+
+@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+def test_without_jit(implementation):
+    x = {name: array[:1, :9] for name, array in inputs().items()}
+    assert_close(outputs(x, implementation), jit(lambda x: outputs(x, implementation))(x), TOLERANCE)

@@ -1,0 +1,32 @@
+"""Trains a model:  python train.py --config=configs/shakespeare.py --workdir=runs/shakespeare
+
+The same command again goes on where the last one stopped. Keys of the configuration are set as
+--config=configs/shakespeare.py:rule=delta_net,seed=1 or --config.optimizer.learning_rate=1e-3; its docstring says what
+to expect.
+"""
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from osdn_jax.training import CheckpointError, CheckpointMismatchError, ConfigError, DivergedError, train
+from osdn_jax.training.config import run
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, configs/NAME.py[:key=value,...].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, picture.")
+_STOP_AT = flags.DEFINE_integer("stop_at", None, "End after this step, with a checkpoint to go on from.", lower_bound=1)
+
+
+def main(_: list[str]) -> None:
+    """Runs the training that the command line names."""
+    logging.set_verbosity(logging.WARNING)  # JAX reports the accelerators that it looked for and did not find
+    if _WORKDIR.value is None:
+        raise ConfigError("give the run a directory: --workdir=runs/NAME")
+    result = train(_CONFIG.value, _WORKDIR.value, stop_at=_STOP_AT.value)
+    if result.bits_per_byte is None:
+        print(f"stopped after step {result.step:,}; the same command goes on from there")
+    else:
+        print(f"{result.bits_per_byte:.4f} bits per byte on the held-out text; see {_WORKDIR.value}/loss.png")
+
+
+if __name__ == "__main__":
+    run(main, errors=(ConfigError, DivergedError, CheckpointError, CheckpointMismatchError))
