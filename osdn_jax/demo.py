@@ -69,7 +69,8 @@ def main() -> None:
         if len(text) == _SAMPLE:
             break
     seconds = time.perf_counter() - started
-    print(f"\n\n{seconds // 60:.0f} min {seconds % 60:.0f} s in all. More: python -m osdn_jax.generate --workdir {_WORKDIR}/osdn")
+    more = f"python -m osdn_jax.generate --workdir {_WORKDIR}/osdn"
+    print(f"\n\n{seconds // 60:.0f} min {seconds % 60:.0f} s in all. More text: {more}")
 
 
 def _config(rule: str) -> ConfigDict:

@@ -9,7 +9,6 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-
 from osdn_jax.data import ByteTokenizer
 from osdn_jax.nn.functional import functional
 from osdn_jax.sampling import sample

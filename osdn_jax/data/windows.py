@@ -2,7 +2,7 @@
 
 import operator
 from collections.abc import Iterable
-from typing import Protocol, SupportsIndex, TypedDict
+from typing import Protocol, SupportsIndex, TypedDict, runtime_checkable
 
 import numpy as np
 from jaxtyping import Float32, Int32
@@ -25,6 +25,7 @@ class Window(TypedDict):
     weights: Float32[np.ndarray, "... T"]
 
 
+@runtime_checkable
 class WindowSource(Protocol):
     """What batches are made from: windows of one shape by index. `PackedWindows` is one."""
 

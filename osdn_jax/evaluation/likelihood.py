@@ -13,9 +13,7 @@ from osdn_jax.data import Window
 from osdn_jax.nn.functional import Parameters
 
 
-def weighted_nats(
-    logits: Float[Array, "B T Vocab"], batch: Window
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+def weighted_nats(logits: Float[Array, "B T Vocab"], batch: Window) -> tuple[Float[Array, ""], Float[Array, ""]]:
     """(sum of weighted negative log likelihoods in nats, sum of weights) of a batch's targets."""
     nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch["targets"]))
     weights = jnp.asarray(batch["weights"])

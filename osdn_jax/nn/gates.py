@@ -12,9 +12,10 @@ _FORGET_BIAS = 6.9  # logistic(6.9) = 0.9990
 
 
 class DecayGate(nnx.Module):
-    """Log decay -exp(A_log) softplus(f(x) + dt_bias), per head or per channel (arXiv 2405.21060, 2412.06464, 2510.26692).
+    """Log decay -exp(A_log) softplus(f(x) + dt_bias), per head or per channel.
 
-    Per channel, f is of low rank: width -> channels -> heads * channels.
+    Per head as in arXiv 2405.21060 and 2412.06464, per channel as in 2510.26692, where f is of low rank: width ->
+    channels -> heads * channels.
     """
 
     def __init__(self, width: int, heads: int, channels: int | None, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:

@@ -40,9 +40,7 @@ class DeltaMixer(nnx.Module):
         gated_write = config.erase or config.decay == "scalar"
         self.beta = linear(width, heads, dtype, rngs=rngs) if gated_write else None
         self.norm = nnx.RMSNorm(config.value_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
-        self.output = linear(
-            self.values, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs
-        )
+        self.output = linear(self.values, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
         self.gate = linear(width, self.values, dtype, rngs=rngs) if config.output_gate else None
 
         # Each of these is assigned once: NNX decides at the first assignment whether an attribute holds parameters.
@@ -51,11 +49,12 @@ class DeltaMixer(nnx.Module):
 
         scales, settings = config.preconditioner_heads, config.hypergradient
         by_feedback, by_gram = (config.preconditioner == name for name in ("hypergradient", "gram"))
-        self.initial = Exempt(jnp.full((scales, config.key_dim), settings.initial)) if by_feedback else None
+        start = jnp.full((scales, config.key_dim), settings.initial, jnp.float32)  # typed: steps return it so
+        self.initial = Exempt(start) if by_feedback else None
         self.forget = ForgetGate(width, scales) if by_feedback and settings.forget else None
         self.gram_decay = DecayGate(width, scales, None, dtype, rngs=rngs) if by_gram else None
         self.gram_gain = linear(width, scales, dtype, rngs=rngs) if by_gram else None
-        self.gram_center = Exempt(jnp.full((scales,), config.gram.center)) if by_gram else None
+        self.gram_center = Exempt(jnp.full((scales,), config.gram.center, jnp.float32)) if by_gram else None
 
     def __call__(
         self,
@@ -113,7 +112,7 @@ class DeltaMixer(nnx.Module):
                 "initial": self.initial[...],
                 "log_forget": None if self.forget is None else self.forget(x),
             }
-        if self.gram_decay is not None:
+        if self.gram_decay is not None and self.gram_gain is not None and self.gram_center is not None:
             arguments += [self.gram_decay(x), jax.nn.sigmoid(self.gram_gain(x).astype(jnp.float32))]
             options |= {"center": self.gram_center[...], "squash": config.gram.squash}
         return _OPERATORS[config.erase, config.preconditioner, config.decay](*arguments, **options)

@@ -9,7 +9,7 @@ from osdn_jax.ops import checks
 
 
 class Call(NamedTuple):
-    """Checked arguments; T is absent in a single step. Keys are in their own types, the rest is float32 (or float64)."""
+    """Checked arguments; without T for a single step. q, k, w and v keep their types, the rest is float32 or 64."""
 
     memory: jax.Array  # [B, H, K, V]
     q: jax.Array  # [B, T, Hk, K]
@@ -64,7 +64,7 @@ def check_call(
         memory = checks.shaped_array("initial_state", initial_state, shape, "[B, H, K, V]").astype(dtype)
     restarts = None
     if segment_ids is not None:
-        restarts = checks.restarts(checks.segment_ids(segment_ids, leading))  # type: ignore[arg-type]
+        restarts = checks.restarts(checks.segment_ids(segment_ids, leading))
     return Call(
         checks.varying_like(memory, q, k, v, beta, write_key, log_decay, restarts),
         q,

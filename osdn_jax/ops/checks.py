@@ -23,7 +23,7 @@ def floating_array(name: str, value: Any, ndim: int | Sequence[int], layout: str
 
 def shaped_array(name: str, value: Any, shapes: Shape | Sequence[Shape], layout: str) -> jax.Array:
     """Returns value as a floating array of one of the shapes, or raises TypeError or ValueError."""
-    allowed = [shapes] if not shapes or isinstance(shapes[0], int) else list(shapes)  # type: ignore[list-item]
+    allowed = [shapes] if not shapes or isinstance(shapes[0], int) else list(shapes)
     array = floating_array(name, value, [len(shape) for shape in allowed], layout)  # type: ignore[arg-type]
     if array.shape not in allowed:
         expected = " or ".join(str(shape) for shape in dict.fromkeys(allowed))

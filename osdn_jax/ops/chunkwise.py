@@ -5,7 +5,8 @@ Notation of docs/mathematics.md. Arrays of one chunk are laid out [..., G, C, K]
 """
 
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ from osdn_jax.ops.triangular import unit_lower_inverse
 
 def chunk(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
     """The whole sequence in chunks: (outputs [B, T, H, V], final memory), both in the accumulator type."""
-    batch, length, heads, value_dim = call.v.shape
+    batch, length, heads, _ = call.v.shape
     channel_decay = call.log_decay is not None and call.log_decay.ndim == 4
     size = fitting_chunk(chunk_size or default_chunk(channel_decay), length)
     options = Options(scale=scale, erase=erase, channel_decay=channel_decay, hoist=not on_cpu())
@@ -31,19 +32,23 @@ def chunk(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -> t
         groups = heads  # the keys differ by value head anyway
     shared = heads // groups
 
-    def keys(x: jax.Array | None) -> jax.Array | None:
-        return None if x is None else to_chunks(per_value_head(x, groups, axis=2), size)
+    def keys(x: jax.Array) -> jax.Array:
+        return to_chunks(per_value_head(x, groups, axis=2), size)
 
-    def values(x: jax.Array | None) -> jax.Array | None:
-        return None if x is None else to_chunks(x.reshape(batch, length, groups, shared, *x.shape[3:]), size)
+    def values(x: jax.Array) -> jax.Array:
+        return to_chunks(x.reshape(batch, length, groups, shared, *x.shape[3:]), size)
+
+    log_decay = call.log_decay
+    if log_decay is not None:
+        log_decay = keys(log_decay) if channel_decay else values(log_decay)
 
     inputs = Inputs(
         q=keys(call.q),
         k=keys(call.k),
-        w=keys(call.w),
+        w=None if call.w is None else keys(call.w),
         v=values(call.v),
         beta=values(call.beta),
-        log_decay=keys(call.log_decay) if channel_decay else values(call.log_decay),
+        log_decay=log_decay,
         document=documents(call.restarts, size),
     )
     memory = call.memory.reshape(batch, groups, shared, *call.memory.shape[2:])
@@ -99,7 +104,7 @@ def prepare(inputs: Inputs, options: Options) -> Prepared:
 
     x = jnp.stack([k, q], axis=-3) if options.erase else q[..., None, :, :]
     from_start = to_end = carry = None
-    if options.channel_decay:
+    if options.channel_decay and inputs.log_decay is not None:
         g = inputs.log_decay.swapaxes(-2, -3)
         scores = channel_scores(x, w, g)[..., None, :, :]  # [..., G, M, 1, C, C]
         decay = jnp.exp(inclusive_sum(g))
@@ -163,40 +168,42 @@ def chunked(memory: jax.Array, inputs: Inputs, options: Options) -> tuple[jax.Ar
 
 
 def _forward(memory: jax.Array, inputs: Inputs, options: Options) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-    def step(memory: jax.Array, chunk: Inputs | Prepared) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        prepared = chunk if isinstance(chunk, Prepared) else prepare(chunk, options)
-        after, out = advance(memory, prepared)
+    """(final memory, (outputs, memory before each chunk))."""
+    advance_chunk = _advance_chunk(options)
+
+    def step(memory: jax.Array, chunk: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        after, out = advance_chunk(memory, chunk)
         return after, (out, memory)
 
     return lax.scan(step, memory, prepare(inputs, options) if options.hoist else inputs)
 
 
-def _chunked_fwd(memory: jax.Array, inputs: Inputs, options: Options):  # noqa: ANN202
+def _advance_chunk(options: Options) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """The step of the recurrence: over chunks that are prepared already, or preparing each as it comes."""
+    return advance if options.hoist else lambda memory, chunk: advance(memory, prepare(chunk, options))
+
+
+def _chunked_fwd(memory: jax.Array, inputs: Inputs, options: Options) -> tuple[Any, Any]:
     final, (out, memories) = _forward(memory, inputs, options)
     return (final, out), (inputs, memories)
 
 
-def _chunked_bwd(options: Options, saved, cotangents):  # noqa: ANN001, ANN202
+def _chunked_bwd(options: Options, saved: Any, cotangents: Any) -> Any:
+    # Only the memory before each chunk was kept: what happens inside a chunk is computed again.
     inputs, memories = saved
     d_memory, d_out = cotangents
+    advance_chunk = _advance_chunk(options)
 
-    if options.hoist:
-        prepared, pull_prepare = jax.vjp(lambda x: prepare(x, options), inputs)
-
-        def step(d_memory, chunk):  # noqa: ANN001, ANN202
-            memory, prepared, d_out = chunk
-            _, pull = jax.vjp(advance, memory, prepared)
-            return pull((d_memory, d_out))
-
-        d_memory, d_prepared = lax.scan(step, d_memory, (memories, prepared, d_out), reverse=True)
-        return d_memory, *pull_prepare(d_prepared)
-
-    def step(d_memory, chunk):  # noqa: ANN001, ANN202
-        memory, inputs, d_out = chunk
-        _, pull = jax.vjp(lambda m, x: advance(m, prepare(x, options)), memory, inputs)
+    def step(d_memory: jax.Array, chunk: Any) -> tuple[jax.Array, Any]:
+        memory, chunk, d_out = chunk
+        _, pull = jax.vjp(advance_chunk, memory, chunk)
         return pull((d_memory, d_out))
 
-    return lax.scan(step, d_memory, (memories, inputs, d_out), reverse=True)
+    if not options.hoist:
+        return lax.scan(step, d_memory, (memories, inputs, d_out), reverse=True)
+    prepared, pull_prepare = jax.vjp(lambda x: prepare(x, options), inputs)
+    d_memory, d_prepared = lax.scan(step, d_memory, (memories, prepared, d_out), reverse=True)
+    return d_memory, *pull_prepare(d_prepared)
 
 
 chunked.defvjp(_chunked_fwd, _chunked_bwd)

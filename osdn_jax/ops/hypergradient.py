@@ -131,9 +131,7 @@ def hypergradient_preconditioner(
         beta=b,
         step=step,
         log_forget=None if log_forget is None else log_forget.astype(dtype),
-        restart=None
-        if segment_ids is None
-        else checks.restarts(checks.segment_ids(segment_ids, (batch, length))),
+        restart=None if segment_ids is None else checks.restarts(checks.segment_ids(segment_ids, (batch, length))),
     )
     # Without forgetting nothing is drawn anywhere, and an anchor of 0 draws by forgetting alone.
     anchored = log_forget is not None and not (isinstance(anchor, (int, float)) and anchor == 0)

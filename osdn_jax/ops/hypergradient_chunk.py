@@ -6,7 +6,7 @@ chunk none of whose values leaves them is exact, and one that does is done again
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from osdn_jax.ops.triangular import unit_lower_inverse
 
 
 class Tokens(NamedTuple):
-    """What the recurrence reads; optional parts are None. Leading axes [B] for one token, [B, C] for a chunk of them."""
+    """What the recurrence reads; optional parts are None. They lead with [B] for one token, with [B, C] for a chunk."""
 
     u: jax.Array  # squared keys [..., P, K]
     beta: jax.Array | None  # [..., P]; None is 1
@@ -63,13 +63,14 @@ def project(d: jax.Array, bounds: Bounds) -> jax.Array:
 
 
 def token_by_token(d: jax.Array, tokens: Tokens, start: Start, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
-    """The specification as a scan: d [B, P, K] and [B, T, ...] tokens -> (final d, d before each token [B, T, P, K])."""
-    final, used = lax.scan(lambda d, t: update(d, t, start, bounds), d, jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens))
+    """The specification as a scan: d [B, P, K], [B, T, ...] tokens -> (final d, d before each token [B, T, P, K])."""
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
+    final, used = lax.scan(lambda d, token: update(d, token, start, bounds), d, tokens)
     return final, jnp.moveaxis(used, 0, 1)
 
 
 def affine_chunk(d: jax.Array, tokens: Tokens, start: Start) -> tuple[jax.Array, jax.Array]:
-    """A chunk without the projection: d [B, P, K] and [B, C, ...] tokens -> (d after the chunk, d before each token)."""
+    """A chunk without the projection: d [B, P, K], [B, C, ...] tokens -> (d after the chunk, d before each token)."""
     u = tokens.u.swapaxes(1, 2)  # [B, P, C, K]
     step = tokens.step.swapaxes(1, 2)
     size, dtype = u.shape[2], u.dtype
@@ -152,8 +153,10 @@ def chunked(d: jax.Array, tokens: Tokens, start: Start, bounds: Bounds) -> tuple
     return final, used
 
 
-def _forward(d: jax.Array, tokens: Tokens, start: Start, bounds: Bounds):  # noqa: ANN202
-    def step(d: jax.Array, chunk: Tokens):  # noqa: ANN202
+def _forward(d: jax.Array, tokens: Tokens, start: Start, bounds: Bounds) -> tuple[jax.Array, Any]:
+    """(final d, (d before each token, d before each chunk, which heads leave the bounds in each chunk))."""
+
+    def step(d: jax.Array, chunk: Tokens) -> tuple[jax.Array, Any]:
         after, used = affine_chunk(d, chunk, start)
         if bounds is None:
             return after, (used, d, None)
@@ -168,22 +171,22 @@ def _forward(d: jax.Array, tokens: Tokens, start: Start, bounds: Bounds):  # noq
     return lax.scan(step, d, tokens)
 
 
-def _chunked_fwd(d: jax.Array, tokens: Tokens, start: Start, bounds: Bounds):  # noqa: ANN202
+def _chunked_fwd(d: jax.Array, tokens: Tokens, start: Start, bounds: Bounds) -> tuple[Any, Any]:
     final, (used, states, leaves) = _forward(d, tokens, start, bounds)
     return (final, used), (tokens, start, states, leaves)
 
 
-def _chunked_bwd(bounds: Bounds, saved, cotangents):  # noqa: ANN001, ANN202
+def _chunked_bwd(bounds: Bounds, saved: Any, cotangents: Any) -> Any:
     tokens, start, states, leaves = saved
     d_final, d_used = cotangents
 
-    def step(carry, chunk):  # noqa: ANN001, ANN202
+    def step(carry: Any, chunk: Any) -> Any:
         d_after, d_start = carry
         d, tokens, leaves, d_used = chunk
         if bounds is None:
             _, pull = jax.vjp(affine_chunk, d, tokens, start)
         else:
-            _, pull = jax.vjp(lambda *args: _projected_chunk(*args, bounds, leaves), d, tokens, start)
+            _, pull = jax.vjp(lambda d, t, s: _projected_chunk(d, t, s, bounds, leaves), d, tokens, start)
         d_before, d_tokens, more = pull((d_after, d_used))
         return (d_before, jax.tree.map(jnp.add, d_start, more)), d_tokens
 

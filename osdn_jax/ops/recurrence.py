@@ -46,7 +46,8 @@ def scan(call: Call, *, erase: bool, scale: float) -> tuple[jax.Array, jax.Array
         out, memory = advance(token._replace(memory=memory), erase=erase, scale=scale)
         return memory, out
 
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), call._replace(memory=None))
+    without_memory = call._replace(memory=None)  # type: ignore[arg-type]  # it is the carry
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), without_memory)
     memory, out = lax.scan(step, call.memory, tokens)
     return jnp.moveaxis(out, 0, 1), memory
 

@@ -5,7 +5,8 @@ takes the keyword arguments of `RuleOptions`. None of them normalises q or k. Sh
 ValueError and TypeError raised, by the functions that they call.
 """
 
-from typing import NamedTuple, TypedDict, Unpack
+from collections.abc import Mapping
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -67,7 +68,7 @@ def gdn2(
     q: Queries,
     k: Queries,
     v: Values,
-    erase_gate: PerChannel,
+    erase_gate: Float[Array, "B T He K"],
     write_gate: Values,
     log_decay: PerChannel,
     **options: Unpack[RuleOptions],
@@ -85,9 +86,7 @@ def gdn2(
     write_gate = checks.shaped_array("write_gate", write_gate, v.shape, "[B, T, H, V] like v")
     read_key = _product(erase_gate, k)
     ones = jnp.ones(v.shape[:3], checks.accumulator_dtype(q, k, v))
-    return _run(
-        q, read_key, _product(write_gate, v), ones, options, write_key=k, log_decay=_channel_decay(log_decay)
-    )
+    return _run(q, read_key, _product(write_gate, v), ones, options, write_key=k, log_decay=_channel_decay(log_decay))
 
 
 # --- without the erase term -----------------------------------------------------------------------------------------
@@ -232,14 +231,14 @@ def _run(
     k: jax.Array,
     v: jax.Array,
     beta: jax.Array,
-    options: RuleOptions,
+    options: Mapping[str, Any],
     *,
     write_key: jax.Array | None = None,
     log_decay: jax.Array | None = None,
     erase: bool = True,
 ) -> tuple[jax.Array, State]:
     state = _state(options)
-    rest = {name: value for name, value in options.items() if name != "initial_state"}
+    rest: dict[str, Any] = {name: value for name, value in options.items() if name != "initial_state"}
     memory = None if state is None else state.memory
     o, memory = delta_rule(
         q, k, v, beta, write_key=write_key, log_decay=log_decay, erase=erase, initial_state=memory, **rest
@@ -248,7 +247,7 @@ def _run(
 
 
 def _hypergradient(
-    q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None, options: dict
+    q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None, options: dict[str, Any]
 ) -> tuple[jax.Array, State]:
     beta_aware = options.pop("beta_aware")
     names = ("log_forget", "initial", "anchor", "normalize")
@@ -277,7 +276,7 @@ def _gram(
     log_decay: jax.Array | None,
     gram_log_decay: jax.Array,
     gram_gain: jax.Array,
-    options: Gram,
+    options: Mapping[str, Any],
 ) -> tuple[jax.Array, State]:
     rest = dict(options)
     center, squash = rest.pop("center", -0.2), rest.pop("squash", 1.5)
@@ -295,7 +294,7 @@ def _gram(
     return o, after._replace(preconditioner=final)
 
 
-def _shared(options: dict) -> dict:
+def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
     """What a preconditioner takes of the options. Kernels of the delta rule alone leave it to choose for itself."""
     shared = {name: options[name] for name in ("segment_ids", "chunk_size") if name in options}
     if options.get("implementation") in ("scan", "chunk"):
@@ -303,7 +302,7 @@ def _shared(options: dict) -> dict:
     return shared
 
 
-def _state(options: RuleOptions) -> State | None:
+def _state(options: Mapping[str, Any]) -> State | None:
     state = options.get("initial_state")
     if state is not None and not isinstance(state, State):
         raise TypeError(f"initial_state: got {type(state).__name__}, expected an ops.State or None")

@@ -55,7 +55,7 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
         _check(config, stop_at)
         model = build_model(config)
         optimizer = build_optimizer(config, model)
-        schedule = build_schedule(config)
+        schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
         train_text, validation_text = build_corpus(config)
         batches = training_batches(
             PackedWindows(train_text, config.sequence_length), batch_size=config.batch_size, seed=config.seed

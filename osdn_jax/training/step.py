@@ -43,12 +43,13 @@ def make_train_step(
             return nats / jnp.maximum(targets, 1.0)
 
         loss, gradient = jax.value_and_grad(loss_of)(state.params)
-        update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
+        with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts and floats
+            update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         params = optax.apply_updates(state.params, update)
         metrics = {
             "loss": loss,
-            "gradient_norm": optax.global_norm(gradient),
-            "update_norm": optax.global_norm(update),
+            "gradient_norm": optax.tree.norm(gradient),
+            "update_norm": optax.tree.norm(update),
         }
         return TrainState(params, optimizer_state, state.step + 1, jax.random.key_data(key)), metrics
 

@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from osdn_jax import ops
-from support import assert_close, jit, random_like, value_and_gradient
+from support import assert_close, jit, oracle, random_like, value_and_gradient
 from support.cases import IMPLEMENTATIONS, NAMED
 
 pytestmark = pytest.mark.usefixtures("float64")
@@ -61,8 +61,7 @@ def test_shard_map_and_remat(implementation):
     assert_close(got_gradient, gradient, TOLERANCE)
 
 
-@pytest.mark.parametrize("implementation", ["scan", "chunk"])
-def test_shard_map_of_value_heads_that_share_a_key_head(implementation):
+def test_shard_map_of_value_heads_that_share_a_key_head():
     """Keys, and with them the Gram preconditioner, are whole on every device, values and decays are not."""
     rng = np.random.default_rng(5)
     keys, values = P("data"), P("data", None, "heads")
@@ -72,15 +71,20 @@ def test_shard_map_of_value_heads_that_share_a_key_head(implementation):
     x["gram_log_decay"], x["gram_gain"] = (jnp.asarray(s * rng.uniform(size=(B, T, 1))) for s in (-1.0, 1.0))
     specs = dict.fromkeys(x, keys) | dict.fromkeys(("v", "beta", "log_decay"), values)
 
-    def outputs(x):
-        o, state = ops.pkda(**x, chunk_size=8, implementation=implementation)
+    def by_chunk(x):
+        o, state = ops.pkda(**x, chunk_size=8, implementation="chunk")
         return o, state.memory
 
     mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
-    sharded = jax.shard_map(outputs, mesh=mesh, in_specs=(specs,), out_specs=(values, P("data", "heads")))
-    cotangents = random_like(jax.eval_shape(outputs, x), seed=1)
-    both = jit(lambda x, c: (value_and_gradient(sharded)(x, c), value_and_gradient(outputs)(x, c)))(x, cotangents)
-    assert_close(*both, TOLERANCE)
+    sharded = jax.shard_map(by_chunk, mesh=mesh, in_specs=(specs,), out_specs=(values, P("data", "heads")))
+
+    def by_scan(x):
+        o, state = ops.pkda(**x, implementation="scan")
+        return o, state.memory
+
+    cotangents = random_like(jax.eval_shape(by_scan, x), seed=1)
+    want = jit(value_and_gradient(by_scan))(x, cotangents)
+    assert_close(jit(value_and_gradient(sharded))(x, cotangents), want, TOLERANCE)
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
@@ -110,5 +114,17 @@ def test_vmap_of_a_gradient_over_one_argument():
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_without_jit(implementation):
-    x = {name: array[:1, :9] for name, array in inputs().items()}
-    assert_close(outputs(x, implementation), jit(lambda x: outputs(x, implementation))(x), TOLERANCE)
+    x = {name: array[:1, :5] for name, array in inputs().items() if name in ("q", "k", "v", "beta")}
+    run = functools.partial(ops.delta_rule, chunk_size=4, implementation=implementation)
+    assert_close(run(**x), jit(lambda x: run(**x))(x), TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "name", ["delta: channel decays of 0 and -20", "hypergradient: everything", "gram: decays of 0 and -20"]
+)
+def test_forward_mode_of_the_scan(name):
+    case = NAMED[name]
+    rng = np.random.default_rng(6)
+    directions = {name: rng.normal(size=x.shape) for name, x in case.arrays.items()}
+    _, moved = jit(lambda x, directions: jax.jvp(case.run("scan"), (x,), (directions,)))(case.arrays, directions)
+    assert_close(moved, oracle.derivative(case.by_oracle, case.arrays, directions), TOLERANCE)

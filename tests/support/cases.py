@@ -205,10 +205,8 @@ def gram(
 TRUST = {"beta": True, "forget": True, "eta": 0.5, "bounds": (2 / 3, 3 / 2), "initial": ("batch", 0.7, 1.4)}
 
 CASES = [
-    delta("delta: nothing", length=0, decay="scalar", packed=True),
-    delta("delta: nothing, channel", length=0, decay="channel", packed=True),
+    delta("delta: nothing", length=0, decay="channel", packed=True),
     delta("delta: one token", length=1, decay="scalar", write_key="value", packed=True),
-    delta("delta: one token, channel", length=1, decay="channel", packed=True),
     delta("delta: bare", length=63, key_heads=2, heads=2, initial=False),
     delta("delta: write key per value head", length=200, write_key="value", packed=True),
     delta("delta: scalar decay, defaults", length=64, decay="scalar", initial=False, chunk_size=None),

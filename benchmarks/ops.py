@@ -1,0 +1,297 @@
+"""The cost of the operators under XLA:  python -m benchmarks.ops
+
+Every figure is float32, from one process, in which the programs of a section run in turns (A B C A B C ...): the ratios
+are medians of ratios within a round. Writes benchmarks/results/ops-<platform>.json and .md and prints the latter.
+About 25 minutes on two CPU cores; --quick (a minute) only shows that everything runs, and writes nothing unless --out
+says where. The rules of osdn_jax/ops/selection.py come from the sections "forward" and "chunks".
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import json
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from unittest import mock
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from osdn_jax.comparison import (
+    Contender,
+    Shape,
+    contender,
+    draw_cotangents,
+    draw_inputs,
+    environment,
+    parse_shapes,
+    program,
+    ratio,
+    take_turns,
+    value_and_gradient,
+)
+from osdn_jax.comparison.measure import quartiles
+from osdn_jax.comparison.report import duration, size
+from osdn_jax.ops import chunkwise
+
+RESULTS = Path(__file__).parent / "results"
+DECAYS = {"none": "delta_net", "scalar": "gated_delta_net", "channel": "kda"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Program:
+    """A rule under an implementation ("auto" for the package's choice), forward alone or with its gradient."""
+
+    rule: str
+    shape: Shape
+    implementation: str = "auto"
+    gradient: bool = True
+    chunk_size: int | None = None
+    direct_scores: bool = False  # form channel decay with C x C x K numbers, as a peer might
+
+    def __str__(self) -> str:
+        parts = [self.rule, str(self.shape), self.implementation]
+        parts += [f"C={self.chunk_size}"] if self.chunk_size else []
+        parts += ["direct C x C x K"] if self.direct_scores else []
+        return " ".join([*parts, "forward + backward" if self.gradient else "forward"])
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A ratio of two programs' costs, beside what issue 3 asks of it."""
+
+    what: str
+    value: float
+    at_most: float | None = None
+    at_least: float | None = None
+
+    def met(self) -> bool | None:
+        if self.at_most is None and self.at_least is None:
+            return None
+        return self.value <= (self.at_most or np.inf) and self.value >= (self.at_least or 0.0)
+
+
+class Bench:
+    """Measures programs and keeps what it measured."""
+
+    def __init__(self, repeats: int, quick: bool) -> None:
+        self.repeats, self.quick = repeats, quick
+        self.rows: list[dict] = []
+        self.figures: list[tuple[str, Figure]] = []
+        self.section = ""
+
+    def shape(self, full: str, quick: str) -> Shape:
+        return parse_shapes(quick if self.quick else full)[0]
+
+    def run(self, programs: Sequence[Program], repeats: int | None = None) -> list[Contender]:
+        """Compiles the programs and times them in turns."""
+        running = [_contender(p) for p in programs]
+        take_turns(running, repeats or self.repeats)
+        for p, c in zip(programs, running, strict=True):
+            row = {
+                "section": self.section,
+                "name": str(p),
+                **dataclasses.asdict(p),
+                "shape": str(p.shape),
+                "sizes": p.shape.sizes(),
+                "compile_seconds": c.compile_seconds,
+                "median_seconds": float(np.median(c.seconds)) if c.seconds else None,
+                "quartile_seconds": quartiles(c.seconds) if c.seconds else None,
+                "temporary_bytes": c.temporary_bytes,
+                "refusal": c.refusal,
+            }
+            self.rows.append(row)
+            cost = c.refusal or f"{duration(row['median_seconds'])}, {size(c.temporary_bytes)}"
+            print(f"  {p}: {cost}, compiled in {duration(c.compile_seconds)}", file=sys.stderr, flush=True)
+        return running
+
+    def figure(self, what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
+        self.figures.append((self.section, Figure(what, value, at_most, at_least)))
+
+
+def _contender(p: Program) -> Contender:
+    arrays = draw_inputs(p.rule, p.shape, "float32", seed=0)
+    run: Callable = program(p.rule, None if p.implementation == "auto" else p.implementation, chunk_size=p.chunk_size)
+    arguments: tuple = (arrays,)
+    if p.gradient:
+        arguments = (arrays, draw_cotangents(jax.eval_shape(program(p.rule, "scan"), arrays), "float32", seed=0))
+        run = value_and_gradient(run)
+    with (
+        mock.patch.object(chunkwise, "channel_scores", _direct_scores) if p.direct_scores else contextlib.nullcontext()
+    ):
+        return contender(str(p), run, jax.device_put(arguments))
+
+
+def _direct_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Array:
+    """`ops.scores.channel_scores` with every decay of a pair of tokens written out: [..., C, C, K] numbers."""
+    decayed = jnp.cumsum(log_decay, axis=-2)
+    between = decayed[..., :, None, :] - decayed[..., None, :, :]
+    earlier = np.tril(np.ones((w.shape[-2],) * 2, bool)).reshape((1,) * (between.ndim - 3) + (w.shape[-2],) * 2 + (1,))
+    pairs = jnp.where(earlier, jnp.exp(jnp.where(earlier, between, 0.0)), 0.0) * w[..., None, :, :]
+    return jnp.einsum("...mik,...ijk->...mij", x, pairs)
+
+
+# --- the sections ---------------------------------------------------------------------------------------------------
+
+
+def auto_against_scan(b: Bench) -> None:
+    """(a) What implementation=None costs beside the scan."""
+    shape = b.shape("B1T4096H4D128", "B1T16H2D8")
+    for rule in ("delta_net", "gated_delta_net"):
+        scan, auto = b.run([Program(rule, shape, name, gradient=False) for name in ("scan", "auto")])
+        b.figure(f"{rule}, forward: time of auto / scan", ratio(auto.seconds, scan.seconds), at_most=1.05)
+        scan, auto = b.run([Program(rule, shape, name) for name in ("scan", "auto")])
+        speed, memory = ratio(scan.seconds, auto.seconds), _memory(auto, scan)
+        if rule == "delta_net":
+            b.figure(f"{rule}, forward + backward: time of scan / auto", speed, at_least=8)
+            b.figure(f"{rule}, forward + backward: temporary memory of auto / scan", memory, at_most=1 / 20)
+        else:
+            b.figure(f"{rule}, forward + backward: time of auto / scan", 1 / speed, at_most=0.09)
+            b.figure(f"{rule}, forward + backward: temporary memory of auto / scan", memory, at_most=0.04)
+
+
+def rules_against_each_other(b: Bench) -> None:
+    """(b), (c), (g) What channel decay and the preconditioners add."""
+    shape = b.shape("B1T4096H4D128", "B1T16H2D8")
+    pairs = [("kda", "gated_delta_net", 2.0), ("osdn", "delta_net", 1.25), ("osdn_trust", "delta_net", 1.25)]
+    pairs += [("os_gdn_trust", "gated_delta_net", None), ("pdn", "delta_net", None)]
+    names = list(dict.fromkeys(name for new, old, _ in pairs for name in (old, new)))
+    timed = dict(zip(names, b.run([Program(name, shape) for name in names]), strict=True))
+    for new, old, most in pairs:
+        value = ratio(timed[new].seconds, timed[old].seconds)
+        b.figure(f"forward + backward: time of {new} / {old}", value, at_most=most)
+    peers = [Program("kda", shape, "chunk", chunk_size=c, direct_scores=True) for c in ((8,) if b.quick else (32, 64))]
+    scalar, *direct = b.run([Program("gated_delta_net", shape), *peers], repeats=3)
+    for p, c in zip(peers, direct, strict=True):
+        b.figure(f"(peer) direct form, chunks of {p.chunk_size} / gated_delta_net", ratio(c.seconds, scalar.seconds))
+
+
+def length(b: Bench) -> None:
+    """(d) and (e) Time, memory and compile time against length."""
+    shapes = [b.shape(f"B1T{t}H4D128", f"B1T{t // 128}H2D8") for t in (1024, 4096, 16384)]
+    rules = ("delta_net", "gated_delta_net", "kda", "osdn")
+    for rule in rules[: 1 if b.quick else None]:
+        short, middle, long = b.run([Program(rule, shape) for shape in shapes])
+        value = ratio(long.seconds, middle.seconds)
+        b.figure(f"{rule}, forward + backward: time of T = {shapes[2].length} / {shapes[1].length}", value, at_most=4.4)
+        compiling = [c.compile_seconds or np.nan for c in (short, long)]
+        b.figure(f"{rule}: compile time of T = {shapes[2].length} / {shapes[0].length}", compiling[1] / compiling[0])
+
+
+def forward(b: Bench) -> None:
+    """(f) The forward pass by scan and by chunks: where `selection.forward_by_scan` comes from."""
+    sizes = ((1, 1, 32), (1, 4, 64), (1, 4, 128), (4, 4, 64), (4, 4, 128), (16, 4, 128))
+    lengths = (1, 64, 512, 4096)
+    if b.quick:
+        sizes, lengths = ((1, 2, 8),), (1, 16)
+    for decay, rule in DECAYS.items():
+        for batch, heads, dim in sizes:
+            for tokens in lengths:
+                shape = Shape(batch, tokens, heads, heads, dim, dim)
+                big = batch * tokens * heads * dim * dim > 2**30
+                scan, chunk = b.run([Program(rule, shape, n, False) for n in ("scan", "chunk")], 3 if big else None)
+                b.figure(f"decay {decay}, {shape}: time of chunk / scan", ratio(chunk.seconds, scan.seconds))
+
+
+def chunks(b: Bench) -> None:
+    """(f) The length of a chunk, forward + backward: where `selection.default_chunk` comes from."""
+    sizes = ("B1T2048H4D64", "B1T2048H4D128", "B4T2048H4D128")
+    chunk_sizes = (16, 32, 64, 128)
+    for decay, rule in DECAYS.items():
+        for text in sizes[: 1 if b.quick else None]:
+            shape = b.shape(text, "B1T16H2D8")
+            programs = [Program(rule, shape, "chunk", chunk_size=c) for c in ((8, 16) if b.quick else chunk_sizes)]
+            timed = b.run(programs, repeats=5)
+            best = min(range(len(timed)), key=lambda i: np.median(timed[i].seconds))
+            for p, c in zip(programs, timed, strict=True):
+                value = ratio(c.seconds, timed[best].seconds)
+                b.figure(f"decay {decay}, {shape}: time of C = {p.chunk_size} / the best of these", value)
+
+
+SECTIONS = {
+    "auto": auto_against_scan,
+    "rules": rules_against_each_other,
+    "length": length,
+    "forward": forward,
+    "chunks": chunks,
+}
+
+
+# --- the record -----------------------------------------------------------------------------------------------------
+
+
+def _memory(over: Contender, under: Contender) -> float:
+    return (over.temporary_bytes or np.nan) / (under.temporary_bytes or np.nan)
+
+
+def markdown(record: dict) -> Iterator[str]:
+    about = record["environment"]
+    yield f"# Operators on {about['platform']}"
+    yield ""
+    yield f"`{about['command']}`, {about['date']}: {about['cpu']}, {about['cpu_cores']} cores, {about['device']}, "
+    yield f"jax {about['jax']}, jaxlib {about['jaxlib']}, NumPy {about['numpy']}, Python {about['python']}. float32. Load "
+    yield f"average when it began: {about['load_at_start']}. Programs of a section run in turns in one process."
+    yield "A ratio is the median over rounds of the ratio within a round; times are medians."
+    for name, section in SECTIONS.items():
+        figures = [f for f in record["figures"] if f["section"] == name]
+        rows = [r for r in record["measurements"] if r["section"] == name]
+        if not rows:
+            continue
+        yield from (
+            "",
+            f"## {section.__doc__}",
+            "",
+            "| ratio | measured | asked for | |",
+            "| --- | ---: | ---: | --- |",
+        )
+        for f in figures:
+            asked = f"≤ {f['at_most']:.3g}" if f["at_most"] else f"≥ {f['at_least']:.3g}" if f["at_least"] else ""
+            met = {True: "met", False: "**missed**", None: ""}[f["met"]]
+            yield f"| {f['what']} | {f['value']:.3g} | {asked} | {met} |"
+        yield from ("", "| program | median | quartiles | temporary memory | compile |", "| --- " + "| ---: " * 4 + "|")
+        for r in rows:
+            spread = "–".join(duration(x) for x in r["quartile_seconds"] or ())
+            cost = f"{duration(r['median_seconds'])} | {spread} | {size(r['temporary_bytes'])}"
+            yield f"| {r['name']} | {r['refusal'] or cost} | {duration(r['compile_seconds'])} |"
+
+
+def main(argv: Sequence[str] | None = None) -> dict:
+    argv = sys.argv[1:] if argv is None else list(argv)
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
+    parser.add_argument("--repeats", type=int, default=7, help="rounds of timing (default 7)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
+    parser.add_argument(
+        "--out", type=Path, help=f"folder of the results (default {RESULTS.parent.name}/{RESULTS.name})"
+    )
+    given = parser.parse_args(argv)
+    about = environment(shlex.join(["python", "-m", "benchmarks.ops", *argv]))
+    start = time.perf_counter()
+    bench = Bench(2 if given.quick else given.repeats, given.quick)
+    for name in given.sections:
+        bench.section = name
+        print(f"{name}:", file=sys.stderr, flush=True)
+        SECTIONS[name](bench)
+    figures = [{"section": section, **dataclasses.asdict(f), "met": f.met()} for section, f in bench.figures]
+    record = {
+        "environment": {**about, "seconds": round(time.perf_counter() - start)},
+        "figures": figures,
+        "measurements": bench.rows,
+    }
+    text = "\n".join(markdown(record)) + "\n"
+    print(text)
+    out = given.out or (None if given.quick else RESULTS)
+    if out is not None:
+        out.mkdir(parents=True, exist_ok=True)
+        stem = f"ops-{about['platform']}"
+        (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (out / f"{stem}.md").write_text(text)
+    return record
+
+
+if __name__ == "__main__":
+    main()

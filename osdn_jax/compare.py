@@ -1,0 +1,167 @@
+"""Implementations of the delta rule beside each other, under jit:  python -m osdn_jax.compare --rules kda,osdn --grad
+
+Each implementation's outputs (and with --grad its gradients) are compared with the float64 scan, and its compile time,
+run time and temporary memory with those of the scan beside it. Exit status 1 if an error passes its tolerance.
+"""
+
+import argparse
+import dataclasses
+import json
+import shlex
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+from osdn_jax.comparison import GRADIENT_FACTOR, RULES, TOLERANCES, Result, Shape, environment, parse_shapes
+from osdn_jax.comparison.inputs import SHAPE_SYNTAX
+from osdn_jax.comparison.measure import compare, implementations
+from osdn_jax.comparison.report import console, failures, refusals, result_table
+
+_PROGRAM = "python -m osdn_jax.compare"
+_RULES = "delta_net,gated_delta_net,kda,osdn"
+_SHAPES = "B1T1024H4D64"
+_WRONG_USE = 2
+_TOLERANCES = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items())
+_EPILOG = f"""\
+--rules, --implementations, --shapes and --dtypes take one or more values, separated by commas or spaces.
+A shape is {SHAPE_SYNTAX}.
+Tolerances, of the norm: {_TOLERANCES}; {GRADIENT_FACTOR:g} times that for gradients.
+Exit status: 1 if an error passes its tolerance, 2 for a wrong command line, else 0.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
+    argv = sys.argv[1:] if argv is None else list(argv)
+    given = _parse(argv)
+    cases = [(rule, shape, dtype) for rule in given.rules for shape in given.shapes for dtype in given.dtypes]
+    out = console()
+    results: list[Result] = []
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=out, transient=True) as progress:
+        task = progress.add_task("", total=None)
+        for number, (rule, shape, dtype) in enumerate(cases, 1):
+            progress.update(task, description=f"{number} of {len(cases)}: {rule} {shape} {dtype}")
+            results += compare(
+                rule,
+                shape,
+                dtype,
+                given.implementations,
+                gradient=given.grad,
+                repeats=given.repeats,
+                seed=given.seed,
+            )
+    about = environment(shlex.join([*_PROGRAM.split(), *argv]))
+    wrong = failures(results)
+    out.print(result_table(results))
+    for line in refusals(results):
+        out.print(line, style="yellow", highlight=False)
+    for line in wrong:
+        out.print(line, style="bold red", highlight=False)
+    where = f"{about['device']} ({about['cpu']}, {about['cpu_cores']} cores), jax {about['jax']}"
+    out.print(f"On {where}; medians of {given.repeats} interleaved rounds; speed-up over the scan.", highlight=False)
+    if given.json is not None:
+        record = {
+            "environment": about,
+            "options": {"repeats": given.repeats, "seed": given.seed, "gradient": given.grad},
+            "tolerances": {**TOLERANCES, "gradient_factor": GRADIENT_FACTOR},
+            "passed": not wrong,
+            "results": [{**dataclasses.asdict(r), "passed": r.passed} for r in results],
+        }
+        given.json.write_text(json.dumps(record, indent=1) + "\n")
+        out.print(f"Results: {given.json}", highlight=False)
+    if given.plot is not None:
+        from osdn_jax.comparison.plot import plot_results  # it takes a second to import
+
+        plot_results(results, given.plot, title=_title(given), note=f"{where}, {about['date']}")
+        out.print(f"Picture: {given.plot}", highlight=False)
+    return 1 if wrong else 0
+
+
+def _title(given: argparse.Namespace) -> str:
+    shapes = {str(dataclasses.replace(s, length=1)).replace("T1H", "H") for s in given.shapes}
+    parts = [given.rules[0] if len(given.rules) == 1 else "", ", ".join(given.dtypes)]
+    parts.append(shapes.pop() if len(shapes) == 1 else "")
+    return "Implementations of the delta rule: " + ", ".join(part for part in parts if part)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage: it names the flag, and the help is a flag away."""
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(_WRONG_USE)
+
+
+def _parse(argv: Sequence[str]) -> argparse.Namespace:
+    parser = _Parser(
+        prog=_PROGRAM,
+        description=(__doc__ or "").split(":  ")[0] + ".",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    known = implementations()
+    add = parser.add_argument
+    add("--rules", nargs="+", default=[_RULES], metavar="RULE", help=f"of {', '.join(RULES)} (default {_RULES})")
+    add("--implementations", nargs="+", default=[",".join(known)], metavar="NAME", help=f"of {', '.join(known)}")
+    add("--shapes", nargs="+", default=[_SHAPES], metavar="SHAPE", help=f"(default {_SHAPES})")
+    add(
+        "--dtypes", nargs="+", default=["float32"], metavar="TYPE", help=f"of {', '.join(TOLERANCES)} (default float32)"
+    )
+    add("--grad", action="store_true", help="measure the forward and backward pass, and check every gradient")
+    add("--json", metavar="FILE", help="write the results, and what they were measured on")
+    add("--plot", metavar="FILE.png", help="draw time and memory against length (give several lengths)")
+    add("--repeats", default="10", metavar="N", help="rounds of timing (default 10)")
+    add("--seed", default="0", metavar="N", help="of the inputs (default 0)")
+    given, rest = parser.parse_known_args(argv)
+    if rest:
+        flags = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
+        parser.error(f"{rest[0]}: not known; the flags are {', '.join(flags)}")
+
+    def names(flag: str, values: Sequence[str], known: Sequence[str]) -> list[str]:
+        found = [name for value in values for name in value.split(",")]
+        for name in found:
+            if name not in known:
+                parser.error(f"--{flag}: got {name!r}, expected some of {', '.join(known)}")
+        return list(dict.fromkeys(found))
+
+    def number(flag: str, value: str, least: int) -> int:
+        if not value.isdecimal() or int(value) < least:
+            parser.error(f"--{flag}: got {value!r}, expected a whole number of at least {least}")
+        return int(value)
+
+    def file(flag: str, value: str | None, allowed: Callable[[Path], bool], expected: str) -> Path | None:
+        if value is None:
+            return None
+        path = Path(value)
+        if not allowed(path) or path.is_dir():
+            parser.error(f"--{flag}: got {value!r}, expected {expected}")
+        if not path.parent.is_dir():
+            parser.error(f"--{flag}: got {value!r}, but there is no folder {str(path.parent)!r}")
+        return path
+
+    shapes: list[Shape] = []
+    for text in given.shapes:
+        try:
+            shapes += parse_shapes(text)
+        except ValueError as error:
+            parser.error(f"--shapes: {error}")
+    checked: dict[str, Any] = {
+        "rules": names("rules", given.rules, list(RULES)),
+        "implementations": names("implementations", given.implementations, known),
+        "shapes": list(dict.fromkeys(shapes)),
+        "dtypes": names("dtypes", given.dtypes, list(TOLERANCES)),
+        "grad": given.grad,
+        "json": file("json", given.json, lambda path: bool(path.name), "a file"),
+        "plot": file("plot", given.plot, lambda path: path.suffix.lower() == ".png", "a file that ends in .png"),
+        "repeats": number("repeats", given.repeats, 1),
+        "seed": number("seed", given.seed, 0),
+    }
+    return argparse.Namespace(**checked)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,92 @@
+"""Configurations of modules: the papers' rules, and errors that name the field."""
+
+import dataclasses
+
+import pytest
+
+from osdn_jax.nn import RULES, HypergradientConfig, MixerConfig, mixer_config
+from support.models import SHAPES, model_config
+
+SIZES = {"width": 8, "heads": 4, "key_dim": 4, "value_dim": 4}
+
+pytestmark = pytest.mark.usefixtures("our_checks")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"width": 0}, "width: got 0, expected an int of at least 1"),
+        ({"heads": -2}, "heads: got -2"),
+        ({"key_dim": 2.0}, "key_dim: got 2.0"),
+        ({"value_dim": True}, "value_dim: got True"),
+        ({"conv_size": 0}, "conv_size: got 0"),
+        ({"key_heads": 0}, "key_heads: got 0, expected an int of at least 1"),
+        ({"key_heads": 3}, "key_heads: got 3, expected a divisor of the 4 heads"),
+        ({"key_heads": 8}, "key_heads: got 8"),
+        ({"decay": "vector"}, "decay: got 'vector', expected one of none, scalar, channel"),
+        ({"preconditioner": "adam"}, "preconditioner: got 'adam', expected one of none, hypergradient, gram"),
+        ({"erase": False, "preconditioner": "gram"}, "preconditioner: got 'gram' with erase=False"),
+        ({"erase": False, "preconditioner": "hypergradient"}, "preconditioner: got 'hypergradient' with erase=False"),
+        ({"chunk_size": 0}, "chunk_size: got 0"),
+        ({"implementation": "magic"}, "implementation: got 'magic', expected None or one of chunk, scan"),
+    ],
+)
+def test_a_mixer_names_the_field_that_is_wrong(changes, said):
+    with pytest.raises(ValueError, match=said):
+        MixerConfig(**SIZES | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"vocab_size": 0}, "vocab_size: got 0"),
+        ({"layers": 0}, "layers: got 0"),
+        ({"mlp_dim": -1}, "mlp_dim: got -1"),
+        ({"dtype": "float16"}, "dtype: got 'float16', expected one of float32, bfloat16"),
+        ({"dropout": 1.0}, "dropout: got 1.0, expected a rate from 0 to below 1"),
+        ({"dropout": -0.1}, "dropout: got -0.1"),
+        ({"dropout": float("nan")}, "dropout: got nan"),
+    ],
+)
+def test_a_model_names_the_field_that_is_wrong(changes, said):
+    with pytest.raises(ValueError, match=said):
+        dataclasses.replace(model_config("osdn"), **changes)
+
+
+def test_an_unknown_rule_is_named_beside_the_known_ones():
+    with pytest.raises(ValueError, match="rule: got 'osnd', expected one of delta_net, gated_delta_net, kda, osdn, os_"):
+        mixer_config("osnd", **SHAPES)
+
+
+def test_an_unknown_preset_is_named():
+    with pytest.raises(ValueError, match="papers.*paper.*trust"):
+        HypergradientConfig.preset("papers")
+
+
+def test_rules_are_those_of_the_papers():
+    made = {name: mixer_config(name, **SIZES) for name in RULES}
+    assert {(c.erase, c.decay, c.preconditioner) for c in made.values()} == {
+        (erase, decay, preconditioner)
+        for decay in ("none", "scalar", "channel")
+        for erase, preconditioner in ((False, "none"), (True, "none"), (True, "hypergradient"), (True, "gram"))
+    }
+    assert {name for name, c in made.items() if c.preconditioner == "hypergradient" and c.hypergradient.beta_aware} == {
+        "os_gdn",
+        "os_kda",
+    }
+    assert {name for name, c in made.items() if c.output_gate} == {name for name, c in made.items() if c.decay != "none"}
+
+
+def test_presets():
+    paper, trust = (HypergradientConfig.preset(name) for name in ("paper", "trust"))
+    assert paper == HypergradientConfig(eta=1.0, bounds=(0.0, 1e9), initial=0.0)
+    assert trust == HypergradientConfig(eta=0.003, bounds=(2 / 3, 3 / 2), initial=1.0)
+    assert HypergradientConfig.preset("trust", anchor=1.0) == dataclasses.replace(trust, anchor=1.0)
+
+
+def test_one_preconditioner_per_value_head_only_where_it_follows_beta():
+    aware, not_aware = (
+        mixer_config(rule, **SIZES | {"key_heads": 2}).preconditioner_heads for rule in ("os_gdn", "osdn")
+    )
+    assert (aware, not_aware, mixer_config("pdn", **SIZES | {"key_heads": 2}).preconditioner_heads) == (4, 2, 2)
+    assert mixer_config("osdn", **SIZES).preconditioner_heads == 4

@@ -1,0 +1,103 @@
+"""What the mixer gives its rule, and what it makes of the output."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from osdn_jax.nn import DeltaMixer, mixer_config
+from osdn_jax.nn import mixer as module
+from osdn_jax.ops import State
+from support import relative_error
+from support.models import SHAPES
+
+B, T = 2, 7
+
+
+@pytest.fixture
+def spy(monkeypatch):
+    """Calls a mixer with an operator of the test's own; returns the output and what the operator was given."""
+
+    def call(rule, output, **changes):
+        mixer = DeltaMixer(
+            mixer_config(rule, **SHAPES | changes), 1, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)
+        )
+        config = mixer.config
+        seen = {}
+
+        def operator(*arguments, **options):
+            seen.update(options, arguments=arguments)
+            return output, State(jnp.zeros(()))
+
+        monkeypatch.setitem(module._OPERATORS, (config.erase, config.preconditioner, config.decay), operator)
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, config.width)), jnp.float32)
+        return mixer(x)[0], seen
+
+    return call
+
+
+@pytest.fixture
+def output():
+    return jnp.asarray(np.random.default_rng(0).normal(size=(B, T, SHAPES["heads"], SHAPES["value_dim"])), jnp.float32)
+
+
+def test_queries_and_keys_have_unit_length(spy, output):
+    _, seen = spy("delta_net", output)
+    q, k, v, beta = seen["arguments"]
+    assert q.shape == k.shape == (B, T, 2, 6)
+    assert v.shape == (B, T, 4, 5)
+    for x in (q, k):
+        np.testing.assert_allclose(np.linalg.norm(x, axis=-1), 1.0, atol=1e-3)
+    assert np.ptp(np.linalg.norm(v, axis=-1)) > 0.1
+    assert not np.allclose(q, k)
+    assert (beta > 0).all()
+    assert (beta < 1).all()
+
+
+def test_negative_eigenvalues_double_beta(spy, output):
+    _, once = spy("delta_net", output)
+    _, twice = spy("delta_net", output, negative_eigenvalues=True)
+    np.testing.assert_allclose(twice["arguments"][3], 2 * once["arguments"][3], rtol=1e-6)
+
+
+def test_the_output_is_normalised_per_head(spy, output):
+    plain, _ = spy("delta_net", output)
+    per_head = jnp.asarray([1.0, 7.0, 0.3, 100.0])[None, None, :, None]
+    assert relative_error(spy("delta_net", output * per_head)[0], plain) < 1e-4
+    assert relative_error(spy("delta_net", output.at[..., 0].multiply(7.0))[0], plain) > 0.1
+
+
+def test_the_rule_gets_the_options_of_the_config(spy, output):
+    _, seen = spy("os_gdn", output, chunk_size=3, implementation="scan")
+    assert (seen["chunk_size"], seen["implementation"]) == (3, "scan")
+    assert (seen["eta"], seen["bounds"], seen["anchor"]) == (0.003, (2 / 3, 3 / 2), 0.0)
+    assert seen["beta_aware"] is True
+    np.testing.assert_array_equal(seen["initial"], jnp.ones((4, 6)))
+    assert seen["log_forget"].shape == (B, T, 4)
+    _, seen = spy("pkda", output)
+    assert seen["squash"] == 1.5
+    np.testing.assert_array_equal(seen["center"], np.full(2, -0.2, np.float32))
+    *_, decay, gram_decay, gain = seen["arguments"]
+    assert decay.shape == (B, T, 4, 6)
+    assert gram_decay.shape == gain.shape == (B, T, 2)
+
+
+def test_the_output_gate_is_a_silu_of_the_input(spy, output):
+    mixer = DeltaMixer(
+        mixer_config("delta_net", **SHAPES, output_gate=True), 1, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)
+    )
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(B, T, SHAPES["width"])), jnp.float32)
+    closed = nnx.clone(mixer)
+    closed.gate.kernel[...] = jnp.zeros_like(closed.gate.kernel[...])
+    np.testing.assert_array_equal(closed(x)[0], 0.0)  # silu(0) = 0
+    assert np.abs(mixer(x)[0]).max() > 0.01
+
+
+def test_a_state_of_another_batch_is_refused():
+    mixer = DeltaMixer(mixer_config("delta_net", **SHAPES), 1, jnp.dtype("float32"), rngs=nnx.Rngs(params=0))
+    _, state = mixer(jnp.ones((1, 3, SHAPES["width"])))
+    assert isinstance(state, module.MixerState)
+    with pytest.raises(TypeError):
+        mixer(jnp.ones((2, 1, SHAPES["width"])), state)
+    assert jax.tree.map(jnp.shape, state).rule.memory == (1, 4, 6, 5)

@@ -1,0 +1,211 @@
+"""The language model as a whole: how it starts, dropout, and the model as a function of its parameters."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from osdn_jax.nn import CausalLM
+from osdn_jax.nn.functional import decays, functional
+from osdn_jax.training import build_model, build_optimizer, default_config
+from support import jit
+from support.models import LENGTH, model_config, parameters_of, small_model, tokens
+
+
+def config_of(rule, **changes):
+    config = default_config()
+    config.model.update(rule=rule, layers=2, width=12, heads=4, key_heads=2, mlp_dim=10, **changes)
+    return config
+
+
+def ending(parameters, name):
+    found = [x for path, x in parameters.items() if path.endswith(name)]
+    assert len(found) == 2, name  # one in each layer
+    return found
+
+
+# How it starts
+
+
+@pytest.mark.parametrize(
+    ("rule", "preset", "start"),
+    [("osdn", None, 0.0), ("osdn", "paper", 0.0), ("osdn", "trust", 1.0), ("os_gdn", None, 1.0), ("os_kda", "paper", 0.0)],
+)
+def test_the_preconditioner_starts_at_its_preset(rule, preset, start):
+    _, parameters = functional(build_model(config_of(rule, preset=preset)))
+    for d in ending(parameters, "mixer/initial"):
+        assert d.shape == (2 if rule == "osdn" else 4, 3)
+        np.testing.assert_array_equal(d, start)
+    for kernel, bias in zip(ending(parameters, "forget/kernel"), ending(parameters, "forget/bias"), strict=True):
+        np.testing.assert_array_equal(kernel, 0.0)
+        gamma = 1 / (1 + np.exp(-np.asarray(bias, np.float64)))
+        assert ((gamma > 0.9989) & (gamma < 0.9991)).all()
+
+
+def test_the_gram_preconditioner_starts_at_its_center():
+    _, parameters = functional(build_model(config_of("pgdn")))
+    for center in ending(parameters, "gram_center"):
+        np.testing.assert_array_equal(center, np.full(2, -0.2, np.float32))
+
+
+@pytest.mark.parametrize(("rule", "gates"), [("gated_delta_net", "mixer/decay"), ("kda", "mixer/decay"), ("pdn", "gram_decay")])
+def test_decays_start_in_the_range_of_the_papers(rule, gates):
+    config = config_of(rule)
+    config.model.update(heads=32, key_heads=32, width=64)
+    _, parameters = functional(build_model(config))
+    rates = np.exp(ending(parameters, f"{gates}/log_rate"))  # A, uniform in (1, 16)
+    assert rates.min() >= 1
+    assert rates.max() <= 16
+    assert 7 < rates.mean() < 10
+    assert np.ptp(rates) > 10
+    steps = np.logaddexp(0, ending(parameters, f"{gates}/bias"))  # softplus(dt_bias), log-uniform in (0.001, 0.1)
+    assert steps.min() >= 0.001 * (1 - 1e-4)
+    assert steps.max() <= 0.1 * (1 + 1e-4)
+    assert -2.3 < np.log10(steps).mean() < -1.7
+    assert np.ptp(np.log10(steps)) > 1.2
+
+
+def test_norms_start_at_one_and_matrices_at_their_spread():
+    _, parameters = functional(build_model(config_of("os_gdn")))
+    for name, x in parameters.items():
+        if name.endswith("scale"):
+            np.testing.assert_array_equal(x, 1.0, name)
+    for x, fan_in in (("mixer/project/kernel", 12), ("mlp/gate_and_up/kernel", 12)):
+        np.testing.assert_allclose(np.std(ending(parameters, x)[0]), fan_in**-0.5, rtol=0.15)
+    np.testing.assert_allclose(np.std(parameters["embedding/embedding"]), 0.02, rtol=0.1)
+
+
+def test_layers_start_differently_and_seeds_too():
+    config = config_of("os_kda")
+    _, parameters = functional(build_model(config))
+    first, second = ending(parameters, "mixer/project/kernel")
+    assert not np.array_equal(first, second)
+    _, again = functional(build_model(config))
+    config.seed = 1
+    _, other = functional(build_model(config))
+    for name, x in parameters.items():
+        np.testing.assert_array_equal(x, again[name])
+    constant = ("scale", "initial", "forget/kernel", "forget/bias")
+    assert {name for name, x in parameters.items() if np.array_equal(x, other[name])} == {
+        name for name in parameters if name.endswith(constant)
+    }
+
+
+# Weight decay
+
+MATRICES = ("project/kernel", "beta/kernel", "output/kernel", "gate/kernel", "down/kernel", "gate_and_up/kernel")
+MATRICES += ("gram_gain/kernel", "embedding/embedding", "head/kernel")
+EXEMPT = ("scale", "convolution/kernel", "log_rate", "bias", "initial", "forget/kernel", "gram_center")
+
+
+@pytest.mark.parametrize("rule", ["os_kda", "os_gdn", "pkda", "mamba2"])
+def test_weight_decay_moves_matrices_and_nothing_else(rule):
+    config = config_of(rule, tied_embeddings=False)
+    config.optimizer.warmup_steps = 0
+    model = build_model(config)
+    _, parameters = functional(model)
+    optimizer = build_optimizer(config, model)
+    ones = jax.tree.map(jnp.ones_like, parameters)  # so that decay shows wherever it acts
+    with jax.numpy_dtype_promotion("standard"):
+        update, _ = optimizer.update(jax.tree.map(jnp.zeros_like, ones), optimizer.init(ones), ones)
+    moved = {name for name, x in update.items() if np.any(np.asarray(x) != 0)}
+    assert moved == {name for name in parameters if name.endswith(MATRICES) and not name.endswith(EXEMPT)}
+    assert set(parameters) - moved == {name for name in parameters if name.endswith(EXEMPT)}
+    for name in moved:
+        np.testing.assert_allclose(update[name], -config.optimizer.learning_rate * 0.1, rtol=1e-5)
+    assert decays(model) == {name: name in moved for name in parameters}
+
+
+# The model as a function
+
+
+def test_functional_is_the_module():
+    config = model_config("os_gdn", layers=2)
+    model = CausalLM(config, rngs=nnx.Rngs(params=0))
+    apply, parameters = functional(model)
+    x = jnp.asarray(tokens())
+    for got, want in zip(jax.tree.leaves(jit(apply)(parameters, x)), jax.tree.leaves(jit(model)(x)), strict=True):
+        np.testing.assert_array_equal(got, want)
+    changed = parameters | {"head/kernel": 2 * parameters["head/kernel"]}
+    np.testing.assert_allclose(apply(changed, x)[0], 2 * model(x)[0], rtol=1e-5)
+    with pytest.raises(KeyError, match="norm/scale"):
+        apply({name: x for name, x in parameters.items() if name != "norm/scale"}, x)
+
+
+def test_parameters_keep_their_names():
+    # Checkpoints hold them by these names.
+    _, parameters = functional(build_model(config_of("os_gdn", tied_embeddings=False)))
+    layer = [
+        "mixer/beta/kernel",
+        "mixer/convolution/kernel",
+        "mixer/decay/bias",
+        "mixer/decay/log_rate",
+        "mixer/decay/project/kernel",
+        "mixer/forget/bias",
+        "mixer/forget/kernel",
+        "mixer/gate/kernel",
+        "mixer/initial",
+        "mixer/norm/scale",
+        "mixer/output/kernel",
+        "mixer/project/kernel",
+        "mixer_norm/scale",
+        "mlp/down/kernel",
+        "mlp/gate_and_up/kernel",
+        "mlp_norm/scale",
+    ]
+    names = [f"blocks/{i}/{name}" for i in range(2) for name in layer]
+    assert sorted(parameters) == sorted([*names, "embedding/embedding", "head/kernel", "norm/scale"])
+    _, parameters = functional(build_model(config_of("pkda")))
+    own = {"mixer/gram_center", "mixer/gram_decay/bias", "mixer/gram_gain/kernel", "mixer/decay/down/kernel"}
+    assert {f"blocks/1/{name}" for name in own} < set(parameters)
+    assert "head/kernel" not in parameters
+
+
+def test_tied_embeddings_read_with_what_they_write():
+    apply, parameters = parameters_of(model_config("delta_net", tied_embeddings=True))
+    assert "head/kernel" not in parameters
+    gradient = jit(jax.grad(lambda p: apply(p, jnp.zeros((1, 2), jnp.int32))[0][0, :, 3].sum()))(parameters)
+    rows = np.abs(gradient["embedding/embedding"]).max(axis=1)
+    assert set(np.flatnonzero(rows)) == {0, 3}  # read as token 0, and as the way to the logit of 3
+
+
+# Dropout
+
+
+def test_dropout_acts_only_with_a_key():
+    apply, parameters = parameters_of(model_config("delta_net", layers=2, dropout=0.5))
+    run = jit(lambda key: apply(parameters, jnp.asarray(tokens()), dropout_key=key)[0])
+    without = run(None)
+    np.testing.assert_array_equal(
+        without, jit(parameters_of(model_config("delta_net", layers=2))[0])(parameters, jnp.asarray(tokens()))[0]
+    )
+    a, same, b = (run(jax.random.key(seed)) for seed in (0, 0, 1))
+    np.testing.assert_array_equal(a, same)
+    for x, y in ((a, b), (a, without)):
+        assert (np.abs(x - y) > 1e-3).mean() > 0.9
+
+
+def test_dropout_draws_anew_for_each_layer_and_each_branch(monkeypatch):
+    keys = []
+
+    def spy(x, rate, key):
+        keys.append((rate, tuple(np.asarray(jax.random.key_data(key)))))
+        return x
+
+    monkeypatch.setattr("osdn_jax.nn.model.dropout", spy)
+    apply, parameters = parameters_of(model_config("delta_net", layers=3, dropout=0.25))
+    apply(parameters, jnp.asarray(tokens()), dropout_key=jax.random.key(0))
+    assert {rate for rate, _ in keys} == {0.25}
+    assert len(set(keys)) == len(keys) == 6
+
+
+# Arguments
+
+
+def test_a_wrong_kind_of_token_is_refused():
+    _, apply, parameters, _ = small_model("delta_net")
+    with pytest.raises(TypeError, match="tokens"):
+        apply(parameters, jnp.ones((1, LENGTH)))
+    with pytest.raises(TypeError, match="tokens"):
+        apply(parameters, jnp.ones(LENGTH, jnp.int32))

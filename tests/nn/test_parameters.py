@@ -1,0 +1,46 @@
+"""Counting parameters: the closed formulas against models of every rule."""
+
+import itertools
+
+import pytest
+from flax import nnx
+
+from osdn_jax.nn import CausalLM, DeltaMixer, HypergradientConfig, count_parameters, mixer_formula, parameter_formula
+from support.models import every_rule, model_config
+
+CHANGES = (
+    {},
+    {"output_gate": True, "tied_embeddings": True},
+    {"output_gate": False, "key_heads": 1, "conv_size": 3},
+    {"key_heads": None, "layers": 3, "value_dim": 6},
+    {"hypergradient": HypergradientConfig(forget=False)},
+    {"hypergradient": HypergradientConfig(beta_aware=True), "key_heads": 1},
+)
+
+
+@pytest.mark.parametrize("rule", every_rule)
+def test_the_formula_is_what_a_model_holds(rule):
+    for changes in CHANGES:
+        config = model_config(rule, **changes)
+        model = nnx.eval_shape(lambda c=config: CausalLM(c, rngs=nnx.Rngs(params=0)))
+        assert count_parameters(model) == parameter_formula(config), changes
+        assert count_parameters(model.blocks[0].mixer) == mixer_formula(config.mixer), changes
+        assert isinstance(model.blocks[0].mixer, DeltaMixer)
+
+
+def test_each_option_changes_the_count():
+    def count(rule="osdn", **changes):
+        return parameter_formula(model_config(rule, **changes))
+
+    counts = [count(**changes) for changes in ({}, *CHANGES[1:5])]
+    for a, b in itertools.combinations(counts, 2):
+        assert a != b
+
+
+def test_counts_by_hand():
+    # DeltaNet: q, k (2 heads of 6) and v (4 of 5) from 12 numbers, 4 taps on each, beta, a norm of 5, the way back.
+    assert mixer_formula(model_config("delta_net").mixer) == 12 * 44 + 4 * 44 + 12 * 4 + 5 + 20 * 12 == 997
+    # OSDN adds d_0 and the gate of forgetting, weight and bias, per key head.
+    assert mixer_formula(model_config("osdn").mixer) == 997 + 2 * 6 + 12 * 2 + 2
+    # The language model: 17 tokens in and out, two norms and three matrices of the MLP, a last norm.
+    assert parameter_formula(model_config("delta_net", layers=2)) == 2 * 17 * 12 + 2 * (997 + 24 + 3 * 120) + 12

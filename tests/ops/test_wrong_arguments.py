@@ -1,0 +1,228 @@
+"""What is wrong with an argument is said at once, by name: what came, and what was expected."""
+
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from osdn_jax import ops
+
+pytestmark = pytest.mark.usefixtures("our_checks")
+
+B, T, HK, H, K, V = 2, 6, 2, 4, 8, 5
+Z = jnp.zeros
+
+SEQUENCE = {"q": Z((B, T, HK, K)), "k": Z((B, T, HK, K)), "v": Z((B, T, H, V)), "beta": Z((B, T, H))}
+ONE = {name: x[:, 0] for name, x in SEQUENCE.items()} | {"state": Z((B, H, K, V))}
+KEYS = {"k": SEQUENCE["k"]}
+GRAM = KEYS | {"log_decay": Z((B, T, HK)), "gain": Z((B, T, HK)), "center": -0.2}
+SCALAR, CHANNEL = Z((B, T, H)), Z((B, T, H, K))
+GATES = {"gram_log_decay": Z((B, T, HK)), "gram_gain": Z((B, T, HK))}
+
+FUNCTIONS = {
+    "delta_rule": (ops.delta_rule, SEQUENCE),
+    "delta_rule_step": (ops.delta_rule_step, ONE),
+    "hypergradient": (ops.hypergradient_preconditioner, KEYS | {"eta": 1.0}),
+    "gram": (ops.gram_preconditioner, GRAM),
+    "exact": (ops.exact_gram_write_key, KEYS),
+    "delta_net": (ops.delta_net, SEQUENCE),
+    "gated_delta_net": (ops.gated_delta_net, SEQUENCE | {"log_decay": SCALAR}),
+    "mamba2": (ops.mamba2, SEQUENCE | {"log_decay": SCALAR}),
+    "kda": (ops.kda, SEQUENCE | {"log_decay": CHANNEL}),
+    "gla": (ops.gla, {name: SEQUENCE[name] for name in "qkv"} | {"log_decay": CHANNEL}),
+    "linear_attention": (ops.linear_attention, {name: SEQUENCE[name] for name in "qkv"}),
+    "osdn": (ops.osdn, SEQUENCE),
+    "os_gdn": (ops.os_gdn, SEQUENCE | {"log_decay": SCALAR}),
+    "os_kda": (ops.os_kda, SEQUENCE | {"log_decay": CHANNEL}),
+    "pdn": (ops.pdn, SEQUENCE | GATES),
+    "pgdn": (ops.pgdn, SEQUENCE | GATES | {"log_decay": SCALAR}),
+    "pkda": (ops.pkda, SEQUENCE | GATES | {"log_decay": CHANNEL}),
+    "gdn2": (
+        ops.gdn2,
+        {name: SEQUENCE[name] for name in "qkv"}
+        | {"erase_gate": CHANNEL, "write_gate": Z((B, T, H, V)), "log_decay": CHANNEL},
+    ),
+    "exact_pdn": (ops.exact_pdn, {name: SEQUENCE[name] for name in "qkv"}),
+}
+RULES = [name for name in FUNCTIONS if name in ops.__all__ and not name.startswith("delta_rule")]
+
+
+def fails(function, error, message, **wrong):
+    f, right = FUNCTIONS[function]
+    with pytest.raises(error, match=message):
+        f(**right | wrong)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_right_arguments_are_right(function):
+    f, right = FUNCTIONS[function]
+    if function.startswith("exact"):
+        with jax.enable_x64(True):
+            f(**{name: jnp.zeros(x.shape, jnp.float64) for name, x in right.items()})
+    else:
+        jax.eval_shape(lambda: f(**right))
+
+
+# Arguments that are arrays: (function, argument, its layout, a right shape).
+ARRAYS = [
+    ("delta_rule", "q", "[B, T, Hk, K]", (B, T, HK, K)),
+    ("delta_rule", "k", "[B, T, Hk, K] like q", (B, T, HK, K)),
+    ("delta_rule", "v", "[B, T, H, V]", (B, T, H, V)),
+    ("delta_rule", "beta", "[B, T, H]", (B, T, H)),
+    ("delta_rule", "write_key", "[B, T, Hk or H, K]", (B, T, HK, K)),
+    ("delta_rule", "log_decay", "[B, T, H] or [B, T, H, K]", (B, T, H)),
+    ("delta_rule", "log_decay", "[B, T, H] or [B, T, H, K]", (B, T, H, K)),
+    ("delta_rule", "initial_state", "[B, H, K, V]", (B, H, K, V)),
+    ("delta_rule_step", "q", "[B, Hk, K]", (B, HK, K)),
+    ("delta_rule_step", "k", "[B, Hk, K] like q", (B, HK, K)),
+    ("delta_rule_step", "v", "[B, H, V]", (B, H, V)),
+    ("delta_rule_step", "beta", "[B, H]", (B, H)),
+    ("delta_rule_step", "write_key", "[B, Hk or H, K]", (B, H, K)),
+    ("delta_rule_step", "log_decay", "[B, H] or [B, H, K]", (B, H)),
+    ("hypergradient", "k", "[B, T, Hk, K]", (B, T, HK, K)),
+    ("hypergradient", "beta", "[B, T, Hk], one per key head", (B, T, HK)),
+    ("hypergradient", "log_forget", "[B, T, Hk]", (B, T, HK)),
+    ("hypergradient", "initial", "a number, [Hk, K] or [B, Hk, K]", (HK, K)),
+    ("hypergradient", "restart", "a number, [Hk, K] or [B, Hk, K]", (B, HK, K)),
+    ("hypergradient", "anchor", "a number, [Hk, K] or [B, Hk, K]", (HK, K)),
+    ("gram", "k", "[B, T, Hk, K]", (B, T, HK, K)),
+    ("gram", "log_decay", "[B, T, Hk]", (B, T, HK)),
+    ("gram", "gain", "[B, T, Hk]", (B, T, HK)),
+    ("gram", "center", "[Hk] or a number", (HK,)),
+    ("gram", "initial", "[B, Hk, K]", (B, HK, K)),
+    ("gdn2", "erase_gate", "[B, T, Hk or H, K]", (B, T, H, K)),
+    ("gdn2", "write_gate", "[B, T, H, V]", (B, T, H, V)),
+    ("gated_delta_net", "log_decay", "[B, T, H]", (B, T, H)),
+    ("mamba2", "log_decay", "[B, T, H]", (B, T, H)),
+    ("kda", "log_decay", "[B, T, H, K]", (B, T, H, K)),
+    ("gla", "log_decay", "[B, T, H, K]", (B, T, H, K)),
+    ("os_gdn", "log_decay", "[B, T, H]", (B, T, H)),
+    ("os_kda", "log_decay", "[B, T, H, K]", (B, T, H, K)),
+    ("pgdn", "log_decay", "[B, T, H]", (B, T, H)),
+    ("pkda", "log_decay", "[B, T, H, K]", (B, T, H, K)),
+]
+
+
+@pytest.mark.parametrize(("function", "name", "layout", "shape"), ARRAYS)
+def test_arrays(function, name, layout, shape):
+    for rank in (shape[:-1], (*shape, 1), (1,) * 6):
+        if (function, name, len(rank)) in RANKS:
+            continue
+        fails(function, ValueError, f"^{name}: got shape {re.escape(str(rank))}, expected", **{name: Z(rank)})
+    fails(function, TypeError, f"^{name}: got dtype int32, expected a floating", **{name: Z(shape, int)})
+    fails(function, TypeError, f"^{name}: got list, expected an array {re.escape(layout)}", **{name: [[0.5]]})
+    fails(function, TypeError, f"^{name}: got str", **{name: "0.5"})
+    if (function, name) not in FIRST:  # the sizes of these are what the others are compared with
+        for axis in range(len(shape)):
+            if (function, name, axis) not in FREE:
+                wrong = (*shape[:axis], shape[axis] + 3, *shape[axis + 1 :])
+                fails(function, ValueError, f"^{name}: got .*, expected", **{name: Z(wrong)})
+
+
+FIRST = {("delta_rule", "q"), ("delta_rule_step", "q"), ("hypergradient", "k"), ("gram", "k")}
+FREE = {("delta_rule", "v", 3), ("delta_rule_step", "v", 2)}
+RANKS = {  # right in another way
+    ("delta_rule", "log_decay", 3),
+    ("delta_rule", "log_decay", 4),
+    ("delta_rule_step", "log_decay", 3),
+    ("hypergradient", "initial", 3),
+    ("hypergradient", "restart", 2),
+    ("hypergradient", "anchor", 3),
+}
+
+
+def test_names_of_what_does_not_fit_together():
+    def queries_and_keys(*shape):
+        return {"q": Z(shape), "k": Z(shape)}
+
+    fails("delta_rule", ValueError, "^k: ", q=Z((B, T, HK, K + 1)))
+    fails("delta_rule", ValueError, "^v: got shape .* leading axes .* of q", **queries_and_keys(B, T + 1, HK, K))
+    fails("delta_rule", ValueError, "^v: got 4 value heads, .* multiple of the 3 key", **queries_and_keys(B, T, 3, K))
+    fails("delta_rule", ValueError, "^v: .* 0 key heads", **queries_and_keys(B, T, 0, K))
+    fails("delta_rule", ValueError, "^q: got a head dimension of 0", **queries_and_keys(B, T, HK, 0))
+    fails("delta_rule", ValueError, "^v: got a head dimension of 0", v=Z((B, T, H, 0)))
+    fails("delta_rule", ValueError, "^write_key: got shape", write_key=Z((B, T, 3, K)))
+    fails("delta_rule", ValueError, "^log_decay: got shape", log_decay=Z((B, T, H, K + 1)))
+    fails("delta_rule_step", ValueError, "^initial_state|^state", state=Z((B, H, K, V + 1)))
+    fails("hypergradient", ValueError, "^beta: .*one per key head", beta=Z((B, T, H)))
+
+
+def doubles(function):
+    return {name: np.zeros(x.shape, np.float64) for name, x in FUNCTIONS[function][1].items()}
+
+
+@pytest.mark.parametrize("function", ["delta_rule", "hypergradient", "gram", *RULES])
+def test_options(function):
+    if function.startswith("exact"):
+        return
+    fails(function, TypeError, "segment_ids: got dtype float32, expected an integer", segment_ids=Z((B, T)))
+    fails(function, TypeError, "segment_ids: got list", segment_ids=[[0] * T] * B)
+    fails(function, ValueError, "segment_ids: got shape", segment_ids=Z((B, T + 1), int))
+    fails(function, ValueError, "segment_ids: got shape", segment_ids=Z((T,), int))
+    for size in (0, -64):
+        fails(function, ValueError, f"chunk_size: got {size}, expected at least 1", chunk_size=size)
+    for size in (64.0, "64", True):
+        fails(function, TypeError, "chunk_size: got .*, expected a positive int", chunk_size=size)
+    known = "chunk, scan"
+    fails(function, ValueError, f"implementation: got 'fast', expected None or one of {known}", implementation="fast")
+    fails(function, TypeError, "chunksize", chunksize=64)
+
+
+@pytest.mark.parametrize("function", RULES)
+def test_rules_carry_a_state(function):
+    for state in (Z((B, H, K, V)), (Z((B, H, K, V)), None)):
+        with jax.enable_x64(True):  # for the exact rule
+            wide = doubles(function) if function == "exact_pdn" else {}
+            fails(function, TypeError, "^initial_state: got .*, expected an ops.State", **wide, initial_state=state)
+    if function not in ("exact_pdn", "osdn", "os_gdn", "os_kda", "pdn", "pgdn", "pkda"):
+        fails(function, ValueError, "^initial_state: got shape", initial_state=ops.State(Z((B, H, K))))
+
+
+def test_numbers():
+    for scale in ("1", [1.0], jnp.ones(())):
+        fails("delta_rule", TypeError, "^scale: got", scale=scale)
+    fails("delta_rule", ValueError, "^scale: got inf", scale=float("inf"))
+    fails("delta_rule_step", ValueError, "^scale: got nan", scale=float("nan"))
+    fails("hypergradient", ValueError, "^eta: got nan, expected a finite number", eta=float("nan"))
+    fails("hypergradient", TypeError, "^eta: got None", eta=None)
+    fails("osdn", ValueError, "^eta: got nan", eta=float("nan"))
+    for name in ("initial", "anchor", "restart"):
+        fails("hypergradient", ValueError, f"^{name}: got nan", **{name: float("nan")})
+    fails("gram", ValueError, "^center: got inf", center=float("inf"))
+    fails("gram", ValueError, "^squash: got 0.0, expected more than 0", squash=0)
+    fails("gram", ValueError, "^squash: got -1.5", squash=-1.5)
+    fails("gram", TypeError, "^squash: got None", squash=None)
+
+
+@pytest.mark.parametrize("function", ["hypergradient", "osdn", "os_gdn", "os_kda"])
+def test_bounds(function):
+    fails(function, ValueError, r"^bounds: got \(1.5, 0.5\), an empty range", bounds=(1.5, 0.5))
+    for bounds in ((0.5,), (0.5, 1.0, 1.5), 1.0, "ab c", {0.5, 1.5}):
+        fails(function, TypeError, r"^bounds: got .*, expected a pair \(lo, hi\)", bounds=bounds)
+    fails(function, TypeError, "^bounds: got None, expected a static number", bounds=(None, 1.0))
+    fails(function, ValueError, "^bounds: got nan", bounds=(float("nan"), 1.0))
+
+
+def test_exact_rule_wants_doubles():
+    fails("exact", TypeError, "^k: got dtype float32, expected float64")
+    fails("exact_pdn", TypeError, "^k: got dtype float32, expected float64")
+    with jax.enable_x64(True):
+        for ridge in (0.0, -1.0):
+            fails("exact", ValueError, "^ridge: got .*, expected more than 0", **doubles("exact"), ridge=ridge)
+        fails("exact", ValueError, "^initial: got shape", **doubles("exact"), initial=jnp.zeros((B, HK, K)))
+        fails("exact", ValueError, "^k: got shape", k=jnp.zeros((B, T, K)))
+        with pytest.raises(ValueError, match="^segment_ids: "):
+            ops.exact_pdn(**doubles("exact_pdn"), segment_ids=jnp.zeros((B, T), jnp.int32))
+
+
+def test_unknown_preset():
+    with pytest.raises(ValueError, match="preset: got 'fast', expected one of paper, trust"):
+        ops.hypergradient_preset("fast")
+
+
+def test_misspelt_options_of_preconditioners():
+    fails("osdn", TypeError, "log_forgot", log_forgot=SCALAR)
+    fails("pdn", TypeError, "centre", centre=0.1)
+    fails("hypergradient", TypeError, "bound", bound=(0.0, 1.0))

@@ -1,0 +1,153 @@
+"""Small models of every rule, and the language model once more in NumPy: independent of the package's modules."""
+
+import dataclasses
+import functools
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from osdn_jax.nn import RULES, CausalLM, ModelConfig, mixer_config
+from osdn_jax.nn.functional import functional
+from support import jit, oracle
+
+VOCABULARY, LENGTH = 17, 24
+# Three documents packed into the first row and two into the second, one token long and across chunks of 8 among them.
+LENGTHS = ((5, 1, 18), (13, 11))
+SEGMENTS = np.stack([np.repeat([1, 2, 3], LENGTHS[0]), np.repeat([4, 9], LENGTHS[1])]).astype(np.int32)
+
+# Key heads shared by two value heads, and sizes that all differ, so that nothing fits by accident.
+SHAPES = {"width": 12, "heads": 4, "key_heads": 2, "key_dim": 6, "value_dim": 5}
+
+
+def model_config(rule, *, layers=1, dtype="float32", tied_embeddings=False, dropout=0.0, **mixer):
+    return ModelConfig(
+        vocab_size=VOCABULARY,
+        layers=layers,
+        mixer=mixer_config(rule, **SHAPES | mixer),
+        mlp_dim=10,
+        tied_embeddings=tied_embeddings,
+        dropout=dropout,
+        dtype=dtype,
+    )
+
+
+def parameters_of(config, seed=0):
+    """(apply, parameters), the parameters moved off the zeros, ones and constants that some of them start from."""
+    apply, parameters = functional(CausalLM(config, rngs=nnx.Rngs(params=seed)))
+    rng = np.random.default_rng(seed)
+    moved = {name: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype) for name, x in parameters.items()}
+    return apply, moved
+
+
+def tokens(seed=0, batch=2):
+    return np.random.default_rng(seed).integers(VOCABULARY, size=(batch, LENGTH), dtype=np.int32)
+
+
+@functools.cache
+def small_model(rule):
+    """(config, apply, parameters, forward) with forward(parameters, tokens, segment_ids) -> (logits, states)."""
+    config = model_config(rule)
+    apply, parameters = parameters_of(config)
+    forward = jit(lambda parameters, x, ids: apply(parameters, x, segment_ids=ids))
+    return config, apply, parameters, forward
+
+
+def with_mixer(config, **changes):
+    return dataclasses.replace(config, mixer=dataclasses.replace(config.mixer, **changes))
+
+
+every_rule = tuple(RULES)
+
+
+# The model in NumPy, float64
+
+
+def reference_logits(config, parameters, ids):
+    """Logits [B, T, vocabulary] of whole sequences, from the definitions and the oracle's loops."""
+    p = {name: np.asarray(x, np.float64) for name, x in parameters.items()}
+    x = p["embedding/embedding"][ids]
+    for i in range(config.layers):
+        block = {name.removeprefix(f"blocks/{i}/"): y for name, y in p.items() if name.startswith(f"blocks/{i}/")}
+        x = x + _mixer(config.mixer, block, _rms(x, block["mixer_norm/scale"]))
+        gate, up = np.split(_rms(x, block["mlp_norm/scale"]) @ block["mlp/gate_and_up/kernel"], 2, axis=-1)
+        x = x + (_silu(gate) * up) @ block["mlp/down/kernel"]
+    x = _rms(x, p["norm/scale"])
+    return x @ (p["embedding/embedding"].T if config.tied_embeddings else p["head/kernel"])
+
+
+def _mixer(config, p, x):
+    batch, length, _ = x.shape
+    heads, key_heads, key_dim = config.heads, config.key_heads or config.heads, config.key_dim
+    mixed = x @ p["mixer/project/kernel"]
+    taps = p["mixer/convolution/kernel"]
+    padded = np.pad(mixed, ((0, 0), (len(taps) - 1, 0), (0, 0)))
+    mixed = sum(padded[:, j : j + length] * taps[j] for j in range(len(taps)))
+    q, k, v = np.split(_silu(mixed), [key_heads * key_dim, 2 * key_heads * key_dim], axis=-1)
+    q, k = (_unit(y.reshape(batch, length, key_heads, key_dim)) for y in (q, k))
+    v = v.reshape(batch, length, heads, config.value_dim)
+    beta = np.ones((batch, length, heads))
+    if config.erase or config.decay == "scalar":
+        beta = _logistic(x @ p["mixer/beta/kernel"]) * (2 if config.negative_eigenvalues else 1)
+    decay = None if config.decay == "none" else _decay(p, "mixer/decay/", x, heads)
+    if decay is not None and config.decay == "channel":
+        decay = decay.reshape(batch, length, heads, key_dim)
+    write_key = None
+    if config.preconditioner == "hypergradient":
+        settings = config.hypergradient
+        keys = np.repeat(k, heads // key_heads, axis=2) if settings.beta_aware else k
+        gate = _logistic(x @ p["mixer/forget/kernel"] + p["mixer/forget/bias"]) if settings.forget else None
+        d, _ = oracle.hypergradient(
+            keys,
+            beta if settings.beta_aware else None,
+            eta=settings.eta,
+            log_forget=None if gate is None else np.log(gate),
+            initial=p["mixer/initial"][None],
+            anchor=settings.anchor,
+            bounds=settings.bounds,
+            normalize=settings.normalize,
+        )
+        write_key = d * keys
+    elif config.preconditioner == "gram":
+        gain = _logistic(x @ p["mixer/gram_gain/kernel"])
+        decay_of_gram = _decay(p, "mixer/gram_decay/", x, key_heads)
+        center = p["mixer/gram_center"]
+        multiplier, _ = oracle.gram(k, decay_of_gram, gain, center=center, squash=config.gram.squash)
+        write_key = multiplier * k
+    out, _ = oracle.delta_rule(q, k, v, beta, write_key=write_key, log_decay=decay, erase=config.erase)
+    out = _rms(out, p["mixer/norm/scale"]).reshape(batch, length, -1)
+    if config.output_gate:
+        out = out * _silu(x @ p["mixer/gate/kernel"])
+    return out @ p["mixer/output/kernel"]
+
+
+def _decay(p, name, x, heads):
+    if f"{name}down/kernel" in p:
+        x = x @ p[f"{name}down/kernel"]
+    steps = np.logaddexp(0, x @ p[f"{name}project/kernel"] + p[f"{name}bias"])
+    rate = np.repeat(np.exp(p[f"{name}log_rate"]), steps.shape[-1] // heads)
+    return -rate * steps
+
+
+def _logistic(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def _silu(x):
+    return x * _logistic(x)
+
+
+def _rms(x, scale):
+    return x / np.sqrt(np.mean(x**2, axis=-1, keepdims=True) + 1e-6) * scale
+
+
+def _unit(x):
+    return x / np.sqrt(np.sum(x**2, axis=-1, keepdims=True) + 1e-6)
+
+
+def largest_error(got, want):
+    """The largest difference, relative to the largest number of what is wanted."""
+    got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
+    assert got.shape == want.shape
+    error = np.max(np.abs(got - want)) / np.max(np.abs(want))
+    return float(error) if np.isfinite(error) else np.inf
