@@ -51,11 +51,13 @@ class Program:
     implementation: str = "auto"
     gradient: bool = True
     chunk_size: int | None = None
+    anchor: float | None = None  # of the hypergradient preconditioner; None is the one of comparison.RULES
     direct_scores: bool = False  # form channel decay with C x C x K numbers, as a peer might
 
     def __str__(self) -> str:
         parts = [self.rule, str(self.shape), self.implementation]
         parts += [f"C={self.chunk_size}"] if self.chunk_size else []
+        parts += [f"anchor={self.anchor:g}"] if self.anchor is not None else []
         parts += ["direct C x C x K"] if self.direct_scores else []
         return " ".join([*parts, "forward + backward" if self.gradient else "forward"])
 
@@ -110,12 +112,15 @@ class Bench:
         return running
 
     def figure(self, what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
+        if self.quick:
+            at_most = at_least = None  # they are asked of other sizes
         self.figures.append((self.section, Figure(what, value, at_most, at_least)))
 
 
 def _contender(p: Program) -> Contender:
     arrays = draw_inputs(p.rule, p.shape, "float32", seed=0)
-    run: Callable = program(p.rule, None if p.implementation == "auto" else p.implementation, chunk_size=p.chunk_size)
+    options: dict = {"chunk_size": p.chunk_size} | ({} if p.anchor is None else {"anchor": p.anchor})
+    run: Callable = program(p.rule, None if p.implementation == "auto" else p.implementation, **options)
     arguments: tuple = (arrays,)
     if p.gradient:
         arguments = (arrays, draw_cotangents(jax.eval_shape(program(p.rule, "scan"), arrays), "float32", seed=0))
@@ -164,6 +169,12 @@ def rules_against_each_other(b: Bench) -> None:
     for new, old, most in pairs:
         value = ratio(timed[new].seconds, timed[old].seconds)
         b.figure(f"forward + backward: time of {new} / {old}", value, at_most=most)
+    # Forgetting toward 0 in the trust region holds d at its lower bound: the projection binds at almost every token.
+    for implementation in ("auto", "chunk"):
+        pair = [Program("delta_net", shape, implementation), Program("osdn_trust", shape, implementation, anchor=0.0)]
+        plain, bound = b.run(pair)
+        value = ratio(bound.seconds, plain.seconds)
+        b.figure(f"{implementation}: time of osdn_trust that its bound binds / delta_net", value)
     peers = [Program("kda", shape, "chunk", chunk_size=c, direct_scores=True) for c in ((8,) if b.quick else (32, 64))]
     scalar, *direct = b.run([Program("gated_delta_net", shape), *peers], repeats=3)
     for p, c in zip(peers, direct, strict=True):
@@ -187,7 +198,7 @@ def forward(b: Bench) -> None:
     sizes = ((1, 1, 32), (1, 4, 64), (1, 4, 128), (4, 4, 64), (4, 4, 128), (16, 4, 128))
     lengths = (1, 64, 512, 4096)
     if b.quick:
-        sizes, lengths = ((1, 2, 8),), (1, 16)
+        sizes, lengths = ((1, 2, 8),), (16,)
     for decay, rule in DECAYS.items():
         for batch, heads, dim in sizes:
             for tokens in lengths:
@@ -232,10 +243,10 @@ def markdown(record: dict) -> Iterator[str]:
     about = record["environment"]
     yield f"# Operators on {about['platform']}"
     yield ""
-    yield f"`{about['command']}`, {about['date']}: {about['cpu']}, {about['cpu_cores']} cores, {about['device']}, "
-    yield f"jax {about['jax']}, jaxlib {about['jaxlib']}, NumPy {about['numpy']}, Python {about['python']}. float32. Load "
-    yield f"average when it began: {about['load_at_start']}. Programs of a section run in turns in one process."
-    yield "A ratio is the median over rounds of the ratio within a round; times are medians."
+    yield f"`{about['command']}`, {about['date']}. {about['cpu']}, {about['cpu_cores']} cores; {about['device']};"
+    yield f"jax {about['jax']}, jaxlib {about['jaxlib']}, NumPy {about['numpy']}, Python {about['python']}. float32."
+    yield f"Load average when it began: {about['load_at_start']}. Programs of a section run in turns in one process;"
+    yield "a ratio is the median over rounds of the ratio within a round, a time the median over rounds."
     for name, section in SECTIONS.items():
         figures = [f for f in record["figures"] if f["section"] == name]
         rows = [r for r in record["measurements"] if r["section"] == name]

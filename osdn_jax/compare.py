@@ -9,13 +9,14 @@ import dataclasses
 import json
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from osdn_jax.comparison import GRADIENT_FACTOR, RULES, TOLERANCES, Result, Shape, environment, parse_shapes
+from osdn_jax.comparison import RULES, SHARED_FACTOR, TOLERANCES, Result, Shape, environment, parse_shapes
 from osdn_jax.comparison.inputs import SHAPE_SYNTAX
 from osdn_jax.comparison.measure import compare, implementations
 from osdn_jax.comparison.report import console, failures, refusals, result_table
@@ -28,7 +29,7 @@ _TOLERANCES = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items(
 _EPILOG = f"""\
 --rules, --implementations, --shapes and --dtypes take one or more values, separated by commas or spaces.
 A shape is {SHAPE_SYNTAX}.
-Tolerances, of the norm: {_TOLERANCES}; {GRADIENT_FACTOR:g} times that for gradients.
+Tolerances, of the norm: {_TOLERANCES}; {SHARED_FACTOR:g} times that for gradients of center and initial.
 Exit status: 1 if an error passes its tolerance, 2 for a wrong command line, else 0.
 """
 
@@ -38,22 +39,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     given = _parse(argv)
     cases = [(rule, shape, dtype) for rule in given.rules for shape in given.shapes for dtype in given.dtypes]
-    out = console()
     results: list[Result] = []
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
-    with Progress(*columns, console=out, transient=True) as progress:
-        task = progress.add_task("", total=None)
-        for number, (rule, shape, dtype) in enumerate(cases, 1):
-            progress.update(task, description=f"{number} of {len(cases)}: {rule} {shape} {dtype}")
-            results += compare(
-                rule,
-                shape,
-                dtype,
-                given.implementations,
-                gradient=given.grad,
-                repeats=given.repeats,
-                seed=given.seed,
-            )
+    for rule, shape, dtype in _announced(cases):
+        results += compare(
+            rule,
+            shape,
+            dtype,
+            given.implementations,
+            gradient=given.grad,
+            repeats=given.repeats,
+            seed=given.seed,
+        )
+    out = console()
     about = environment(shlex.join([*_PROGRAM.split(), *argv]))
     wrong = failures(results)
     out.print(result_table(results))
@@ -67,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = {
             "environment": about,
             "options": {"repeats": given.repeats, "seed": given.seed, "gradient": given.grad},
-            "tolerances": {**TOLERANCES, "gradient_factor": GRADIENT_FACTOR},
+            "tolerances": {**TOLERANCES, "shared_gradient_factor": SHARED_FACTOR},
             "passed": not wrong,
             "results": [{**dataclasses.asdict(r), "passed": r.passed} for r in results],
         }
@@ -76,9 +73,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     if given.plot is not None:
         from osdn_jax.comparison.plot import plot_results  # it takes a second to import
 
-        plot_results(results, given.plot, title=_title(given), note=f"{where}, {about['date']}")
-        out.print(f"Picture: {given.plot}", highlight=False)
+        if any(r.median_seconds is not None for r in results):
+            plot_results(results, given.plot, title=_title(given), note=f"{where}, {about['date']}")
+            out.print(f"Picture: {given.plot}", highlight=False)
+        else:
+            out.print("No picture: no case was served", style="yellow")
     return 1 if wrong else 0
+
+
+def _announced(cases: Sequence[tuple[str, Shape, str]]) -> Iterator[tuple[str, Shape, str]]:
+    """The cases, each of them named on stderr while it is measured."""
+    err = Console(stderr=True)
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
+        task = progress.add_task("", total=None)
+        for number, case in enumerate(cases, 1):
+            text = f"{number} of {len(cases)}: {' '.join(str(part) for part in case)}"
+            progress.update(task, description=text)
+            if not err.is_terminal:
+                print(text, file=sys.stderr, flush=True)
+            yield case
 
 
 def _title(given: argparse.Namespace) -> str:

@@ -13,7 +13,8 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 matplotlib.use("Agg")
-jaxtyping.install_import_hook("osdn_jax", "support.typechecking.check")
+# Only the packages with arrays in their signatures: the others' arguments are plain, and checked by themselves.
+jaxtyping.install_import_hook(["osdn_jax.ops", "osdn_jax.nn"], "support.typechecking.check")
 
 
 # The same examples on every run; the first of them compiles, however long that takes.

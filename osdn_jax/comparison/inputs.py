@@ -186,15 +186,14 @@ _CHANNELS = {**_DELTA, "log_decay": _channel_decay}
 _GRAM = {"gram_log_decay": _gram_decay, "gram_gain": _key_gate, "center": _center}
 
 
-def _feedback(preset: str, of_value_heads: bool) -> tuple[dict[str, Draw], dict[str, Any]]:
-    options = {name: value for name, value in ops.hypergradient_preset(preset).items() if name != "initial"}
-    around = {"paper": 0.0, "trust": 1.0}[preset]
-    draws = {"log_forget": _forget(of_value_heads), "initial": _start(of_value_heads, around)}
-    return draws, options
-
-
 def _scaled(function: Callable, arguments: Mapping[str, Draw], preset: str, of_value_heads: bool) -> Rule:
-    draws, options = _feedback(preset, of_value_heads)
+    options = {name: value for name, value in ops.hypergradient_preset(preset).items() if name != "initial"}
+    around = 0.0
+    if preset == "trust":
+        # Forgetting toward 0 would soon hold d at its lower bound, where a gradient compares nothing but which token
+        # crossed it.
+        around = options["anchor"] = 1.0
+    draws = {"log_forget": _forget(of_value_heads), "initial": _start(of_value_heads, around)}
     return Rule(function, {**arguments, **draws}, options)
 
 
@@ -247,27 +246,24 @@ def draw_cotangents(outputs: Mapping[str, Any], dtype: str, seed: int) -> Arrays
     return {name: rng.normal(size=x.shape).astype(dtype_of(name, dtype)) for name, x in outputs.items()}
 
 
-def program(
-    rule: str, implementation: str | None, *, chunk_size: int | None = None
-) -> Callable[[Arrays], dict[str, jax.Array]]:
-    """A rule as a function from a dict of arguments to the dict of its outputs: o, memory and preconditioner."""
-    spec = RULES[rule]
+def program(rule: str, implementation: str | None, **options: Any) -> Callable[[Arrays], dict[str, jax.Array]]:
+    """A rule as a function from a dict of arguments to the dict of its outputs: o, memory and preconditioner.
+
+    Further options of the rule go before those of RULES.
+    """
 
     def run(arrays: Arrays) -> dict[str, jax.Array]:
         state = ops.State(arrays["initial_state"])
-        return call(spec, arrays, state, implementation=implementation, chunk_size=chunk_size)[0]
+        return call(rule, arrays, state, implementation=implementation, **options)[0]
 
     return run
 
 
-def call(
-    spec: Rule, arrays: Arrays, state: ops.State, *, implementation: str | None, chunk_size: int | None = None
-) -> tuple[dict[str, jax.Array], ops.State]:
+def call(rule: str, arrays: Arrays, state: ops.State, **options: Any) -> tuple[dict[str, jax.Array], ops.State]:
     """The outputs by name, and the state to go on from."""
+    spec = RULES[rule]
     arguments = {name: x for name, x in arrays.items() if name != "initial_state"}
-    o, state = spec.function(
-        **arguments, **spec.options, initial_state=state, implementation=implementation, chunk_size=chunk_size
-    )
+    o, state = spec.function(**arguments, **{**spec.options, **options}, initial_state=state)
     outputs = {"o": o, "memory": state.memory}
     if state.preconditioner is not None:
         outputs["preconditioner"] = state.preconditioner

@@ -205,6 +205,6 @@ def _errors(contender: Contender, expected: Arrays) -> dict[str, float]:
 
 def _judged(errors: dict[str, float], dtype: str) -> dict[str, Any]:
     """The error that uses most of its tolerance."""
-    allowed = {name: tolerance(dtype, name.startswith("d_")) for name in errors}
+    allowed = {name: tolerance(dtype, name) for name in errors}
     worst = max(errors, key=lambda name: errors[name] / allowed[name])
     return {"errors": errors, "error": errors[worst], "worst": worst, "tolerance": allowed[worst]}

@@ -4,6 +4,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,10 +12,11 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from osdn_jax.comparison.measure import Result
+from osdn_jax.comparison.measure import AUTO, Result
 from osdn_jax.comparison.report import duration, size
 from osdn_jax.training.plots import COLOURS, GREY, INK, PALE
 
+_LEFT = 0.055  # of the first panel, as a part of the figure
 _GAP = 0.062  # least distance of two labels, as a part of the axes' height
 _MARKERS = "oDs^vPX"
 
@@ -39,14 +41,18 @@ def plot_results(results: Sequence[Result], path: str | Path, *, title: str, not
         raise ValueError("there is nothing to plot: no case was served")
     figure = Figure(figsize=(15, 6.75), dpi=100, facecolor="white")
     canvas = FigureCanvasAgg(figure)
-    panels = [figure.add_axes((x, 0.15, 0.30, 0.66)) for x in (0.055, 0.555)]
+    panels = [figure.add_axes((x, 0.15, 0.30, 0.66)) for x in (_LEFT, _LEFT + 0.5)]
     gradient = measured[0].gradient
     kind = "Forward and backward pass" if gradient else "Forward pass"
     _panel(panels[0], measured, lambda r: r.median_seconds, duration, f"{kind}: median time")
     _panel(panels[1], measured, lambda r: r.temporary_bytes, size, f"{kind}: temporary memory")
-    figure.text(0.055, 0.935, title, fontsize=18, fontweight="bold", color=INK, va="center")
+    for axes in panels:
+        widest = max((t.get_window_extent(canvas.get_renderer()).width for t in axes.texts), default=0.0)
+        place = axes.get_position()
+        axes.set_position((place.x0, place.y0, 0.485 - _LEFT - (widest + 20) / figure.bbox.width, place.height))
+    figure.text(_LEFT, 0.935, title, fontsize=18, fontweight="bold", color=INK, va="center")
     if note:
-        figure.text(0.055, 0.025, note, fontsize=11, color=GREY, va="center")
+        figure.text(_LEFT, 0.025, note, fontsize=11, color=GREY, va="center")
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     Path(path).write_bytes(buffer.getvalue())
@@ -69,17 +75,22 @@ def _panel(
         x, y = np.array(sorted((t, v) for t, v in points if v), dtype=np.float64).reshape(-1, 2).T
         if not len(x):
             continue
-        colour = COLOURS[implementations.index(series[0]) % len(COLOURS)]
+        colour = INK if series[0] == AUTO else COLOURS[implementations.index(series[0]) % len(COLOURS)]
         marker = _MARKERS[groups.index(series[1]) % len(_MARKERS)]
-        axes.plot(
-            x, y, marker=marker, color=colour, linewidth=1.6, markersize=7, markeredgecolor="white", markeredgewidth=0.9
-        )
+        axes.plot(x, y, marker=marker, color=colour, markersize=7, markeredgewidth=0.9, **_line(series[0]))
         label = "  ".join(part for part in (names[groups.index(series[1])], series[0], text(float(y[-1]))) if part)
         ends.append((float(y[-1]), label, colour))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _style(axes, lengths, text, title)
     _label_ends(axes, ends)
+
+
+def _line(implementation: str) -> dict[str, Any]:
+    """The package's own choice lies on top of what it chose and leaves that visible."""
+    if implementation == AUTO:
+        return {"linewidth": 1.2, "linestyle": (0, (5, 3)), "markerfacecolor": "none", "zorder": 3}
+    return {"linewidth": 1.8, "markeredgecolor": "white"}
 
 
 def _group(r: Result) -> tuple[str, ...]:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from osdn_jax.comparison.inputs import RULES, Arrays, call, has_time, value_and_gradient
+from osdn_jax.comparison.inputs import Arrays, call, has_time, value_and_gradient
 from osdn_jax.ops import State
 
 
@@ -33,7 +33,6 @@ def reference(rule: str, arrays: Arrays, cotangents: Arrays | None = None) -> tu
 
 
 def _in_pieces(rule: str, arrays: Arrays) -> dict[str, jax.Array]:
-    spec = RULES[rule]
     tokens = {name: x for name, x in arrays.items() if has_time(name)}
     fixed = {name: x for name, x in arrays.items() if not has_time(name)}
     length = tokens["q"].shape[1]
@@ -42,7 +41,7 @@ def _in_pieces(rule: str, arrays: Arrays) -> dict[str, jax.Array]:
 
     @jax.checkpoint
     def piece(state: State, tokens: Arrays) -> tuple[State, jax.Array]:
-        outputs, state = call(spec, {**fixed, **tokens}, state, implementation="scan")
+        outputs, state = call(rule, {**fixed, **tokens}, state, implementation="scan")
         return state, outputs["o"]
 
     # The first piece makes the preconditioner's state from the arguments; the others carry it.

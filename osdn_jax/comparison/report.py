@@ -39,7 +39,7 @@ def result_table(results: Sequence[Result]) -> Table:
 
 def refusals(results: Iterable[Result]) -> list[str]:
     """Why cases were not served, in full: a cell of the table is short."""
-    return [f"{_case(r)}: cannot serve: {r.refusal}" for r in results if r.refusal]
+    return [f"{_case(r)}: not served: {r.refusal}" for r in results if r.refusal]
 
 
 def failures(results: Iterable[Result]) -> list[str]:

@@ -3,7 +3,8 @@
 import dataclasses
 from typing import Any, Literal
 
-from osdn_jax.ops import hypergradient_preset
+from osdn_jax.ops import checks, hypergradient_preset
+from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
 
 Decay = Literal["none", "scalar", "channel"]
 Preconditioner = Literal["none", "hypergradient", "gram"]
@@ -69,6 +70,8 @@ class MixerConfig:
                 raise ValueError(f"key_heads: got {self.key_heads}, expected a divisor of the {self.heads} heads")
         _one_of("decay", self.decay, ("none", "scalar", "channel"))
         _one_of("preconditioner", self.preconditioner, ("none", "hypergradient", "gram"))
+        checks.chunk_size(self.chunk_size)
+        checks.implementation(self.implementation, IMPLEMENTATIONS)
         if not self.erase and self.preconditioner != "none":
             raise ValueError(f"preconditioner: got {self.preconditioner!r} with erase=False, expected 'none'")
 

@@ -31,8 +31,8 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
         width=model.width,
         heads=model.heads,
         key_heads=model.key_heads,
-        key_dim=model.key_dim or model.width // model.heads,
-        value_dim=model.value_dim or model.width // model.heads,
+        key_dim=model.width // model.heads if model.key_dim is None else model.key_dim,
+        value_dim=model.width // model.heads if model.value_dim is None else model.value_dim,
         conv_size=model.conv_size,
         negative_eigenvalues=model.negative_eigenvalues,
         chunk_size=model.chunk_size,
@@ -95,8 +95,18 @@ def build_schedule(config: ConfigDict) -> optax.Schedule:
 
 
 def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransformation:
-    """AdamW with clipping by the global norm; weight decay acts on matrices that no layer has exempted."""
+    """AdamW with clipping by the global norm; weight decay acts on matrices that no layer has exempted.
+
+    Raises ValueError for a number out of range.
+    """
     settings = config.optimizer
+    for name in ("beta1", "beta2"):
+        if not 0 <= settings[name] < 1:
+            raise ValueError(f"optimizer.{name}: got {settings[name]}, expected from 0 to below 1")
+    if not settings.weight_decay >= 0:
+        raise ValueError(f"optimizer.weight_decay: got {settings.weight_decay}, expected at least 0")
+    if not settings.clip_norm > 0:
+        raise ValueError(f"optimizer.clip_norm: got {settings.clip_norm}, expected more than 0")
     return optax.chain(
         optax.clip_by_global_norm(settings.clip_norm),
         optax.adamw(

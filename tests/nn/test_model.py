@@ -177,9 +177,8 @@ def test_dropout_acts_only_with_a_key():
     apply, parameters = parameters_of(model_config("delta_net", layers=2, dropout=0.5))
     run = jit(lambda key: apply(parameters, jnp.asarray(tokens()), dropout_key=key)[0])
     without = run(None)
-    np.testing.assert_array_equal(
-        without, jit(parameters_of(model_config("delta_net", layers=2))[0])(parameters, jnp.asarray(tokens()))[0]
-    )
+    plain, _ = jit(parameters_of(model_config("delta_net", layers=2))[0])(parameters, jnp.asarray(tokens()))
+    np.testing.assert_allclose(without, plain, atol=1e-4)
     a, same, b = (run(jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, same)
     for x, y in ((a, b), (a, without)):

@@ -43,7 +43,7 @@ def delta_rule(implementation):
     return jit(lambda x: ops.delta_rule(**x, implementation=implementation, chunk_size=4))
 
 
-@settings(max_examples=3)  # each compiles its own programs
+@settings(max_examples=2)  # each compiles its own programs
 @given(chunk_size=st.integers(1, 20), cut=st.integers(0, T))
 def test_chunks_and_cuts_are_of_no_consequence(chunk_size, cut):
     """What is computed does not depend on the chunk size, nor on where a sequence is cut in two and carried on."""

@@ -28,19 +28,28 @@ def compare(case, implementations, dtype, tolerance):
         value, gradient = jit(value_and_gradient(case.run(implementation)))(arrays, cotangents)
         assert {name: x.dtype for name, x in value.items()} == kinds
         assert {name: x.dtype for name, x in gradient.items()} == {name: x.dtype for name, x in arrays.items()}
-        assert_close((doubles(value), doubles(gradient)), want, tolerance)
+        for got, expected in zip((value, gradient), want, strict=True):
+            for kind, limit in {jnp.dtype(jnp.float32): 1e-5, jnp.dtype(dtype): tolerance}.items():
+                # Beside arrays of 16 bits, those of 32 show that memories, sums and gates have not been rounded.
+                names = [name for name, x in got.items() if x.dtype == kind]
+                assert_close(doubles({n: got[n] for n in names}), {n: expected[n] for n in names}, limit)
 
 
 def doubles(arrays):
     return {name: np.asarray(x, np.float64) for name, x in arrays.items()}
 
 
-STRONG = ["delta: scalar decays of 0 and -20", "delta: channel decays of 0 and -20", "gram: decays of 0 and -20"]
-
-
-@pytest.mark.parametrize("name", [*STRONG, "hypergradient: everything"])
-def test_float32(name):
-    compare(NAMED[name], ["scan", "chunk"], jnp.float32, 1e-5)
+@pytest.mark.parametrize(
+    ("name", "implementations"),
+    [
+        ("delta: scalar decays of 0 and -20", ["chunk"]),
+        ("delta: channel decays of 0 and -20", ["scan", "chunk"]),
+        ("hypergradient: everything", ["scan", "chunk"]),
+        ("gram: decays of 0 and -20", ["chunk"]),
+    ],
+)
+def test_float32(name, implementations):
+    compare(NAMED[name], implementations, jnp.float32, 1e-5)
 
 
 @pytest.mark.parametrize(
@@ -52,9 +61,8 @@ def test_16_bits(dtype, implementations):
     compare(NAMED["delta: scalar decay, write key per value head"], implementations, dtype, 1e-2)
 
 
-@pytest.mark.parametrize("name", ["hypergradient: everything", "gram: packed"])
-def test_preconditioners_of_16_bit_keys(name):
-    compare(NAMED[name], ["chunk"], jnp.bfloat16, 1e-2)
+def test_preconditioner_of_16_bit_keys():
+    compare(NAMED["hypergradient: everything"], ["chunk"], jnp.bfloat16, 1e-2)
 
 
 def _nearly_parallel(x, rng):

@@ -55,6 +55,9 @@ def test_shard_map_and_remat(implementation):
     f = jax.checkpoint(functools.partial(outputs, implementation=implementation))
     sharded = jax.shard_map(f, mesh=mesh, in_specs=(dict.fromkeys(x, token),), out_specs=(token, state))
     cotangents, value, gradient = expected()
+    if implementation is None:
+        assert_close(jit(sharded)(x), value, TOLERANCE)
+        return
     got_value, got_gradient = jit(value_and_gradient(sharded))(x, cotangents)
     assert len(got_value[0].sharding.device_set) == 8
     assert_close(got_value, value, TOLERANCE)

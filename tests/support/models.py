@@ -63,26 +63,30 @@ every_rule = tuple(RULES)
 # The model in NumPy, float64
 
 
-def reference_logits(config, parameters, ids):
-    """Logits [B, T, vocabulary] of whole sequences, from the definitions and the oracle's loops."""
+def reference_logits(config, parameters, tokens, segment_ids):
+    """Logits [B, T, vocabulary] of packed sequences, from the definitions and the oracle's loops."""
     p = {name: np.asarray(x, np.float64) for name, x in parameters.items()}
-    x = p["embedding/embedding"][ids]
+    x = p["embedding/embedding"][tokens]
     for i in range(config.layers):
         block = {name.removeprefix(f"blocks/{i}/"): y for name, y in p.items() if name.startswith(f"blocks/{i}/")}
-        x = x + _mixer(config.mixer, block, _rms(x, block["mixer_norm/scale"]))
+        x = x + _mixer(config.mixer, block, _rms(x, block["mixer_norm/scale"]), segment_ids)
         gate, up = np.split(_rms(x, block["mlp_norm/scale"]) @ block["mlp/gate_and_up/kernel"], 2, axis=-1)
         x = x + (_silu(gate) * up) @ block["mlp/down/kernel"]
     x = _rms(x, p["norm/scale"])
     return x @ (p["embedding/embedding"].T if config.tied_embeddings else p["head/kernel"])
 
 
-def _mixer(config, p, x):
+def _mixer(config, p, x, segment_ids):
     batch, length, _ = x.shape
     heads, key_heads, key_dim = config.heads, config.key_heads or config.heads, config.key_dim
     mixed = x @ p["mixer/project/kernel"]
     taps = p["mixer/convolution/kernel"]
     padded = np.pad(mixed, ((0, 0), (len(taps) - 1, 0), (0, 0)))
-    mixed = sum(padded[:, j : j + length] * taps[j] for j in range(len(taps)))
+    ids = np.pad(segment_ids, ((0, 0), (len(taps) - 1, 0)), constant_values=-1)[..., None]
+    mixed = sum(
+        padded[:, j : j + length] * taps[j] * (ids[:, j : j + length] == segment_ids[..., None])
+        for j in range(len(taps))
+    )
     q, k, v = np.split(_silu(mixed), [key_heads * key_dim, 2 * key_heads * key_dim], axis=-1)
     q, k = (_unit(y.reshape(batch, length, key_heads, key_dim)) for y in (q, k))
     v = v.reshape(batch, length, heads, config.value_dim)
@@ -106,15 +110,20 @@ def _mixer(config, p, x):
             anchor=settings.anchor,
             bounds=settings.bounds,
             normalize=settings.normalize,
+            segment_ids=segment_ids,
         )
         write_key = d * keys
     elif config.preconditioner == "gram":
         gain = _logistic(x @ p["mixer/gram_gain/kernel"])
         decay_of_gram = _decay(p, "mixer/gram_decay/", x, key_heads)
         center = p["mixer/gram_center"]
-        multiplier, _ = oracle.gram(k, decay_of_gram, gain, center=center, squash=config.gram.squash)
+        multiplier, _ = oracle.gram(
+            k, decay_of_gram, gain, center=center, squash=config.gram.squash, segment_ids=segment_ids
+        )
         write_key = multiplier * k
-    out, _ = oracle.delta_rule(q, k, v, beta, write_key=write_key, log_decay=decay, erase=config.erase)
+    out, _ = oracle.delta_rule(
+        q, k, v, beta, write_key=write_key, log_decay=decay, erase=config.erase, segment_ids=segment_ids
+    )
     out = _rms(out, p["mixer/norm/scale"]).reshape(batch, length, -1)
     if config.output_gate:
         out = out * _silu(x @ p["mixer/gate/kernel"])

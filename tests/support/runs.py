@@ -1,10 +1,32 @@
-"""Training runs small enough for a test."""
+"""Training runs small enough for a test, in this process and in others."""
 
+import atexit
+import contextlib
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
+from jax.experimental.compilation_cache import compilation_cache
 
-from osdn_jax.training import default_config
+from osdn_jax.training import default_config, read_metrics, train
 
+ROOT = Path(__file__).parents[2]
 WORDS = "the memory writes what key and value recall under decay while queries read it back again".split()
+
+# A configuration file with the settings of `tiny_config`, for the command line.
+CONFIG_FILE = """
+from support.runs import tiny_config
+
+def get_config(arg=None):
+    return tiny_config(arg or "")
+"""
 
 
 def write_text(path, words=900, seed=0):
@@ -39,3 +61,96 @@ def tiny_config(data, **changes):
         | {name.replace("__", "."): value for name, value in changes.items()}
     )
     return config
+
+
+@functools.cache
+def scratch():
+    """A directory that lives as long as the process."""
+    folder = tempfile.TemporaryDirectory(prefix="osdn-tests-")
+    atexit.register(folder.cleanup)
+    return Path(folder.name)
+
+
+@functools.cache
+def text():
+    return write_text(scratch() / "text.txt")
+
+
+@contextlib.contextmanager
+def compiled_once():
+    """Programs are compiled once and then read from a directory: every run would compile its own otherwise."""
+    settings = {
+        "jax_compilation_cache_dir": str(scratch() / "programs"),
+        "jax_persistent_cache_min_compile_time_secs": 0.0,
+        "jax_persistent_cache_min_entry_size_bytes": 0,
+    }
+    before = {name: getattr(jax.config, name) for name in settings}
+    for name, value in settings.items():
+        jax.config.update(name, value)
+    compilation_cache.reset_cache()
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
+        compilation_cache.reset_cache()
+
+
+@functools.cache
+def finished():
+    """(directory, result) of the run of `tiny_config(text())` in this process, uninterrupted. Leave it as it is."""
+    workdir = scratch() / "finished"
+    with compiled_once():
+        return workdir, train(tiny_config(text()), workdir)
+
+
+def command(workdir, *arguments, config=None, cached=True):
+    """(arguments, keyword arguments) of subprocess.run for train.py on the configuration of `tiny_config(text())`."""
+    file = scratch() / "tiny.py"
+    file.write_text(CONFIG_FILE)
+    # Eight devices, as here: a program is looked up by what it is compiled for.
+    environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
+    if cached:
+        environment |= {
+            "JAX_NUM_CPU_DEVICES": "8",
+            "JAX_COMPILATION_CACHE_DIR": str(scratch() / "programs"),
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
+        }
+    line = [sys.executable, str(ROOT / "train.py"), f"--config={config or f'{file}:{text()}'}"]
+    if workdir is not None:
+        line.append(f"--workdir={workdir}")
+    return [*line, *arguments], {"env": environment, "cwd": scratch(), "text": True}
+
+
+def run(workdir, *arguments, **options):
+    """train.py as a process of its own, to its end."""
+    line, keywords = command(workdir, *arguments, **options)
+    return subprocess.run(line, check=False, capture_output=True, timeout=120, **keywords)
+
+
+def rows(workdir):
+    """The rows of metrics.jsonl without the speed, the one number in them that is not the run's own."""
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
+
+
+def arrays(workdir, step=40):
+    """{name: (dtype, shape, bytes)} of the checkpoint of a step: the whole training state, read without the package."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # orbax would rather be told the shardings
+        tree = ocp.PyTreeCheckpointer().restore(Path(workdir).resolve() / "checkpoints" / str(step) / "state")
+    flat = jax.tree_util.tree_flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(k): (str(x.dtype), x.shape, np.asarray(x).tobytes()) for k, x in flat}
+
+
+def position(workdir, step=40):
+    """What the checkpoint of a step says of the data iterator."""
+    (file,) = (Path(workdir) / "checkpoints" / str(step) / "data").glob("*.json")
+    return file.read_text()
+
+
+def assert_same_run(got, want, step=40):
+    """Both directories hold the same run, bit for bit."""
+    assert rows(got) == rows(want)
+    assert arrays(got, step) == arrays(want, step)
+    assert position(got, step) == position(want, step)

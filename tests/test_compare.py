@@ -1,0 +1,298 @@
+"""`python -m osdn_jax.compare`: what it says of right, wrong and missing implementations, and how it is called."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from benchmarks import ops as benchmark
+from osdn_jax import comparison
+from osdn_jax.compare import main
+from osdn_jax.comparison import RULES, TOLERANCES, Result, Shape, measure
+from osdn_jax.comparison.plot import plot_results
+from osdn_jax.comparison.report import duration, size
+from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from support import assert_close, jit
+
+SMALL = "B1T5H2Hk1K3V2"
+
+
+@pytest.fixture
+def compare(tmp_path, capsys):
+    """Runs the command line: (exit status, what it printed, the results by implementation of the JSON file)."""
+
+    def run(*flags, rules="delta_net", shapes=SMALL):
+        file = tmp_path / "results.json"
+        status = main(["--rules", rules, "--shapes", shapes, "--repeats", "2", "--json", str(file), *flags])
+        record = json.loads(file.read_text())
+        return status, capsys.readouterr().out, {r["implementation"]: r for r in record["results"]}, record
+
+    return run
+
+
+def altered(change):
+    """The scan with `change` applied to its outputs."""
+
+    def implementation(call, **options):
+        out, memory = IMPLEMENTATIONS["scan"](call, **options)
+        return change(out), memory
+
+    return implementation
+
+
+def refused(call, **options):
+    raise NotImplementedError("needs a\nHopper GPU, this is a toaster")
+
+
+# --- what it measures -----------------------------------------------------------------------------------------------
+
+
+def test_every_implementation_has_a_row_with_all_numbers(compare):
+    status, printed, results, record = compare()
+    assert status == 0
+    assert list(results) == ["scan", "chunk", "auto"]
+    for name, row in results.items():
+        assert f"  {name} " in printed
+        assert row["rule"], row["shape"] == ("delta_net", SMALL)
+        assert row["sizes"] == {"B": 1, "T": 5, "H": 2, "Hk": 1, "K": 3, "V": 2}
+        assert set(row["errors"]) == {"o", "memory"}
+        assert 0 < row["error"] <= row["tolerance"] == TOLERANCES["float32"]
+        assert row["errors"][row["worst"]] == row["error"] == max(row["errors"].values())
+        low, high = row["quartile_seconds"]
+        assert 0 < low <= row["median_seconds"] <= high
+        assert min(row["compile_seconds"], row["temporary_bytes"], row["speed_up"]) > 0
+        assert row["passed"]
+        assert not row["gradient"]
+    assert results["scan"]["speed_up"] == 1
+    assert record["passed"]
+    assert {"jax", "date", "cpu", "cpu_cores", "device", "command"} <= set(record["environment"])
+
+
+def test_grad_checks_the_gradient_of_every_array(compare):
+    status, _, results, _ = compare("--grad", "--implementations", "scan", rules="osdn")
+    gradients = {f"d_{name}" for name in ("initial_state", "q", "k", "v", "beta", "log_forget", "initial")}
+    assert status == 0
+    assert results["scan"]["gradient"]
+    assert set(results["scan"]["errors"]) == {"o", "memory", "preconditioner"} | gradients
+
+
+@pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
+def test_types_have_their_own_tolerance(compare, dtype):
+    status, _, results, _ = compare("--implementations", "scan", "--dtypes", dtype)
+    assert status == 0
+    assert results["scan"]["tolerance"] == TOLERANCES[dtype]
+    assert (results["scan"]["error"] > 1e-4) == (dtype == "bfloat16")
+
+
+@pytest.mark.parametrize("relative", [3e-6, 3e-5, np.nan])
+def test_an_error_beyond_its_tolerance_is_status_1_and_named(compare, monkeypatch, relative):
+    monkeypatch.setitem(IMPLEMENTATIONS, "slip", altered(lambda out: out * jnp.asarray(1 + relative, out.dtype)))
+    status, printed, results, record = compare("--implementations", "slip")
+    wrong = not relative < TOLERANCES["float32"]
+    assert status == wrong
+    assert (f"delta_net {SMALL} float32 slip: error" in printed) == wrong
+    assert (results["slip"]["passed"], record["passed"]) == (not wrong, not wrong)
+    assert results["scan"]["passed"]
+
+
+def test_a_wrong_gradient_alone_is_found_by_grad(compare, monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "flat", altered(jax.lax.stop_gradient))
+    assert compare("--implementations", "flat")[0] == 0
+    status, printed, results, _ = compare("--implementations", "flat", "--grad")
+    assert status == 1
+    assert f"in {results['flat']['worst']} passes its tolerance of 1e-05" in printed
+    assert results["flat"]["worst"].startswith("d_")
+    assert results["flat"]["errors"]["d_q"] == 1
+    assert results["flat"]["errors"]["o"] < TOLERANCES["float32"]
+
+
+def test_a_registered_kernel_joins_by_itself(compare, monkeypatch):
+    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", IMPLEMENTATIONS["scan"])
+    status, _, results, _ = compare()
+    assert status == 0
+    assert list(results) == ["scan", "chunk", "kernel", "auto"]
+
+
+def test_what_cannot_serve_says_why_and_fails_nothing(compare, monkeypatch, tmp_path):
+    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", refused)
+    picture = tmp_path / "p.png"
+    status, printed, results, _ = compare("--implementations", "kernel", "--plot", str(picture))
+    assert status == 0
+    assert results["kernel"]["refusal"] == "needs a Hopper GPU, this is a toaster"
+    assert f"delta_net {SMALL} float32 kernel: not served: needs a Hopper GPU, this is a toaster" in printed
+    assert (results["kernel"]["median_seconds"], results["kernel"]["error"]) == (None, None)
+    assert picture.exists()
+
+
+def test_a_program_that_memory_cannot_hold_is_not_run(compare, monkeypatch, tmp_path):
+    monkeypatch.setattr(measure, "available_bytes", lambda: 10)
+    status, printed, results, _ = compare("--implementations", "scan", "--plot", str(tmp_path / "p.png"))
+    assert status == 0
+    assert "GB are free" in results["scan"]["refusal"]
+    assert results["scan"]["temporary_bytes"] > 0
+    assert "No picture" in printed
+
+
+def test_other_errors_are_not_hidden(compare, monkeypatch):
+    def broken(call, **options):
+        raise ValueError("a bug")
+
+    monkeypatch.setitem(IMPLEMENTATIONS, "broken", broken)
+    with pytest.raises(ValueError, match="a bug"):
+        compare("--implementations", "broken")
+
+
+def test_programs_take_turns(monkeypatch):
+    monkeypatch.setattr(measure, "_SHORTEST", 0.0)  # one call at a time
+    calls = []
+    running = [measure.Contender(name, (name,), compiled=calls.append) for name in "ab"]
+    measure.take_turns(running, repeats=3)
+    assert "".join(calls) == "aabb" + "ababab"  # each warms up first
+    assert [len(c.seconds) for c in running] == [3, 3]
+
+
+def test_ratios_are_taken_within_a_round():
+    assert comparison.ratio([1.0, 10.0, 2.0], [0.5, 5.0, 1.0]) == 2.0
+
+
+# --- what it compares with ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize(("rule", "gradient"), [("osdn_trust", True), ("pgdn", False)])
+def test_the_reference_in_pieces_is_the_scan(rule, gradient):
+    """Whole pieces of two tokens, and a rest of one."""
+    arrays = comparison.draw_inputs(rule, Shape(2, 7, 2, 1, 3, 2), "float64", seed=3)
+    scan = comparison.program(rule, "scan")
+    if gradient:
+        cotangents = comparison.draw_cotangents(jax.eval_shape(scan, arrays), "float64", seed=3)
+        want = jit(comparison.value_and_gradient(scan))(arrays, cotangents)
+    else:
+        cotangents, want = None, (jit(scan)(arrays), {})
+    assert_close(comparison.reference(rule, arrays, cotangents), want, 1e-13)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_inputs_serve_their_rule_and_lie_in_the_papers_ranges(rule, dtype):
+    shape = Shape(2, 64, 4, 2, 8, 6)
+    arrays = comparison.draw_inputs(rule, shape, dtype, seed=1)
+    again, other = (comparison.draw_inputs(rule, shape, dtype, seed=s) for s in (1, 2))
+    outputs = jax.eval_shape(comparison.program(rule, "scan"), arrays)
+    assert outputs["o"].shape == (2, 64, 4, 6)
+    assert outputs["o"].dtype == arrays["q"].dtype == dtype
+    assert outputs["memory"].dtype == np.float32
+    for name, x in arrays.items():
+        np.testing.assert_array_equal(x, again[name])
+        assert not np.array_equal(x, other[name])
+        values = x.astype(np.float64)
+        assert np.isfinite(values).all()
+        if name in ("q", "k"):
+            np.testing.assert_allclose(np.linalg.norm(values, axis=-1), 1, atol=1e-2)
+        elif name.endswith("log_decay"):
+            assert -30 < values.min() < values.max() < 0
+        elif name == "log_forget":
+            assert 0.995 < np.exp(values).mean() < 0.9995
+        elif name.endswith("gate") or name == "gram_gain" or (name == "beta" and rule != "mamba2"):
+            assert 0 < values.min() < values.max() < 1
+        elif name == "initial":
+            low, high = RULES[rule].options["bounds"]
+            assert low <= values.min() < values.max() <= high
+
+
+# --- how it is called -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--rules", "delta_net,deltanet"], ["--rules", "'deltanet'", *RULES]),
+        (["--implementations", "scan", "cuda"], ["--implementations", "'cuda'", "scan, chunk, auto"]),
+        (["--dtypes", "f32"], ["--dtypes", "'f32'", *TOLERANCES]),
+        (["--shapes", "B1T4"], ["--shapes", "'B1T4'", "without H, K, V", "B1T4096H4D128"]),
+        (["--shapes", "B1T4H1X2"], ["--shapes", "'X2'"]),
+        (["--shapes", "B1T4H1D2K2"], ["--shapes", "either D or K and V"]),
+        (["--shapes", "B1T4H1D2T8"], ["--shapes", "T twice"]),
+        (["--shapes", "B1T0H1D2"], ["--shapes", "T = 0", "at least 1"]),
+        (["--shapes", "B1T4H3Hk2D2"], ["--shapes", "multiple of Hk"]),
+        (["--shapes", ""], ["--shapes", "''"]),
+        (["--repeats", "0"], ["--repeats", "'0'", "at least 1"]),
+        (["--seed", "-1"], ["--seed", "'-1'", "at least 0"]),
+        (["--plot", "picture.pdf"], ["--plot", "'picture.pdf'", ".png"]),
+        (["--json", "no/such/folder/x.json"], ["--json", "'no/such/folder'"]),
+        (["--gradient"], ["--gradient", "--grad", "--shapes"]),
+        (["--rules"], ["--rules", "at least one"]),
+    ],
+)
+def test_a_wrong_command_line_is_status_2_and_one_line(capsys, flags, named):
+    with pytest.raises(SystemExit) as stop:
+        main(flags)
+    assert stop.value.code == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.count("\n") == 1
+    assert [text for text in named if text not in err] == []
+
+
+def test_help_names_what_there_is(capsys):
+    with pytest.raises(SystemExit) as stop:
+        main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    for text in (*RULES, "scan, chunk, auto", *TOLERANCES, "B1T4096H4D128"):
+        assert text in out
+
+
+def test_several_values_by_commas_and_spaces():
+    a, b, c = Shape(1, 2, 4, 4, 8, 8), Shape(1, 2, 4, 2, 8, 6), Shape(3, 2, 1, 1, 8, 8)
+    assert comparison.parse_shapes("B1T2H4D8,B=1,T=2,H=4,Hk=2,K=8,V=6,B3T2H1K8V8") == [a, b, c]
+
+
+@given(st.lists(st.integers(1, 5000), min_size=6, max_size=6))
+def test_a_shape_is_written_as_it_is_read(sizes):
+    batch, length, groups, key_heads, key_dim, value_dim = sizes
+    shape = Shape(batch, length, groups * key_heads, key_heads, key_dim, value_dim)
+    assert comparison.parse_shapes(str(shape)) == [shape]
+    assert comparison.parse_shapes(",".join(f"{k}={v}" for k, v in shape.sizes().items())) == [shape]
+
+
+# --- what it shows --------------------------------------------------------------------------------------------------
+
+
+def test_numbers_have_three_digits_and_a_unit():
+    assert [duration(x) for x in (None, 1.5e-7, 0.0123, 0.9999, 61.0)] == ["", "0.15 µs", "12.3 ms", "1.00 s", "61 s"]
+    assert [size(x) for x in (0, 900, 30_700, 3_113_000_000)] == ["0 B", "900 B", "30.7 kB", "3.11 GB"]
+
+
+def measured(rule, implementation, length, seconds, count):
+    sizes = {"B": 1, "T": length, "H": 1, "Hk": 1, "K": 8, "V": 8}
+    about = (rule, f"B1T{length}H1D8", sizes, "float32", implementation, True)
+    return Result(*about, median_seconds=seconds, temporary_bytes=count)
+
+
+def test_the_picture_is_a_png_with_a_label_for_every_curve(tmp_path):
+    rules = ("delta_net", "kda")
+    results = [measured(r, i, t, 1e-5 * t, 100 * t) for r in rules for i in ("scan", "auto") for t in (64, 256)]
+    results.append(measured("kda", "kernel", 64, None, None))  # not served
+    plot_results(results, tmp_path / "p.png", title="Title", note="Note")
+    data = (tmp_path / "p.png").read_bytes()
+    assert data[:8] == b"\x89PNG\r\n\x1a\n"
+    assert [int.from_bytes(data[i : i + 4]) for i in (16, 20)] == [1500, 675]
+    with pytest.raises(ValueError, match="nothing to plot"):
+        plot_results(results[-1:], tmp_path / "q.png", title="Title")
+    assert not (tmp_path / "q.png").exists()
+
+
+def test_the_benchmark_runs(tmp_path, capsys):
+    record = benchmark.main(["--quick", "--sections", "forward", "--out", str(tmp_path)])
+    saved = json.loads((tmp_path / "ops-cpu.json").read_text())
+    assert saved["measurements"] == json.loads(json.dumps(record["measurements"]))
+    assert {r["implementation"] for r in saved["measurements"]} == {"scan", "chunk"}
+    assert len(saved["figures"]) == 3
+    text = (tmp_path / "ops-cpu.md").read_text()
+    assert text in capsys.readouterr().out
+    assert "decay channel, B1T16H2D8: time of chunk / scan" in text

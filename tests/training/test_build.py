@@ -1,0 +1,222 @@
+"""What a configuration stands for: model, schedule, optimiser, text; and the configurations of the repository."""
+
+import ast
+import re
+import runpy
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from osdn_jax.nn import CausalLM, HypergradientConfig, count_parameters, parameter_formula
+from osdn_jax.training import (
+    build_corpus,
+    build_model,
+    build_model_config,
+    build_optimizer,
+    build_schedule,
+    default_config,
+    parse_arg,
+)
+from osdn_jax.training.build import random_state
+from osdn_jax.training.config import flatten
+from support.runs import write_text
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+def config_of(**changes):
+    config = default_config()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return config
+
+
+# The model
+
+
+def test_every_setting_of_the_model_arrives():
+    made = build_model_config(
+        config_of(
+            model__rule="os_gdn",
+            model__layers=3,
+            model__width=24,
+            model__heads=4,
+            model__key_heads=2,
+            model__key_dim=5,
+            model__value_dim=7,
+            model__mlp_dim=11,
+            model__conv_size=3,
+            model__tied_embeddings=False,
+            model__dropout=0.25,
+            model__dtype="bfloat16",
+            model__output_gate=False,
+            model__negative_eigenvalues=True,
+            model__preset="paper",
+            model__forget=False,
+            model__anchor=1.0,
+            model__chunk_size=16,
+            model__implementation="chunk",
+        )
+    )
+    assert (made.vocab_size, made.layers, made.mlp_dim, made.dropout, made.dtype) == (256, 3, 11, 0.25, "bfloat16")
+    assert made.tied_embeddings is False
+    mixer = made.mixer
+    assert (mixer.width, mixer.heads, mixer.key_heads, mixer.key_dim, mixer.value_dim) == (24, 4, 2, 5, 7)
+    assert (mixer.conv_size, mixer.chunk_size, mixer.implementation) == (3, 16, "chunk")
+    assert (mixer.output_gate, mixer.negative_eigenvalues, mixer.decay) == (False, True, "scalar")
+    assert mixer.hypergradient == HypergradientConfig.preset("paper", forget=False, anchor=1.0, beta_aware=True)
+
+
+def test_what_is_not_set_is_as_the_rule_has_it():
+    made = build_model_config(config_of(model__rule="os_gdn", model__width=24, model__heads=4)).mixer
+    assert (made.key_dim, made.value_dim, made.key_heads, made.output_gate) == (6, 6, None, True)
+    assert made.hypergradient == HypergradientConfig.preset("trust", beta_aware=True)
+    assert build_model_config(config_of(model__rule="osdn")).mixer.hypergradient == HypergradientConfig()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"model__rule": "osnd"}, "rule: got 'osnd'"),
+        ({"model__heads": 3}, "model.heads: got 3, expected a divisor of model.width = 128; or give model.key_dim"),
+        ({"model__heads": 3, "model__key_dim": 8}, "or give model.value_dim"),
+        ({"model__heads": 0}, "model.heads: got 0"),
+        ({"model__key_dim": 0}, "key_dim: got 0"),
+        ({"model__value_dim": 0}, "value_dim: got 0"),
+        ({"model__key_heads": 3}, "key_heads: got 3"),
+        ({"model__preset": "papers"}, "papers"),
+        ({"model__rule": "delta_net", "model__preset": "paper"}, "model.preset: got 'paper', but the rule 'delta_net'"),
+        ({"model__dtype": "float16"}, "dtype: got 'float16'"),
+        ({"model__implementation": "magic"}, "implementation: got 'magic'"),
+        ({"model__chunk_size": 0}, "chunk_size: got 0"),
+    ],
+)
+def test_a_model_that_cannot_be_is_refused_by_name(changes, said, our_checks):
+    with pytest.raises(ValueError, match=said):
+        build_model_config(config_of(**changes))
+
+
+# The schedule and the optimiser
+
+
+def test_the_schedule_warms_up_and_comes_down_along_a_cosine():
+    schedule = build_schedule(config_of(steps=100, optimizer__learning_rate=2e-3, optimizer__warmup_steps=10))
+    steps = np.arange(101)
+    got = [float(schedule(int(step))) for step in steps]
+    cosine = 0.5 * (1 + np.cos(np.pi * (steps - 10) / 90))
+    want = 2e-3 * np.where(steps < 10, steps / 10, 0.1 + 0.9 * cosine)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-9)
+    assert max(got) == got[10]
+
+
+def test_the_schedule_may_do_without_warm_up():
+    schedule = build_schedule(config_of(steps=10, optimizer__warmup_steps=0, optimizer__final_fraction=0.5))
+    np.testing.assert_allclose([schedule(0), schedule(10)], [3e-3, 1.5e-3], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 100, "optimizer__warmup_steps": 100}, "optimizer.warmup_steps: got 100, .* below steps = 100"),
+        ({"optimizer__warmup_steps": -1}, "optimizer.warmup_steps: got -1"),
+        ({"optimizer__learning_rate": 0.0}, "optimizer.learning_rate: got 0.0"),
+        ({"optimizer__learning_rate": float("nan")}, "optimizer.learning_rate: got nan"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_by_name(changes, said):
+    with pytest.raises(ValueError, match=said):
+        build_schedule(config_of(**changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"optimizer__clip_norm": 0.0}, "optimizer.clip_norm: got 0.0, expected more than 0"),
+        ({"optimizer__clip_norm": -1.0}, "optimizer.clip_norm: got -1.0"),
+        ({"optimizer__beta1": 1.0}, "optimizer.beta1: got 1.0, expected from 0 to below 1"),
+        ({"optimizer__beta2": -0.1}, "optimizer.beta2: got -0.1"),
+        ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay: got -0.1, expected at least 0"),
+    ],
+)
+def test_an_optimiser_that_cannot_be_is_refused_by_name(changes, said):
+    config = config_of(model__layers=1, model__width=8, model__mlp_dim=4, **changes)
+    model = nnx.eval_shape(lambda: CausalLM(build_model_config(config), rngs=nnx.Rngs(params=0)))
+    with pytest.raises(ValueError, match=said):
+        build_optimizer(config, model)
+
+
+def test_the_optimiser_is_adamw_behind_a_clip():
+    config = config_of(
+        steps=10, model__layers=1, model__width=8, model__mlp_dim=4, optimizer__warmup_steps=0, optimizer__clip_norm=0.5
+    )
+    model = nnx.eval_shape(lambda: CausalLM(build_model_config(config), rngs=nnx.Rngs(params=0)))
+    optimizer = build_optimizer(config, model)
+    name = "embedding/embedding"  # a matrix, so it decays
+    shapes = {"/".join(map(str, path)): x.get_value().shape for path, x in nnx.to_flat_state(nnx.state(model))}
+    rng = np.random.default_rng(0)
+    p = {key: jnp.asarray(rng.normal(size=shape), jnp.float32) for key, shape in shapes.items()}
+    state = optimizer.init(p)
+    value, m, v = np.asarray(p[name], np.float64), 0.0, 0.0
+    schedule = build_schedule(config)
+    for step in (1, 2, 3):
+        g = {key: jnp.asarray(rng.normal(size=shape), jnp.float32) for key, shape in shapes.items()}
+        norm = np.sqrt(sum(np.sum(np.asarray(x, np.float64) ** 2) for x in g.values()))
+        assert norm > 0.5
+        with jax.numpy_dtype_promotion("standard"):
+            update, state = optimizer.update(g, state, p)
+        p = jax.tree.map(jnp.add, p, update)
+        clipped = np.asarray(g[name], np.float64) * 0.5 / norm
+        m, v = 0.9 * m + 0.1 * clipped, 0.95 * v + 0.05 * clipped**2
+        direction = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8)
+        value = value - float(schedule(step - 1)) * (direction + 0.1 * value)
+        np.testing.assert_allclose(p[name], value, rtol=1e-4, atol=1e-6)
+
+
+# Text and random numbers
+
+
+def test_text_of_ones_own_is_split_and_shakespeare_has_held_out_plays(tmp_path):
+    path = write_text(tmp_path / "mine.txt")
+    train, validation = build_corpus(config_of(data__path=str(path), data__validation_fraction=0.25))
+    whole = path.read_bytes()
+    assert b"".join(d.text for d in train + validation) == whole
+    assert 0.2 < sum(len(d.text) for d in validation) / len(whole) < 0.3
+    train, validation = build_corpus(config_of())
+    assert (len(train), len(validation)) == (38, 4)
+    assert "winters_tale" in {document.name for document in validation}
+
+
+def test_random_numbers_go_by_the_seed():
+    a, same, b = (np.asarray(random_state(config_of(seed=seed))) for seed in (0, 0, 1))
+    assert a.dtype == np.uint32
+    np.testing.assert_array_equal(a, same)
+    assert not np.array_equal(a, b)
+
+
+# The configurations of the repository
+
+
+def test_there_are_configurations():
+    assert "demo.py" in {path.name for path in CONFIGS}
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_configuration_loads_builds_and_names_its_command(path):
+    config = runpy.run_path(str(path))["get_config"]()
+    assert flatten(config).keys() == flatten(default_config()).keys()
+    model = nnx.eval_shape(lambda: build_model(config))
+    assert count_parameters(model) == parameter_formula(build_model_config(config))
+    build_schedule(config)
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert re.search(rf"make demo|python train\.py --config=configs/{path.name}", docstring)
+
+
+def test_the_demo_compares_two_models_of_about_one_size():
+    get_config = runpy.run_path(str(CONFIGS[0].parent / "demo.py"))["get_config"]
+    sizes = [parameter_formula(build_model_config(get_config(f"rule={rule}"))) for rule in ("osdn", "delta_net")]
+    assert 1 < sizes[0] / sizes[1] < 1.01
+    assert (get_config("seed=3").seed, get_config("steps=7").steps) == (3, 7)
+    assert parse_arg("rule=kda", rule="osdn").rule == get_config("rule=kda").model.rule

@@ -1,0 +1,280 @@
+"""A training run from its start to its end: what it writes, and what it refuses."""
+
+import json
+import math
+import struct
+
+import numpy as np
+import pytest
+
+from osdn_jax.data import PackedWindows
+from osdn_jax.nn import parameter_formula
+from osdn_jax.nn.functional import functional
+from osdn_jax.training import (
+    ConfigError,
+    DivergedError,
+    WorkdirConfigError,
+    build_corpus,
+    build_model,
+    build_model_config,
+    build_schedule,
+    load_config,
+    load_parameters,
+    loop,
+    read_metrics,
+    train,
+)
+from support.models import reference_logits
+from support.runs import assert_same_run, compiled_once, finished, rows, text, tiny_config, write_text
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _compiled_once():
+    with compiled_once():
+        yield
+
+
+# What a run writes
+
+
+def test_the_files_of_a_run():
+    workdir, result = finished()
+    assert {path.name for path in workdir.iterdir()} == {
+        "config.json",
+        "checkpoints",
+        "metrics.jsonl",
+        "tensorboard",
+        "loss.png",
+    }
+    assert load_config(workdir).to_dict() == json.loads(json.dumps(tiny_config(text()).to_dict()))
+    assert {path.name for path in (workdir / "checkpoints").iterdir()} == {"30", "40"}  # the last two
+    assert [path.name.startswith("events.out.tfevents") for path in (workdir / "tensorboard").iterdir()] == [True]
+    header = (workdir / "loss.png").read_bytes()[:24]
+    assert header[:8] == b"\x89PNG\r\n\x1a\n"
+    assert struct.unpack(">II", header[16:]) == (1200, 750)
+    assert result.step == 40
+    assert result.parameters == parameter_formula(build_model_config(tiny_config(text())))
+
+
+def test_the_rows_of_a_run():
+    workdir, result = finished()
+    all_rows = read_metrics(workdir)
+    train_rows = [row for row in all_rows if "train/bits_per_byte" in row]
+    validation_rows = [row for row in all_rows if "validation/bits_per_byte" in row]
+    assert len(train_rows) + len(validation_rows) == len(all_rows)
+    assert [row["step"] for row in train_rows] == list(range(1, 41))
+    assert [row["step"] for row in validation_rows] == [20, 40]
+    keys = {"step", "tokens", "train/bits_per_byte", "train/gradient_norm", "train/update_norm", "train/learning_rate"}
+    assert set(train_rows[0]) == keys  # nothing is known of the speed before the second step
+    assert {frozenset(row) for row in train_rows[1:]} == {frozenset(keys | {"tokens_per_second"})}
+    assert {frozenset(row) for row in validation_rows} == {frozenset({"step", "tokens", "validation/bits_per_byte"})}
+    schedule = build_schedule(tiny_config(text()))
+    for row in all_rows:
+        assert row["tokens"] == row["step"] * 2 * 24
+        assert all(math.isfinite(value) for value in row.values())
+    rates = [row["train/learning_rate"] for row in train_rows]
+    np.testing.assert_allclose(rates, [schedule(step) for step in range(40)], rtol=1e-6)
+    assert rates[0] == 0.0  # the rate that a step used, not the next one's
+    assert abs(train_rows[0]["train/bits_per_byte"] - 8) < 0.2
+    assert result.bits_per_byte == validation_rows[-1]["validation/bits_per_byte"]
+    assert result.bits_per_byte < validation_rows[0]["validation/bits_per_byte"] < 7  # it learns
+    assert result.tokens_per_second > 0
+
+
+def test_the_last_validation_is_of_every_byte_by_the_final_parameters():
+    workdir, result = finished()
+    config = tiny_config(text())
+    _, parameters = functional(build_model(config))
+    _, parameters = load_parameters(workdir / "checkpoints", parameters)
+    _, held_out = build_corpus(config)
+    windows = PackedWindows(held_out, config.validation.sequence_length)
+    assert len(windows) > 3  # more than the validations before it take
+    nats, count = 0.0, 0
+    for window in windows:
+        inputs, ids = window["inputs"][None], window["segment_ids"][None]
+        logits = reference_logits(build_model_config(config), parameters, inputs, ids)[0]
+        likelihood = np.take_along_axis(logits, window["targets"][:, None], -1)[:, 0] - np.log(np.exp(logits).sum(-1))
+        nats -= (likelihood * window["weights"]).sum()
+        count += int(window["weights"].sum())
+    assert count == sum(len(document.text) for document in held_out)
+    np.testing.assert_allclose(result.bits_per_byte, nats / count / np.log(2), rtol=1e-5)
+
+
+def test_the_same_seed_is_the_same_run_and_another_is_another(tmp_path):
+    workdir, _ = finished()
+    train(tiny_config(text()), tmp_path / "same")
+    assert_same_run(tmp_path / "same", workdir)
+    train(tiny_config(text(), seed=1), tmp_path / "other", stop_at=3)
+    for a, b in zip(rows(tmp_path / "other"), rows(workdir), strict=False):
+        assert a["train/bits_per_byte"] != b["train/bits_per_byte"]
+
+
+def test_looking_less_often_changes_nothing_else(tmp_path):
+    workdir, _ = finished()
+    config = tiny_config(text(), log_every=7, checkpoint__every=100, validation__every=15)
+    result = train(config, tmp_path / "run")
+    got = rows(tmp_path / "run")
+    assert [(row["step"], "train/bits_per_byte" in row) for row in got] == [
+        (7, True), (14, True), (15, False), (21, True), (28, True), (30, False), (35, True), (40, True), (40, False),
+    ]  # fmt: skip
+    assert [row for row in got if row["step"] not in (15, 30)] == [
+        row for row in rows(workdir) if row["step"] in (7, 14, 21, 28, 35, 40)
+    ]
+    assert result.bits_per_byte == finished()[1].bits_per_byte
+    assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"40"}
+
+
+def test_windows_of_a_part_are_spread_over_the_whole():
+    source = PackedWindows(build_corpus(tiny_config(text()))[1], 48)
+    total = len(source)
+    for count, want in ((3, [i * total // 3 for i in range(3)]), (0, range(total)), (total + 1, range(total))):
+        batches = list(loop._spread(source, count, 2))
+        got = np.concatenate([batch["inputs"] for batch in batches])
+        np.testing.assert_array_equal(got[: len(want)], [source[i]["inputs"] for i in want])
+        assert len(got) - len(want) in (0, 1)
+
+
+def test_what_is_printed(tmp_path, capsys):
+    train(tiny_config(text()), tmp_path / "run", stop_at=20)
+    said = capsys.readouterr().out
+    assert "osdn: 6,218 parameters; 0.00 MB of text" in said
+    assert "step 20: " in said
+    assert "on part of the held-out text" in said
+    train(tiny_config(text()), tmp_path / "run")
+    said = capsys.readouterr().out
+    assert "going on from the checkpoint of step 20 of 40" in said
+    assert "on all of the held-out text" in said
+
+
+# Text of one's own
+
+
+@pytest.mark.parametrize("kind", [".txt", ".jsonl", "folder"])
+def test_trains_on_text_of_ones_own(tmp_path, kind):
+    path = tmp_path / "data"
+    if kind == "folder":
+        path.mkdir()
+        for seed in range(2):
+            write_text(path / f"{seed}.txt", words=300, seed=seed)
+    elif kind == ".jsonl":
+        path = path.with_suffix(kind)
+        lines = write_text(tmp_path / "lines.txt").read_text().splitlines()
+        path.write_text("".join(json.dumps({"body": line}) + "\n" for line in lines))
+    else:
+        path = write_text(path.with_suffix(kind))
+    result = train(tiny_config(path, data__field="body"), tmp_path / "run")
+    assert (result.step, rows(tmp_path / "run")[-1]["step"]) == (40, 40)
+    assert result.bits_per_byte < 6
+
+
+# Numbers that are none
+
+
+def poisoned(monkeypatch, at):
+    """Batches of training whose step `at` has no finite loss."""
+    real = loop.training_batches
+
+    class Poisoned:
+        def __init__(self, iterator):
+            self.iterator, self.step = iterator, 0
+
+        def __next__(self):
+            self.step += 1
+            batch = next(self.iterator)
+            return batch | {"weights": batch["weights"] * np.float32("nan")} if self.step == at else batch
+
+        def __getattr__(self, name):
+            return getattr(self.iterator, name)
+
+    # A checkpoint wants grain's own iterator.
+    monkeypatch.setattr(loop, "training_batches", lambda *args, **options: Poisoned(real(*args, **options)))
+    save, restore = loop.Checkpoints.save, loop.Checkpoints.restore
+    monkeypatch.setattr(loop.Checkpoints, "save", lambda self, step, state, it: save(self, step, state, it.iterator))
+    monkeypatch.setattr(loop.Checkpoints, "restore", lambda self, state, it: restore(self, state, it.iterator))
+
+
+@pytest.mark.parametrize(
+    ("at", "log_every", "kept"),
+    [(25, 1, "the checkpoint of step 20 is kept"), (25, 100, "20 is kept"), (30, 100, "20 is kept"), (2, 1, "no checkpoint")],
+)
+def test_stops_where_the_loss_is_no_number_and_keeps_what_was_good(tmp_path, monkeypatch, at, log_every, kept):
+    config = tiny_config(text(), log_every=log_every)
+    with monkeypatch.context() as patch:
+        poisoned(patch, at)
+        with pytest.raises(DivergedError, match=f"^step {at}: .*loss is nan.*{kept}.*learning_rate") as error:
+            train(config, tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert all(row["step"] < at for row in rows(tmp_path / "run"))
+    if at == 30:
+        assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"10", "20"}
+        train(config, tmp_path / "run")  # without the poison, as if nothing had been
+        assert rows(tmp_path / "run")[-1] == rows(finished()[0])[-1]
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"steps": 0}, "steps: got 0, expected at least 1"),
+        ({"log_every": 0}, "log_every: got 0"),
+        ({"batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"sequence_length": 0}, "sequence length must be at least 1; got 0"),
+        ({"seed": -1}, "seed"),
+        ({"validation__every": 0}, "validation.every: got 0"),
+        ({"validation__sequence_length": 0}, "sequence length must be at least 1; got 0"),
+        ({"validation__batch_size": 0}, "batch_size must be at least 1; got 0"),
+        ({"checkpoint__every": 0}, "checkpoint.every: got 0"),
+        ({"checkpoint__keep": 0}, "checkpoint.keep: got 0"),
+        ({"optimizer__warmup_steps": 40}, "optimizer.warmup_steps: got 40"),
+        ({"optimizer__clip_norm": 0.0}, "optimizer.clip_norm: got 0.0"),
+        ({"model__heads": 3}, "model.heads: got 3, expected a divisor of model.width = 16"),
+        ({"model__layers": 0}, "layers: got 0"),
+        ({"model__rule": "rnn"}, "rule: got 'rnn', expected one of delta_net"),
+        ({"model__dropout": 1.0}, "dropout: got 1.0"),
+        ({"model__implementation": "magic"}, "implementation: got 'magic'"),
+        ({"data__validation_fraction": 1.0}, "validation_fraction must be between 0 and 1"),
+    ],
+)
+def test_a_configuration_that_cannot_be_is_refused_before_anything_is_written(tmp_path, changes, said, our_checks):
+    with pytest.raises(ConfigError, match=said) as error:
+        train(tiny_config(text(), **changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_data_that_cannot_be_read_is_refused_before_anything_is_written(tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.txt").write_bytes(bytes(range(256)))
+    (tmp_path / "picture.png").write_bytes(b"\x89PNG")
+    (tmp_path / "blank.txt").write_text(" \n")
+    (tmp_path / "letter.txt").write_text("a")
+    for name, said in {
+        "missing.txt": "no such file or folder: .*missing.txt",
+        "empty": "empty holds no supported file",
+        "binary.txt": "binary.txt is not text: NUL byte at byte offset 0",
+        "picture.png": "unsupported file .*picture.png",
+        "blank.txt": "blank.txt holds no text",
+        "letter.txt": "cannot hold out 0.1 of 1 bytes",
+    }.items():
+        with pytest.raises(ConfigError, match=said):
+            train(tiny_config(tmp_path / name), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_directory_of_another_run_is_refused(tmp_path):
+    config = tiny_config(text())
+    train(config, tmp_path / "run", stop_at=1)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    config.model.rule, config.seed = "kda", 1
+    with pytest.raises(WorkdirConfigError, match="another configuration") as error:
+        train(config, tmp_path / "run")
+    for line in ("model.rule: 'osdn' there, 'kda' now", "seed: 0 there, 1 now"):
+        assert line in str(error.value)
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+def test_a_stop_below_one_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match="stop_at: got 0"):
+        train(tiny_config(text()), tmp_path / "run", stop_at=0)

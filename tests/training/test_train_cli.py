@@ -1,0 +1,132 @@
+"""The command line of train.py: a mistake ends in one clear line and status 2, whatever it is."""
+
+import json
+import subprocess
+import sys
+import textwrap
+
+import pytest
+
+from osdn_jax.training import train
+from support.runs import command, compiled_once, run, scratch, text, tiny_config, write_text
+
+# Many command lines in one process, since each start costs seconds. Flags are global, so they are put back.
+MANY = """
+    import contextlib, io, json, runpy, sys
+    from absl.testing import flagsaver
+    from absl import flags
+
+    results = {}
+    for name, arguments in json.load(sys.stdin).items():
+        sys.argv = arguments
+        saved = flagsaver.save_flag_values()
+        with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.redirect_stderr(io.StringIO()) as err:
+            try:
+                runpy.run_path(arguments[0], run_name="__main__")
+                status = 0
+            except SystemExit as end:
+                status = end.code
+        flagsaver.restore_flag_values(saved)
+        flags.FLAGS.unparse_flags()
+        results[name] = {"status": status, "out": out.getvalue(), "err": err.getvalue()}
+    print(json.dumps(results))
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli")
+    (folder / "empty").mkdir()
+    (folder / "binary.txt").write_bytes(bytes(range(256)))
+    with compiled_once():
+        train(tiny_config(text()), folder / "run", stop_at=1)
+    return folder
+
+
+MISTAKES = {
+    "unknown key": (["--config.model.widht=8"], ["no key 'model.widht'", "did you mean model.width"]),
+    "value of another type": (["--config.steps=many"], ["--config.steps=many: expected an int"]),
+    "no workdir": (None, ["give the run a directory: --workdir=runs/NAME"]),
+    "no such file": (["--config=configs/shakespear.py"], ["no configuration file 'configs/shakespear.py'"]),
+    "missing data": (["--config.data.path={folder}/nothing.txt"], ["no such file or folder: {folder}/nothing.txt"]),
+    "empty folder": (["--config.data.path={folder}/empty"], ["{folder}/empty holds no supported file"]),
+    "binary file": (["--config.data.path={folder}/binary.txt"], ["binary.txt is not text: NUL byte at byte offset 0"]),
+    "sequence length": (["--config.sequence_length=0"], ["sequence length must be at least 1; got 0"]),
+    "heads": (["--config.model.heads=3"], ["model.heads: got 3, expected a divisor of model.width = 16"]),
+    "rule": (["--config.model.rule=osnd"], ["rule: got 'osnd', expected one of delta_net"]),
+    "implementation": (["--config.model.implementation=magic"], ["implementation: got 'magic'"]),
+    "steps": (["--config.steps=0"], ["steps: got 0, expected at least 1"]),
+    "warm-up": (["--config.steps=4"], ["optimizer.warmup_steps: got 4, expected from 0 to below steps = 4"]),
+    "stop_at": (["--stop_at=0"], ["stop_at"]),
+    "argument": (["steps=3"], ["unexpected argument 'steps=3'"]),
+    "another run": (
+        ["--workdir={folder}/run", "--config.seed=1"],
+        ["{folder}/run holds a run with another configuration", "seed: 0 there, 1 now"],
+    ),
+    "diverging": (
+        ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=1", "--config.checkpoint.every=1"],
+        ["error: step 3: ", " is nan", "the checkpoint of step 2 is kept", "--config.optimizer.learning_rate"],
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def answers(folder):
+    lines = {}
+    for name, (arguments, _) in MISTAKES.items():
+        line, keywords = command(None if arguments is None else folder / name, *[])
+        given = [argument.format(folder=folder) for argument in arguments or []]
+        if given and given[0].startswith("--workdir") or given and given[0].startswith("--config="):
+            line = [x for x in line if x.split("=")[0] != given[0].split("=")[0]]
+        lines[name] = [*line[1:], *given]
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(MANY)],
+        check=False,
+        input=json.dumps(lines),
+        capture_output=True,
+        timeout=120,
+        **keywords,
+    )
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_ends_in_one_line_that_names_it(name, answers, folder):
+    answer = answers[name]
+    assert answer["status"] == 2, answer
+    assert answer["err"].startswith("train.py: error: ")
+    assert "Traceback" not in answer["err"] + answer["out"]
+    for words in MISTAKES[name][1]:
+        assert words.format(folder=folder) in answer["err"]
+    if name == "another run":
+        assert len(answer["err"].splitlines()) == 3  # what differs, and what to do
+    else:
+        assert len(answer["err"].splitlines()) == 1
+    if name not in ("another run", "diverging"):
+        assert answer["out"] == ""
+        assert not (folder / name).exists()
+
+
+def test_the_run_of_another_configuration_is_untouched(answers, folder):
+    with compiled_once():
+        assert train(tiny_config(text()), folder / "run", stop_at=1).step == 1
+
+
+def test_a_process_of_its_own_ends_with_status_2(tmp_path):
+    done = run(tmp_path / "run", "--config.model.widht=8")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("train.py: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+def test_trains_on_the_file_of_the_command_line(tmp_path):
+    path = write_text(tmp_path / "mine.txt", words=200, seed=5)
+    done = run(tmp_path / "run", f"--config.data.path={path}", "--stop_at=2", "--config.log_every=2")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "stopped after step 2; the same command goes on from there" in done.stdout
+    assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
+    recorded = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert recorded["data"]["path"] == str(path)
+    assert recorded["log_every"] == 2
+    assert scratch().is_dir()
