@@ -2,8 +2,9 @@
 
 Every figure is float32, from one process, in which the programs of a section run in turns (A B C A B C ...): the ratios
 are medians of ratios within a round. Writes benchmarks/results/ops-<platform>.json and .md and prints the latter.
-About 25 minutes on two CPU cores; --quick (a minute) only shows that everything runs, and writes nothing unless --out
-says where. The rules of osdn_jax/ops/selection.py come from the sections "forward" and "chunks".
+About 15 minutes on two CPU cores; --sections measures some of it again and leaves the rest of the record as it is.
+--quick (a minute) only shows that everything runs, and writes nothing unless --out says where. The rules of
+osdn_jax/ops/selection.py come from the sections "forward" and "chunks".
 """
 
 import argparse
@@ -12,7 +13,6 @@ import dataclasses
 import json
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from unittest import mock
@@ -34,6 +34,7 @@ from osdn_jax.comparison import (
     take_turns,
     value_and_gradient,
 )
+from osdn_jax.comparison.environment import load
 from osdn_jax.comparison.measure import quartiles
 from osdn_jax.comparison.report import duration, size
 from osdn_jax.ops import chunkwise
@@ -83,8 +84,7 @@ class Bench:
     def __init__(self, repeats: int, quick: bool) -> None:
         self.repeats, self.quick = repeats, quick
         self.rows: list[dict] = []
-        self.figures: list[tuple[str, Figure]] = []
-        self.section = ""
+        self.figures: list[Figure] = []
 
     def shape(self, full: str, quick: str) -> Shape:
         return parse_shapes(quick if self.quick else full)[0]
@@ -95,7 +95,6 @@ class Bench:
         take_turns(running, repeats or self.repeats)
         for p, c in zip(programs, running, strict=True):
             row = {
-                "section": self.section,
                 "name": str(p),
                 **dataclasses.asdict(p),
                 "shape": str(p.shape),
@@ -114,7 +113,7 @@ class Bench:
     def figure(self, what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
         if self.quick:
             at_most = at_least = None  # they are asked of other sizes
-        self.figures.append((self.section, Figure(what, value, at_most, at_least)))
+        self.figures.append(Figure(what, value, at_most, at_least))
 
 
 def _contender(p: Program) -> Contender:
@@ -175,10 +174,12 @@ def rules_against_each_other(b: Bench) -> None:
         plain, bound = b.run(pair)
         value = ratio(bound.seconds, plain.seconds)
         b.figure(f"{implementation}: time of osdn_trust that its bound binds / delta_net", value)
-    peers = [Program("kda", shape, "chunk", chunk_size=c, direct_scores=True) for c in ((8,) if b.quick else (32, 64))]
-    scalar, *direct = b.run([Program("gated_delta_net", shape), *peers], repeats=3)
-    for p, c in zip(peers, direct, strict=True):
-        b.figure(f"(peer) direct form, chunks of {p.chunk_size} / gated_delta_net", ratio(c.seconds, scalar.seconds))
+    for tokens in (8,) if b.quick else (32, 64):
+        pair = [Program("kda", shape, "chunk", chunk_size=tokens, direct_scores=direct) for direct in (False, True)]
+        ours, direct = b.run(pair, repeats=3)
+        b.figure(
+            f"kda in chunks of {tokens}: time of direct C x C x K / sub-blocks", ratio(direct.seconds, ours.seconds)
+        )
 
 
 def length(b: Bench) -> None:
@@ -240,31 +241,27 @@ def _memory(over: Contender, under: Contender) -> float:
 
 
 def markdown(record: dict) -> Iterator[str]:
-    about = record["environment"]
-    yield f"# Operators on {about['platform']}"
+    yield "# What the operators cost"
     yield ""
-    yield f"`{about['command']}`, {about['date']}. {about['cpu']}, {about['cpu_cores']} cores; {about['device']};"
-    yield f"jax {about['jax']}, jaxlib {about['jaxlib']}, NumPy {about['numpy']}, Python {about['python']}. float32."
-    yield f"Load average when it began: {about['load_at_start']}. Programs of a section run in turns in one process;"
-    yield "a ratio is the median over rounds of the ratio within a round, a time the median over rounds."
+    yield "All float32, by `python -m benchmarks.ops`. The programs of a comparison run in turns in one process; a"
+    yield "ratio is the median over rounds of the ratio within a round, a time the median over rounds. Other work on"
+    yield "the machine slows all programs of a round, those on several cores most: mind the load average."
     for name, section in SECTIONS.items():
-        figures = [f for f in record["figures"] if f["section"] == name]
-        rows = [r for r in record["measurements"] if r["section"] == name]
-        if not rows:
+        if name not in record:
             continue
-        yield from (
-            "",
-            f"## {section.__doc__}",
-            "",
-            "| ratio | measured | asked for | |",
-            "| --- | ---: | ---: | --- |",
-        )
-        for f in figures:
+        about = record[name]["environment"]
+        heading = (section.__doc__ or name).rstrip(".")
+        yield from ("", f"## {heading}", "")
+        yield f"{about['date']}, {about['device']} ({about['cpu']}, {about['cpu_cores']} cores), load average"
+        yield f"{about['load_at_start']} before and {about['load_at_end']} after; jax {about['jax']}, jaxlib"
+        yield f"{about['jaxlib']}, NumPy {about['numpy']}, Python {about['python']}: `{about['command']}`."
+        yield from ("", "| ratio | measured | asked for | |", "| --- | ---: | ---: | --- |")
+        for f in record[name]["figures"]:
             asked = f"≤ {f['at_most']:.3g}" if f["at_most"] else f"≥ {f['at_least']:.3g}" if f["at_least"] else ""
             met = {True: "met", False: "**missed**", None: ""}[f["met"]]
             yield f"| {f['what']} | {f['value']:.3g} | {asked} | {met} |"
         yield from ("", "| program | median | quartiles | temporary memory | compile |", "| --- " + "| ---: " * 4 + "|")
-        for r in rows:
+        for r in record[name]["measurements"]:
             spread = "–".join(duration(x) for x in r["quartile_seconds"] or ())
             cost = f"{duration(r['median_seconds'])} | {spread} | {size(r['temporary_bytes'])}"
             yield f"| {r['name']} | {r['refusal'] or cost} | {duration(r['compile_seconds'])} |"
@@ -273,34 +270,35 @@ def markdown(record: dict) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> dict:
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="default: all")
+    parser.add_argument(
+        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="to measure, others stay in the record"
+    )
     parser.add_argument("--repeats", type=int, default=7, help="rounds of timing (default 7)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
     parser.add_argument(
         "--out", type=Path, help=f"folder of the results (default {RESULTS.parent.name}/{RESULTS.name})"
     )
     given = parser.parse_args(argv)
-    about = environment(shlex.join(["python", "-m", "benchmarks.ops", *argv]))
-    start = time.perf_counter()
-    bench = Bench(2 if given.quick else given.repeats, given.quick)
+    record = {}
     for name in given.sections:
-        bench.section = name
         print(f"{name}:", file=sys.stderr, flush=True)
+        about = environment(shlex.join(["python", "-m", "benchmarks.ops", *argv]))
+        bench = Bench(2 if given.quick else given.repeats, given.quick)
         SECTIONS[name](bench)
-    figures = [{"section": section, **dataclasses.asdict(f), "met": f.met()} for section, f in bench.figures]
-    record = {
-        "environment": {**about, "seconds": round(time.perf_counter() - start)},
-        "figures": figures,
-        "measurements": bench.rows,
-    }
-    text = "\n".join(markdown(record)) + "\n"
-    print(text)
+        record[name] = {
+            "environment": {**about, "load_at_end": load()},
+            "figures": [{**dataclasses.asdict(f), "met": f.met()} for f in bench.figures],
+            "measurements": bench.rows,
+        }
+    print("\n".join(markdown(record)))
     out = given.out or (None if given.quick else RESULTS)
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
-        stem = f"ops-{about['platform']}"
-        (out / f"{stem}.json").write_text(json.dumps(record, indent=1) + "\n")
-        (out / f"{stem}.md").write_text(text)
+        file = out / f"ops-{jax.default_backend()}.json"
+        kept = json.loads(file.read_text()) if file.exists() else {}
+        record = {name: {**kept, **record}[name] for name in SECTIONS if name in kept or name in record}
+        file.write_text(json.dumps(record, indent=1) + "\n")
+        file.with_suffix(".md").write_text("\n".join(markdown(record)) + "\n")
     return record
 
 

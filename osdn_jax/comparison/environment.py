@@ -24,13 +24,18 @@ def environment(command: str) -> dict[str, Any]:
         "devices": len(devices),
         "cpu": _cpu_model(),
         "cpu_cores": usable_cores(),
-        "load_at_start": round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None,
+        "load_at_start": load(),
         "osdn_jax": osdn_jax.__version__,
         "jax": jax.__version__,
         "jaxlib": jaxlib.__version__,
         "numpy": np.__version__,
         "python": platform.python_version(),
     }
+
+
+def load() -> float | None:
+    """Programs that ran or wanted to, averaged over the last minute; None where the system does not say."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def usable_cores() -> int:

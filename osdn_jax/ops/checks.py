@@ -62,12 +62,12 @@ def number(name: str, value: Any) -> float:
 
 
 def bounds(value: Any) -> tuple[float, float] | None:
-    """Returns (lo, hi) with lo <= hi or None, or raises TypeError or ValueError."""
+    """Returns (lo, hi) with lo <= hi, each perhaps infinite, or None; or raises TypeError or ValueError."""
     if value is None:
         return None
     if not isinstance(value, (tuple, list)) or len(value) != 2:
         raise TypeError(f"bounds: got {value!r}, expected a pair (lo, hi) or None")
-    lo, hi = (number("bounds", x) for x in value)
+    lo, hi = (x if x in (-np.inf, np.inf) else number("bounds", x) for x in value)
     if lo > hi:
         raise ValueError(f"bounds: got ({lo}, {hi}), an empty range; expected lo <= hi")
     return lo, hi

@@ -73,7 +73,8 @@ def delta_rule(
         scale: factor on the output; default K^-1/2.
         initial_state: memory before the first token, [B, H, K, V]; default zeros.
         segment_ids: [B, T], packed documents: the memory restarts from zeros where the id changes. initial_state
-            serves the first document, and the returned memory is the last one's.
+            serves the first document, and the returned memory is the last one's. A call knows no ids before its own:
+            where a sequence is cut at the start of a document, hand no state on.
         chunk_size: tokens per chunk of the implementations that have chunks; default by device.
         implementation: "scan" (one token at a time, the specification), "chunk" (matrix products), or None for the
             fastest here. "chunk" and None have reverse-mode gradients only; "scan" has both modes.

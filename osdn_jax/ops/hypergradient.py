@@ -4,6 +4,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.ops import checks, hypergradient_chunk
@@ -82,8 +83,8 @@ def hypergradient_preconditioner(
         log_forget: log of g_t, [B, T, Hk], at most 0; None forgets nothing.
         initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used as it is, outside the bounds too.
         anchor: what forgetting draws d toward, [Hk, K] or a number: 0 in the paper, 1 for plain DeltaNet.
-        bounds: (lo, hi) of the projection of every update, or None for no projection. The projection is exact, token
-            by token, in every implementation.
+        bounds: (lo, hi) of the projection of every update, or None for no projection; either may be infinite. The
+            projection is exact, token by token, in every implementation.
         normalize: divides the update by sum(u_t) + 1e-5.
         restart: what documents that start inside the sequence begin with; default `initial`. Differs from it where
             `initial` is the state carried over from an earlier piece of the sequence.
@@ -134,7 +135,7 @@ def hypergradient_preconditioner(
         restart=None if segment_ids is None else checks.restarts(checks.segment_ids(segment_ids, (batch, length))),
     )
     # Without forgetting nothing is drawn anywhere, and an anchor of 0 draws by forgetting alone.
-    anchored = log_forget is not None and not (isinstance(anchor, (int, float)) and anchor == 0)
+    anchored = log_forget is not None and not (isinstance(anchor, (int, float, np.floating)) and anchor == 0)
     start = Start(
         initial=full(arrays["initial"]),
         restart=full(arrays["initial"] if restart is None else arrays["restart"]),
@@ -148,6 +149,6 @@ def hypergradient_preconditioner(
 def _state(name: str, value: object, shapes: list[tuple[int, ...]], layout: str) -> jax.Array | float | None:
     if value is None:
         return None
-    if isinstance(value, (int, float)):
+    if isinstance(value, (int, float, np.floating)):
         return checks.number(name, value)  # it takes the type of the state, not that of an array of its own
     return checks.shaped_array(name, value, shapes, layout)

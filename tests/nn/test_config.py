@@ -54,7 +54,9 @@ def test_a_model_names_the_field_that_is_wrong(changes, said):
 
 
 def test_an_unknown_rule_is_named_beside_the_known_ones():
-    with pytest.raises(ValueError, match="rule: got 'osnd', expected one of delta_net, gated_delta_net, kda, osdn, os_"):
+    with pytest.raises(
+        ValueError, match="rule: got 'osnd', expected one of delta_net, gated_delta_net, kda, osdn, os_"
+    ):
         mixer_config("osnd", **SHAPES)
 
 
@@ -74,7 +76,9 @@ def test_rules_are_those_of_the_papers():
         "os_gdn",
         "os_kda",
     }
-    assert {name for name, c in made.items() if c.output_gate} == {name for name, c in made.items() if c.decay != "none"}
+    assert {name for name, c in made.items() if c.output_gate} == {
+        name for name, c in made.items() if c.decay != "none"
+    }
 
 
 def test_presets():

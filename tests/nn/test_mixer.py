@@ -20,9 +20,7 @@ def spy(monkeypatch):
     """Calls a mixer with an operator of the test's own; returns the output and what the operator was given."""
 
     def call(rule, output, **changes):
-        mixer = DeltaMixer(
-            mixer_config(rule, **SHAPES | changes), 1, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)
-        )
+        mixer = DeltaMixer(mixer_config(rule, **SHAPES | changes), 1, jnp.dtype("float32"), rngs=nnx.Rngs(params=0))
         config = mixer.config
         seen = {}
 

@@ -30,7 +30,13 @@ def ending(parameters, name):
 
 @pytest.mark.parametrize(
     ("rule", "preset", "start"),
-    [("osdn", None, 0.0), ("osdn", "paper", 0.0), ("osdn", "trust", 1.0), ("os_gdn", None, 1.0), ("os_kda", "paper", 0.0)],
+    [
+        ("osdn", None, 0.0),
+        ("osdn", "paper", 0.0),
+        ("osdn", "trust", 1.0),
+        ("os_gdn", None, 1.0),
+        ("os_kda", "paper", 0.0),
+    ],
 )
 def test_the_preconditioner_starts_at_its_preset(rule, preset, start):
     _, parameters = functional(build_model(config_of(rule, preset=preset)))
@@ -49,7 +55,9 @@ def test_the_gram_preconditioner_starts_at_its_center():
         np.testing.assert_array_equal(center, np.full(2, -0.2, np.float32))
 
 
-@pytest.mark.parametrize(("rule", "gates"), [("gated_delta_net", "mixer/decay"), ("kda", "mixer/decay"), ("pdn", "gram_decay")])
+@pytest.mark.parametrize(
+    ("rule", "gates"), [("gated_delta_net", "mixer/decay"), ("kda", "mixer/decay"), ("pdn", "gram_decay")]
+)
 def test_decays_start_in_the_range_of_the_papers(rule, gates):
     config = config_of(rule)
     config.model.update(heads=32, key_heads=32, width=64)

@@ -160,3 +160,13 @@ def test_projection_is_exact_in_float32():
         want = program("scan")(wide, jax.tree.map(lambda c: c.astype(jnp.float64), cotangents))
         assert_close(value, want[0], 1e-5)
         assert_close(gradient, want[1], 1e-5)
+
+
+def test_one_sided_bounds():
+    k = jnp.asarray(np.random.default_rng(0).normal(size=(1, 40, 2, 8)))
+    for implementation in ("scan", "chunk"):
+        run = {"eta": 0.5, "implementation": implementation, "chunk_size": 16}
+        one_sided, _ = ops.hypergradient_preconditioner(k, bounds=(0.0, np.inf), initial=1.0, **run)
+        wide, _ = ops.hypergradient_preconditioner(k, bounds=(0.0, 1e30), initial=1.0, **run)
+        np.testing.assert_array_equal(one_sided, wide)
+        assert float(jnp.min(one_sided)) == 0.0

@@ -195,7 +195,12 @@ def poisoned(monkeypatch, at):
 
 @pytest.mark.parametrize(
     ("at", "log_every", "kept"),
-    [(25, 1, "the checkpoint of step 20 is kept"), (25, 100, "20 is kept"), (30, 100, "20 is kept"), (2, 1, "no checkpoint")],
+    [
+        (25, 1, "the checkpoint of step 20 is kept"),
+        (25, 100, "20 is kept"),
+        (30, 100, "20 is kept"),
+        (2, 1, "no checkpoint"),
+    ],
 )
 def test_stops_where_the_loss_is_no_number_and_keeps_what_was_good(tmp_path, monkeypatch, at, log_every, kept):
     config = tiny_config(text(), log_every=log_every)

@@ -1,0 +1,75 @@
+"""Bits per byte: against NumPy, over every byte once."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from osdn_jax.data import Document, PackedWindows, validation_batches
+from osdn_jax.evaluation import make_evaluate, weighted_nats
+
+VOCABULARY = 256
+DOCUMENTS = [Document("a", b"To be, or not to be"), Document("b", b"?"), Document("c", b"that is the question" * 4)]
+
+
+def random_logits(*shape):
+    return np.random.default_rng(0).normal(size=shape).astype(np.float32) * 3
+
+
+def bigram(parameters, inputs, segment_ids):
+    """A model without memory: the logits are a row of a table."""
+    assert segment_ids.shape == inputs.shape
+    return parameters["table"][inputs], None
+
+
+def negative_log_likelihood(logits, targets):
+    logits = np.asarray(logits, np.float64)
+    return np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
+
+
+def test_weighted_nats():
+    rng = np.random.default_rng(1)
+    logits, targets = random_logits(2, 5, 7), rng.integers(7, size=(2, 5)).astype(np.int32)
+    weights = np.asarray([[1, 0, 1, 1, 0], [0, 0, 0, 0, 2.5]], np.float32)
+    batch = {"inputs": targets, "targets": targets, "segment_ids": targets, "weights": weights}
+    nats, total = weighted_nats(jnp.asarray(logits), batch)
+    np.testing.assert_allclose(nats, (negative_log_likelihood(logits, targets) * weights).sum(), rtol=1e-6)
+    assert total == 5.5
+    gradient = jax.grad(lambda x: weighted_nats(x, batch)[0])(jnp.asarray(logits))
+    np.testing.assert_array_equal(np.abs(gradient).max(-1) > 0, weights > 0)
+    probability = np.exp(logits[1, 4]) / np.exp(logits[1, 4]).sum()
+    np.testing.assert_allclose(gradient[1, 4], 2.5 * (probability - np.eye(7)[targets[1, 4]]), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "batch_size"), [(7, 3), (16, 2), (200, 4), (1, 50)])
+def test_every_byte_counts_once_however_it_is_cut(length, batch_size):
+    table = random_logits(VOCABULARY, VOCABULARY)
+    batches = validation_batches(PackedWindows(DOCUMENTS, length), batch_size=batch_size)
+    got = make_evaluate(bigram)({"table": jnp.asarray(table)}, batches)
+    # Each byte by the one before it, the first of a document by its start.
+    nats = [
+        negative_log_likelihood(table[before], byte)
+        for document in DOCUMENTS
+        for before, byte in zip(b"\0" + document.text, document.text, strict=False)
+    ]
+    assert len(nats) == sum(len(document.text) for document in DOCUMENTS) == 100
+    assert isinstance(got, float)
+    np.testing.assert_allclose(got, np.mean(nats) / np.log(2), rtol=1e-6)
+
+
+def test_a_model_that_knows_nothing_needs_eight_bits():
+    table = jnp.zeros((VOCABULARY, VOCABULARY))
+    got = make_evaluate(bigram)({"table": table}, validation_batches(PackedWindows(DOCUMENTS, 16), batch_size=2))
+    np.testing.assert_allclose(got, 8, rtol=1e-6)
+
+
+def test_the_model_sees_where_documents_start():
+    batches = list(validation_batches(PackedWindows(DOCUMENTS, 16), batch_size=2))
+
+    def by_document(parameters, inputs, segment_ids):
+        return parameters["table"][segment_ids], None
+
+    table = random_logits(VOCABULARY, VOCABULARY)
+    got = make_evaluate(by_document)({"table": jnp.asarray(table)}, batches)
+    parts = [(negative_log_likelihood(table[b["segment_ids"]], b["targets"]) * b["weights"]).sum() for b in batches]
+    np.testing.assert_allclose(got, sum(parts) / 100 / np.log(2), rtol=1e-6)

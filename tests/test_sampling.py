@@ -1,0 +1,182 @@
+"""Drawing tokens: what may be drawn, how often, and in which order."""
+
+import functools
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from osdn_jax.sampling import choose, sample
+from support import jit
+from support.models import VOCABULARY, small_model
+
+KEY = jax.random.key(0)
+
+
+@functools.cache
+def drawing(size, top_p, temperature=1.0, draws=300):
+    """A program from logits [size] to the tokens of many draws."""
+    keys = jax.random.split(KEY, draws)
+    draw = functools.partial(choose, temperature=temperature, top_p=top_p)
+    return jit(lambda logits: jax.vmap(lambda key: draw(logits, key))(keys))
+
+
+def softmax(logits, temperature=1.0):
+    x = np.asarray(logits, np.float64) / temperature
+    p = np.exp(x - x.max())
+    return p / p.sum()
+
+
+@given(st.lists(st.floats(-5, 5, width=32), min_size=6, max_size=6, unique=True))
+@settings(max_examples=30)
+def test_temperature_zero_takes_the_likeliest(logits):
+    logits = np.asarray(logits, np.float32)
+    assert int(choose(jnp.asarray(logits), KEY, temperature=0.0)) == int(np.argmax(logits))
+
+
+def smallest_set(probabilities, top_p):
+    """The likeliest of all the sets of least size that hold top_p, found by trying every one of them."""
+    tokens = range(len(probabilities))
+    for size in range(1, len(probabilities) + 1):
+        holding = [s for s in itertools.combinations(tokens, size) if probabilities[list(s)].sum() >= top_p]
+        if holding:
+            return set(max(holding, key=lambda s: probabilities[list(s)].sum()))
+    return set(tokens)
+
+
+@pytest.mark.parametrize("top_p", [0.2, 0.5, 0.9])
+def test_top_p_keeps_exactly_the_smallest_set(top_p):
+    @given(st.permutations([0.4, 0.25, 0.15, 0.12, 0.06, 0.02]), st.floats(0.5, 2.0))
+    @settings(max_examples=15)
+    def check(probabilities, sharpness):
+        p = softmax(sharpness * np.log(probabilities))
+        kept = smallest_set(p, top_p)
+        if abs(sum(p[list(kept)]) - top_p) < 1e-4 or abs(sum(p[list(kept)]) - min(p[list(kept)]) - top_p) < 1e-4:
+            return  # too near to call in float32
+        drawn = np.asarray(drawing(6, top_p)(jnp.asarray(np.log(p), jnp.float32)))
+        assert set(drawn) <= kept
+        # What is kept is drawn, in its proportions: 300 draws of a token of share s miss it with (1 - s)^300.
+        share = p[sorted(kept)] / p[sorted(kept)].sum()
+        seen = np.bincount(drawn, minlength=6)[sorted(kept)] / 300
+        np.testing.assert_allclose(seen, share, atol=5 * np.sqrt(0.25 / 300))
+        assert {t for t, s in zip(sorted(kept), share, strict=True) if s > 0.05} <= set(drawn)
+
+    check()
+
+
+def test_top_p_takes_the_temperature_first():
+    logits = jnp.log(jnp.asarray([0.5, 0.3, 0.2]))
+    assert set(np.asarray(drawing(3, 0.6)(logits))) == {0, 1}
+    assert set(np.asarray(drawing(3, 0.6, temperature=0.3)(logits))) == {0}  # 0.5 is 0.84 when sharpened
+    assert set(np.asarray(drawing(3, 0.6, temperature=10.0)(logits))) == {0, 1}
+    assert set(np.asarray(drawing(3, 0.7, temperature=100.0)(logits))) == {0, 1, 2}
+
+
+def test_frequencies_are_the_probabilities():
+    logits = jnp.asarray([0.0, 1.0, -1.0, 0.5])
+    for temperature in (0.5, 1.0, 2.0):
+        drawn = np.asarray(drawing(4, 1.0, temperature, draws=20000)(logits))
+        p = softmax(logits, temperature)
+        np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 20000, p, atol=5 * np.sqrt(0.25 / 20000))
+
+
+def test_what_is_ruled_out_stays_so():
+    logits = jnp.asarray([3.0, -jnp.inf, 2.9])
+    for top_p in (0.3, 0.999, 1.0):
+        assert 1 not in np.asarray(drawing(3, top_p)(logits))
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
+def test_a_temperature_that_is_none_is_refused(temperature):
+    with pytest.raises(ValueError, match="temperature: got"):
+        choose(jnp.zeros(3), KEY, temperature=temperature)
+
+
+@pytest.mark.parametrize("top_p", [0.0, -0.5, 1.01, float("nan")])
+def test_a_share_that_is_none_is_refused(top_p):
+    with pytest.raises(ValueError, match="top_p: got"):
+        choose(jnp.zeros(3), KEY, top_p=top_p)
+
+
+# Whole texts
+
+PROMPT = np.asarray([3, 1, 4, 1, 5], np.int32)
+
+
+@pytest.fixture(scope="module")
+def model():
+    _, apply, parameters, _ = small_model("os_gdn")
+    return apply, parameters
+
+
+def test_without_heat_it_is_the_whole_model_run_again_and_again(model):
+    apply, parameters = model
+    got = list(sample(apply, parameters, PROMPT, tokens=8, seed=0, temperature=0.0))
+    assert {type(token) for token in got} == {int}
+    whole = jit(lambda p, x: apply(p, x)[0])
+    text = list(PROMPT)
+    for _ in range(8):
+        padded = jnp.asarray([text + [0] * (13 - len(text))], jnp.int32)
+        text.append(int(np.argmax(whole(parameters, padded)[0, len(text) - 1])))
+    assert got == text[len(PROMPT) :]
+    assert len(set(got)) > 1
+
+
+def test_the_seed_says_what_is_drawn(model):
+    a, same, b = (list(sample(*model, PROMPT, tokens=12, seed=seed)) for seed in (0, 0, 1))
+    assert a == same != b
+    assert all(0 <= token < VOCABULARY for token in a)
+    assert len(set(a)) > 3  # each draw with a key of its own
+
+
+def test_forbidden_tokens_are_never_drawn(model):
+    forbidden = tuple(range(0, VOCABULARY, 2))
+    drawn = set(sample(*model, PROMPT, tokens=40, seed=0, temperature=3.0, forbidden=forbidden))
+    assert drawn
+    assert not drawn & set(forbidden)
+    greedy = list(sample(*model, PROMPT, tokens=3, seed=0, temperature=0.0))
+    assert greedy[0] not in sample(*model, PROMPT, tokens=3, seed=0, temperature=0.0, forbidden=(greedy[0],))
+
+
+def test_tokens_come_one_by_one_at_a_constant_cost():
+    calls = []
+
+    def apply(parameters, ids, states):
+        jax.debug.callback(lambda: calls.append(ids.shape))
+        count = jnp.zeros((), jnp.int32) if states is None else states
+        logits = jnp.where(jnp.arange(6) == count % 6, 9.0, 0.0)
+        return jnp.broadcast_to(logits, (1, ids.shape[1], 6)), count + ids.shape[1]
+
+    stream = sample(apply, {}, np.arange(4, dtype=np.int32), tokens=5, seed=0, temperature=0.0)
+    jax.effects_barrier()
+    assert calls == []  # nothing runs before the first is asked for
+    assert next(stream) == 0
+    jax.effects_barrier()
+    assert calls == [(1, 4)]
+    assert list(stream) == [4, 5, 0, 1]  # the state after the prompt and one token each
+    jax.effects_barrier()
+    assert calls == [(1, 4)] + [(1, 1)] * 4
+
+
+def test_no_tokens_are_no_tokens(model):
+    assert list(sample(*model, PROMPT, tokens=0, seed=0)) == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt": np.zeros(0, np.int32)}, "prompt: got no tokens"),
+        ({"tokens": -1}, "tokens: got -1"),
+        ({"temperature": -1.0}, "temperature: got -1.0"),
+        ({"top_p": 0.0}, "top_p: got 0.0"),
+        ({"top_p": 2.0}, "top_p: got 2.0"),
+    ],
+)
+def test_what_cannot_be_is_refused_by_the_call_itself(model, changes, said):
+    options = {"prompt": PROMPT, "tokens": 1, "seed": 0} | changes
+    with pytest.raises(ValueError, match=said):
+        sample(*model, options.pop("prompt"), **options)  # nothing is drawn yet
