@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from osdn_jax.comparison import RULES, SHARED_FACTOR, TOLERANCES, Result, Shape, environment, parse_shapes
+from osdn_jax.comparison import CANCELLING_FACTOR, RULES, TOLERANCES, Result, Shape, environment, parse_shapes
 from osdn_jax.comparison.inputs import SHAPE_SYNTAX
 from osdn_jax.comparison.measure import compare, implementations
 from osdn_jax.comparison.report import console, failures, refusals, result_table
@@ -29,7 +29,7 @@ _TOLERANCES = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items(
 _EPILOG = f"""\
 --rules, --implementations, --shapes and --dtypes take one or more values, separated by commas or spaces.
 A shape is {SHAPE_SYNTAX}.
-Tolerances, of the norm: {_TOLERANCES}; {SHARED_FACTOR:g} times that for gradients of center and initial.
+Tolerances, of the norm: {_TOLERANCES}; {CANCELLING_FACTOR:g} times that for the gradients of center, initial and log_forget.
 Exit status: 1 if an error passes its tolerance, 2 for a wrong command line, else 0.
 """
 
@@ -64,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         record = {
             "environment": about,
             "options": {"repeats": given.repeats, "seed": given.seed, "gradient": given.grad},
-            "tolerances": {**TOLERANCES, "shared_gradient_factor": SHARED_FACTOR},
+            "tolerances": {**TOLERANCES, "cancelling_factor": CANCELLING_FACTOR},
             "passed": not wrong,
             "results": [{**dataclasses.asdict(r), "passed": r.passed} for r in results],
         }

@@ -2,7 +2,6 @@
 
 import re
 import struct
-import time
 
 import pytest
 
@@ -55,9 +54,7 @@ def test_the_demo(configured, capsys):
     assert {path.name for path in (configured / "runs" / "demo").iterdir()} == {"osdn", "delta_net", "loss.png"}
     assert len(sample) == 300
 
-    started = time.perf_counter()
-    demo.main()
-    assert time.perf_counter() - started < 15
+    demo.main()  # again: everything is there already
     out = capsys.readouterr().out
     assert out.count("going on from the checkpoint of step 40 of 40") == 2
     assert parts(out) == (table, sample)

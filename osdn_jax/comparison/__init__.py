@@ -13,11 +13,11 @@ from osdn_jax.comparison.inputs import (
 )
 from osdn_jax.comparison.measure import Contender, Result, compare, contender, implementations, ratio, take_turns
 from osdn_jax.comparison.reference import reference
-from osdn_jax.comparison.tolerances import SHARED_FACTOR, TOLERANCES, tolerance
+from osdn_jax.comparison.tolerances import CANCELLING_FACTOR, TOLERANCES, tolerance
 
 __all__ = [
+    "CANCELLING_FACTOR",
     "RULES",
-    "SHARED_FACTOR",
     "TOLERANCES",
     "Contender",
     "Result",

@@ -152,7 +152,11 @@ def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...
 
 
 def take_turns(running: Sequence[Contender], repeats: int) -> None:
-    """Times A B C A B C ...: whatever slows the machine for a while slows all of them alike."""
+    """Times A B C A B C ...: whatever slows the machine for a while slows all of them alike.
+
+    Each timed turn follows an untimed call of the same program: one that has just returned gigabytes to the system
+    would else be paid for by the next (beside a scan of 2 GB, chunks took 370 ms instead of 200).
+    """
     able = [(c, c.compiled) for c in running if c.compiled is not None]
     counts = []
     for c, compiled in able:
@@ -160,6 +164,7 @@ def take_turns(running: Sequence[Contender], repeats: int) -> None:
         counts.append(max(1, round(_SHORTEST / _seconds(compiled, c.arguments, 1))))
     for _ in range(repeats):
         for (c, compiled), count in zip(able, counts, strict=True):
+            jax.block_until_ready(compiled(*c.arguments))
             c.seconds.append(_seconds(compiled, c.arguments, count))
 
 

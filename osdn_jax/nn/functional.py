@@ -26,6 +26,6 @@ def functional(model: nnx.Module) -> tuple[Callable[..., Any], Parameters]:
 def decays(model: nnx.Module) -> dict[str, bool]:
     """Which parameters weight decay acts on: matrices, unless a layer has marked them `Exempt`."""
     return {
-        "/".join(map(str, path)): x[...].ndim >= 2 and not issubclass(x.type, Exempt)
+        "/".join(map(str, path)): x.get_value().ndim >= 2 and not issubclass(x.type, Exempt)
         for path, x in nnx.to_flat_state(nnx.state(model))
     }

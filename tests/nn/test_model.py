@@ -19,6 +19,11 @@ def config_of(rule, **changes):
     return config
 
 
+def started(config):
+    """The parameters of the model of a configuration, in one program."""
+    return jit(lambda: functional(build_model(config))[1])()
+
+
 def ending(parameters, name):
     found = [x for path, x in parameters.items() if path.endswith(name)]
     assert len(found) == 2, name  # one in each layer
@@ -39,7 +44,7 @@ def ending(parameters, name):
     ],
 )
 def test_the_preconditioner_starts_at_its_preset(rule, preset, start):
-    _, parameters = functional(build_model(config_of(rule, preset=preset)))
+    parameters = started(config_of(rule, preset=preset))
     for d in ending(parameters, "mixer/initial"):
         assert d.shape == (2 if rule == "osdn" else 4, 3)
         np.testing.assert_array_equal(d, start)
@@ -50,7 +55,7 @@ def test_the_preconditioner_starts_at_its_preset(rule, preset, start):
 
 
 def test_the_gram_preconditioner_starts_at_its_center():
-    _, parameters = functional(build_model(config_of("pgdn")))
+    parameters = started(config_of("pgdn"))
     for center in ending(parameters, "gram_center"):
         np.testing.assert_array_equal(center, np.full(2, -0.2, np.float32))
 
@@ -61,7 +66,7 @@ def test_the_gram_preconditioner_starts_at_its_center():
 def test_decays_start_in_the_range_of_the_papers(rule, gates):
     config = config_of(rule)
     config.model.update(heads=32, key_heads=32, width=64)
-    _, parameters = functional(build_model(config))
+    parameters = started(config)
     rates = np.exp(ending(parameters, f"{gates}/log_rate"))  # A, uniform in (1, 16)
     assert rates.min() >= 1
     assert rates.max() <= 16
@@ -75,7 +80,7 @@ def test_decays_start_in_the_range_of_the_papers(rule, gates):
 
 
 def test_norms_start_at_one_and_matrices_at_their_spread():
-    _, parameters = functional(build_model(config_of("os_gdn")))
+    parameters = started(config_of("os_gdn"))
     for name, x in parameters.items():
         if name.endswith("scale"):
             np.testing.assert_array_equal(x, 1.0, name)
@@ -86,12 +91,12 @@ def test_norms_start_at_one_and_matrices_at_their_spread():
 
 def test_layers_start_differently_and_seeds_too():
     config = config_of("os_kda")
-    _, parameters = functional(build_model(config))
+    parameters = started(config)
     first, second = ending(parameters, "mixer/project/kernel")
     assert not np.array_equal(first, second)
-    _, again = functional(build_model(config))
+    again = started(config)
     config.seed = 1
-    _, other = functional(build_model(config))
+    other = started(config)
     for name, x in parameters.items():
         np.testing.assert_array_equal(x, again[name])
     constant = ("scale", "initial", "forget/kernel", "forget/bias")
@@ -111,12 +116,13 @@ EXEMPT = ("scale", "convolution/kernel", "log_rate", "bias", "initial", "forget/
 def test_weight_decay_moves_matrices_and_nothing_else(rule):
     config = config_of(rule, tied_embeddings=False)
     config.optimizer.warmup_steps = 0
-    model = build_model(config)
-    _, parameters = functional(model)
+    model = nnx.eval_shape(lambda: build_model(config))
     optimizer = build_optimizer(config, model)
+    parameters = jax.eval_shape(lambda: functional(build_model(config))[1])
     ones = jax.tree.map(jnp.ones_like, parameters)  # so that decay shows wherever it acts
     with jax.numpy_dtype_promotion("standard"):
-        update, _ = optimizer.update(jax.tree.map(jnp.zeros_like, ones), optimizer.init(ones), ones)
+        zeros = jax.tree.map(jnp.zeros_like, ones)
+        update, _ = jit(lambda: optimizer.update(zeros, optimizer.init(ones), ones))()
     moved = {name for name, x in update.items() if np.any(np.asarray(x) != 0)}
     assert moved == {name for name in parameters if name.endswith(MATRICES) and not name.endswith(EXEMPT)}
     assert set(parameters) - moved == {name for name in parameters if name.endswith(EXEMPT)}
@@ -129,21 +135,21 @@ def test_weight_decay_moves_matrices_and_nothing_else(rule):
 
 
 def test_functional_is_the_module():
-    config = model_config("os_gdn", layers=2)
-    model = CausalLM(config, rngs=nnx.Rngs(params=0))
+    model = CausalLM(model_config("delta_net"), rngs=nnx.Rngs(params=0))
     apply, parameters = functional(model)
     x = jnp.asarray(tokens())
-    for got, want in zip(jax.tree.leaves(jit(apply)(parameters, x)), jax.tree.leaves(jit(model)(x)), strict=True):
-        np.testing.assert_array_equal(got, want)
+    run, want = jit(apply), jit(model)(x)
+    for got, of_module in zip(jax.tree.leaves(run(parameters, x)), jax.tree.leaves(want), strict=True):
+        np.testing.assert_array_equal(got, of_module)
     changed = parameters | {"head/kernel": 2 * parameters["head/kernel"]}
-    np.testing.assert_allclose(apply(changed, x)[0], 2 * model(x)[0], rtol=1e-5)
+    np.testing.assert_allclose(run(changed, x)[0], 2 * want[0], rtol=1e-5)
     with pytest.raises(KeyError, match="norm/scale"):
         apply({name: x for name, x in parameters.items() if name != "norm/scale"}, x)
 
 
 def test_parameters_keep_their_names():
     # Checkpoints hold them by these names.
-    _, parameters = functional(build_model(config_of("os_gdn", tied_embeddings=False)))
+    parameters = started(config_of("os_gdn", tied_embeddings=False))
     layer = [
         "mixer/beta/kernel",
         "mixer/convolution/kernel",
@@ -164,7 +170,7 @@ def test_parameters_keep_their_names():
     ]
     names = [f"blocks/{i}/{name}" for i in range(2) for name in layer]
     assert sorted(parameters) == sorted([*names, "embedding/embedding", "head/kernel", "norm/scale"])
-    _, parameters = functional(build_model(config_of("pkda")))
+    parameters = started(config_of("pkda"))
     own = {"mixer/gram_center", "mixer/gram_decay/bias", "mixer/gram_gain/kernel", "mixer/decay/down/kernel"}
     assert {f"blocks/1/{name}" for name in own} < set(parameters)
     assert "head/kernel" not in parameters

@@ -73,9 +73,7 @@ def test_going_on_in_steps_of_one(interrupted):
 def test_a_finished_run_stays_as_it_is(tmp_path):
     workdir = shutil.copytree(finished()[0], tmp_path / "run")
     before = arrays(workdir)
-    started = time.perf_counter()
     result = train(tiny_config(text()), workdir)
-    assert time.perf_counter() - started < 10
     assert result._replace(tokens_per_second=None) == finished()[1]._replace(tokens_per_second=None)
     assert result.tokens_per_second is None  # nothing was trained
     assert arrays(workdir) == before

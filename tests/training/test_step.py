@@ -32,7 +32,7 @@ def loss_of(apply, parameters, batch):
 @pytest.fixture(scope="module")
 def made():
     """(apply, parameters, step) under plain gradient descent."""
-    apply, parameters = parameters_of(model_config("osdn", dropout=0.0))
+    apply, parameters = parameters_of(model_config("linear_attention"))
     return apply, parameters, make_train_step(apply, optax.sgd(0.1))
 
 

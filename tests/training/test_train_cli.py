@@ -72,7 +72,12 @@ MISTAKES = {
         ["{folder}/run holds a run with another configuration", "seed: 0 there, 1 now"],
     ),
     "diverging": (
-        ["--config.optimizer.learning_rate=1e30", "--config.optimizer.warmup_steps=1", "--config.checkpoint.every=1"],
+        [
+            "--config.model.rule=linear_attention",
+            "--config.optimizer.learning_rate=1e30",
+            "--config.optimizer.warmup_steps=1",
+            "--config.checkpoint.every=1",
+        ],
         ["error: step 2: update_norm is inf; the checkpoint of step 1 is kept", "--config.optimizer.learning_rate"],
     ),
 }
