@@ -20,6 +20,7 @@ from osdn_jax.comparison import CANCELLING_FACTOR, RULES, TOLERANCES, Result, Sh
 from osdn_jax.comparison.inputs import SHAPE_SYNTAX
 from osdn_jax.comparison.measure import compare, implementations
 from osdn_jax.comparison.report import console, failures, refusals, result_table
+from osdn_jax.comparison.tolerances import CANCELLING
 
 _PROGRAM = "python -m osdn_jax.compare"
 _RULES = "delta_net,gated_delta_net,kda,osdn"
@@ -29,7 +30,8 @@ _TOLERANCES = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items(
 _EPILOG = f"""\
 --rules, --implementations, --shapes and --dtypes take one or more values, separated by commas or spaces.
 A shape is {SHAPE_SYNTAX}.
-Tolerances, of the norm: {_TOLERANCES}; {CANCELLING_FACTOR:g} times that for the gradients of center, initial and log_forget.
+Tolerances, of the norm: {_TOLERANCES};
+{CANCELLING_FACTOR:g} times that for the gradients of {", ".join(name.removeprefix("d_") for name in CANCELLING)}.
 Exit status: 1 if an error passes its tolerance, 2 for a wrong command line, else 0.
 """
 

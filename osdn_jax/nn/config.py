@@ -24,8 +24,12 @@ class HypergradientConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "HypergradientConfig":
-        """The published setting "paper" or "trust", with changes. Raises ValueError for another name."""
-        return cls(**{**hypergradient_preset(name), **changes})
+        """The published setting "paper" or "trust", with changes. Raises ValueError for another name.
+
+        "trust" forgets toward 1: toward 0, as the paper's, forgetting would soon hold d on its lower bound of 2/3.
+        """
+        anchor = {"trust": 1.0}.get(name, 0.0)
+        return cls(**{"anchor": anchor, **hypergradient_preset(name), **changes})
 
 
 @dataclasses.dataclass(frozen=True)

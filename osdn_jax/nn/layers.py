@@ -77,7 +77,7 @@ def linear(
 
 def unit_norm(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32; the type of x is kept."""
-    wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 

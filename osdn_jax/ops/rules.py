@@ -310,8 +310,8 @@ def _state(options: Mapping[str, Any]) -> State | None:
 
 
 def _product(multiplier: jax.Array, k: jax.Array) -> jax.Array:
-    """multiplier * k, formed in the wider type and kept in k's: a write key is a key."""
-    dtype = jnp.promote_types(multiplier.dtype, k.dtype)
+    """multiplier * k, formed in the accumulator type and kept in k's: a write key is a key."""
+    dtype = checks.accumulator_dtype(multiplier, k)
     return (multiplier.astype(dtype) * k.astype(dtype)).astype(k.dtype)
 
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_LEAF = 8
+_LEAF = 4
 
 _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
@@ -39,7 +39,7 @@ def channel_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Arra
     """Scores under a decay per channel, by halving: one matrix product joins the two halves of every block.
 
     The rows of the right half decay from the middle of the block, the columns of the left half up to it, so that both
-    factors are at most one. Blocks of 8 are formed elementwise.
+    factors are at most one. Blocks of 4 are formed elementwise.
 
     Args:
         x: [..., M, C, K], M kinds of rows (read keys and queries) that share w and the decay.

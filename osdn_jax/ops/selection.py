@@ -16,11 +16,11 @@ def on_cpu() -> bool:
 def forward_by_scan(call: Call) -> bool:
     """Whether a forward pass alone is faster token by token than in chunks: on a CPU, whatever the shape.
 
-    Over 72 shapes (section "forward": T 1 to 4096, B H K V from 2^10 to 2^20 numbers, decay none, scalar and channel)
-    chunks took 1.0 to 3.3 times the scan's time while the memories fit the cores' caches. Above 2^20 numbers they came
-    level (0.92 to 1.3 times) without a decay or with a scalar one, and stayed behind (1.3 to 1.6) with one per channel:
-    never enough to choose by shape, and their program takes ten times as long to compile. Many cores would favour
-    chunks: measure before changing this for them.
+    Over 72 shapes (section "forward": T 1 to 4096, decay none, scalar and channel) chunks took 1.03 to 3.3 times the
+    scan's time for memories (B H K V) of up to 2^16 numbers. For 2^18 and 2^20, which leave the cores' caches, it was
+    0.92 to 0.99 times with a scalar decay beyond one token, 1.3 to 1.6 times with one per channel, and 1.0 to 1.5 times
+    without (but for one shape, 0.75, between its neighbours' 1.02 and 1.26): never enough to choose by shape, for a
+    program that takes ten times as long to compile. Many cores would favour chunks: measure before choosing for them.
 
     Other devices start a program per token, so there it is chunks: reasoned, not measured.
     """

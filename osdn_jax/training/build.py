@@ -44,7 +44,8 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
         settings = mixer.hypergradient
         if model.preset is not None:
             settings = HypergradientConfig.preset(model.preset, beta_aware=settings.beta_aware)
-        settings = dataclasses.replace(settings, forget=model.forget, anchor=model.anchor)
+        anchor = settings.anchor if model.anchor is None else model.anchor
+        settings = dataclasses.replace(settings, forget=model.forget, anchor=anchor)
         mixer = dataclasses.replace(mixer, hypergradient=settings)
     elif model.preset is not None:
         raise ValueError(f"model.preset: got {model.preset!r}, but the rule {model.rule!r} has no such preconditioner")

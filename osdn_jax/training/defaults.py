@@ -34,7 +34,7 @@ def default_config() -> ConfigDict:
     config.model.negative_eigenvalues = False
     config.model.preset = placeholder(str)  # of the hypergradient preconditioner: paper or trust; default by rule
     config.model.forget = True  # Adaptive Preconditioner Forgetting
-    config.model.anchor = 0.0  # what it forgets toward
+    config.model.anchor = placeholder(float)  # what it forgets toward; default by preset
     config.model.chunk_size = placeholder(int)
     config.model.implementation = placeholder(str)  # of the delta rule; default the fastest
 
