@@ -118,7 +118,7 @@ def test_folder_is_read_recursively_in_the_order_of_paths(tmp_path):
     assert names == ["a/b/c.txt", "a/rows.jsonl:1", "a/z.txt", "b.txt", "c.txt"]
 
 
-GZ, XZ = gzip.compress(b"text" * 100), lzma.compress(b"text" * 100)
+GZ, XZ = gzip.compress(b"text" * 100, mtime=0), lzma.compress(b"text" * 100)
 
 
 @pytest.mark.parametrize(

@@ -84,8 +84,8 @@ def test_rules_are_those_of_the_papers():
 def test_presets():
     paper, trust = (HypergradientConfig.preset(name) for name in ("paper", "trust"))
     assert paper == HypergradientConfig(eta=1.0, bounds=(0.0, 1e9), initial=0.0)
-    assert trust == HypergradientConfig(eta=0.003, bounds=(2 / 3, 3 / 2), initial=1.0)
-    assert HypergradientConfig.preset("trust", anchor=1.0) == dataclasses.replace(trust, anchor=1.0)
+    assert trust == HypergradientConfig(eta=0.003, bounds=(2 / 3, 3 / 2), initial=1.0, anchor=1.0)
+    assert HypergradientConfig.preset("trust", anchor=0.0) == dataclasses.replace(trust, anchor=0.0)
 
 
 def test_one_preconditioner_per_value_head_only_where_it_follows_beta():

@@ -69,7 +69,7 @@ def test_the_output_is_normalised_per_head(spy, output):
 def test_the_rule_gets_the_options_of_the_config(spy, output):
     _, seen = spy("os_gdn", output, chunk_size=3, implementation="scan")
     assert (seen["chunk_size"], seen["implementation"]) == (3, "scan")
-    assert (seen["eta"], seen["bounds"], seen["anchor"]) == (0.003, (2 / 3, 3 / 2), 0.0)
+    assert (seen["eta"], seen["bounds"], seen["anchor"]) == (0.003, (2 / 3, 3 / 2), 1.0)
     assert seen["beta_aware"] is True
     np.testing.assert_array_equal(seen["initial"], jnp.ones((4, 6)))
     assert seen["log_forget"].shape == (B, T, 4)
