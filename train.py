@@ -1,7 +1,7 @@
-"""Trains a model:  python train.py --config=configs/shakespeare.py --workdir=runs/shakespeare
+"""Trains a model:  python train.py --config=configs/demo.py --workdir=runs/osdn
 
 The same command again goes on where the last one stopped. Keys of the configuration are set as
---config=configs/shakespeare.py:rule=delta_net,seed=1 or --config.optimizer.learning_rate=1e-3; its docstring says what
+--config=configs/demo.py:rule=delta_net,seed=1 or --config.optimizer.learning_rate=1e-3; its docstring says what
 to expect.
 """
 

@@ -1,4 +1,4 @@
-"""Text from a trained model:  python -m osdn_jax.generate --workdir runs/shakespeare --prompt "ROMEO:" --tokens 300
+"""Text from a trained model:  python -m osdn_jax.generate --workdir runs/osdn --prompt "ROMEO:" --tokens 300
 
 Reads the newest checkpoint of the run and writes the prompt and what follows it to the terminal, byte by byte. Each
 token costs the same time and memory, however long the text.
