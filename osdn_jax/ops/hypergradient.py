@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks, hypergradient_adjoint, hypergradient_chunk
+from osdn_jax.ops import checks, hypergradient_chunk
 from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
 from osdn_jax.ops.selection import on_cpu
 from osdn_jax.ops.tiling import fitting_chunk, from_chunks, to_chunks
@@ -30,14 +30,6 @@ def _chunk(tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None)
     chunks = jax.tree.map(lambda x: to_chunks(x, size), tokens)
     final, used = hypergradient_chunk.chunked(start.initial, chunks, start, bounds)
     return from_chunks(used, length), final
-
-
-def _fastest(tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
-    # One token costs a CPU a few hundred nanoseconds, less than its share of a chunk's small products.
-    if not on_cpu():
-        return _chunk(tokens, start, bounds, chunk_size)
-    final, used = hypergradient_adjoint.token_by_token(start.initial, tokens, start, bounds)
-    return used, final
 
 
 # A new kernel joins here: (Tokens, Start, bounds, chunk_size) -> (d before each token [B, T, P, K], final d).
@@ -149,8 +141,9 @@ def hypergradient_preconditioner(
         restart=full(arrays["initial"] if restart is None else arrays["restart"]),
         anchor=full(arrays["anchor"]) if anchored else None,
     )
-    run = _fastest if implementation is None else IMPLEMENTATIONS[implementation]
-    return run(tokens, start, bounds, chunk_size)
+    # One token costs a CPU a few hundred nanoseconds, less than its share of a chunk's small products.
+    name = implementation or ("scan" if on_cpu() else "chunk")
+    return IMPLEMENTATIONS[name](tokens, start, bounds, chunk_size)
 
 
 def _state(name: str, value: object, shapes: list[tuple[int, ...]], layout: str) -> jax.Array | float | None:
