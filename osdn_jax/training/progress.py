@@ -32,7 +32,7 @@ class ProgressBar:
         self._every = every
         self._spoke = -float("inf")
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=SPEED_WINDOW + 1)  # (seconds, step, tokens)
-        self._marks.append((time.monotonic(), start_step, 0))
+        self._started = time.monotonic()
         self._tokens = 0
         self._console = console or Console(force_terminal=sys.stdout.isatty())
         self._bar: Progress | None = None
@@ -70,11 +70,12 @@ class ProgressBar:
     def _words(self, bits_per_byte: float | None) -> str:
         """Loss, speed and time left in words."""
         (then, first, before), (now, last, after) = self._marks[0], self._marks[-1]
-        seconds = max(now - then, 1e-9)
         words = [] if bits_per_byte is None else [f"{bits_per_byte:.3f} bits per byte"]
+        if last == first:  # it compiled the program, and says nothing of the speed
+            return "  ".join([*words, f"the first step took {_duration(now - self._started)}"])
+        seconds = max(now - then, 1e-9)
         words.append(f"{_short((after - before) / seconds)} tokens/s")
-        if last > first:
-            words.append(f"{_duration((self._total - last) * seconds / (last - first))} left")
+        words.append(f"{_duration((self._total - last) * seconds / (last - first))} left")
         return "  ".join(words)
 
     def __enter__(self) -> "ProgressBar":
