@@ -33,7 +33,8 @@ def default_chunk(channel_decay: bool) -> int:
 
     Without a decay or with a scalar one, 32 and 64 are within 10 % of each other for K = V = 128 (32 is up to 15 %
     faster for 64), 16 and 128 behind; 64 keeps half as many memories. A decay per channel costs more the longer the
-    chunk, outside the products: 32 is 5 to 15 % faster than 64 and half again as fast as 128. Elsewhere it is 64, which
+    chunk, outside the products: 32 was 5 to 15 % faster than 64, and half again as fast as 128, when `scores` formed
+    blocks of 8 elementwise; with blocks of 4, as now, 32 and 64 are level. Elsewhere it is 64, which
     tiles of matrix units fit: reasoned, not measured.
     """
     return 32 if channel_decay and on_cpu() else 64
