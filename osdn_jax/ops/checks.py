@@ -1,7 +1,7 @@
 """Checks of arguments: every error names the argument, what came and what was expected, at trace time."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -50,6 +50,11 @@ def chunk_size(value: Any) -> int | None:
     if value < 1:
         raise ValueError(f"chunk_size: got {value}, expected at least 1")
     return int(value)
+
+
+def is_number(value: Any) -> TypeGuard[float]:
+    """Whether an argument that may be an array is a static number instead; `number` checks which."""
+    return isinstance(value, (int, float, np.floating))
 
 
 def number(name: str, value: Any) -> float:

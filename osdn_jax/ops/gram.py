@@ -62,7 +62,7 @@ def gram_preconditioner(
     batch, length, heads, key_dim = k.shape
     log_decay = checks.shaped_array("log_decay", log_decay, (batch, length, heads), "[B, T, Hk]")
     gain = checks.shaped_array("gain", gain, (batch, length, heads), "[B, T, Hk]")
-    if isinstance(center, (int, float, np.floating)):
+    if checks.is_number(center):
         center = jnp.full((heads,), checks.number("center", center), checks.accumulator_dtype(k, log_decay, gain))
     center = checks.shaped_array("center", center, (heads,), "[Hk] or a number")
     dtype = checks.accumulator_dtype(k, log_decay, gain, center)

@@ -4,7 +4,6 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.ops import checks, hypergradient_chunk
@@ -135,7 +134,7 @@ def hypergradient_preconditioner(
         restart=None if segment_ids is None else checks.restarts(checks.segment_ids(segment_ids, (batch, length))),
     )
     # Without forgetting nothing is drawn anywhere, and an anchor of 0 draws by forgetting alone.
-    anchored = log_forget is not None and not (isinstance(anchor, (int, float, np.floating)) and anchor == 0)
+    anchored = log_forget is not None and not (checks.is_number(anchor) and anchor == 0)
     start = Start(
         initial=full(arrays["initial"]),
         restart=full(arrays["initial"] if restart is None else arrays["restart"]),
@@ -149,6 +148,6 @@ def hypergradient_preconditioner(
 def _state(name: str, value: object, shapes: list[tuple[int, ...]], layout: str) -> jax.Array | float | None:
     if value is None:
         return None
-    if isinstance(value, (int, float, np.floating)):
+    if checks.is_number(value):
         return checks.number(name, value)  # it takes the type of the state, not that of an array of its own
     return checks.shaped_array(name, value, shapes, layout)

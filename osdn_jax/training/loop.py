@@ -21,6 +21,8 @@ from osdn_jax.training.progress import ProgressBar
 from osdn_jax.training.step import TrainState, make_train_step
 from osdn_jax.training.stopwatch import Stopwatch
 
+_VALIDATION = "validation/bits_per_byte"  # its key in metrics.jsonl
+
 
 class DivergedError(RuntimeError):
     """The loss or the gradient is no longer a finite number."""
@@ -121,7 +123,7 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
                 with clock.paused():
                     if validates:
                         bits_now = evaluate(state.params, everything if last else some)
-                        metrics.write(step, tokens | {"validation/bits_per_byte": bits_now})
+                        metrics.write(step, tokens | {_VALIDATION: bits_now})
                         part = "all" if last else "part"
                         bar.print(f"step {step:,}: {bits_now:.4f} bits per byte on {part} of the held-out text")
                     if saves:
@@ -129,7 +131,7 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
     rows = read_metrics(workdir)
     if rows:
         plot_loss({config.model.rule: rows}, workdir / "loss.png")
-    finals = [row["validation/bits_per_byte"] for row in rows if row["step"] == config.steps and _VALIDATION in row]
+    finals = [row[_VALIDATION] for row in rows if row["step"] == config.steps and _VALIDATION in row]
     return Result(
         step=int(state.step),
         parameters=parameters,
@@ -186,6 +188,3 @@ def _announce(
     )
     if start:
         print(f"going on from the checkpoint of step {start:,} of {config.steps:,}")
-
-
-_VALIDATION = "validation/bits_per_byte"
