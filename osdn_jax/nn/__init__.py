@@ -1,7 +1,7 @@
 """Flax NNX modules: mixers of the delta-rule family, short convolution, MLP, blocks and a causal language model."""
 
 from osdn_jax.nn.config import RULES, GramConfig, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
-from osdn_jax.nn.gates import DecayGate, ForgetGate
+from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
 from osdn_jax.nn.layers import Exempt, ShortConvolution, SwiGLU, unit_norm
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
 from osdn_jax.nn.model import Block, CausalLM
@@ -11,6 +11,7 @@ __all__ = [
     "RULES",
     "Block",
     "CausalLM",
+    "ChannelGate",
     "DecayGate",
     "DeltaMixer",
     "Exempt",

@@ -7,6 +7,7 @@ from osdn_jax.ops import checks, hypergradient_preset
 from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
 
 Decay = Literal["none", "scalar", "channel"]
+Strength = Literal["scalar", "channel"]
 Preconditioner = Literal["none", "hypergradient", "gram"]
 
 
@@ -42,7 +43,7 @@ class GramConfig:
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
-    """A token mixer of the delta-rule family: what decays, what preconditions the write, and its sizes.
+    """A token mixer of the delta-rule family: what decays, what gates and preconditions the write, and its sizes.
 
     Raises ValueError where a field is out of its range.
     """
@@ -54,11 +55,12 @@ class MixerConfig:
     key_heads: int | None = None  # default: as many as heads
     decay: Decay = "none"
     erase: bool = True  # False: linear attention
+    strength: Strength = "scalar"  # "channel": in place of beta an erase gate on the key and a write gate on the value
     preconditioner: Preconditioner = "none"
     hypergradient: HypergradientConfig = HypergradientConfig()
     gram: GramConfig = GramConfig()
     conv_size: int = 4
-    negative_eigenvalues: bool = False  # beta in (0, 2) instead of (0, 1)
+    negative_eigenvalues: bool = False  # beta, or the erase gate, in (0, 2) instead of (0, 1)
     output_gate: bool = False
     norm_epsilon: float = 1e-6
     chunk_size: int | None = None
@@ -73,11 +75,18 @@ class MixerConfig:
             if self.heads % self.key_heads:
                 raise ValueError(f"key_heads: got {self.key_heads}, expected a divisor of the {self.heads} heads")
         _one_of("decay", self.decay, ("none", "scalar", "channel"))
+        _one_of("strength", self.strength, ("scalar", "channel"))
         _one_of("preconditioner", self.preconditioner, ("none", "hypergradient", "gram"))
         checks.chunk_size(self.chunk_size)
         checks.implementation(self.implementation, IMPLEMENTATIONS)
         if not self.erase and self.preconditioner != "none":
             raise ValueError(f"preconditioner: got {self.preconditioner!r} with erase=False, expected 'none'")
+        if self.strength == "channel" and (self.erase, self.decay, self.preconditioner) != (True, "channel", "none"):
+            raise ValueError(
+                f"strength: got 'channel' with erase={self.erase}, decay={self.decay!r} and "
+                f"preconditioner={self.preconditioner!r}, expected it with erase=True, decay='channel' and "
+                "preconditioner='none'"
+            )
 
     @property
     def read_heads(self) -> int:
@@ -95,6 +104,7 @@ RULES: dict[str, dict[str, Any]] = {
     "delta_net": {},
     "gated_delta_net": {"decay": "scalar", "output_gate": True},
     "kda": {"decay": "channel", "output_gate": True},
+    "gdn2": {"decay": "channel", "strength": "channel", "output_gate": True},
     "osdn": {"preconditioner": "hypergradient"},
     "os_gdn": {
         "decay": "scalar",

@@ -1,4 +1,7 @@
-"""Gates of the recurrences: decays of the memory, forgetting and gain of the preconditioners. All are float32."""
+"""Gates of the recurrences: decays of the memory, what is erased and written, forgetting of the preconditioners.
+
+All are float32.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -35,6 +38,23 @@ class DecayGate(nnx.Module):
         if self.channels is None:
             return -rate * step
         return -rate[..., None] * step.reshape(*step.shape[:2], self.heads, self.channels)
+
+
+class ChannelGate(nnx.Module):
+    """A logistic gate per channel: what is erased of each key or written of each value (arXiv 2605.22791).
+
+    Without a bias it starts around 1/2, as beta does.
+    """
+
+    def __init__(self, width: int, heads: int, channels: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+        """heads, channels: of the keys or values that it multiplies."""
+        self.heads, self.channels = heads, channels
+        self.project = linear(width, heads * channels, dtype, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H C"]:
+        """The gate of each token, [B, T, H, C], in (0, 1)."""
+        gate = jax.nn.sigmoid(self.project(x).astype(jnp.float32))
+        return gate.reshape(*gate.shape[:2], self.heads, self.channels)
 
 
 class ForgetGate(nnx.Module):

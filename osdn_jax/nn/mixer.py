@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 from osdn_jax import ops
 from osdn_jax.nn import initializers
 from osdn_jax.nn.config import MixerConfig
-from osdn_jax.nn.gates import DecayGate, ForgetGate
+from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
 from osdn_jax.nn.layers import Exempt, ShortConvolution, linear, unit_norm
 from osdn_jax.ops import State
 
@@ -27,7 +27,8 @@ class DeltaMixer(nnx.Module):
     """A mixer of the delta-rule family, whose rule comes from its config.
 
     q, k and v are bias-free projections, each followed by a short convolution and SiLU; q and k have unit length;
-    beta is a logistic gate. The output is normalised per head, gated if asked for, and projected back.
+    beta is a logistic gate, and so are the two that may take its place, of which the erase gate is per key head. The
+    output is normalised per head, gated if asked for, and projected back.
     """
 
     def __init__(self, config: MixerConfig, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
@@ -37,7 +38,8 @@ class DeltaMixer(nnx.Module):
         self.keys, self.values = key_heads * config.key_dim, heads * config.value_dim
         self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v at once
         self.convolution = ShortConvolution(2 * self.keys + self.values, config.conv_size, rngs=rngs)
-        gated_write = config.erase or config.decay == "scalar"
+        by_channel = config.strength == "channel"
+        gated_write = (config.erase or config.decay == "scalar") and not by_channel
         self.beta = linear(width, heads, dtype, rngs=rngs) if gated_write else None
         self.norm = nnx.RMSNorm(config.value_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
         self.output = linear(self.values, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
@@ -46,6 +48,9 @@ class DeltaMixer(nnx.Module):
         # Each of these is assigned once: NNX decides at the first assignment whether an attribute holds parameters.
         channels = config.key_dim if config.decay == "channel" else None
         self.decay = None if config.decay == "none" else DecayGate(width, heads, channels, dtype, rngs=rngs)
+
+        self.erase_gate = ChannelGate(width, key_heads, config.key_dim, dtype, rngs=rngs) if by_channel else None
+        self.write_gate = ChannelGate(width, heads, config.value_dim, dtype, rngs=rngs) if by_channel else None
 
         scales, settings = config.preconditioner_heads, config.hypergradient
         by_feedback, by_gram = (config.preconditioner == name for name in ("hypergradient", "gram"))
@@ -93,6 +98,10 @@ class DeltaMixer(nnx.Module):
         if self.beta is not None:
             beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
             arguments.append(2.0 * beta if config.negative_eigenvalues else beta)
+        if self.erase_gate is not None and self.write_gate is not None:
+            # What decides the eigenvalues is what is erased: the write gate stays in (0, 1).
+            erase = self.erase_gate(x)
+            arguments += [2.0 * erase if config.negative_eigenvalues else erase, self.write_gate(x)]
         if self.decay is not None:
             arguments.append(self.decay(x))
         options: dict[str, Any] = {
@@ -115,20 +124,21 @@ class DeltaMixer(nnx.Module):
         if self.gram_decay is not None and self.gram_gain is not None and self.gram_center is not None:
             arguments += [self.gram_decay(x), jax.nn.sigmoid(self.gram_gain(x).astype(jnp.float32))]
             options |= {"center": self.gram_center[...], "squash": config.gram.squash}
-        return _OPERATORS[config.erase, config.preconditioner, config.decay](*arguments, **options)
+        return _OPERATORS[config.erase, config.strength, config.preconditioner, config.decay](*arguments, **options)
 
 
-_OPERATORS: dict[tuple[bool, str, str], Callable[..., tuple[jax.Array, State]]] = {
-    (False, "none", "none"): ops.linear_attention,
-    (False, "none", "scalar"): ops.mamba2,
-    (False, "none", "channel"): ops.gla,
-    (True, "none", "none"): ops.delta_net,
-    (True, "none", "scalar"): ops.gated_delta_net,
-    (True, "none", "channel"): ops.kda,
-    (True, "hypergradient", "none"): ops.osdn,
-    (True, "hypergradient", "scalar"): ops.os_gdn,
-    (True, "hypergradient", "channel"): ops.os_kda,
-    (True, "gram", "none"): ops.pdn,
-    (True, "gram", "scalar"): ops.pgdn,
-    (True, "gram", "channel"): ops.pkda,
+_OPERATORS: dict[tuple[bool, str, str, str], Callable[..., tuple[jax.Array, State]]] = {
+    (False, "scalar", "none", "none"): ops.linear_attention,
+    (False, "scalar", "none", "scalar"): ops.mamba2,
+    (False, "scalar", "none", "channel"): ops.gla,
+    (True, "scalar", "none", "none"): ops.delta_net,
+    (True, "scalar", "none", "scalar"): ops.gated_delta_net,
+    (True, "scalar", "none", "channel"): ops.kda,
+    (True, "channel", "none", "channel"): ops.gdn2,
+    (True, "scalar", "hypergradient", "none"): ops.osdn,
+    (True, "scalar", "hypergradient", "scalar"): ops.os_gdn,
+    (True, "scalar", "hypergradient", "channel"): ops.os_kda,
+    (True, "scalar", "gram", "none"): ops.pdn,
+    (True, "scalar", "gram", "scalar"): ops.pgdn,
+    (True, "scalar", "gram", "channel"): ops.pkda,
 }

@@ -25,7 +25,9 @@ def mixer_formula(config: MixerConfig) -> int:
     values = heads * config.value_dim
     qkv = 2 * config.read_heads * key_dim + values
     total = width * qkv + config.conv_size * qkv + values * width + config.value_dim
-    if config.erase or config.decay == "scalar":
+    if config.strength == "channel":
+        total += width * (config.read_heads * key_dim + values)
+    elif config.erase or config.decay == "scalar":
         total += width * heads
     if config.output_gate:
         total += width * values

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 
+from osdn_jax import ops
 from osdn_jax.nn import RULES, HypergradientConfig, MixerConfig, mixer_config
 from support.models import SHAPES, model_config
 
@@ -24,6 +25,11 @@ pytestmark = pytest.mark.usefixtures("our_checks")
         ({"key_heads": 3}, "key_heads: got 3, expected a divisor of the 4 heads"),
         ({"key_heads": 8}, "key_heads: got 8"),
         ({"decay": "vector"}, "decay: got 'vector', expected one of none, scalar, channel"),
+        ({"strength": "vector"}, "strength: got 'vector', expected one of scalar, channel"),
+        ({"strength": "channel"}, "strength: got 'channel' with erase=True, decay='none' and preconditioner='none'"),
+        ({"strength": "channel", "decay": "scalar"}, "decay='scalar' .* expected it with erase=True, decay='channel'"),
+        ({"strength": "channel", "decay": "channel", "erase": False}, "strength: got 'channel' with erase=False"),
+        ({"strength": "channel", "decay": "channel", "preconditioner": "gram"}, "and preconditioner='gram', expected"),
         ({"preconditioner": "adam"}, "preconditioner: got 'adam', expected one of none, hypergradient, gram"),
         ({"erase": False, "preconditioner": "gram"}, "preconditioner: got 'gram' with erase=False"),
         ({"erase": False, "preconditioner": "hypergradient"}, "preconditioner: got 'hypergradient' with erase=False"),
@@ -55,7 +61,7 @@ def test_a_model_names_the_field_that_is_wrong(changes, said):
 
 def test_an_unknown_rule_is_named_beside_the_known_ones():
     with pytest.raises(
-        ValueError, match="rule: got 'osnd', expected one of delta_net, gated_delta_net, kda, osdn, os_"
+        ValueError, match="rule: got 'osnd', expected one of delta_net, gated_delta_net, kda, gdn2, osdn, os_"
     ):
         mixer_config("osnd", **SHAPES)
 
@@ -67,11 +73,12 @@ def test_an_unknown_preset_is_named():
 
 def test_rules_are_those_of_the_papers():
     made = {name: mixer_config(name, **SIZES) for name in RULES}
-    assert {(c.erase, c.decay, c.preconditioner) for c in made.values()} == {
+    assert {(c.erase, c.decay, c.preconditioner) for c in made.values() if c.strength == "scalar"} == {
         (erase, decay, preconditioner)
         for decay in ("none", "scalar", "channel")
         for erase, preconditioner in ((False, "none"), (True, "none"), (True, "hypergradient"), (True, "gram"))
     }
+    assert {name for name, c in made.items() if c.strength == "channel"} == {"gdn2"}
     assert {name for name, c in made.items() if c.preconditioner == "hypergradient" and c.hypergradient.beta_aware} == {
         "os_gdn",
         "os_kda",
@@ -79,6 +86,12 @@ def test_rules_are_those_of_the_papers():
     assert {name for name, c in made.items() if c.output_gate} == {
         name for name, c in made.items() if c.decay != "none"
     }
+
+
+def test_every_rule_but_the_exact_one_has_a_mixer():
+    helpers = {"delta_rule", "delta_rule_step", "exact_gram_write_key", "gram_preconditioner"}
+    helpers |= {"State", "hypergradient_preconditioner", "hypergradient_preset"}
+    assert set(RULES) == set(ops.__all__) - helpers - {"exact_pdn"}
 
 
 def test_presets():

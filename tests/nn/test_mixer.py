@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from osdn_jax.nn import DeltaMixer, mixer_config
+from osdn_jax.nn import ChannelGate, DeltaMixer, mixer_config
 from osdn_jax.nn import mixer as module
 from osdn_jax.ops import State
 from support import relative_error
@@ -28,7 +28,8 @@ def spy(monkeypatch):
             seen.update(options, arguments=arguments)
             return output, State(jnp.zeros(()))
 
-        monkeypatch.setitem(module._OPERATORS, (config.erase, config.preconditioner, config.decay), operator)
+        key = (config.erase, config.strength, config.preconditioner, config.decay)
+        monkeypatch.setitem(module._OPERATORS, key, operator)
         x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, config.width)), jnp.float32)
         return mixer(x)[0], seen
 
@@ -57,6 +58,27 @@ def test_negative_eigenvalues_double_beta(spy, output):
     _, once = spy("delta_net", output)
     _, twice = spy("delta_net", output, negative_eigenvalues=True)
     np.testing.assert_allclose(twice["arguments"][3], 2 * once["arguments"][3], rtol=1e-6)
+
+
+def test_gates_per_channel_take_the_place_of_beta(spy, output):
+    _, seen = spy("gdn2", output)
+    _, k, v, erase, write, decay = seen["arguments"]
+    assert erase.shape == k.shape == (B, T, 2, 6)
+    assert write.shape == v.shape == (B, T, 4, 5)
+    assert decay.shape == (B, T, 4, 6)
+    for gate in (erase, write):  # around 1/2 at first, and no two channels alike
+        assert 0.3 < gate.mean() < 0.7
+        assert 0 < gate.min() < 0.3
+        assert 0.7 < gate.max() < 1
+        assert np.ptp(gate, axis=-1).min() > 0.05
+    _, wide = spy("gdn2", output, negative_eigenvalues=True)
+    np.testing.assert_allclose(wide["arguments"][3], 2 * erase, rtol=1e-6)
+    np.testing.assert_array_equal(wide["arguments"][4], write)  # what is written has no part in the eigenvalues
+
+
+def test_gates_per_channel_are_float32_in_16_bits():
+    gate = ChannelGate(12, 2, 6, jnp.dtype("bfloat16"), rngs=nnx.Rngs(params=0))
+    assert gate(jnp.ones((B, T, 12), jnp.bfloat16)).dtype == jnp.float32
 
 
 def test_the_output_is_normalised_per_head(spy, output):

@@ -61,7 +61,8 @@ def test_the_gram_preconditioner_starts_at_its_center():
 
 
 @pytest.mark.parametrize(
-    ("rule", "gates"), [("gated_delta_net", "mixer/decay"), ("kda", "mixer/decay"), ("pdn", "gram_decay")]
+    ("rule", "gates"),
+    [("gated_delta_net", "mixer/decay"), ("kda", "mixer/decay"), ("gdn2", "mixer/decay"), ("pdn", "gram_decay")],
 )
 def test_decays_start_in_the_range_of_the_papers(rule, gates):
     config = config_of(rule)
@@ -112,7 +113,7 @@ MATRICES += ("gram_gain/kernel", "embedding/embedding", "head/kernel")
 EXEMPT = ("scale", "convolution/kernel", "log_rate", "bias", "initial", "forget/kernel", "gram_center")
 
 
-@pytest.mark.parametrize("rule", ["os_kda", "os_gdn", "pkda", "mamba2"])
+@pytest.mark.parametrize("rule", ["gdn2", "os_kda", "os_gdn", "pkda", "mamba2"])
 def test_weight_decay_moves_matrices_and_nothing_else(rule):
     config = config_of(rule, tied_embeddings=False)
     config.optimizer.warmup_steps = 0
@@ -174,6 +175,10 @@ def test_parameters_keep_their_names():
     own = {"mixer/gram_center", "mixer/gram_decay/bias", "mixer/gram_gain/kernel", "mixer/decay/down/kernel"}
     assert {f"blocks/1/{name}" for name in own} < set(parameters)
     assert "head/kernel" not in parameters
+    parameters = started(config_of("gdn2"))
+    own = {"mixer/erase_gate/project/kernel", "mixer/write_gate/project/kernel", "mixer/decay/bias"}
+    assert {f"blocks/1/{name}" for name in own} < set(parameters)
+    assert "blocks/1/mixer/beta/kernel" not in parameters
 
 
 def test_tied_embeddings_read_with_what_they_write():

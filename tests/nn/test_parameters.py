@@ -42,5 +42,8 @@ def test_counts_by_hand():
     assert mixer_formula(model_config("delta_net").mixer) == 12 * 44 + 4 * 44 + 12 * 4 + 5 + 20 * 12 == 997
     # OSDN adds d_0 and the gate of forgetting, weight and bias, per key head.
     assert mixer_formula(model_config("osdn").mixer) == 997 + 2 * 6 + 12 * 2 + 2
+    # KDA adds a decay of rank 6, with its rates and biases, and the output gate; GDN-2 has gates per channel, not beta.
+    assert mixer_formula(model_config("kda").mixer) == 997 + 12 * 6 + 6 * 24 + 4 + 24 + 12 * 20 == 1481
+    assert mixer_formula(model_config("gdn2").mixer) == 1481 - 12 * 4 + 12 * 2 * 6 + 12 * 4 * 5
     # The language model: 17 tokens in and out, two norms and three matrices of the MLP, a last norm.
     assert parameter_formula(model_config("delta_net", layers=2)) == 2 * 17 * 12 + 2 * (997 + 24 + 3 * 120) + 12

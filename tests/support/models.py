@@ -91,12 +91,16 @@ def _mixer(config, p, x, segment_ids):
     q, k = (_unit(y.reshape(batch, length, key_heads, key_dim)) for y in (q, k))
     v = v.reshape(batch, length, heads, config.value_dim)
     beta = np.ones((batch, length, heads))
-    if config.erase or config.decay == "scalar":
+    if config.strength == "scalar" and (config.erase or config.decay == "scalar"):
         beta = _logistic(x @ p["mixer/beta/kernel"]) * (2 if config.negative_eigenvalues else 1)
     decay = None if config.decay == "none" else _decay(p, "mixer/decay/", x, heads)
     if decay is not None and config.decay == "channel":
         decay = decay.reshape(batch, length, heads, key_dim)
     write_key = None
+    if config.strength == "channel":
+        erase = _logistic(x @ p["mixer/erase_gate/project/kernel"]) * (2 if config.negative_eigenvalues else 1)
+        write = _logistic(x @ p["mixer/write_gate/project/kernel"])
+        k, write_key, v = erase.reshape(k.shape) * k, k, write.reshape(v.shape) * v
     if config.preconditioner == "hypergradient":
         settings = config.hypergradient
         keys = np.repeat(k, heads // key_heads, axis=2) if settings.beta_aware else k
