@@ -1,0 +1,43 @@
+"""A race that the interpreter finds fails a test."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.tiles import launch
+from support.interpreter import assert_no_races
+
+
+def _copy(wait_first):
+    def body(x_ref, o_ref, x_s, y_s, loaded):
+        plgpu.copy_gmem_to_smem(x_ref, x_s, loaded)
+        if wait_first:
+            plgpu.barrier_wait(loaded)
+        y_s[...] = x_s[...] + 1.0
+        if not wait_first:
+            plgpu.barrier_wait(loaded)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(y_s, o_ref)
+        plgpu.wait_smem_to_gmem(0)
+
+    x = jnp.zeros((128,), jnp.float32)
+    out = jax.ShapeDtypeStruct(x.shape, x.dtype)
+    scratch = [plgpu.SMEM(x.shape, x.dtype)] * 2 + [plgpu.Barrier()]
+    return launch(body, "copy", out, {"block": 1}, scratch, True, [x])
+
+
+def test_a_kernel_that_waits_for_its_copy_passes():
+    with assert_no_races():
+        assert jnp.all(_copy(wait_first=True) == 1.0)
+
+
+def test_a_kernel_that_does_not_wait_fails():
+    with pytest.raises((AssertionError, RuntimeError, jax.errors.JaxRuntimeError), match="RACE DETECTED"):
+        with assert_no_races():
+            jax.block_until_ready(_copy(wait_first=False))
+
+
+def test_the_interpreter_works_after_a_race():
+    with assert_no_races():
+        assert jnp.all(_copy(wait_first=True) == 1.0)
