@@ -1,0 +1,176 @@
+"""The asymmetric gated delta rule on Hopper GPUs: the kernels in order, their gradient, and what they do not serve."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.adjoint import recur_back
+from pallas_kernels.gates import BETA, FROM_START, from_chunks, gates_of
+from pallas_kernels.gradients import D_CUMULATIVE, D_END, Z_WRITE, gradients
+from pallas_kernels.prepare import Static, prepare
+from pallas_kernels.recurrence import recur
+from pallas_kernels.tiles import CHUNK
+
+DIMENSIONS = (64, 128, 256)
+_TYPES = (jnp.bfloat16, jnp.float16)
+
+
+def limitation(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, w: jax.Array | None) -> str | None:
+    """Why the kernels cannot serve these arguments, naming the argument; None where they can."""
+    for name, x in (("q", q), ("v", v)):
+        if x.dtype not in _TYPES:
+            return f"{name}: got {x.dtype}, the kernels take bfloat16 or float16"
+        if x.shape[-1] not in DIMENSIONS:
+            return f"{name}: got a head dimension of {x.shape[-1]}, the kernels take 64, 128 or 256"
+    for name, x in (("k", k), ("v", v), ("write_key", w)):
+        if x is not None and x.dtype != q.dtype:
+            return f"{name}: got {x.dtype} beside a q of {q.dtype}, the kernels take one type"
+    if beta.dtype != jnp.float32:
+        return f"beta: got {beta.dtype}, the kernels keep gates and memory in float32"
+    return None
+
+
+class Inputs(NamedTuple):
+    """Arrays of a call, T a multiple of 64; optional parts are None."""
+
+    q: jax.Array  # [B, T, Hk, K]
+    k: jax.Array  # [B, T, Hk, K]
+    w: jax.Array | None  # [B, T, Hk or H, K]; None where it is k
+    v: jax.Array  # [B, T, H, V]
+    beta: jax.Array  # [B, T, H] float32
+    log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K] float32
+    initial: jax.Array  # [B, H, K, V] float32
+
+
+def delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    *,
+    write_key: jax.Array | None = None,
+    log_decay: jax.Array | None = None,
+    erase: bool = True,
+    scale: float,
+    initial_state: jax.Array,
+    restarts: jax.Array | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """S = decay S; S += beta w (v - S^T k)^T; o = scale S^T q, in chunks of 64 tokens.
+
+    Products run on the tensor cores in the type of q with float32 sums; (I + A)^-1, gates and the memory are float32.
+    A gradient keeps the inputs alone and runs the forward recurrence again.
+
+    Args:
+        q, k: [B, T, Hk, K] bfloat16 or float16, K of 64, 128 or 256; any T.
+        v: [B, T, H, V] of the same type, H a multiple of Hk, V of 64, 128 or 256.
+        beta: [B, T, H] float32.
+        write_key: w, [B, T, Hk or H, K]; default k.
+        log_decay: [B, T, H] or per channel [B, T, H, K] float32.
+        erase: False leaves out S^T k.
+        scale: factor on the outputs.
+        initial_state: [B, H, K, V] float32.
+        restarts: [B, T] bool, where the memory restarts from zeros before a token.
+        interpret: run on any machine, slowly, in Pallas' interpreter, which also looks for races.
+
+    Returns:
+        (o [B, T, H, V] in the type of v, final memory [B, H, K, V] float32).
+
+    Raises:
+        NotImplementedError: the kernels do not serve these types or shapes; see `limitation`.
+    """
+    reason = limitation(q, k, v, beta, write_key)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    length = q.shape[1]
+    if 0 in v.shape[:3]:
+        return jnp.zeros_like(v), initial_state
+
+    # The tokens that fill the last chunk write nothing and leave the memory as it is.
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, -length % CHUNK)] + [(0, 0)] * (x.ndim - 2))
+
+    q, k, v, beta = pad(q), pad(k), pad(v), pad(beta)
+    inputs = Inputs(q, k, None, v, beta, None, initial_state)
+    if write_key is not None:
+        inputs = inputs._replace(w=pad(write_key))
+    if log_decay is not None:
+        inputs = inputs._replace(log_decay=pad(log_decay))
+    channel = log_decay is not None and log_decay.ndim == 4
+    documents = None
+    if restarts is not None:
+        documents = jnp.cumsum(pad(restarts.astype(jnp.int32)).reshape(q.shape[0], -1, CHUNK), axis=-1)
+        documents = documents.astype(jnp.float32)
+    static = Static(
+        scale=scale,
+        erase=erase,
+        decay=log_decay is not None and not channel,
+        documents=documents is not None,
+        interpret=interpret,
+    )
+    out, final = _delta_rule(inputs, documents, static)
+    return out[:, :length], final
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _delta_rule(inputs: Inputs, documents: jax.Array | None, static: Static) -> tuple[jax.Array, jax.Array]:
+    out, final, *_ = _forward(inputs, documents, static, save=False)
+    return out, final
+
+
+class _Chunks(NamedTuple):
+    """What the kernels read beside q, k, w and v."""
+
+    gates: jax.Array
+    inverse: list[jax.Array] | None
+    scores: jax.Array
+
+
+def _forward(inputs: Inputs, documents: jax.Array | None, static: Static, *, save: bool) -> Any:
+    q, k, v = inputs.q, inputs.k, inputs.v
+    w = k if inputs.w is None else inputs.w
+    gates = gates_of(inputs.beta, inputs.log_decay, documents)
+    inverse, scores = prepare(q, k, w, gates, static, halves=1 + save)
+    results = recur(q, k, w, v, gates, None, inverse, scores, inputs.initial, static, save=save)
+    return *results, _Chunks(gates, inverse, scores)
+
+
+def _delta_rule_fwd(inputs: Inputs, documents: jax.Array | None, static: Static) -> Any:
+    return _delta_rule(inputs, documents, static), (inputs, documents)
+
+
+def _delta_rule_bwd(static: Static, saved: Any, cotangents: Any) -> Any:
+    inputs, documents = saved
+    d_out, d_final = cotangents
+    # R is beta times what a token's prediction misses, and the gradient of beta is that times Z: beta is kept from 0.
+    smallest = 2.0 ** (-20 if inputs.q.dtype == jnp.bfloat16 else -10)
+    beta = jnp.where(jnp.abs(inputs.beta) < smallest, smallest, inputs.beta)
+    *_, write, states, chunks = _forward(inputs._replace(beta=beta), documents, static, save=True)
+    q, k = inputs.q, inputs.k
+    w = k if inputs.w is None else inputs.w
+    gates, inverse, scores = chunks
+    z, d_v, d_states, d_initial = recur_back(q, k, w, d_out, gates, None, inverse, scores, d_final, static)
+    *keys, rows, keep = gradients(q, k, w, d_out, write, z, states, d_states, gates, static)
+    d_q, d_w = _per_key_head(keys[0], q), _per_key_head(keys[-1], w)
+    d_k = _per_key_head(keys[1], k) if static.erase else jnp.zeros_like(k)
+    if inputs.w is None:
+        d_k, d_w = d_k + d_w, None
+    d_beta = from_chunks(rows[..., 0, Z_WRITE, :] / gates[..., BETA, :])
+    d_log_decay = None
+    if static.decay:
+        left = jnp.sum(rows[..., D_END, :], axis=(3, 4)) + jnp.sum(keep, axis=-1) * gates[..., FROM_START, -1]
+        d_sums = jnp.sum(rows[..., D_CUMULATIVE, :], axis=3).at[..., -1].add(left)
+        d_log_decay = from_chunks(lax.cumsum(d_sums, axis=3, reverse=True))
+    return Inputs(d_q, d_k, d_w, d_v, d_beta, d_log_decay, d_initial), None
+
+
+def _per_key_head(gradient: jax.Array, x: jax.Array) -> jax.Array:
+    """Sums gradients [B, T, H, K] over the value heads that read one head of x."""
+    shape = (*x.shape[:3], gradient.shape[2] // x.shape[2], x.shape[3])
+    return jnp.sum(gradient.reshape(shape), axis=3, dtype=jnp.float32).astype(x.dtype)
+
+
+_delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd)

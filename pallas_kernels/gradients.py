@@ -1,0 +1,139 @@
+"""Gradients of keys, queries and gates inside each chunk, once both recurrences have run. Parallel over all chunks."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
+from pallas_kernels.prepare import Static, pair_decay
+from pallas_kernels.tiles import CHUNK, indices, launch, product, products, read, row_scale, smem
+
+# Rows of the sums over key channels that it returns, [SUMS, 64] float32.
+D_CUMULATIVE, D_END, Z_WRITE = range(3)
+SUMS = 3
+
+PART = 64  # key channels of one block
+
+
+def gradients(
+    q: jax.Array,
+    k: jax.Array,
+    w: jax.Array,
+    d_out: jax.Array,
+    write: jax.Array,
+    z: jax.Array,
+    states: jax.Array,
+    d_states: jax.Array,
+    gates: jax.Array,
+    static: Static,
+) -> list[jax.Array]:
+    """Gradients by value head, and sums over parts of 64 key channels, which the caller adds up.
+
+    Returns:
+        dq, dk, dw [B, T, H, K] (without erase no dk), in the type of q, or float32 where several value heads share a
+        key head; sums over key channels [B, H, N, K / 64, SUMS, 64] float32: D_BETA of <k, dk> / beta, D_CUMULATIVE of
+        <q, dq> + <k, dk> - <w, dw>, D_END of the part of <w, dw> that reaches later chunks; sums of S dS over values,
+        the gradient of what a chunk keeps, [B, H, N, K] float32.
+
+    Args:
+        q, k: [B, T, Hk, K]; w: [B, T, Hw, K]; d_out: [B, T, H, V].
+        write, states: what `recur` saved.
+        z, d_states: of `recur_back`.
+        gates: [B, H, N, GATES, 64].
+        static: the options.
+    """
+    batch, length, heads, value_dim = d_out.shape
+    key_dim, count, dtype = q.shape[3], length // CHUNK, q.dtype
+    alone = heads == q.shape[2] == w.shape[2]
+    result = jax.ShapeDtypeStruct((batch, length, heads, key_dim), dtype if alone else jnp.float32)
+    out = [result] * (2 + static.erase)
+    out += [jax.ShapeDtypeStruct((batch, heads, count, key_dim // PART, SUMS, CHUNK), jnp.float32)]
+    out += [jax.ShapeDtypeStruct((batch, heads, count, key_dim), jnp.float32)]
+    inputs = {"q": q, "k": k, "w": w, "d_out": d_out, "write": write, "z": z, "states": states, "d_states": d_states}
+    keys, values = smem(CHUNK, PART, dtype=dtype), smem(CHUNK, value_dim, dtype=dtype)
+    tiles = dict.fromkeys(("q", "k", "w"), keys) | dict.fromkeys(("d_out", "write", "z", "states", "d_states"), values)
+    if not static.erase:
+        del inputs["k"], tiles["k"]
+
+    def body(*refs: Any) -> None:
+        source = dict(zip(inputs, refs, strict=False))
+        gates_ref, *out_refs = refs[len(inputs) : len(inputs) + 1 + len(out)]
+        *tile_refs, p_s, a_s, out_s, gates_s, again_s, sums_s, keep_s, loaded = refs[len(inputs) + 1 + len(out) :]
+        tile = dict(zip(tiles, tile_refs, strict=True))
+        b, h, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk", "part"))
+        rows, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(c * PART, PART)
+        key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
+        where = dict.fromkeys(("q", "k"), (b, rows, key_head, channels)) | {"w": (b, rows, write_head, channels)}
+        where |= dict.fromkeys(("d_out", "write", "z"), (b, rows, h))
+        where |= dict.fromkeys(("states", "d_states"), (b, h, n, channels))
+        for name, ref in source.items():
+            plgpu.copy_gmem_to_smem(ref.at[where[name]], tile[name], loaded)
+        plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
+        plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], again_s, loaded)
+        plgpu.barrier_wait(loaded)
+
+        def write_out(value: jax.Array, ref: Any) -> None:
+            if result.dtype == jnp.float32:
+                ref[b, rows, h, channels] = value
+                return
+            plgpu.wait_smem_to_gmem(0)
+            out_s[...] = value.astype(result.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_s, ref.at[b, rows, h, channels])
+
+        def scaled(x: jax.Array, gate: int) -> jax.Array:
+            return x * row_scale(gates_s.at[gate], x) if static.gated else x
+
+        # Inside the chunk: p is the gradient of P's products <q, w>, a that of A's <k, w>, without and with beta.
+        decay = pair_decay(gates_s, again_s, static)
+        p_s[...] = (product(tile["d_out"], tile["write"].T) * (decay * static.scale)).astype(dtype)
+        if static.erase:
+            i, j = indices((CHUNK, CHUNK))
+            d_lower = product(tile["z"], tile["write"].T) * jnp.where(i > j, -decay, 0.0)
+            a_s[0, ...] = d_lower.astype(dtype)
+            a_s[1, ...] = (d_lower * row_scale(gates_s.at[BETA], d_lower)).astype(dtype)
+        plgpu.commit_smem()
+
+        d_q = scaled(product(tile["d_out"], tile["states"].T) * static.scale, FROM_START) + product(p_s, tile["w"])
+        write_out(d_q, out_refs[0])
+        cumulative = jnp.sum(read(tile["q"]) * d_q, axis=1)
+
+        if static.erase:
+            d_k = product(a_s.at[0], tile["w"]) - scaled(product(tile["z"], tile["states"].T), FROM_START)
+            d_k = d_k * row_scale(gates_s.at[BETA], d_k)
+            write_out(d_k, out_refs[1])
+            cumulative = cumulative + jnp.sum(read(tile["k"]) * d_k, axis=1)
+
+        sums_s[Z_WRITE, ...] = jnp.sum(read(tile["z"]) * read(tile["write"]), axis=1)
+        d_w = scaled(product(tile["write"], tile["d_states"].T), TO_END)
+        sums_s[D_END, ...] = jnp.sum(read(tile["w"]) * d_w, axis=1)
+        pairs = [(p_s.T, tile["q"])]
+        if static.erase:
+            pairs += [(a_s.at[1].T, tile["k"])]
+        d_w = d_w + products(pairs)[0]
+        write_out(d_w, out_refs[1 + static.erase])
+        sums_s[D_CUMULATIVE, ...] = cumulative - jnp.sum(read(tile["w"]) * d_w, axis=1)
+        keep_s[...] = jnp.sum(read(tile["states"]) * read(tile["d_states"]), axis=1)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(sums_s, out_refs[-2].at[b, h, n, c])
+        plgpu.copy_smem_to_gmem(keep_s, out_refs[-1].at[b, h, n, channels])
+        plgpu.wait_smem_to_gmem(0)
+
+    scratch = [
+        *tiles.values(),
+        smem(CHUNK, CHUNK, dtype=dtype),
+        smem(2, CHUNK, CHUNK, dtype=dtype),
+        smem(CHUNK, PART, dtype=dtype),
+        plgpu.SMEM((GATES, CHUNK), jnp.float32),
+        plgpu.SMEM((GATES, CHUNK), jnp.float32),
+        plgpu.SMEM((SUMS, CHUNK), jnp.float32),
+        plgpu.SMEM((PART,), jnp.float32),
+        plgpu.Barrier(num_arrivals=len(tiles) + 2),
+    ]
+    grid = {"part": key_dim // PART, "chunk": count, "head": heads, "batch": batch}
+    arguments = [*inputs.values(), gates]
+    return launch(body, "delta_rule_gradients", out, grid, scratch, static.interpret, arguments)

@@ -1,0 +1,98 @@
+"""The part of a chunk of the hypergradient preconditioner that needs no state. Parallel over all chunks."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import hypergradient_parts as parts
+from pallas_kernels.hypergradient_parts import BETA, GATES, LEAD, PIECE, STEP, Static
+from pallas_kernels.inverse import SCRATCH, unit_lower_inverse
+from pallas_kernels.tiles import CHUNK, column_scale, launch, products, read, row_scale, smem, zeros
+
+
+def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static: Static) -> list[jax.Array]:
+    """(I + L)^-1 of every chunk, [B, P, N, 64, 64] float32, and for the gradient what the cotangents of d add.
+
+    With g the cotangents of d, they add sum_{j > i} E_ji <u_i, g_j> to the cotangent of token i's coefficient,
+    [B, P, N, 64], and sum_j lead_j g_j to that of the state before the chunk, [B, P, N, K].
+
+    Args:
+        k: [B, T, P, K], T a multiple of 64.
+        gates: [B, P, N, GATES, 64].
+        cotangent: of d, [B, T, P, K] float32, or None.
+        static: the options.
+    """
+    batch, _, heads, size = k.shape
+    count, pieces = gates.shape[2], size // PIECE
+    backward = cotangent is not None
+    inputs = [k, gates, cotangent] if backward else [k, gates]
+    shapes = [(CHUNK, CHUNK), (CHUNK,), (size,)] if backward else [(CHUNK, CHUNK)]
+    out = [jax.ShapeDtypeStruct((batch, heads, count, *shape), jnp.float32) for shape in shapes]
+
+    def body(*refs: Any) -> None:
+        ins, outs, rest = refs[: len(inputs)], refs[len(inputs) :][: len(out)], refs[len(inputs) + len(out) :]
+        k_s, gates_s, again_s, x_s, loaded, *u, g_s, adds_s, state_s, g_loaded = rest[: -len(SCRATCH)]
+        scratch = rest[-len(SCRATCH) :]
+        b, p, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+        rows = pl.ds(n * CHUNK, CHUNK)
+        for piece in range(pieces):
+            plgpu.copy_gmem_to_smem(ins[0].at[b, rows, p, parts.channels(piece)], k_s.at[piece], loaded)
+        plgpu.copy_gmem_to_smem(ins[1].at[b, p, n], gates_s, loaded)
+        plgpu.copy_gmem_to_smem(ins[1].at[b, p, n], again_s, loaded)
+        plgpu.barrier_wait(loaded)
+        for piece in range(pieces):
+            parts.split(parts.squares(k_s.at[piece]), parts.at(u, piece))
+        plgpu.commit_smem()
+        pairs: list[tuple[Any, Any]] = []
+        for piece in range(pieces):
+            halves = parts.at(u, piece)
+            pairs += parts.terms(halves, [half.T for half in halves])
+        lower = products(pairs)[0] * parts.left_before(gates_s, again_s, static)
+        lower = lower * row_scale(gates_s.at[BETA], lower) * column_scale(again_s.at[STEP], lower)
+        x_s[...] = unit_lower_inverse(lower, scratch)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(x_s, outs[0].at[b, p, n])
+        if backward:
+            # The inversion is over: its memory holds E transposed and the cotangents by halves.
+            left, g = scratch[0:2], scratch[2:4]
+            parts.split(parts.left_after(gates_s, again_s, static), left)
+            adds = zeros(CHUNK, PIECE)
+            for piece in range(pieces):
+                source = ins[2].at[b, rows, p, parts.channels(piece)]
+                plgpu.copy_gmem_to_smem(source, g_s, g_loaded)
+                plgpu.barrier_wait(g_loaded)
+                cotangents = read(g_s)
+                parts.split(cotangents, g)
+                plgpu.commit_smem()
+                adds = adds + products(parts.terms(left, g))[0] * parts.squares(k_s.at[piece])
+                if static.forget:
+                    cotangents = cotangents * row_scale(gates_s.at[LEAD], cotangents)
+                state_s[parts.channels(piece)] = jnp.sum(cotangents, axis=0)
+            adds_s[...] = jnp.sum(adds, axis=1)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(adds_s, outs[1].at[b, p, n])
+            plgpu.copy_smem_to_gmem(state_s, outs[2].at[b, p, n])
+        plgpu.wait_smem_to_gmem(0)
+
+    gates_tile = plgpu.SMEM((GATES, CHUNK), jnp.float32)
+    square = smem(CHUNK, CHUNK, dtype=jnp.float32)
+    scratch: Sequence[Any] = [
+        smem(pieces, CHUNK, PIECE, dtype=k.dtype),
+        gates_tile,
+        gates_tile,
+        square,
+        plgpu.Barrier(num_arrivals=pieces + 2),
+        *parts.halves(pieces),
+        square if backward else gates_tile,
+        plgpu.SMEM((CHUNK,), jnp.float32),
+        plgpu.SMEM((size,), jnp.float32),
+        plgpu.Barrier(),
+        *SCRATCH,
+    ]
+    grid = {"chunk": count, "head": heads, "batch": batch}
+    return list(launch(body, "hypergradient_prepare", out, grid, scratch, static.interpret, inputs))

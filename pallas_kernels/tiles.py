@@ -1,0 +1,114 @@
+"""What every kernel is made of: tiles in shared memory, products on the tensor cores, vectors of a chunk.
+
+A kernel works on chunks of 64 tokens with one warpgroup. Registers hold float32 in the layout of the tensor cores'
+accumulators; both operands of a product lie in shared memory, in the inputs' 16-bit type.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+CHUNK = 64
+
+_ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number per row of an accumulator
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
+
+
+def smem(*shape: int, dtype: Any, swizzle: int = 128) -> Any:
+    """An operand of the tensor cores (16-bit) or of a copy of such a tile, in shared memory.
+
+    Its rows are swizzled in pieces of `swizzle` bytes; the two operands of a product must agree in that.
+    """
+    size = jnp.dtype(dtype).itemsize
+    swizzle = min(swizzle, shape[-1] * size)
+    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    return plgpu.SMEM(shape, dtype, transforms=transforms)
+
+
+def zeros(*shape: int) -> jax.Array:
+    """A float32 accumulator of zeros."""
+    return plgpu.layout_cast(jnp.zeros(shape, jnp.float32), plgpu.Layout.WGMMA)
+
+
+def products(*terms: Sequence[tuple[Any, Any]]) -> list[jax.Array]:
+    """Sums of products on the tensor cores, all in flight at once: each term is a list of pairs (a, b) of tiles."""
+
+    def body(*accumulators: Any) -> list[jax.Array]:
+        for accumulator, pairs in zip(accumulators, terms, strict=True):
+            for a, b in pairs:
+                plgpu.wgmma(accumulator, a, b)
+        # Without the barrier the compiler may put off reading the results until after the next product has begun.
+        return lax.optimization_barrier([accumulator[...] for accumulator in accumulators])
+
+    shapes = [plgpu.ACC((pairs[0][0].shape[0], pairs[0][1].shape[1]), jnp.float32) for pairs in terms]
+    return pl.run_scoped(body, *shapes)
+
+
+def product(a: Any, b: Any) -> jax.Array:
+    """a @ b of two tiles, float32."""
+    return products([(a, b)])[0]
+
+
+def read(tile: Any) -> jax.Array:
+    """A tile as float32 registers."""
+    return plgpu.load(tile, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+
+
+def read_global(matrix: Any) -> jax.Array:
+    """A float32 matrix in device memory as registers."""
+    return plgpu.load(matrix, layout=plgpu.Layout.WGMMA, optimized=False)
+
+
+def row_scale(vector: Any, like: jax.Array) -> jax.Array:
+    """A vector in shared memory, [rows], broadcast along the columns of an accumulator."""
+    values = lax.broadcast_in_dim(plgpu.load(vector, layout=_ROWS), like.shape, [0])
+    return plgpu.layout_cast(values, plgpu.Layout.WGMMA)
+
+
+def column_scale(vector: Any, like: jax.Array) -> jax.Array:
+    """A vector in shared memory, [columns], broadcast along the rows of an accumulator."""
+    values = lax.broadcast_in_dim(plgpu.load(vector, layout=_COLUMNS), like.shape, [1])
+    return plgpu.layout_cast(values, plgpu.Layout.WGMMA)
+
+
+def indices(shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:
+    """Row and column of every number of an accumulator."""
+    i, j = (plgpu.broadcasted_iota(jnp.int32, shape, axis, layout=plgpu.Layout.WGMMA) for axis in (0, 1))
+    return i, j
+
+
+def launch(
+    body: Callable[..., None],
+    name: str,
+    out: Any,
+    grid: dict[str, int],
+    scratch: Sequence[Any],
+    interpret: bool,
+    arguments: Sequence[jax.Array],
+) -> Any:
+    """Runs body(*inputs, *outputs, *scratch) over the grid, one warpgroup each, or interprets it on any machine."""
+    count = len(arguments) + len(jax.tree.leaves(out))
+
+    def entry(*refs: Any) -> None:
+        pl.run_scoped(lambda *scoped: body(*refs[:count], *scoped), *scratch)
+
+    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
+    # Under shard_map the results vary over every mesh axis that an argument varies over.
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
+    varying = jax.sharding.ManualAxisType(varying=axes)
+    out = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying), out)
+    kernel = plgpu.kernel(
+        entry,
+        out_type=out,
+        grid=tuple(grid.values()),
+        grid_names=tuple(grid),
+        kernel_name=name,
+        compiler_params=plgpu.CompilerParams(approx_math=False),
+        **options,
+    )
+    return kernel(*arguments)
