@@ -10,23 +10,12 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
-from pallas_kernels.prepare import Static
+from pallas_kernels.prepare import Chunks, Static
 from pallas_kernels.recurrence import value_tile
 from pallas_kernels.tiles import CHUNK, launch, products, read, read_global, row_scale, smem
 
 
-def recur_back(
-    q: jax.Array,
-    k: jax.Array,
-    w: jax.Array,
-    d_out: jax.Array,
-    gates: jax.Array,
-    carry: jax.Array | None,
-    inverse: list[jax.Array],
-    scores: jax.Array,
-    d_final: jax.Array,
-    static: Static,
-) -> list[jax.Array]:
+def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Static) -> list[jax.Array]:
     """What has to be known from later chunks, of the loss's gradient.
 
     Returns:
@@ -34,10 +23,12 @@ def recur_back(
         that of the memory after each chunk [B, H, N, K, V]; that of the initial memory [B, H, K, V] float32.
 
     Args:
+        chunks: as for `recur`, with both halves of the inverse.
         d_out: gradient of the outputs [B, T, H, V].
         d_final: gradient of the final memory [B, H, K, V] float32.
-        q, k, w, gates, carry, inverse, scores, static: as for `recur`.
+        static: the options.
     """
+    q, k, w, gates, carry, inverse, scores = chunks
     batch, length, heads, value_dim = d_out.shape
     key_dim, count, dtype = q.shape[3], length // CHUNK, d_out.dtype
     width = min(value_tile(key_dim), value_dim)

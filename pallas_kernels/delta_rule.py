@@ -8,9 +8,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.adjoint import recur_back
+from pallas_kernels.channel import prepare_channel
+from pallas_kernels.channel_gradients import channel_gradients
 from pallas_kernels.gates import BETA, FROM_START, from_chunks, gates_of
 from pallas_kernels.gradients import D_CUMULATIVE, D_END, Z_WRITE, gradients
-from pallas_kernels.prepare import Static, prepare
+from pallas_kernels.prepare import Chunks, Static, prepare
 from pallas_kernels.recurrence import recur
 from pallas_kernels.tiles import CHUNK
 
@@ -25,9 +27,9 @@ def limitation(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, w: jax
             return f"{name}: got {x.dtype}, the kernels take bfloat16 or float16"
         if x.shape[-1] not in DIMENSIONS:
             return f"{name}: got a head dimension of {x.shape[-1]}, the kernels take 64, 128 or 256"
-    for name, x in (("k", k), ("v", v), ("write_key", w)):
-        if x is not None and x.dtype != q.dtype:
-            return f"{name}: got {x.dtype} beside a q of {q.dtype}, the kernels take one type"
+    for name, other in (("k", k), ("v", v), ("write_key", w)):
+        if other is not None and other.dtype != q.dtype:
+            return f"{name}: got {other.dtype} beside a q of {q.dtype}, the kernels take one type"
     if beta.dtype != jnp.float32:
         return f"beta: got {beta.dtype}, the kernels keep gates and memory in float32"
     return None
@@ -117,25 +119,23 @@ def delta_rule(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _delta_rule(inputs: Inputs, documents: jax.Array | None, static: Static) -> tuple[jax.Array, jax.Array]:
-    out, final, *_ = _forward(inputs, documents, static, save=False)
+    (out, final), _ = _forward(inputs, documents, static, save=False)
     return out, final
 
 
-class _Chunks(NamedTuple):
-    """What the kernels read beside q, k, w and v."""
-
-    gates: jax.Array
-    inverse: list[jax.Array] | None
-    scores: jax.Array
-
-
-def _forward(inputs: Inputs, documents: jax.Array | None, static: Static, *, save: bool) -> Any:
-    q, k, v = inputs.q, inputs.k, inputs.v
+def _forward(
+    inputs: Inputs, documents: jax.Array | None, static: Static, *, save: bool
+) -> tuple[list[jax.Array], Chunks]:
+    """(results of `recur`, what it read)."""
+    q, k, log_decay = inputs.q, inputs.k, inputs.log_decay
     w = k if inputs.w is None else inputs.w
-    gates = gates_of(inputs.beta, inputs.log_decay, documents)
-    inverse, scores = prepare(q, k, w, gates, static, halves=1 + save)
-    results = recur(q, k, w, v, gates, None, inverse, scores, inputs.initial, static, save=save)
-    return *results, _Chunks(gates, inverse, scores)
+    gates = gates_of(inputs.beta, log_decay if static.decay else None, documents)
+    halves = 1 + save
+    if log_decay is None or static.decay:
+        chunks = prepare(q, k, w, gates, static, halves=halves)
+    else:
+        chunks = prepare_channel(q, k, w, log_decay, gates, static, halves=halves)
+    return recur(chunks, inputs.v, inputs.initial, static, save=save), chunks
 
 
 def _delta_rule_fwd(inputs: Inputs, documents: jax.Array | None, static: Static) -> Any:
@@ -148,22 +148,27 @@ def _delta_rule_bwd(static: Static, saved: Any, cotangents: Any) -> Any:
     # R is beta times what a token's prediction misses, and the gradient of beta is that times Z: beta is kept from 0.
     smallest = 2.0 ** (-20 if inputs.q.dtype == jnp.bfloat16 else -10)
     beta = jnp.where(jnp.abs(inputs.beta) < smallest, smallest, inputs.beta)
-    *_, write, states, chunks = _forward(inputs._replace(beta=beta), documents, static, save=True)
-    q, k = inputs.q, inputs.k
+    (*_, write, states), chunks = _forward(inputs._replace(beta=beta), documents, static, save=True)
+    z, d_v, d_states, d_initial = recur_back(chunks, d_out, d_final, static)
+    results = gradients(chunks, d_out, write, z, states, d_states, static)
+    keys, (rows, keep, *pairs) = results[: 2 + static.erase], results[2 + static.erase :]
+    gates = chunks.gates
+    q, k, log_decay = inputs.q, inputs.k, inputs.log_decay
     w = k if inputs.w is None else inputs.w
-    gates, inverse, scores = chunks
-    z, d_v, d_states, d_initial = recur_back(q, k, w, d_out, gates, None, inverse, scores, d_final, static)
-    *keys, rows, keep = gradients(q, k, w, d_out, write, z, states, d_states, gates, static)
-    d_q, d_w = _per_key_head(keys[0], q), _per_key_head(keys[-1], w)
-    d_k = _per_key_head(keys[1], k) if static.erase else jnp.zeros_like(k)
-    if inputs.w is None:
-        d_k, d_w = d_k + d_w, None
-    d_beta = from_chunks(rows[..., 0, Z_WRITE, :] / gates[..., BETA, :])
     d_log_decay = None
     if static.decay:
+        # The last token's sum also decays what the chunk writes and keeps.
         left = jnp.sum(rows[..., D_END, :], axis=(3, 4)) + jnp.sum(keep, axis=-1) * gates[..., FROM_START, -1]
         d_sums = jnp.sum(rows[..., D_CUMULATIVE, :], axis=3).at[..., -1].add(left)
         d_log_decay = from_chunks(lax.cumsum(d_sums, axis=3, reverse=True))
+    elif log_decay is not None and chunks.carry is not None:
+        *keys, inside = channel_gradients(q, k, w, log_decay, pairs, keys, static)
+        d_log_decay = inside + jnp.repeat((chunks.carry * keep).swapaxes(1, 2), CHUNK, axis=1)
+    d_q, d_w = _per_key_head(keys[0], q), _per_key_head(keys[-1], w)
+    d_k = _per_key_head(keys[1], k) if static.erase else jnp.zeros_like(k)
+    d_beta = from_chunks(rows[..., 0, Z_WRITE, :] / gates[..., BETA, :])
+    if inputs.w is None:
+        return Inputs(d_q, d_k + d_w, None, d_v, d_beta, d_log_decay, d_initial), None
     return Inputs(d_q, d_k, d_w, d_v, d_beta, d_log_decay, d_initial), None
 
 

@@ -1,5 +1,6 @@
 """Gradients of keys, queries and gates inside each chunk, once both recurrences have run. Parallel over all chunks."""
 
+import functools
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
-from pallas_kernels.prepare import Static, pair_decay
+from pallas_kernels.prepare import Chunks, Static, pair_decay
 from pallas_kernels.tiles import CHUNK, indices, launch, product, products, read, row_scale, smem
 
 # Rows of the sums over key channels that it returns, [SUMS, 64] float32.
@@ -20,18 +21,19 @@ PART = 64  # key channels of one block
 
 
 def gradients(
-    q: jax.Array,
-    k: jax.Array,
-    w: jax.Array,
+    chunks: Chunks,
     d_out: jax.Array,
     write: jax.Array,
     z: jax.Array,
     states: jax.Array,
     d_states: jax.Array,
-    gates: jax.Array,
     static: Static,
 ) -> list[jax.Array]:
     """Gradients by value head, and sums over parts of 64 key channels, which the caller adds up.
+
+    Under a decay per channel dq, dk and dw are those of the decayed q, k and w, without what comes from the same chunk:
+    of that, the gradients of the products <q, w> and <k, w> follow as two more results [B, H, N, 64, 64], the latter
+    only with erase.
 
     Returns:
         dq, dk, dw [B, T, H, K] (without erase no dk), in the type of q, or float32 where several value heads share a
@@ -40,12 +42,14 @@ def gradients(
         the gradient of what a chunk keeps, [B, H, N, K] float32.
 
     Args:
-        q, k: [B, T, Hk, K]; w: [B, T, Hw, K]; d_out: [B, T, H, V].
+        chunks: what the recurrences read.
+        d_out: gradient of the outputs [B, T, H, V].
         write, states: what `recur` saved.
         z, d_states: of `recur_back`.
-        gates: [B, H, N, GATES, 64].
         static: the options.
     """
+    q, k, w, gates, carry, *_ = chunks
+    inside = carry is None
     batch, length, heads, value_dim = d_out.shape
     key_dim, count, dtype = q.shape[3], length // CHUNK, q.dtype
     alone = heads == q.shape[2] == w.shape[2]
@@ -53,6 +57,8 @@ def gradients(
     out = [result] * (2 + static.erase)
     out += [jax.ShapeDtypeStruct((batch, heads, count, key_dim // PART, SUMS, CHUNK), jnp.float32)]
     out += [jax.ShapeDtypeStruct((batch, heads, count, key_dim), jnp.float32)]
+    pair_results = 0 if inside else 1 + static.erase
+    out += [jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), dtype)] * pair_results
     inputs = {"q": q, "k": k, "w": w, "d_out": d_out, "write": write, "z": z, "states": states, "d_states": d_states}
     keys, values = smem(CHUNK, PART, dtype=dtype), smem(CHUNK, value_dim, dtype=dtype)
     tiles = dict.fromkeys(("q", "k", "w"), keys) | dict.fromkeys(("d_out", "write", "z", "states", "d_states"), values)
@@ -67,7 +73,8 @@ def gradients(
         b, h, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk", "part"))
         rows, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(c * PART, PART)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
-        where = dict.fromkeys(("q", "k"), (b, rows, key_head, channels)) | {"w": (b, rows, write_head, channels)}
+        where: dict[str, tuple[Any, ...]] = {"w": (b, rows, write_head, channels)}
+        where |= dict.fromkeys(("q", "k"), (b, rows, key_head, channels))
         where |= dict.fromkeys(("d_out", "write", "z"), (b, rows, h))
         where |= dict.fromkeys(("states", "d_states"), (b, h, n, channels))
         for name, ref in source.items():
@@ -97,30 +104,42 @@ def gradients(
             a_s[0, ...] = d_lower.astype(dtype)
             a_s[1, ...] = (d_lower * row_scale(gates_s.at[BETA], d_lower)).astype(dtype)
         plgpu.commit_smem()
+        sums_ref, keep_ref, *pairs_refs = out_refs[2 + static.erase :]
+        if not inside:
 
-        d_q = scaled(product(tile["d_out"], tile["states"].T) * static.scale, FROM_START) + product(p_s, tile["w"])
+            @pl.when(c == 0)
+            def _() -> None:
+                for pairs_s, ref in zip((p_s, a_s.at[1]), pairs_refs, strict=False):
+                    plgpu.copy_smem_to_gmem(pairs_s, ref.at[b, h, n])
+
+        d_q = scaled(product(tile["d_out"], tile["states"].T) * static.scale, FROM_START)
+        if inside:
+            d_q = d_q + product(p_s, tile["w"])
         write_out(d_q, out_refs[0])
         cumulative = jnp.sum(read(tile["q"]) * d_q, axis=1)
 
         if static.erase:
-            d_k = product(a_s.at[0], tile["w"]) - scaled(product(tile["z"], tile["states"].T), FROM_START)
+            d_k = -scaled(product(tile["z"], tile["states"].T), FROM_START)
+            if inside:
+                d_k = d_k + product(a_s.at[0], tile["w"])
             d_k = d_k * row_scale(gates_s.at[BETA], d_k)
             write_out(d_k, out_refs[1])
             cumulative = cumulative + jnp.sum(read(tile["k"]) * d_k, axis=1)
 
-        sums_s[Z_WRITE, ...] = jnp.sum(read(tile["z"]) * read(tile["write"]), axis=1)
+        sums_s[Z_WRITE, ...] = _row_products(tile["z"], tile["write"])
         d_w = scaled(product(tile["write"], tile["d_states"].T), TO_END)
         sums_s[D_END, ...] = jnp.sum(read(tile["w"]) * d_w, axis=1)
-        pairs = [(p_s.T, tile["q"])]
-        if static.erase:
-            pairs += [(a_s.at[1].T, tile["k"])]
-        d_w = d_w + products(pairs)[0]
+        if inside:
+            pairs = [(p_s.T, tile["q"])]
+            if static.erase:
+                pairs += [(a_s.at[1].T, tile["k"])]
+            d_w = d_w + products(pairs)[0]
         write_out(d_w, out_refs[1 + static.erase])
         sums_s[D_CUMULATIVE, ...] = cumulative - jnp.sum(read(tile["w"]) * d_w, axis=1)
-        keep_s[...] = jnp.sum(read(tile["states"]) * read(tile["d_states"]), axis=1)
+        keep_s[...] = _row_products(tile["states"], tile["d_states"])
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(sums_s, out_refs[-2].at[b, h, n, c])
-        plgpu.copy_smem_to_gmem(keep_s, out_refs[-1].at[b, h, n, channels])
+        plgpu.copy_smem_to_gmem(sums_s, sums_ref.at[b, h, n, c])
+        plgpu.copy_smem_to_gmem(keep_s, keep_ref.at[b, h, n, channels])
         plgpu.wait_smem_to_gmem(0)
 
     scratch = [
@@ -137,3 +156,10 @@ def gradients(
     grid = {"part": key_dim // PART, "chunk": count, "head": heads, "batch": batch}
     arguments = [*inputs.values(), gates]
     return launch(body, "delta_rule_gradients", out, grid, scratch, static.interpret, arguments)
+
+
+def _row_products(a: Any, b: Any) -> jax.Array:
+    """Sums over columns of a * b, 64 columns at a time: all of them would not fit in the registers."""
+    pieces = [pl.ds(start, 64) for start in range(0, a.shape[1], 64)]
+    sums = [jnp.sum(read(a.at[:, piece]) * read(b.at[:, piece]), axis=1) for piece in pieces]
+    return functools.reduce(jnp.add, sums)

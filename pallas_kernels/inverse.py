@@ -20,7 +20,7 @@ def unit_lower_inverse(lower: jax.Array, scratch: Any) -> jax.Array:
     and a Neumann series is not. Each product is three of the bfloat16 halves.
     """
     a, x, joined = scratch[0:2], scratch[2:4], scratch[4:6]
-    i, j = indices(lower.shape)
+    i, j = indices((CHUNK, CHUNK))
     _split(jnp.where(i > j, lower, 0.0), a)
     inverse = jnp.where(i == j, 1.0, jnp.where((i == j + 1) & (i % 2 == 1), -lower, 0.0))
     size = 2

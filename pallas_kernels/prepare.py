@@ -28,6 +28,18 @@ class Static(NamedTuple):
         return self.decay or self.documents
 
 
+class Chunks(NamedTuple):
+    """What the recurrences read: all of every chunk that needs no memory."""
+
+    q: jax.Array  # [B, T, Hk, K]; where decay is per channel, decayed from the start of its chunk [B, T, H, K]
+    k: jax.Array  # likewise
+    w: jax.Array  # [B, T, Hw, K]; likewise, decayed to the end of its chunk
+    gates: jax.Array  # [B, H, N, GATES, 64] float32
+    carry: jax.Array | None  # what a chunk keeps of the memory, per channel [B, H, N, K]; None: FROM_START's last
+    inverse: list[jax.Array]  # (I + A)^-1 [B, H, N, 64, 64], rounded, and for 2 halves what that lost; [] without erase
+    scores: jax.Array  # P [B, H, N, 64, 64]
+
+
 def pair_decay(gates: Any, again: Any, static: Static) -> jax.Array:
     """What is left at token i of what token j <= i wrote, else 0: [64, 64].
 
@@ -45,20 +57,17 @@ def pair_decay(gates: Any, again: Any, static: Static) -> jax.Array:
     return left
 
 
-def prepare(
-    q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: Static, *, halves: int
-) -> tuple[list[jax.Array], jax.Array]:
-    """(I + A)^-1 and P of every chunk, [B, H, N, 64, 64] in the type of q.
+def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: Static, *, halves: int) -> Chunks:
+    """The chunks without a decay or under a scalar one.
 
-    A_ij = beta_i <k_i, w_j> decay_ij below the diagonal and P_ij = scale <q_i, w_j> decay_ij on and below it. The first
-    result is a list of the inverse, rounded, and for 2 halves what the rounding lost; empty without erase.
+    A_ij = beta_i <k_i, w_j> decay_ij below the diagonal and P_ij = scale <q_i, w_j> decay_ij on and below it.
 
     Args:
         q, k: [B, T, Hk, K], T a multiple of 64.
         w: [B, T, Hw, K].
         gates: [B, H, N, GATES, 64].
         static: the options.
-        halves: 1 or 2.
+        halves: 1, or 2 for a gradient.
     """
     inverses = halves if static.erase else 0
     batch, _, key_heads, size = q.shape
@@ -106,4 +115,4 @@ def prepare(
     grid = {"chunk": count, "head": heads, "batch": batch}
     outs = [out] * (inverses + 1)
     *inverse, scores = launch(body, "delta_rule_prepare", outs, grid, scratch, static.interpret, [q, k, w, gates])
-    return inverse, scores
+    return Chunks(q, k, w, gates, None, inverse, scores)

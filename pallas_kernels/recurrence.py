@@ -10,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
-from pallas_kernels.prepare import Static
+from pallas_kernels.prepare import Chunks, Static
 from pallas_kernels.tiles import CHUNK, launch, product, products, read, read_global, row_scale, smem
 
 
@@ -19,36 +19,20 @@ def value_tile(key_dim: int) -> int:
     return 64 if key_dim <= 128 else 32
 
 
-def recur(
-    q: jax.Array,
-    k: jax.Array,
-    w: jax.Array,
-    v: jax.Array,
-    gates: jax.Array,
-    carry: jax.Array | None,
-    inverse: list[jax.Array],
-    scores: jax.Array,
-    initial: jax.Array,
-    static: Static,
-    *,
-    save: bool,
-) -> list[jax.Array]:
+def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, save: bool) -> list[jax.Array]:
     """Outputs [B, T, H, V] and the final memory [B, H, K, V] float32.
 
     With save, for the gradient, also R = (I + A)^-1 beta (V - K S) [B, T, H, V], which is what each token writes under
     its key, and the memory before each chunk [B, H, N, K, V], both in the type of v.
 
     Args:
-        q, k: [B, T, Hk, K].
-        w: [B, T, Hw, K].
+        chunks: of `prepare` or `prepare_channel`.
         v: [B, T, H, V].
-        gates: [B, H, N, GATES, 64].
-        carry: what a chunk leaves of the memory it starts with, per channel [B, H, N, K]; None: FROM_START's last.
-        inverse, scores: of `prepare`.
         initial: [B, H, K, V] float32.
         static: the options.
         save: whether a gradient follows.
     """
+    q, k, w, gates, carry, inverse, scores = chunks
     batch, length, heads, value_dim = v.shape
     key_dim, count, dtype = q.shape[3], length // CHUNK, v.dtype
     width = min(value_tile(key_dim), value_dim)

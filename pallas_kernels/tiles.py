@@ -26,7 +26,7 @@ def smem(*shape: int, dtype: Any, swizzle: int = 128) -> Any:
     """
     size = jnp.dtype(dtype).itemsize
     swizzle = min(swizzle, shape[-1] * size)
-    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))
+    transforms = (plgpu.TilingTransform((8, swizzle // size)), plgpu.SwizzleTransform(swizzle))  # type: ignore[abstract]
     return plgpu.SMEM(shape, dtype, transforms=transforms)
 
 
@@ -66,8 +66,12 @@ def read_global(matrix: Any) -> jax.Array:
 
 def row_scale(vector: Any, like: jax.Array) -> jax.Array:
     """A vector in shared memory, [rows], broadcast along the columns of an accumulator."""
-    values = lax.broadcast_in_dim(plgpu.load(vector, layout=_ROWS), like.shape, [0])
-    return plgpu.layout_cast(values, plgpu.Layout.WGMMA)
+    return along_columns(plgpu.load(vector, layout=_ROWS), like)
+
+
+def along_columns(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector in registers, one number per row, broadcast along the columns of an accumulator."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, like.shape, [0]), plgpu.Layout.WGMMA)
 
 
 def column_scale(vector: Any, like: jax.Array) -> jax.Array:
@@ -97,7 +101,7 @@ def launch(
     def entry(*refs: Any) -> None:
         pl.run_scoped(lambda *scoped: body(*refs[:count], *scoped), *scratch)
 
-    options = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
+    options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
     # Under shard_map the results vary over every mesh axis that an argument varies over.
     axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
     varying = jax.sharding.ManualAxisType(varying=axes)

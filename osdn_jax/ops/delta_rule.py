@@ -1,11 +1,12 @@
 """The one operator: `delta_rule`, and its choice of implementation."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks, chunkwise, recurrence
+from osdn_jax.ops import checks, chunkwise, mosaic_gpu, recurrence
 from osdn_jax.ops.arguments import Call, check_call, resolve_scale
 from osdn_jax.ops.selection import forward_by_scan
 
@@ -21,6 +22,8 @@ def _fastest(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -
     def chunk(call: Call) -> tuple[jax.Array, jax.Array]:
         return chunkwise.chunk(call, erase=erase, scale=scale, chunk_size=chunk_size)
 
+    if mosaic_gpu.on_hopper() and mosaic_gpu.limitation(call, chunk_size) is None:
+        return mosaic_gpu.delta_rule(call, erase=erase, scale=scale, chunk_size=chunk_size)
     if not forward_by_scan(call):
         return chunk(call)
 
@@ -34,7 +37,12 @@ def _fastest(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -
 
 
 # A new kernel joins here: (Call, *, erase, scale, chunk_size) -> (outputs [B, T, H, V], final memory [B, H, K, V]).
-IMPLEMENTATIONS: dict[str, Implementation] = {"scan": _scan, "chunk": chunkwise.chunk}
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "scan": _scan,
+    "chunk": chunkwise.chunk,
+    "mosaic_gpu": mosaic_gpu.delta_rule,
+    "mosaic_gpu_interpret": functools.partial(mosaic_gpu.delta_rule, interpret=True),
+}
 
 
 def delta_rule(
@@ -76,8 +84,9 @@ def delta_rule(
             serves the first document, and the returned memory is the last one's. A call knows no ids before its own:
             where a sequence is cut at the start of a document, hand no state on.
         chunk_size: tokens per chunk of the implementations that have chunks; default by device.
-        implementation: "scan" (one token at a time, the specification), "chunk" (matrix products), or None for the
-            fastest here. "chunk" and None have reverse-mode gradients only; "scan" has both modes.
+        implementation: "scan" (one token at a time, the specification), "chunk" (matrix products), "mosaic_gpu"
+            (kernels for Hopper GPUs: bfloat16 or float16, K and V of 64, 128 or 256), "mosaic_gpu_interpret" (the same
+            kernels on any machine, slowly), or None for the fastest here. Only "scan" has forward-mode gradients.
 
     Returns:
         (o [B, T, H, V] in the type of v, final memory [B, H, K, V] float32, or float64 where an input is).
@@ -85,6 +94,7 @@ def delta_rule(
     Raises:
         ValueError: a shape does not fit the others, chunk_size is below 1, or implementation is not known.
         TypeError: an argument is not an array of the expected kind of type.
+        NotImplementedError: the named implementation does not serve these types, shapes or this device.
     """
     checks.implementation(implementation, IMPLEMENTATIONS)
     chunk_size = checks.chunk_size(chunk_size)
