@@ -9,21 +9,20 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hypergradient_parts as parts
-from pallas_kernels.hypergradient_parts import (
-    BETA,
-    BLOCK,
+from pallas_kernels.hypergradient_parts import BETA, FORCED, FORGET, GATES, LEAD, PIECE, RESTART, STEP, TO_END, Static
+from pallas_kernels.tiles import (
     CHUNK,
-    FORCED,
-    FORGET,
-    GATES,
-    LEAD,
-    PIECE,
-    RESTART,
-    STEP,
-    TO_END,
-    Static,
+    along_columns,
+    column_scale,
+    indices,
+    launch,
+    products,
+    row_scale,
+    smem,
+    zeros,
 )
-from pallas_kernels.tiles import column_scale, indices, launch, products, row_scale, smem, zeros
+
+_BLOCK = 16  # tokens whose keys lie in shared memory at once, token by token
 
 
 def walk(
@@ -59,7 +58,7 @@ def walk(
         k_ref, gates_ref, inverse_ref, initial_ref, restart_ref, anchor_ref, d_ref, final_ref, redone_ref, *rest = refs
         state_s, restart_s, anchor_s, after_s, tokens_s, d_s, block_s, *rest = rest
         k_s, gates_s, again_s, inverse_s, ready, loaded, block_loaded, *rest = rest
-        u, weights = rest[:2], rest[2:]
+        u, weights = rest[0], parts.at(rest[1], 0)
         b, p = (lax.axis_index(name) for name in ("batch", "head"))
 
         def load(n: Any, slot: Any) -> None:
@@ -67,7 +66,7 @@ def walk(
                 source = k_ref.at[b, pl.ds(n * CHUNK, CHUNK), p, parts.channels(piece)]
                 plgpu.copy_gmem_to_smem(source, k_s.at[slot, piece], loaded.at[slot])
             plgpu.copy_gmem_to_smem(gates_ref.at[b, p, n], gates_s.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(gates_ref.at[b, p, n], again_s.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(parts.sums_of(gates_ref.at[b, p, n]), again_s.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(inverse_ref.at[b, p, n], inverse_s.at[slot], loaded.at[slot])
 
         def coefficients(slot: Any) -> jax.Array:
@@ -110,17 +109,17 @@ def walk(
                 part = parts.channels(piece)
                 values = products(parts.terms(weights, parts.at(u, piece)))[0]
                 start = column_scale(state_s.at[part], values)
-                after = parts.load_vector(state_s.at[part])
+                after = parts.load_piece(state_s.at[part])
                 if static.anchored:
                     start = start - column_scale(anchor_s.at[part], values)
-                    after = after - parts.load_vector(anchor_s.at[part])
+                    after = after - parts.load_piece(anchor_s.at[part])
                 if static.forget:
                     start, after = start * row_scale(gates_s.at[slot, LEAD], values), after * lead
                 added = parts.squares(k_s.at[slot, piece])
-                values, after = values + start, after + jnp.sum(added * parts.along_rows(to_end, added), axis=0)
+                values, after = values + start, after + jnp.sum(added * along_columns(to_end, added), axis=0)
                 if static.anchored:
                     values = values + column_scale(anchor_s.at[part], values)
-                    after = after + parts.load_vector(anchor_s.at[part])
+                    after = after + parts.load_piece(anchor_s.at[part])
                 d_s[piece] = values
                 after_s[part] = after
                 if static.bounds is None:
@@ -128,37 +127,37 @@ def walk(
                 leaving = jnp.where(first, 0.0, parts.outside(values, static))
                 return carry[0] + leaving, carry[1] + parts.outside(after, static)
 
-            leaving, leaving_after = parts.over(pieces, step, (zeros(CHUNK, PIECE), parts.vector(PIECE)))
+            leaving, leaving_after = parts.over(pieces, step, (zeros(CHUNK, PIECE), parts.no_piece()))
             if static.bounds is None:
                 return 0.0
             tokens_s[...] = jnp.sum(leaving, axis=1)
-            return jnp.sum(leaving_after) + jnp.sum(parts.load_vector(tokens_s))
+            return jnp.sum(leaving_after) + jnp.sum(parts.load_piece(tokens_s))
 
         def accept(n: Any) -> None:
             plgpu.commit_smem()
             for piece in range(pieces):
                 target = d_ref.at[b, pl.ds(n * CHUNK, CHUNK), p, parts.channels(piece)]
                 plgpu.copy_smem_to_gmem(d_s.at[piece], target)
-            state_s[...] = parts.load_vector(after_s)
+            state_s[...] = parts.load_row(after_s)
 
         def redo(n: Any, slot: Any) -> None:
             def block(m: Any, d: jax.Array) -> jax.Array:
-                begin = n * CHUNK + m * BLOCK
+                begin = n * CHUNK + m * _BLOCK
                 plgpu.commit_smem()  # all have read the rows of the block before
-                plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(begin, BLOCK), p], block_s, block_loaded)
+                plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(begin, _BLOCK), p], block_s, block_loaded)
                 plgpu.barrier_wait(block_loaded)
 
                 def token(i: Any, d: jax.Array) -> jax.Array:
-                    gate = lambda row: gates_s[slot, row, m * BLOCK + i]
+                    gate = lambda row: gates_s[slot, row, m * _BLOCK + i]
                     if static.documents:
                         d = parts.restarted(gate(RESTART), restart_s, d)
                     d_ref[b, begin + i, p] = d
                     after, _, _ = parts.update(d, parts.square_row(block_s.at[i]), gate, anchor_s, static)
                     return parts.project(after, static)
 
-                return lax.fori_loop(0, BLOCK, token, d)
+                return lax.fori_loop(0, _BLOCK, token, d)
 
-            state_s[...] = lax.fori_loop(0, CHUNK // BLOCK, block, parts.load_vector(state_s))
+            state_s[...] = lax.fori_loop(0, CHUNK // _BLOCK, block, parts.load_row(state_s))
 
         def chunk(n: Any, _: Any) -> None:
             slot = lax.rem(n, jnp.int32(stages))
@@ -171,7 +170,7 @@ def walk(
 
                 @pl.when(gates_s[slot, RESTART, 0] > 0.0)
                 def _start() -> None:
-                    state_s[...] = parts.load_vector(restart_s)
+                    state_s[...] = parts.load_row(restart_s)
 
             leaving = closed_form(slot)
             if static.exact:
@@ -195,21 +194,20 @@ def walk(
         plgpu.wait_smem_to_gmem(0)
 
     row, tokens = plgpu.SMEM((size,), jnp.float32), plgpu.SMEM((CHUNK,), jnp.float32)
-    gates_tile = plgpu.SMEM((stages, GATES, CHUNK), jnp.float32)
     scratch = [
         *[row] * 4,
         tokens,
         smem(pieces, CHUNK, PIECE, dtype=jnp.float32),
-        plgpu.SMEM((BLOCK, size), k.dtype),
+        plgpu.SMEM((_BLOCK, size), k.dtype),
         smem(stages, pieces, CHUNK, PIECE, dtype=k.dtype),
-        gates_tile,
-        gates_tile,
+        plgpu.SMEM((stages, GATES, CHUNK), jnp.float32),
+        parts.again_tile(stages),
         smem(stages, CHUNK, CHUNK, dtype=jnp.float32),
         plgpu.Barrier(num_arrivals=3),
         plgpu.Barrier(num_arrivals=pieces + 3, num_barriers=stages),
         plgpu.Barrier(),
-        *parts.halves(pieces),
-        *[smem(CHUNK, CHUNK, dtype=jnp.bfloat16)] * 2,
+        parts.halves(pieces),
+        parts.halves(1),
     ]
     grid = {"head": heads, "batch": batch}
     arguments = [k, gates, inverse, initial, restart, anchor]

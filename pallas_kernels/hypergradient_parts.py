@@ -23,14 +23,13 @@ from pallas_kernels.tiles import CHUNK, column_scale, indices, read, row_scale, 
 # Rows of the gates of a chunk, [GATES, 64] float32. The sums of log_forget are each kept as two numbers, a multiple of
 # 1/256 and the rest: the first's differences are exact beside strong forgetting, and the second's are small.
 STEP, BETA, FORGET, DRAW, RESTART, FORCED = range(6)
-LEAD, TO_END, COARSE, FINE, COARSE_BEFORE, FINE_BEFORE = range(6, 12)
+LEAD, TO_END, *SUMS = range(6, 12)
+COARSE, FINE, COARSE_BEFORE, FINE_BEFORE = SUMS
 GATES = 12
 
 PIECE = 64  # channels that a kernel holds in registers at once
-BLOCK = 16  # tokens whose rows lie in shared memory at once, token by token
-
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
-VECTOR = plgpu.Layout.WGMMA.reduce(0)  # of rows of channels; every warp holds them all, so that sums need no barrier
+_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 class Static(NamedTuple):
@@ -46,6 +45,16 @@ class Static(NamedTuple):
     def exact(self) -> bool:
         """Whether a chunk may have to be done token by token."""
         return self.bounds is not None or self.documents
+
+
+def again_tile(*stages: int) -> Any:
+    """Shared memory for the sums of the gates."""
+    return plgpu.SMEM((*stages, len(SUMS), CHUNK), jnp.float32)
+
+
+def sums_of(gates: Any) -> Any:
+    """The sums in the gates of a chunk."""
+    return gates.at[pl.ds(SUMS[0], len(SUMS))]
 
 
 def make_gates(step: jax.Array, beta: jax.Array, log_forget: jax.Array, restart: jax.Array) -> jax.Array:
@@ -71,14 +80,17 @@ def make_gates(step: jax.Array, beta: jax.Array, log_forget: jax.Array, restart:
 
 
 def left_before(gates: Any, again: Any, static: Static) -> jax.Array:
-    """E [64, 64]: what is left before token i of what token j < i added. The gates lie in shared memory twice, since
-    the compiler gives one vector one layout: along rows or along columns."""
+    """E [64, 64]: what is left before token i of what token j < i added.
+
+    The sums lie in shared memory twice, in the gates and in `again`, since the compiler gives one vector one layout:
+    along rows or along columns.
+    """
     i, j = indices((CHUNK, CHUNK))
     left = jnp.where(i > j, 1.0, 0.0)
     if not static.forget:
         return left
-    sums = row_scale(gates.at[COARSE_BEFORE], left) - column_scale(again.at[COARSE], left)
-    sums = sums + (row_scale(gates.at[FINE_BEFORE], left) - column_scale(again.at[FINE], left))
+    sums = row_scale(gates.at[COARSE_BEFORE], left) - _column(again, COARSE, left)
+    sums = sums + (row_scale(gates.at[FINE_BEFORE], left) - _column(again, FINE, left))
     return left * jnp.exp(jnp.where(i > j, sums, 0.0))
 
 
@@ -88,19 +100,23 @@ def left_after(gates: Any, again: Any, static: Static) -> jax.Array:
     left = jnp.where(i < j, 1.0, 0.0)
     if not static.forget:
         return left
-    sums = column_scale(again.at[COARSE_BEFORE], left) - row_scale(gates.at[COARSE], left)
-    sums = sums + (column_scale(again.at[FINE_BEFORE], left) - row_scale(gates.at[FINE], left))
+    sums = _column(again, COARSE_BEFORE, left) - row_scale(gates.at[COARSE], left)
+    sums = sums + (_column(again, FINE_BEFORE, left) - row_scale(gates.at[FINE], left))
     return left * jnp.exp(jnp.where(i < j, sums, 0.0))
 
 
-def halves(pieces: int) -> list[Any]:
-    """Shared memory for a float32 matrix [64, pieces * 64] as the sum of two bfloat16 ones: 16 bits of its 24."""
-    return [smem(pieces, CHUNK, PIECE, dtype=jnp.bfloat16)] * 2
+def _column(again: Any, row: int, like: jax.Array) -> jax.Array:
+    return column_scale(again.at[row - SUMS[0]], like)
 
 
-def at(pair: Sequence[Any], piece: Any) -> list[Any]:
-    """A piece [64, 64] of both halves."""
-    return [half.at[piece] for half in pair]
+def halves(pieces: int) -> Any:
+    """Shared memory for float32 matrices [64, 64], each as the sum of two bfloat16 ones: 16 bits of its 24."""
+    return smem(pieces, 2, CHUNK, PIECE, dtype=jnp.bfloat16)
+
+
+def at(matrices: Any, piece: Any) -> list[Any]:
+    """Both halves of one of several matrices."""
+    return [matrices.at[piece, half] for half in range(2)]
 
 
 def split(value: jax.Array, pair: Sequence[Any]) -> None:
@@ -110,9 +126,9 @@ def split(value: jax.Array, pair: Sequence[Any]) -> None:
     pair[1][...] = (value - high.astype(jnp.float32)).astype(jnp.bfloat16)
 
 
-def terms(a: Sequence[Any], b: Sequence[Any]) -> list[tuple[Any, Any]]:
-    """The products of halves that make a @ b."""
-    return [(a[0], b[0]), (a[0], b[1]), (a[1], b[0])]
+def terms(a: Sequence[Any], b: Sequence[Any], *, short: bool = False) -> list[tuple[Any, Any]]:
+    """The products of halves that make a @ b; short: the low half of a is 0."""
+    return [(a[0], b[0]), (a[0], b[1])] + ([] if short else [(a[1], b[0])])
 
 
 def over(pieces: int, step: Any, start: Any) -> Any:
@@ -136,25 +152,36 @@ def load_rows(ref: Any) -> jax.Array:
     return plgpu.load(ref, layout=_ROWS)
 
 
-def along_rows(values: jax.Array, like: jax.Array) -> jax.Array:
-    """One number per token, in registers, broadcast along the columns of an accumulator."""
-    return plgpu.layout_cast(lax.broadcast_in_dim(values, like.shape, [0]), plgpu.Layout.WGMMA)
+def load_piece(vector: Any) -> jax.Array:
+    """One number per channel of a piece, as the columns of an accumulator reduce to."""
+    return plgpu.load(vector, layout=_COLUMNS)
 
 
-def load_vector(ref: Any) -> jax.Array:
-    """A row of channels as float32 registers."""
-    return plgpu.load(ref, layout=VECTOR).astype(jnp.float32)
+def no_piece() -> jax.Array:
+    """Zeros for the channels of a piece."""
+    return plgpu.layout_cast(jnp.zeros((PIECE,), jnp.float32), _COLUMNS)
+
+
+def load_row(ref: Any) -> jax.Array:
+    """All channels [K] as float32, over the lanes of every warp: each warp has them all and sums without a barrier."""
+    return plgpu.load(ref, layout=_row(ref.shape[0])).astype(jnp.float32)
+
+
+def no_row(size: int) -> jax.Array:
+    """Zeros for all channels."""
+    return plgpu.layout_cast(jnp.zeros((size,), jnp.float32), _row(size))
+
+
+def _row(size: int) -> Any:
+    each = min(4, size // 32)
+    tiling = plgpu.Tiling(((32 * each,), (each,)))
+    return plgpu.Layout.TILED(tiling, warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
 
 
 def square_row(ref: Any) -> jax.Array:
     """u of one token, [K]."""
-    k = load_vector(ref)
+    k = load_row(ref)
     return k * k
-
-
-def vector(size: int) -> jax.Array:
-    """A row of zeros."""
-    return plgpu.layout_cast(jnp.zeros((size,), jnp.float32), VECTOR)
 
 
 def outside(d: jax.Array, static: Static) -> jax.Array:
@@ -171,13 +198,19 @@ def update(d: jax.Array, u: jax.Array, gate: Any, anchor: Any, static: Static) -
     if static.forget:
         after = gate(FORGET) * after
         if static.anchored:
-            after = after + gate(DRAW) * load_vector(anchor)
+            after = after + gate(DRAW) * load_row(anchor)
     return after + (gate(STEP) * feedback) * u, predicted, feedback
 
 
 def restarted(starts: Any, state: Any, d: jax.Array) -> jax.Array:
     """d, or where a document starts what documents start from."""
-    return jnp.where(jnp.broadcast_to(starts > 0.0, d.shape), load_vector(state), d)
+    return jnp.where(jnp.broadcast_to(starts > 0.0, d.shape), load_row(state), d)
+
+
+def stopped(starts: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The cotangent of the state that a token sees as that of the state before it and that of documents' start."""
+    starts = jnp.broadcast_to(starts > 0.0, cotangent.shape)
+    return jnp.where(starts, 0.0, cotangent), jnp.where(starts, cotangent, 0.0)
 
 
 def project(d: jax.Array, static: Static) -> jax.Array:
@@ -194,3 +227,54 @@ def unprojected(cotangent: jax.Array, after: jax.Array, static: Static) -> jax.A
         return cotangent
     lo, hi = static.bounds
     return jnp.where(after < lo, 0.0, jnp.where(after > hi, 0.0, cotangent))
+
+
+class Pulled(NamedTuple):
+    """The adjoint of one token."""
+
+    before: jax.Array  # cotangent of the state before the token [K]
+    after: jax.Array  # of the state after it, before the projection [K]
+    coefficient: Any  # of step * feedback
+    predicted: Any
+    feedback: Any
+
+
+def pull(
+    cotangent: jax.Array, used: jax.Array, d: jax.Array, u: jax.Array, gate: Any, anchor: Any, static: Static
+) -> Pulled:
+    """Pulls the cotangent of the state after a token, and that of the d that the token uses, back to before it."""
+    after, predicted, feedback = update(d, u, gate, anchor, static)
+    after = unprojected(cotangent, after, static)
+    coefficient = jnp.sum(after * u)
+    before = gate(FORGET) * after if static.forget else after
+    before = before + used - (gate(BETA) * gate(STEP) * coefficient) * u
+    return Pulled(before, after, coefficient, predicted, feedback)
+
+
+def reversed_tokens(rows: Any, blocks: Any, loaded: Any, step: Any, carry: Any) -> Any:
+    """Folds step(t, rows of the token, carry) over the tokens of a chunk, the last first.
+
+    Args:
+        rows: the place of the first row -> the references to a block of rows of tokens.
+        blocks: shared memory for them, [tokens of a block, K] each.
+        loaded: a barrier that expects as many copies.
+        step: see above.
+        carry: what it starts from.
+    """
+
+    length = blocks[0].shape[0]
+
+    def block(reverse: Any, carry: Any) -> Any:
+        first = CHUNK - length - reverse * length
+        plgpu.commit_smem()  # all have read the rows of the block before
+        for source, target in zip(rows(first), blocks, strict=True):
+            plgpu.copy_gmem_to_smem(source, target, loaded)
+        plgpu.barrier_wait(loaded)
+
+        def token(reverse: Any, carry: Any) -> Any:
+            i = length - 1 - reverse
+            return step(first + i, [target.at[i] for target in blocks], carry)
+
+        return lax.fori_loop(0, length, token, carry)
+
+    return lax.fori_loop(0, CHUNK // length, block, carry)

@@ -36,29 +36,30 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
 
     def body(*refs: Any) -> None:
         ins, outs, rest = refs[: len(inputs)], refs[len(inputs) :][: len(out)], refs[len(inputs) + len(out) :]
-        k_s, gates_s, again_s, x_s, loaded, *u, g_s, adds_s, state_s, g_loaded = rest[: -len(SCRATCH)]
-        scratch = rest[-len(SCRATCH) :]
+        k_s, gates_s, again_s, x_s, adds_s, state_s, loaded, g_loaded, *rest = rest
+        u, g_s, more = rest[0], rest[1] if backward else None, rest[1 + backward :]
         b, p, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
         rows = pl.ds(n * CHUNK, CHUNK)
         for piece in range(pieces):
             plgpu.copy_gmem_to_smem(ins[0].at[b, rows, p, parts.channels(piece)], k_s.at[piece], loaded)
         plgpu.copy_gmem_to_smem(ins[1].at[b, p, n], gates_s, loaded)
-        plgpu.copy_gmem_to_smem(ins[1].at[b, p, n], again_s, loaded)
+        plgpu.copy_gmem_to_smem(parts.sums_of(ins[1].at[b, p, n]), again_s, loaded)
         plgpu.barrier_wait(loaded)
         for piece in range(pieces):
             parts.split(parts.squares(k_s.at[piece]), parts.at(u, piece))
         plgpu.commit_smem()
         pairs: list[tuple[Any, Any]] = []
         for piece in range(pieces):
-            halves = parts.at(u, piece)
-            pairs += parts.terms(halves, [half.T for half in halves])
+            pairs += [(a, b.T) for a, b in parts.terms(parts.at(u, piece), parts.at(u, piece))]
         lower = products(pairs)[0] * parts.left_before(gates_s, again_s, static)
-        lower = lower * row_scale(gates_s.at[BETA], lower) * column_scale(again_s.at[STEP], lower)
-        x_s[...] = unit_lower_inverse(lower, scratch)
+        lower = lower * row_scale(gates_s.at[BETA], lower) * column_scale(gates_s.at[STEP], lower)
+        # The squared keys have served: the inverse works in their memory.
+        scratch = [half for piece in range(pieces) for half in parts.at(u, piece)] + list(more)
+        x_s[...] = unit_lower_inverse(lower, scratch[: len(SCRATCH)])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(x_s, outs[0].at[b, p, n])
         if backward:
-            # The inversion is over: its memory holds E transposed and the cotangents by halves.
+            # And the inverse has served: E transposed and the cotangents take its place.
             left, g = scratch[0:2], scratch[2:4]
             parts.split(parts.left_after(gates_s, again_s, static), left)
             adds = zeros(CHUNK, PIECE)
@@ -69,7 +70,7 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
                 cotangents = read(g_s)
                 parts.split(cotangents, g)
                 plgpu.commit_smem()
-                adds = adds + products(parts.terms(left, g))[0] * parts.squares(k_s.at[piece])
+                adds = adds + products(parts.terms(left, g, short=not static.forget))[0] * parts.squares(k_s.at[piece])
                 if static.forget:
                     cotangents = cotangents * row_scale(gates_s.at[LEAD], cotangents)
                 state_s[parts.channels(piece)] = jnp.sum(cotangents, axis=0)
@@ -79,20 +80,19 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
             plgpu.copy_smem_to_gmem(state_s, outs[2].at[b, p, n])
         plgpu.wait_smem_to_gmem(0)
 
-    gates_tile = plgpu.SMEM((GATES, CHUNK), jnp.float32)
     square = smem(CHUNK, CHUNK, dtype=jnp.float32)
     scratch: Sequence[Any] = [
         smem(pieces, CHUNK, PIECE, dtype=k.dtype),
-        gates_tile,
-        gates_tile,
+        plgpu.SMEM((GATES, CHUNK), jnp.float32),
+        parts.again_tile(),
         square,
-        plgpu.Barrier(num_arrivals=pieces + 2),
-        *parts.halves(pieces),
-        square if backward else gates_tile,
         plgpu.SMEM((CHUNK,), jnp.float32),
         plgpu.SMEM((size,), jnp.float32),
+        plgpu.Barrier(num_arrivals=pieces + 2),
         plgpu.Barrier(),
-        *SCRATCH,
+        parts.halves(pieces),
+        *[square] * backward,
+        *SCRATCH[2 * pieces :],
     ]
     grid = {"chunk": count, "head": heads, "batch": batch}
     return list(launch(body, "hypergradient_prepare", out, grid, scratch, static.interpret, inputs))

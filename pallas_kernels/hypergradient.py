@@ -1,0 +1,122 @@
+"""The hypergradient preconditioner of OSDN on Hopper's tensor cores, forward and backward, with exact projection.
+
+Five kernels. Forward: `prepare` solves every chunk of 64 tokens in parallel, `walk` takes the state from chunk to chunk
+in closed form, and does a chunk again token by token where a value of it leaves the bounds or where a document starts
+inside of it. Backward: `prepare` once more, `walk_back` for the cotangent of the state, `finish` for all else.
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels.hypergradient_backward import walk_back
+from pallas_kernels.hypergradient_finish import D_BETA, D_LOG_FORGET, D_STEP, finish
+from pallas_kernels.hypergradient_forward import walk
+from pallas_kernels.hypergradient_parts import Static, make_gates
+from pallas_kernels.hypergradient_prepare import prepare
+from pallas_kernels.tiles import CHUNK
+
+_SIZES = (64, 128, 256)
+
+
+def hypergradient(
+    k: jax.Array,
+    step: jax.Array,
+    beta: jax.Array | None,
+    log_forget: jax.Array | None,
+    restart: jax.Array | None,
+    initial: jax.Array,
+    restart_state: jax.Array,
+    anchor: jax.Array | None,
+    bounds: tuple[float, float] | None,
+    *,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """d before each token [B, T, P, K] and after the last [B, P, K], float32.
+
+        d_{t+1} = clip(g_t d_t + (1 - g_t) anchor + step_t (1 - beta_t <d_t, u_t>) u_t),  g_t = exp(log_forget_t)
+
+    with u = k^2 in float32. Differentiable in every array but restart; a value on a bound passes its gradient on.
+
+    Args:
+        k: [B, T, P, K], bfloat16, float16 or, up to K = 128, float32; K of 64, 128 or 256. Any T.
+        step: [B, T, P].
+        beta: [B, T, P]; None is 1.
+        log_forget: [B, T, P], at most 0; None forgets nothing.
+        restart: [B, T] bool: the state starts anew, from restart_state, before this token. None: nowhere.
+        initial, restart_state: [B, P, K].
+        anchor: [B, P, K]; None is 0.
+        bounds: (lo, hi) of every update, or None; either may be infinite.
+        interpret: run on any machine, in the interpreter, with races detected.
+    """
+    length, size = k.shape[1], k.shape[3]
+    if size not in _SIZES or (k.dtype == jnp.float32 and size > 128):
+        raise ValueError(f"keys: got {size} channels of {k.dtype}, expected 64, 128 or, in 16 bits, 256")
+    if length == 0:
+        return jnp.zeros(k.shape, jnp.float32), initial.astype(jnp.float32)
+    f32 = lambda x: jnp.asarray(x, jnp.float32)
+    static = Static(
+        bounds=None if bounds is None else (float(bounds[0]), float(bounds[1])),
+        forget=log_forget is not None,
+        anchored=anchor is not None and log_forget is not None,  # without forgetting nothing is drawn anywhere
+        documents=restart is not None,
+        interpret=interpret,
+    )
+    step, beta, log_forget = (
+        f32(step),
+        jnp.ones(step.shape, jnp.float32) if beta is None else f32(beta),
+        jnp.zeros(step.shape, jnp.float32) if log_forget is None else f32(log_forget),
+    )
+    starts = jnp.zeros(k.shape[:2], jnp.float32) if restart is None else f32(restart)
+    fill = -length % CHUNK  # tokens whose step is 0 and that forget nothing
+    k, step, beta, log_forget, starts = (
+        jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)) if fill else x
+        for x in (k, step, beta, log_forget, starts)
+    )
+    states = (f32(initial), f32(restart_state), jnp.zeros_like(f32(initial)) if anchor is None else f32(anchor))
+    d, final = _hypergradient(k, step, beta, log_forget, starts, *states, static)
+    return d[:, :length], final
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
+def _hypergradient(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+    return _forward(*arguments)[0]
+
+
+def _forward(
+    k: jax.Array,
+    step: jax.Array,
+    beta: jax.Array,
+    log_forget: jax.Array,
+    starts: jax.Array,
+    initial: jax.Array,
+    restart: jax.Array,
+    anchor: jax.Array,
+    static: Static,
+) -> tuple[Any, Any]:
+    gates = make_gates(step, beta, log_forget, starts)
+    (inverse,) = prepare(k, gates, None, static)
+    d, final, redone = walk(k, gates, inverse, initial, restart, anchor, static)
+    return (d, final), (k, gates, anchor, d, redone)
+
+
+def _backward(static: Static, saved: Any, cotangents: Any) -> Any:
+    k, gates, anchor, d, redone = saved
+    used, final = cotangents
+    prepared = prepare(k, gates, used, static)
+    r, after, initial, restart = walk_back(k, gates, prepared, redone, d, used, final, anchor, static)
+    d_k, d_gates, *d_anchor = finish(k, gates, redone, d, used, r, after, anchor, static)
+
+    def tokens(row: int) -> jax.Array:
+        rows = d_gates[:, :, :, row]
+        return jnp.moveaxis(rows.reshape(*rows.shape[:2], -1), 1, 2)
+
+    return (
+        *(d_k, tokens(D_STEP), tokens(D_BETA), tokens(D_LOG_FORGET), jnp.zeros(k.shape[:2], jnp.float32)),
+        *(initial, restart, jnp.sum(d_anchor[0], axis=2) if d_anchor else jnp.zeros_like(anchor)),
+    )
+
+
+_hypergradient.defvjp(_forward, _backward)

@@ -1,0 +1,184 @@
+"""The kernels of the hypergradient preconditioner, interpreted, against the scan: values and every gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from osdn_jax import ops
+from pallas_kernels.hypergradient import hypergradient
+from support import assert_close, jit, random_like, value_and_gradient
+from support.interpreter import assert_no_races
+
+# A chunk that is done again token by token has been done in closed form before, and may well have overflowed in it.
+# NumPy, which interprets the products, says so.
+pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
+
+LO, HI = BOUNDS = (2 / 3, 3 / 2)
+ETA = 0.5
+CHUNK = 64  # of the kernel
+TOLERANCE = 1e-5
+
+
+def base(length=100, heads=1, size=64, seed=0):
+    rng = np.random.default_rng(seed)
+    k = rng.normal(size=(1, length, heads, size))
+    return {
+        "k": k / np.linalg.norm(k, axis=-1, keepdims=True),
+        "beta": rng.uniform(0.2, 1, size=(1, length, heads)),
+        "log_forget": -rng.uniform(0, 0.02, size=(1, length, heads)),
+        "initial": rng.uniform(0.8, 1.1, size=(1, heads, size)),
+        "restart": rng.uniform(0.8, 1.1, size=(1, heads, size)),
+        "anchor": rng.uniform(0.8, 1.1, size=(heads, size)),
+    }
+
+
+def without(x, *names):
+    return {name: value for name, value in x.items() if name not in names}
+
+
+def one_token():
+    """A single update leaves the bounds, in the middle of the second of two chunks, in one head of two."""
+    x = base(110, heads=2)
+    x["k"] *= 0.1
+    x["k"][0, 100, 1] *= 300
+    return x
+
+
+def almost_always():
+    """Most updates leave the bounds; some channels have no keys and start on a bound, and stay there."""
+    x = base(70)
+    x["k"] *= 30
+    x["k"][..., 5:9] = 0
+    x["initial"][..., 5:7], x["initial"][..., 7:9] = LO, HI
+    return without(x, "log_forget", "anchor")
+
+
+def overflow():
+    """Free of the bounds, d would grow by 1e24 a token and overflow within a chunk."""
+    x = base(57)
+    x["k"] *= 1e6
+    return x
+
+
+def strong_forgetting():
+    """Tokens that forget all beside tokens that forget next to nothing."""
+    x = base(128)
+    x["log_forget"] *= 0.1
+    x["log_forget"][0, 10:40:3], x["log_forget"][0, 70:90:7] = -20, -300
+    return x
+
+
+# The numbers, what does not follow from them, and in which of its chunks which head leaves the bounds.
+CASES = {
+    "no bounds, no beta, no forgetting": (without(base(57), "beta", "log_forget", "anchor"), {}, None),
+    "no bounds, forgetting, normalised": (without(base(65), "anchor"), {"normalize": True}, None),
+    "no bounds, strong forgetting": (strong_forgetting(), {}, None),
+    "bounds that never bind, two pieces of channels": (base(65, size=128), {"bounds": BOUNDS}, [[0, 0]]),
+    "bounds that bind once": (one_token(), {"bounds": BOUNDS}, [[0, 0], [0, 1]]),
+    "bounds that bind almost always": (almost_always(), {"bounds": BOUNDS}, [[1, 1]]),
+    "an update that overflows": (overflow(), {"bounds": BOUNDS}, [[1]]),
+    "documents": (base(70), {"bounds": BOUNDS, "starts": (30, 31, 64)}, [[0, 0]]),
+}
+
+
+def segments(x, starts):
+    if not starts:
+        return None
+    ids = np.zeros(x["k"].shape[:2], np.int32)
+    for start in starts:
+        ids[:, start:] += 1
+    return jnp.asarray(ids)
+
+
+def reference(x, *, bounds=None, starts=(), normalize=False):
+    named = {name: x.get(name) for name in ("beta", "log_forget", "initial", "restart")}
+    return ops.hypergradient_preconditioner(
+        x["k"],
+        **named,
+        eta=ETA,
+        anchor=x.get("anchor", 0.0),
+        bounds=bounds,
+        normalize=normalize,
+        segment_ids=segments(x, starts),
+        implementation="scan",
+    )
+
+
+def kernel(x, *, bounds=None, starts=(), normalize=False):
+    beta, anchor = x.get("beta"), x.get("anchor")
+    step = jnp.full(x["k"].shape[:3], ETA) if beta is None else ETA * beta
+    if normalize:
+        step = step / (jnp.sum(jnp.square(x["k"].astype(jnp.float32)), axis=-1) + 1e-5)
+    restart = None
+    if starts:
+        restart = jnp.zeros(x["k"].shape[:2], bool).at[:, jnp.array(starts)].set(True)
+    anchor = None if anchor is None else jnp.broadcast_to(anchor, x["initial"].shape)
+    return hypergradient(
+        *(x["k"], step, beta, x.get("log_forget"), restart, x["initial"], x["restart"], anchor, bounds),
+        interpret=True,
+    )
+
+
+def as_arrays(x, dtype=jnp.float32):
+    arrays = {name: jnp.asarray(value, jnp.float32) for name, value in x.items()}
+    return arrays | {"k": arrays["k"].astype(dtype)}
+
+
+def compute(x, options, transformation=lambda f: f):
+    """((values, gradients) of the kernel, the same of the scan)."""
+    run, want = (functools.partial(f, **options) for f in (kernel, reference))
+    cotangents = random_like(jax.eval_shape(transformation(want), x), seed=1)
+    with assert_no_races():
+        got = jit(transformation(value_and_gradient(run)))(x, cotangents)
+    return got, jit(transformation(value_and_gradient(want)))(x, cotangents)
+
+
+def leaves(d, final, bounds):
+    """In which chunks [P, N] a value of d lies on a bound after an update."""
+    after = np.concatenate([d[0, 1:], final], axis=0)
+    on = np.isin(after, np.asarray(bounds, np.float32)).any(axis=-1)
+    padded = np.pad(on, ((0, -len(on) % CHUNK), (0, 0)))
+    return padded.reshape(-1, CHUNK, on.shape[1]).any(axis=1).T
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_values_and_gradients(name):
+    x, options, expected = CASES[name]
+    got, want = compute(as_arrays(x), options)
+    assert_close(got, want, TOLERANCE)
+    if expected is not None:
+        d, final = want[0]
+        np.testing.assert_array_equal(leaves(d, final, options["bounds"]), np.array(expected, bool))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision(dtype):
+    x = as_arrays(base(57), dtype)
+    got, want = compute(x, {"bounds": BOUNDS})
+    # Keys of 16 bits are squared in float32: nothing is rounded to them but the gradient of k.
+    assert_close(got[1].pop("k").astype(jnp.float32), want[1].pop("k").astype(jnp.float32), 3e-3)
+    assert_close(got, want, TOLERANCE)
+
+
+def test_vmap():
+    pair = [as_arrays(base(57, seed=seed)) for seed in (3, 4)]
+    pair[0]["k"] *= 10  # leaves the bounds
+    got, want = compute(jax.tree.map(lambda *x: jnp.stack(x), *pair), {"bounds": BOUNDS}, jax.vmap)
+    assert_close(got, want, TOLERANCE)
+
+
+def test_no_tokens():
+    x = as_arrays(base(0))
+    d, final = kernel(x)
+    assert d.shape == x["k"].shape
+    np.testing.assert_array_equal(final, x["initial"])
+
+
+def test_keys_that_do_not_fit_are_refused():
+    with pytest.raises(ValueError, match="96 channels"):
+        kernel(as_arrays(base(57, size=96)))
+    with pytest.raises(ValueError, match="256 channels of float32"):
+        kernel(as_arrays(base(57, size=256)))
