@@ -127,9 +127,9 @@ def walk_back(
             n, slot = count - 1 - reverse, lax.rem(reverse, jnp.int32(2))
             pl.when(n > 0)(lambda: load(n - 1, 1 - slot))
             plgpu.copy_smem_to_gmem(state_s, after_ref.at[b, p, n])
+            again = redone_ref[b, p, n] > 0
             plgpu.barrier_wait(loaded.at[slot])
             if static.exact:
-                again = redone_ref[b, p, n] > 0
                 pl.when(again)(lambda: token_by_token(n, slot))
                 pl.when(jnp.logical_not(again))(lambda: closed_form(n, slot))
             else:

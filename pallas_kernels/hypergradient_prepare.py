@@ -30,14 +30,13 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
     batch, _, heads, size = k.shape
     count, pieces = gates.shape[2], size // PIECE
     backward = cotangent is not None
-    inputs = [k, gates, cotangent] if backward else [k, gates]
+    inputs = [k, gates] if cotangent is None else [k, gates, cotangent]
     shapes = [(CHUNK, CHUNK), (CHUNK,), (size,)] if backward else [(CHUNK, CHUNK)]
     out = [jax.ShapeDtypeStruct((batch, heads, count, *shape), jnp.float32) for shape in shapes]
 
     def body(*refs: Any) -> None:
-        ins, outs, rest = refs[: len(inputs)], refs[len(inputs) :][: len(out)], refs[len(inputs) + len(out) :]
-        k_s, gates_s, again_s, x_s, adds_s, state_s, loaded, g_loaded, *rest = rest
-        u, g_s, more = rest[0], rest[1] if backward else None, rest[1 + backward :]
+        ins, outs, scoped = refs[: len(inputs)], refs[len(inputs) :][: len(out)], refs[len(inputs) + len(out) :]
+        k_s, gates_s, again_s, x_s, adds_s, state_s, loaded, g_loaded, u, g_s, *more = scoped
         b, p, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
         rows = pl.ds(n * CHUNK, CHUNK)
         for piece in range(pieces):
@@ -91,7 +90,7 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
         plgpu.Barrier(num_arrivals=pieces + 2),
         plgpu.Barrier(),
         parts.halves(pieces),
-        *[square] * backward,
+        square if backward else plgpu.SMEM((1,), jnp.float32),
         *SCRATCH[2 * pieces :],
     ]
     grid = {"chunk": count, "head": heads, "batch": batch}

@@ -40,9 +40,10 @@ def without(x, *names):
 
 
 def one_token():
-    """A single update leaves the bounds, in the middle of the second of two chunks, in one head of two."""
+    """A single update leaves the bounds: in one head that of the first chunk's last token, in the other a later one."""
     x = base(110, heads=2)
     x["k"] *= 0.1
+    x["k"][0, CHUNK - 1, 0] *= 300
     x["k"][0, 100, 1] *= 300
     return x
 
@@ -77,7 +78,7 @@ CASES = {
     "no bounds, forgetting, normalised": (without(base(65), "anchor"), {"normalize": True}, None),
     "no bounds, strong forgetting": (strong_forgetting(), {}, None),
     "bounds that never bind, two pieces of channels": (base(65, size=128), {"bounds": BOUNDS}, [[0, 0]]),
-    "bounds that bind once": (one_token(), {"bounds": BOUNDS}, [[0, 0], [0, 1]]),
+    "bounds that bind once": (one_token(), {"bounds": BOUNDS}, [[1, 0], [0, 1]]),
     "bounds that bind almost always": (almost_always(), {"bounds": BOUNDS}, [[1, 1]]),
     "an update that overflows": (overflow(), {"bounds": BOUNDS}, [[1]]),
     "documents": (base(70), {"bounds": BOUNDS, "starts": (30, 31, 64)}, [[0, 0]]),
@@ -168,6 +169,17 @@ def test_vmap():
     pair[0]["k"] *= 10  # leaves the bounds
     got, want = compute(jax.tree.map(lambda *x: jnp.stack(x), *pair), {"bounds": BOUNDS}, jax.vmap)
     assert_close(got, want, TOLERANCE)
+
+
+def test_a_missing_number_spreads_as_in_the_scan():
+    x = as_arrays(base(100))
+    x["k"] = x["k"].at[0, 70, 0, 3].set(jnp.nan)
+    with assert_no_races():
+        got = jit(functools.partial(kernel, bounds=BOUNDS))(x)
+    want = jit(functools.partial(reference, bounds=BOUNDS))(x)
+    for a, b in zip(got, want, strict=True):
+        np.testing.assert_allclose(a, b, rtol=TOLERANCE)
+    assert not np.all(np.isnan(want[0]))
 
 
 def test_no_tokens():
