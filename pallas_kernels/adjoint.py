@@ -9,10 +9,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
+from pallas_kernels.gates import BETA, FROM_START, SCALES, TO_END
 from pallas_kernels.prepare import Chunks, Static
 from pallas_kernels.recurrence import value_tile
-from pallas_kernels.tiles import CHUNK, launch, products, read, read_global, row_scale, smem
+from pallas_kernels.tiles import (
+    CHUNK,
+    along_columns,
+    launch,
+    products,
+    read,
+    read_global,
+    read_global_rows,
+    row_scale,
+    smem,
+    split,
+)
 
 
 def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Static) -> list[jax.Array]:
@@ -23,12 +34,12 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
         that of the memory after each chunk [B, H, N, K, V]; that of the initial memory [B, H, K, V] float32.
 
     Args:
-        chunks: as for `recur`, with both halves of the inverse.
+        chunks: as for `recur`, made for a gradient.
         d_out: gradient of the outputs [B, T, H, V].
         d_final: gradient of the final memory [B, H, K, V] float32.
         static: the options.
     """
-    q, k, w, gates, carry, inverse, scores = chunks
+    q, k, w, gates, carry, _, scores, solved = chunks
     batch, length, heads, value_dim = d_out.shape
     key_dim, count, dtype = q.shape[3], length // CHUNK, d_out.dtype
     width = min(value_tile(key_dim), value_dim)
@@ -46,25 +57,24 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
         "k": tile(stages, CHUNK, key_dim),
         "w": tile(stages, CHUNK, key_dim),
         "d_out": tile(stages, CHUNK, width),
-        "gates": plgpu.SMEM((stages, GATES, CHUNK), jnp.float32),
+        "gates": plgpu.SMEM((stages, SCALES, CHUNK), jnp.float32),
         "scores": tile(stages, CHUNK, CHUNK),
     }
-    if static.erase:
-        for name, half in zip(("inverse", "rest"), inverse, strict=True):
-            inputs[name], tiles[name] = half, tiles["scores"]
+    if solved is not None:
+        inputs["w"] = solved
     else:
         del inputs["k"], tiles["k"]
-    if carry is not None:
-        inputs["carry"], tiles["carry"] = carry, plgpu.SMEM((stages, key_dim), jnp.float32)
 
     def body(*refs: Any) -> None:
         source = dict(zip(inputs, refs, strict=False))
-        d_final_ref, z_ref, d_v_ref, d_states_ref, d_initial_ref = refs[len(inputs) : len(inputs) + 5]
-        *tile_refs, state_s, r_s, x_s, d_v_s, loaded = refs[len(inputs) + 5 :]
+        carry_ref = refs[len(inputs)] if carry is not None else None
+        refs = refs[len(inputs) + (carry is not None) :]
+        d_final_ref, z_ref, d_v_ref, d_states_ref, d_initial_ref = refs[:5]
+        *tile_refs, state_s, r_s, x_s, d_v_s, loaded = refs[5:]
         buffer = dict(zip(tiles, tile_refs, strict=True))
         b, h, column = (lax.axis_index(name) for name in ("batch", "head", "values"))
         columns = pl.ds(column * width, width)
-        key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
+        key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // inputs["w"].shape[2])
 
         def load(n: Any, slot: Any) -> None:
             rows = pl.ds(n * CHUNK, CHUNK)
@@ -76,6 +86,8 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
             }
             for name, ref in source.items():
                 part = ref.at[where.get(name, (b, h, n))]
+                if name == "gates":
+                    part = part.at[pl.ds(0, SCALES)]
                 plgpu.copy_gmem_to_smem(part, buffer[name].at[slot], loaded.at[slot])
 
         def chunk(step: Any, d_memory: jax.Array) -> jax.Array:
@@ -85,30 +97,23 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
                 load(n, slot)
             else:
                 pl.when(n > 0)(lambda: load(n - 1, 1 - slot))
-            state_s[...] = d_memory.astype(dtype)
+            split(d_memory, state_s.at[0], state_s.at[1])
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(state_s, d_states_ref.at[b, h, n, :, columns])
+            plgpu.copy_smem_to_gmem(state_s.at[0], d_states_ref.at[b, h, n, :, columns])
             plgpu.barrier_wait(loaded.at[slot])
             now = {name: ref.at[slot] for name, ref in buffer.items()}
             gates_s = now["gates"]
             kept = None
             if carry is not None:
-                kept = row_scale(now["carry"], d_memory)
+                kept = along_columns(read_global_rows(carry_ref.at[b, h, n]), d_memory)
             elif static.gated:
                 kept = gates_s[FROM_START, CHUNK - 1]
-            d_write, d_write_inside = products([(now["w"], state_s)], [(now["scores"].T, now["d_out"])])
-            if static.gated:
-                d_write = d_write * row_scale(gates_s.at[TO_END], d_write)
-            z = d_write + d_write_inside
-            if static.erase:
-                # dR of neighbours differ little beside near-parallel keys, and Z is about their difference: one
-                # rounding of either factor would lose its digits.
-                rounded = z.astype(dtype)
-                x_s[0, ...] = rounded
-                x_s[1, ...] = (z - rounded.astype(jnp.float32)).astype(dtype)
-                plgpu.commit_smem()
-                whole, rest = now["inverse"].T, now["rest"].T
-                (z,) = products([(whole, x_s.at[0]), (whole, x_s.at[1]), (rest, x_s.at[0])])
+            from_later, from_inside = products(
+                [(now["w"], state_s.at[0]), (now["w"], state_s.at[1])], [(now["scores"].T, now["d_out"])]
+            )
+            if static.gated and not static.erase:  # else the scale is in the write keys
+                from_later = from_later * row_scale(gates_s.at[TO_END], from_later)
+            z = from_later + from_inside
             r_s[...] = z.astype(dtype)
             d_v = z * row_scale(gates_s.at[BETA], z)
             d_v_s[...] = d_v.astype(dtype)
@@ -139,12 +144,12 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
 
     scratch = [
         *tiles.values(),
-        tile(key_dim, width),
+        tile(2, key_dim, width),
         tile(CHUNK, width),
         tile(2, CHUNK, width),
         tile(CHUNK, width),
         plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
     ]
     grid = {"values": value_dim // width, "head": heads, "batch": batch}
-    arguments = [*inputs.values(), d_final]
+    arguments = [*inputs.values(), *([] if carry is None else [carry]), d_final]
     return launch(body, "delta_rule_recur_back", out, grid, scratch, static.interpret, arguments)

@@ -14,8 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, GATES
-from pallas_kernels.inverse import SCRATCH, unit_lower_inverse
+from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
+from pallas_kernels.inverse import SCRATCH, times_inverse, unit_lower_inverse
 from pallas_kernels.prepare import Chunks, Static, pair_decay
 from pallas_kernels.tiles import (
     CHUNK,
@@ -28,9 +28,11 @@ from pallas_kernels.tiles import (
     read_global,
     row_scale,
     smem,
+    split,
     zeros,
 )
 
+_Q, _K, _W = range(3)
 PART = 64  # key channels at a time
 LEVELS = 6  # of halving, from single tokens to the whole chunk
 
@@ -63,13 +65,6 @@ def corners(level: Any) -> jax.Array:
     return (i > j) & ((i ^ j) >= half) & ((i ^ j) < 2 * half)
 
 
-def split(value: jax.Array, halves: Any) -> None:
-    """Writes float32 registers as the sum of two bfloat16 tiles: 16 bits of 24."""
-    high = value.astype(jnp.bfloat16)
-    halves[0, ...] = high
-    halves[1, ...] = (value - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
 def summed(mask_s: Any, halves: Any, *, transpose: bool = False) -> jax.Array:
     """mask @ value for a split value, to float32's order of precision."""
     mask_s = mask_s.T if transpose else mask_s
@@ -77,7 +72,7 @@ def summed(mask_s: Any, halves: Any, *, transpose: bool = False) -> jax.Array:
 
 
 def prepare_channel(
-    q: jax.Array, k: jax.Array, w: jax.Array, log_decay: jax.Array, gates: jax.Array, static: Static, *, halves: int
+    q: jax.Array, k: jax.Array, w: jax.Array, log_decay: jax.Array, gates: jax.Array, static: Static, *, gradient: bool
 ) -> Chunks:
     """The chunks under a decay per channel.
 
@@ -86,19 +81,18 @@ def prepare_channel(
         log_decay: [B, T, H, K] float32.
         gates: [B, H, N, GATES, 64].
         static: the options.
-        halves: 1, or 2 for a gradient.
+        gradient: whether to make `solved`.
     """
     batch, length, heads, key_dim = log_decay.shape
-    count, dtype, inverses = length // CHUNK, q.dtype, halves if static.erase else 0
+    count, dtype, parts = length // CHUNK, q.dtype, key_dim // PART
+    solve = static.erase and gradient
     out = [jax.ShapeDtypeStruct(log_decay.shape, dtype)] * 3
-    out += [jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), dtype)] * (inverses + 1)
-    parts = key_dim // PART
+    out += [jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), dtype)] * (1 + static.erase)
+    out += [jax.ShapeDtypeStruct(log_decay.shape, dtype)] * solve
 
     def body(q_ref: Any, k_ref: Any, w_ref: Any, decay_ref: Any, gates_ref: Any, *refs: Any) -> None:
-        decayed_refs, inverse_refs = refs[:3], refs[3 : 3 + inverses]
-        scores_ref, q_s, k_s, w_s, x_s, decay_s, mask_s, p_s, inverse_s, gates_s, again_s, *spare, loaded = refs[
-            3 + inverses :
-        ]
+        decayed_refs, (scores_ref, *solution_refs), refs = refs[:3], refs[3 : len(out)], refs[len(out) :]
+        q_s, k_s, w_s, x_s, decay_s, mask_s, p_s, inverse_s, gates_s, again_s, *spare, loaded = refs
         b, h, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
         rows = pl.ds(n * CHUNK, CHUNK)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
@@ -112,7 +106,8 @@ def prepare_channel(
 
         @pl.loop(0, parts)
         def _(c: Any) -> None:
-            split(read_global(decay_ref.at[b, rows, h, pl.ds(c * PART, PART)]), decay_s.at[c])
+            decay = read_global(decay_ref.at[b, rows, h, pl.ds(c * PART, PART)])
+            split(decay, decay_s.at[c, 0], decay_s.at[c, 1])
 
         plgpu.barrier_wait(loaded)
 
@@ -127,16 +122,14 @@ def prepare_channel(
                 x_s[slot, ...] = (read(source.at[c]) * factor).astype(dtype)
             plgpu.commit_smem()
 
-        for mask, keys in ((from_start_mask(), ((q_s, 0), (k_s, 1))), (to_end_mask(), ((w_s, 2),))):
-            set_mask(mask)
+        set_mask(from_start_mask())
 
-            @pl.loop(0, parts)
-            def _(c: Any, keys: Any = keys) -> None:
-                decayed(c, *keys)
-                for _, slot in keys:
-                    target = decayed_refs[slot].at[b, rows, h, pl.ds(c * PART, PART)]
-                    plgpu.copy_smem_to_gmem(x_s.at[slot], target)
-                plgpu.wait_smem_to_gmem(0)
+        @pl.loop(0, parts)
+        def _(c: Any) -> None:
+            decayed(c, (q_s, _Q), (k_s, _K))
+            for slot in (_Q, _K):
+                plgpu.copy_smem_to_gmem(x_s.at[slot], decayed_refs[slot].at[b, rows, h, pl.ds(c * PART, PART)])
+            plgpu.wait_smem_to_gmem(0)
 
         def own(c: Any, scores: jax.Array) -> jax.Array:
             i, j = indices((CHUNK, CHUNK))
@@ -148,44 +141,67 @@ def prepare_channel(
 
             def add(c: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 scores, lower = carry
-                decayed(c, (q_s, 0), (k_s, 1), (w_s, 2))
-                scores = scores + jnp.where(corners(level), product(x_s.at[0], x_s.at[2].T), 0.0)
+                decayed(c, (q_s, _Q), (k_s, _K), (w_s, _W))
+                scores = scores + jnp.where(corners(level), product(x_s.at[_Q], x_s.at[_W].T), 0.0)
                 if static.erase:
-                    lower = lower + jnp.where(corners(level), product(x_s.at[1], x_s.at[2].T), 0.0)
+                    lower = lower + jnp.where(corners(level), product(x_s.at[_K], x_s.at[_W].T), 0.0)
                 return scores, lower
 
             return lax.fori_loop(0, parts, add, carry)
 
         start = lax.fori_loop(0, parts, own, zeros(CHUNK, CHUNK)), zeros(CHUNK, CHUNK)
         scores, lower = lax.fori_loop(0, LEVELS, join, start)
+        # From here on w_s holds the write keys decayed to the end of the chunk.
+        set_mask(to_end_mask())
+
+        @pl.loop(0, parts)
+        def _(c: Any) -> None:
+            decayed(c, (w_s, _W))
+            w_s[c, ...] = x_s[_W, ...]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(w_s.at[c], decayed_refs[_W].at[b, rows, h, pl.ds(c * PART, PART)])
+
         same = pair_decay(gates_s, again_s, static)
-        p_s[...] = (scores * (same * static.scale)).astype(dtype)
+        scores = scores * (same * static.scale)
+        if static.erase:
+            lower = lower * same
+            tiles = [*(decay_s.at[c, half] for c in range(parts) for half in (0, 1)), *spare]
+            inverse = unit_lower_inverse(lower * row_scale(gates_s.at[BETA], lower), tiles)
+            scores = times_inverse(scores, inverse, tiles)
+            until_end = inverse * row_scale(gates_s.at[TO_END], inverse) if static.gated else inverse
+            split(until_end, inverse_s.at[0], inverse_s.at[1])
+            plgpu.commit_smem()
+
+        if solve:
+
+            @pl.loop(0, parts)
+            def _(c: Any) -> None:
+                (solved,) = products([(inverse_s.at[0].T, w_s.at[c]), (inverse_s.at[1].T, w_s.at[c])])
+                plgpu.wait_smem_to_gmem(0)
+                x_s[0, ...] = solved.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(x_s.at[0], solution_refs[-1].at[b, rows, h, pl.ds(c * PART, PART)])
+
+        if static.erase:
+            inverse_s[0, ...] = inverse.astype(dtype)
+        p_s[...] = scores.astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(p_s, scores_ref.at[b, h, n])
         if static.erase:
-            lower = lower * same
-            lower = lower * row_scale(gates_s.at[BETA], lower)
-            tiles = [decay_s.at[c, half] for c in range(parts) for half in range(2)] + spare
-            inverse = unit_lower_inverse(lower, tiles)
-            for half in range(halves):
-                rounded = inverse.astype(dtype)
-                inverse_s[half, ...] = rounded
-                inverse = inverse - rounded.astype(jnp.float32)
-            plgpu.commit_smem()
-            for half in range(halves):
-                plgpu.copy_smem_to_gmem(inverse_s.at[half], inverse_refs[half].at[b, h, n])
+            plgpu.copy_smem_to_gmem(inverse_s.at[0], solution_refs[0].at[b, h, n])
         plgpu.wait_smem_to_gmem(0)
 
     spare = max(0, len(SCRATCH) - 2 * parts) if static.erase else 0  # the inverse takes over the decays' tiles
     scratch = [smem(parts, CHUNK, PART, dtype=dtype)] * 3
     scratch += [smem(3, CHUNK, PART, dtype=dtype), smem(parts, 2, CHUNK, PART, dtype=jnp.bfloat16)]
     scratch += [smem(CHUNK, CHUNK, dtype=jnp.bfloat16)]
-    scratch += [smem(CHUNK, CHUNK, dtype=dtype), smem(halves, CHUNK, CHUNK, dtype=dtype)]
+    scratch += [smem(CHUNK, CHUNK, dtype=dtype), smem(2, CHUNK, CHUNK, dtype=dtype)]
     scratch += [plgpu.SMEM((GATES, CHUNK), jnp.float32)] * 2
     scratch += [*SCRATCH[:spare], plgpu.Barrier(num_arrivals=3 * parts + 2)]
     grid = {"chunk": count, "head": heads, "batch": batch}
     arguments = [q, k, w, log_decay, gates]
-    *results, scores = launch(body, "delta_rule_prepare_channel", out, grid, scratch, static.interpret, arguments)
+    results = launch(body, "delta_rule_prepare_channel", out, grid, scratch, static.interpret, arguments)
+    q, k, w, scores, inverse, solved = (*results, None, None)[:6]
     sums = jnp.sum(log_decay.reshape(batch, count, CHUNK, heads, key_dim), axis=2).swapaxes(1, 2)
     carry = jnp.exp(sums) * gates[..., FROM_START, -1:]
-    return Chunks(results[0], results[1], results[2], gates, carry, results[3:], scores)
+    return Chunks(q, k, w, gates, carry, inverse, scores, solved)

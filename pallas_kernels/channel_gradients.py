@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.channel import LEVELS, PART, corners, from_start_mask, level_mask, split, summed, to_end_mask
+from pallas_kernels.channel import LEVELS, PART, corners, from_start_mask, level_mask, summed, to_end_mask
 from pallas_kernels.prepare import Static
 from pallas_kernels.tiles import (
     CHUNK,
@@ -20,6 +20,7 @@ from pallas_kernels.tiles import (
     read,
     read_global,
     smem,
+    split,
     zeros,
 )
 
@@ -74,7 +75,7 @@ def channel_gradients(
             plgpu.copy_gmem_to_smem(ref.at[b, rows, h, part], given_s.at[slot], loaded)
         for slot, ref in enumerate(pairs_refs):
             plgpu.copy_gmem_to_smem(ref.at[b, h, n], pairs_s.at[slot], loaded)
-        split(read_global(decay_ref.at[b, rows, h, part]), decay_s)
+        split(read_global(decay_ref.at[b, rows, h, part]), decay_s.at[0], decay_s.at[1])
         plgpu.barrier_wait(loaded)
 
         def decay_under(mask: jax.Array, *slots: int) -> jax.Array:
@@ -87,7 +88,7 @@ def channel_gradients(
             return factor
 
         def to_tokens(exponent: jax.Array) -> jax.Array:
-            split(exponent, e_s)
+            split(exponent, e_s.at[0], e_s.at[1])
             plgpu.commit_smem()
             return summed(mask_s, e_s, transpose=True)
 

@@ -130,11 +130,10 @@ def _forward(
     q, k, log_decay = inputs.q, inputs.k, inputs.log_decay
     w = k if inputs.w is None else inputs.w
     gates = gates_of(inputs.beta, log_decay if static.decay else None, documents)
-    halves = 1 + save
     if log_decay is None or static.decay:
-        chunks = prepare(q, k, w, gates, static, halves=halves)
+        chunks = prepare(q, k, w, gates, static, gradient=save)
     else:
-        chunks = prepare_channel(q, k, w, log_decay, gates, static, halves=halves)
+        chunks = prepare_channel(q, k, w, log_decay, gates, static, gradient=save)
     return recur(chunks, inputs.v, inputs.initial, static, save=save), chunks
 
 
@@ -148,7 +147,7 @@ def _delta_rule_bwd(static: Static, saved: Any, cotangents: Any) -> Any:
     # R is beta times what a token's prediction misses, and the gradient of beta is that times Z: beta is kept from 0.
     smallest = 2.0 ** (-20 if inputs.q.dtype == jnp.bfloat16 else -10)
     beta = jnp.where(jnp.abs(inputs.beta) < smallest, smallest, inputs.beta)
-    (*_, write, states), chunks = _forward(inputs._replace(beta=beta), documents, static, save=True)
+    (write, states), chunks = _forward(inputs._replace(beta=beta), documents, static, save=True)
     z, d_v, d_states, d_initial = recur_back(chunks, d_out, d_final, static)
     results = gradients(chunks, d_out, write, z, states, d_states, static)
     keys, (rows, keep, *pairs) = results[: 2 + static.erase], results[2 + static.erase :]

@@ -6,10 +6,11 @@ from jax import lax
 
 from pallas_kernels.tiles import CHUNK
 
-# Rows of the gates of a chunk, [GATES, 64] float32.
+# Rows of the gates of a chunk, [GATES, 64] float32; the first three are all that the recurrences read.
 BETA = 0
 FROM_START = 1  # what is left, at a token, of the memory that the chunk starts with
 TO_END = 2  # what is left, at the end of the chunk, of what a token writes
+SCALES = 3
 CUMULATIVE = 3  # the sum of the log decays from the start of the chunk
 DOCUMENT = 4  # how often the memory has restarted since the start of the chunk
 GATES = 5

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.tiles import CHUNK, indices, products, smem
+from pallas_kernels.tiles import CHUNK, indices, products, smem, split
 
 # Each float32 matrix lies in shared memory as the sum of two bfloat16 ones: 16 bits of its 24.
 SCRATCH = [smem(CHUNK, CHUNK, dtype=jnp.bfloat16)] * 6
@@ -21,24 +21,26 @@ def unit_lower_inverse(lower: jax.Array, scratch: Any) -> jax.Array:
     """
     a, x, joined = scratch[0:2], scratch[2:4], scratch[4:6]
     i, j = indices((CHUNK, CHUNK))
-    _split(jnp.where(i > j, lower, 0.0), a)
+    split(jnp.where(i > j, lower, 0.0), *a)
     inverse = jnp.where(i == j, 1.0, jnp.where((i == j + 1) & (i % 2 == 1), -lower, 0.0))
     size = 2
     while size < CHUNK:
-        _split(inverse, x)
+        split(inverse, *x)
         plgpu.commit_smem()
         corners = (i // size == j // size + 1) & (i // size % 2 == 1)
-        _split(jnp.where(corners, _product(a, x), 0.0), joined)
+        split(jnp.where(corners, _product(a, x), 0.0), *joined)
         plgpu.commit_smem()
         inverse = inverse - _product(x, joined)
         size *= 2
     return inverse
 
 
-def _split(value: jax.Array, halves: Any) -> None:
-    high = value.astype(jnp.bfloat16)
-    halves[0][...] = high
-    halves[1][...] = (value - high.astype(jnp.float32)).astype(jnp.bfloat16)
+def times_inverse(matrix: jax.Array, inverse: jax.Array, scratch: Any) -> jax.Array:
+    """matrix @ inverse of two matrices [64, 64] in registers, to the same precision."""
+    split(matrix, *scratch[0:2])
+    split(inverse, *scratch[2:4])
+    plgpu.commit_smem()
+    return _product(scratch[0:2], scratch[2:4])
 
 
 def _product(a: Any, b: Any) -> jax.Array:

@@ -8,9 +8,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, CUMULATIVE, DOCUMENT, GATES
-from pallas_kernels.inverse import SCRATCH, unit_lower_inverse
-from pallas_kernels.tiles import CHUNK, column_scale, indices, launch, product, row_scale, smem
+from pallas_kernels.gates import BETA, CUMULATIVE, DOCUMENT, GATES, TO_END
+from pallas_kernels.inverse import SCRATCH, times_inverse, unit_lower_inverse
+from pallas_kernels.tiles import CHUNK, column_scale, indices, launch, product, products, row_scale, smem, split
 
 
 class Static(NamedTuple):
@@ -36,8 +36,9 @@ class Chunks(NamedTuple):
     w: jax.Array  # [B, T, Hw, K]; likewise, decayed to the end of its chunk
     gates: jax.Array  # [B, H, N, GATES, 64] float32
     carry: jax.Array | None  # what a chunk keeps of the memory, per channel [B, H, N, K]; None: FROM_START's last
-    inverse: list[jax.Array]  # (I + A)^-1 [B, H, N, 64, 64], rounded, and for 2 halves what that lost; [] without erase
-    scores: jax.Array  # P [B, H, N, 64, 64]
+    inverse: jax.Array | None  # (I + A)^-1 [B, H, N, 64, 64]; None without erase
+    scores: jax.Array  # P (I + A)^-1, or P without erase [B, H, N, 64, 64]
+    solved: jax.Array | None  # (I + A)^-T times w, decayed to the end, for a gradient with erase [B, T, H, K]
 
 
 def pair_decay(gates: Any, again: Any, static: Static) -> jax.Array:
@@ -57,28 +58,30 @@ def pair_decay(gates: Any, again: Any, static: Static) -> jax.Array:
     return left
 
 
-def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: Static, *, halves: int) -> Chunks:
+def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: Static, *, gradient: bool) -> Chunks:
     """The chunks without a decay or under a scalar one.
 
-    A_ij = beta_i <k_i, w_j> decay_ij below the diagonal and P_ij = scale <q_i, w_j> decay_ij on and below it.
+    A_ij = beta_i <k_i, w_j> decay_ij below the diagonal and P_ij = scale <q_i, w_j> decay_ij on and below it. Beside
+    near-parallel keys P and w have nearly equal rows, whose small differences count: they are multiplied by the inverse
+    in float32's order of precision, and only the products are rounded.
 
     Args:
         q, k: [B, T, Hk, K], T a multiple of 64.
         w: [B, T, Hw, K].
         gates: [B, H, N, GATES, 64].
         static: the options.
-        halves: 1, or 2 for a gradient.
+        gradient: whether to make `solved`.
     """
-    inverses = halves if static.erase else 0
-    batch, _, key_heads, size = q.shape
+    batch, length, key_heads, key_dim = q.shape
     heads, count = gates.shape[1:3]
-    out = jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), q.dtype)
-
-    tiles = 9 + inverses  # outputs, tiles and barrier; the scratch of the inverse follows
+    solve = static.erase and gradient
+    square = jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), q.dtype)
+    out = [square] * (1 + static.erase)
+    out += [jax.ShapeDtypeStruct((batch, length, heads, key_dim), q.dtype)] * solve
 
     def body(q_ref: Any, k_ref: Any, w_ref: Any, gates_ref: Any, *refs: Any) -> None:
-        *out_refs, q_s, k_s, w_s, gates_s, again_s, p_s, x_s, loaded = refs[:tiles]
-        scratch = refs[tiles:]
+        (scores_ref, *solution_refs), refs = refs[: len(out)], refs[len(out) :]
+        q_s, k_s, w_s, gates_s, again_s, p_s, x_s, loaded, *scratch = refs
         b, h, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
         rows = pl.ds(n * CHUNK, CHUNK)
         key_head, write_head = lax.div(h, heads // key_heads), lax.div(h, heads // w.shape[2])
@@ -90,29 +93,36 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
             plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head], k_s, loaded)
         plgpu.barrier_wait(loaded)
         decay = pair_decay(gates_s, again_s, static)
-        p_s[...] = (product(q_s, w_s.T) * (decay * static.scale)).astype(q.dtype)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(p_s, out_refs[-1].at[b, h, n])
         if static.erase:
             lower = product(k_s, w_s.T) * decay
-            lower = lower * row_scale(gates_s.at[BETA], lower)
-            inverse = unit_lower_inverse(lower, scratch)
-            for half in range(halves):
-                rounded = inverse.astype(q.dtype)
-                x_s[half, ...] = rounded
-                inverse = inverse - rounded.astype(jnp.float32)
-            plgpu.commit_smem()
-            for half in range(halves):
-                plgpu.copy_smem_to_gmem(x_s.at[half], out_refs[half].at[b, h, n])
+            inverse = unit_lower_inverse(lower * row_scale(gates_s.at[BETA], lower), scratch)
+        scores = product(q_s, w_s.T) * (decay * static.scale)
+        if static.erase:
+            scores = times_inverse(scores, inverse, scratch)
+            if solve:
+                # The scale goes on the inverse's rows, in float32, and not on those of w.
+                until_end = inverse * row_scale(gates_s.at[TO_END], inverse) if static.gated else inverse
+                split(until_end, x_s.at[0], x_s.at[1])
+                plgpu.commit_smem()
+                (solved,) = products([(x_s.at[0].T, w_s), (x_s.at[1].T, w_s)])
+                q_s[...] = solved.astype(q.dtype)
+            x_s[0, ...] = inverse.astype(q.dtype)
+        p_s[...] = scores.astype(q.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(p_s, scores_ref.at[b, h, n])
+        if static.erase:
+            plgpu.copy_smem_to_gmem(x_s.at[0], solution_refs[0].at[b, h, n])
+        if solve:
+            plgpu.copy_smem_to_gmem(q_s, solution_refs[1].at[b, rows, h])
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = [smem(CHUNK, size, dtype=q.dtype)] * 3
+    scratch = [smem(CHUNK, key_dim, dtype=q.dtype)] * 3
     scratch += [plgpu.SMEM((GATES, CHUNK), jnp.float32)] * 2
-    scratch += [smem(CHUNK, CHUNK, dtype=q.dtype), smem(halves, CHUNK, CHUNK, dtype=q.dtype)]
+    scratch += [smem(CHUNK, CHUNK, dtype=q.dtype), smem(2, CHUNK, CHUNK, dtype=q.dtype)]
     scratch += [plgpu.Barrier(num_arrivals=4 + static.erase)]
     if static.erase:
         scratch += SCRATCH
     grid = {"chunk": count, "head": heads, "batch": batch}
-    outs = [out] * (inverses + 1)
-    *inverse, scores = launch(body, "delta_rule_prepare", outs, grid, scratch, static.interpret, [q, k, w, gates])
-    return Chunks(q, k, w, gates, None, inverse, scores)
+    results = launch(body, "delta_rule_prepare", out, grid, scratch, static.interpret, [q, k, w, gates])
+    scores, inverse, solved = (*results, None, None)[:3]
+    return Chunks(q, k, w, gates, None, inverse, scores, solved)

@@ -9,9 +9,20 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
+from pallas_kernels.gates import BETA, FROM_START, SCALES, TO_END
 from pallas_kernels.prepare import Chunks, Static
-from pallas_kernels.tiles import CHUNK, launch, product, products, read, read_global, row_scale, smem
+from pallas_kernels.tiles import (
+    CHUNK,
+    along_columns,
+    launch,
+    product,
+    products,
+    read,
+    read_global,
+    read_global_rows,
+    row_scale,
+    smem,
+)
 
 
 def value_tile(key_dim: int) -> int:
@@ -22,8 +33,8 @@ def value_tile(key_dim: int) -> int:
 def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, save: bool) -> list[jax.Array]:
     """Outputs [B, T, H, V] and the final memory [B, H, K, V] float32.
 
-    With save, for the gradient, also R = (I + A)^-1 beta (V - K S) [B, T, H, V], which is what each token writes under
-    its key, and the memory before each chunk [B, H, N, K, V], both in the type of v.
+    With save, for the gradient, neither, but R = (I + A)^-1 beta (V - K S) [B, T, H, V], which is what each token
+    writes under its key, and the memory before each chunk [B, H, N, K, V], both in the type of v.
 
     Args:
         chunks: of `prepare` or `prepare_channel`.
@@ -32,41 +43,34 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
         static: the options.
         save: whether a gradient follows.
     """
-    q, k, w, gates, carry, inverse, scores = chunks
+    q, k, w, gates, carry, inverse, scores, _ = chunks
     batch, length, heads, value_dim = v.shape
     key_dim, count, dtype = q.shape[3], length // CHUNK, v.dtype
     width = min(value_tile(key_dim), value_dim)
     stages = 2 if key_dim <= 128 else 1
     tile = functools.partial(smem, dtype=dtype, swizzle=2 * width)
-    out = [
-        jax.ShapeDtypeStruct(v.shape, dtype),
-        jax.ShapeDtypeStruct(initial.shape, jnp.float32),
-    ]
-    if save:
-        out += [
-            jax.ShapeDtypeStruct(v.shape, dtype),
-            jax.ShapeDtypeStruct((batch, heads, count, key_dim, value_dim), dtype),
-        ]
-    inputs = {"q": q, "k": k, "w": w, "v": v, "gates": gates, "scores": scores}
+    each = jax.ShapeDtypeStruct(v.shape, dtype)
+    states = jax.ShapeDtypeStruct((batch, heads, count, key_dim, value_dim), dtype)
+    out = [each, states if save else jax.ShapeDtypeStruct(initial.shape, jnp.float32)]
+    inputs = {"w": w, "v": v, "gates": gates}
+    keys, square = tile(stages, CHUNK, key_dim), tile(stages, CHUNK, CHUNK)
     tiles = {
-        "q": tile(stages, CHUNK, key_dim),
-        "k": tile(stages, CHUNK, key_dim),
-        "w": tile(stages, CHUNK, key_dim),
+        "w": keys,
         "v": tile(stages, CHUNK, width),
-        "gates": plgpu.SMEM((stages, GATES, CHUNK), jnp.float32),
-        "scores": tile(stages, CHUNK, CHUNK),
+        "gates": plgpu.SMEM((stages, SCALES, CHUNK), jnp.float32),
     }
+    if not save:
+        inputs |= {"q": q, "scores": scores}
+        tiles |= {"q": keys, "scores": square}
     if static.erase:
-        inputs["inverse"], tiles["inverse"] = inverse[0], tiles["scores"]
-    else:
-        del inputs["k"], tiles["k"]
-    if carry is not None:
-        inputs["carry"], tiles["carry"] = carry, plgpu.SMEM((stages, key_dim), jnp.float32)
+        inputs |= {"k": k, "inverse": inverse}
+        tiles |= {"k": keys, "inverse": square}
 
     def body(*refs: Any) -> None:
         source = dict(zip(inputs, refs, strict=False))
-        initial_ref, o_ref, final_ref, *saved_refs = refs[len(inputs) : len(inputs) + 1 + len(out)]
-        *tile_refs, state_s, r_s, o_s, loaded = refs[len(inputs) + 1 + len(out) :]
+        carry_ref = refs[len(inputs)] if carry is not None else None
+        refs = refs[len(inputs) + (carry is not None) :]
+        initial_ref, out_ref, last_ref, *tile_refs, state_s, residual_s, write_s, out_s, loaded = refs
         buffer = dict(zip(tiles, tile_refs, strict=True))
         b, h, column = (lax.axis_index(name) for name in ("batch", "head", "values"))
         columns = pl.ds(column * width, width)
@@ -82,6 +86,8 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
             }
             for name, ref in source.items():
                 part = ref.at[where.get(name, (b, h, n))]
+                if name == "gates":
+                    part = part.at[pl.ds(0, SCALES)]
                 plgpu.copy_gmem_to_smem(part, buffer[name].at[slot], loaded.at[slot])
 
         def chunk(n: Any, memory: jax.Array) -> jax.Array:
@@ -93,45 +99,34 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
             state_s[...] = memory.astype(dtype)
             plgpu.commit_smem()
             if save:
-                plgpu.copy_smem_to_gmem(state_s, saved_refs[1].at[b, h, n, :, columns])
+                plgpu.copy_smem_to_gmem(state_s, last_ref.at[b, h, n, :, columns])
             plgpu.barrier_wait(loaded.at[slot])
             now = {name: ref.at[slot] for name, ref in buffer.items()}
             gates_s = now["gates"]
             kept = None
             if carry is not None:
-                kept = row_scale(now["carry"], memory)
+                kept = along_columns(read_global_rows(carry_ref.at[b, h, n]), memory)
             elif static.gated:
                 kept = gates_s[FROM_START, CHUNK - 1]
+            # What the memory holds for queries and read keys, then both products with what is missing.
+            held = _products({name: (now[name], state_s) for name in ("k", "q") if name in now})
+            if static.gated:
+                held = {name: x * row_scale(gates_s.at[FROM_START], x) for name, x in held.items()}
             residual = read(now["v"])
             if static.erase:
-                out, recalled = products([(now["q"], state_s)], [(now["k"], state_s)])
-                if static.gated:
-                    recalled = recalled * row_scale(gates_s.at[FROM_START], recalled)
-                residual = residual - recalled
-            else:
-                out = product(now["q"], state_s)
-            write = residual * row_scale(gates_s.at[BETA], residual)
-            r_s[...] = write.astype(dtype)
+                residual = residual - held["k"]
+            residual = residual * row_scale(gates_s.at[BETA], residual)
+            residual_s[...] = residual.astype(dtype)
             plgpu.commit_smem()
-            if static.erase:
-                write = product(now["inverse"], r_s)
-                r_s[...] = write.astype(dtype)
-                plgpu.commit_smem()
-            out = out * static.scale
-            if static.gated:
-                out = out * row_scale(gates_s.at[FROM_START], out)
-            out = out + product(now["scores"], r_s)
-            o_s[...] = out.astype(dtype)
+            solved = _products({name: (now[name], residual_s) for name in ("inverse", "scores") if name in now})
+            write = solved.get("inverse", residual)
+            kept_write = write * row_scale(gates_s.at[TO_END], write) if static.gated else write
+            write_s[...] = kept_write.astype(dtype)
+            out = write if save else held["q"] * static.scale + solved["scores"]
+            out_s[...] = out.astype(dtype)
             plgpu.commit_smem()
-            rows = pl.ds(n * CHUNK, CHUNK)
-            plgpu.copy_smem_to_gmem(o_s, o_ref.at[b, rows, h, columns])
-            if save:
-                plgpu.copy_smem_to_gmem(r_s, saved_refs[0].at[b, rows, h, columns])
-            if static.gated:
-                plgpu.wait_smem_to_gmem(0)
-                r_s[...] = (write * row_scale(gates_s.at[TO_END], write)).astype(dtype)
-                plgpu.commit_smem()
-            added = product(now["w"].T, r_s)
+            plgpu.copy_smem_to_gmem(out_s, out_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
+            added = product(now["w"].T, write_s)
             if kept is not None:
                 memory = memory * kept
             plgpu.wait_smem_to_gmem(0)
@@ -140,15 +135,22 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
         if stages > 1:
             load(0, 0)
         memory = read_global(initial_ref.at[b, h, :, columns])
-        final_ref[b, h, :, columns] = lax.fori_loop(0, count, chunk, memory)
+        memory = lax.fori_loop(0, count, chunk, memory)
+        if not save:
+            last_ref[b, h, :, columns] = memory
 
     scratch = [
         *tiles.values(),
         tile(key_dim, width),
         tile(CHUNK, width),
         tile(CHUNK, width),
+        tile(CHUNK, width),
         plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
     ]
     grid = {"values": value_dim // width, "head": heads, "batch": batch}
-    arguments = [*inputs.values(), initial]
+    arguments = [*inputs.values(), *([] if carry is None else [carry]), initial]
     return launch(body, "delta_rule_recur", out, grid, scratch, static.interpret, arguments)
+
+
+def _products(pairs: dict[str, tuple[Any, Any]]) -> dict[str, jax.Array]:
+    return dict(zip(pairs, products(*([pair] for pair in pairs.values())), strict=True)) if pairs else {}

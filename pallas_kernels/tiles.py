@@ -61,7 +61,19 @@ def read(tile: Any) -> jax.Array:
 
 def read_global(matrix: Any) -> jax.Array:
     """A float32 matrix in device memory as registers."""
-    return plgpu.load(matrix, layout=plgpu.Layout.WGMMA, optimized=False)
+    return plgpu.load(matrix, layout=plgpu.Layout.WGMMA, optimized=False) * 1.0
+
+
+def read_global_rows(vector: Any) -> jax.Array:
+    """A float32 vector in device memory as registers, one number per row of an accumulator."""
+    return plgpu.load(vector, layout=_ROWS, optimized=False)
+
+
+def split(value: jax.Array, high: Any, low: Any) -> None:
+    """Writes float32 registers as the sum of two 16-bit tiles, which holds twice the digits of one."""
+    rounded = value.astype(high.dtype)
+    high[...] = rounded
+    low[...] = (value - rounded.astype(jnp.float32)).astype(low.dtype)
 
 
 def row_scale(vector: Any, like: jax.Array) -> jax.Array:
@@ -102,10 +114,6 @@ def launch(
         pl.run_scoped(lambda *scoped: body(*refs[:count], *scoped), *scratch)
 
     options: dict[str, Any] = {"interpret": plgpu.InterpretGPUParams(detect_races=True)} if interpret else {}
-    # Under shard_map the results vary over every mesh axis that an argument varies over.
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
-    varying = jax.sharding.ManualAxisType(varying=axes)
-    out = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, manual_axis_type=varying), out)
     kernel = plgpu.kernel(
         entry,
         out_type=out,
@@ -115,4 +123,11 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=False),
         **options,
     )
-    return kernel(*arguments)
+    # Under shard_map the results vary over every mesh axis that an argument varies over, which a kernel does not say.
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
+
+    def vary(x: jax.Array) -> jax.Array:
+        missing = axes - jax.typeof(x).manual_axis_type.varying
+        return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
+
+    return jax.tree.map(vary, kernel(*arguments))
