@@ -17,10 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hypergradient_parts as parts
-from pallas_kernels.hypergradient_parts import BETA, FORGET, GATES, LEAD, PIECE, RESTART, STEP, TO_END, Static
+from pallas_kernels.hypergradient_parts import BETA, BLOCK, FORGET, GATES, LEAD, PIECE, RESTART, STEP, TO_END, Static
 from pallas_kernels.tiles import CHUNK, along_columns, column_scale, launch, smem, zeros
-
-_BLOCK = 16  # tokens whose rows lie in shared memory at once, token by token
 
 
 def walk_back(
@@ -104,7 +102,7 @@ def walk_back(
 
         def token_by_token(n: Any, slot: Any) -> None:
             def rows(first: Any) -> list[Any]:
-                block = pl.ds(n * CHUNK + first, _BLOCK)
+                block = pl.ds(n * CHUNK + first, BLOCK)
                 return [ref.at[b, block, p] for ref in (k_ref, d_ref, used_ref)]
 
             def step(t: Any, token: list[Any], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -158,7 +156,7 @@ def walk_back(
     scratch = [
         *[row] * 3,
         plgpu.SMEM((CHUNK,), jnp.float32),
-        *[plgpu.SMEM((_BLOCK, size), dtype) for dtype in (k.dtype, jnp.float32, jnp.float32)],
+        *[plgpu.SMEM((BLOCK, size), dtype) for dtype in (k.dtype, jnp.float32, jnp.float32)],
         smem(2, pieces, CHUNK, PIECE, dtype=k.dtype),
         plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
         smem(2, CHUNK, CHUNK, dtype=jnp.float32),

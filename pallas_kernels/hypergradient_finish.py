@@ -9,7 +9,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hypergradient_parts as parts
-from pallas_kernels.hypergradient_parts import BETA, DRAW, FORGET, GATES, PIECE, RESTART, STEP, TO_END, Static
+from pallas_kernels.hypergradient_parts import BETA, BLOCK, DRAW, FORGET, GATES, PIECE, RESTART, STEP, TO_END, Static
 from pallas_kernels.tiles import (
     CHUNK,
     along_columns,
@@ -21,8 +21,6 @@ from pallas_kernels.tiles import (
     smem,
     zeros,
 )
-
-_BLOCK = 8  # tokens whose rows lie in shared memory at once, token by token: two blocks of K = 128 fit a processor
 
 # Rows of the gradients of the gates of a chunk.
 D_STEP, D_BETA, D_LOG_FORGET = range(3)
@@ -61,8 +59,9 @@ def finish(
     def body(*refs: Any) -> None:
         k_ref, gates_ref, redone_ref, d_ref, used_ref, r_ref, after_ref, anchor_ref, *rest = refs
         d_k_ref, d_gates_ref, d_anchor_ref, *rest = rest if static.anchored else (*rest[:2], None, *rest[2:])
-        k_s, d_s, used_s, gates_s, again_s, r_s, after_s, anchor_s, d_gates_s, d_anchor_s, *rest = rest
-        block_s, d_block_s, used_block_s, loaded, used_loaded, block_loaded, *rest = rest
+        k_s, d_s, union, gates_s, again_s, r_s, after_s, anchor_s, d_gates_s, d_anchor_s, *rest = rest
+        used_s, blocks = union
+        loaded, used_loaded, block_loaded, *rest = rest
         left, g = (parts.at(pair, 0) for pair in rest)
         b, p, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
         rows = pl.ds(n * CHUNK, CHUNK)
@@ -122,7 +121,7 @@ def finish(
 
         def token_by_token() -> None:
             def block(first: Any) -> list[Any]:
-                block = pl.ds(n * CHUNK + first, _BLOCK)
+                block = pl.ds(n * CHUNK + first, BLOCK)
                 return [ref.at[b, block, p] for ref in (k_ref, d_ref, used_ref)]
 
             def step(t: Any, token: list[Any], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
@@ -141,7 +140,6 @@ def finish(
                     d_gates_s[D_LOG_FORGET, t] = gate(FORGET) * jnp.sum(pulled.after * d)
                 return (parts.stopped(gate(RESTART), pulled.before)[0] if static.documents else pulled.before,)
 
-            blocks = [block_s, d_block_s, used_block_s]
             parts.reversed_tokens(block, blocks, block_loaded, step, (parts.load_row(after_s),))
 
         ready = block_loaded
@@ -152,9 +150,9 @@ def finish(
             d_gates_s[D_LOG_FORGET] = parts.no_row(CHUNK)
         if static.anchored:
             d_anchor_s[...] = parts.no_row(size)
+        again = redone_ref[b, p, n] > 0
         plgpu.barrier_wait(ready)
         if static.exact:
-            again = redone_ref[b, p, n] > 0
             pl.when(again)(token_by_token)
             pl.when(jnp.logical_not(again))(closed_form)
         else:
@@ -166,9 +164,10 @@ def finish(
         plgpu.wait_smem_to_gmem(0)
 
     row = plgpu.SMEM((size,), jnp.float32)
+    blocks = [plgpu.SMEM((BLOCK, size), dtype) for dtype in (k.dtype, jnp.float32, jnp.float32)]
     scratch = [
         *[smem(pieces, CHUNK, PIECE, dtype=dtype) for dtype in (k.dtype, jnp.float32)],
-        smem(CHUNK, PIECE, dtype=jnp.float32),
+        plgpu.RefUnion(smem(CHUNK, PIECE, dtype=jnp.float32), blocks),  # a chunk needs the one or the others
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
         parts.again_tile(),
         plgpu.SMEM((CHUNK,), jnp.float32),
@@ -176,7 +175,6 @@ def finish(
         row,
         plgpu.SMEM((3, CHUNK), jnp.float32),
         row,
-        *[plgpu.SMEM((_BLOCK, size), dtype) for dtype in (k.dtype, jnp.float32, jnp.float32)],
         plgpu.Barrier(num_arrivals=2 * pieces + 2),
         plgpu.Barrier(),
         plgpu.Barrier(num_arrivals=3),

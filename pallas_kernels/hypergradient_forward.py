@@ -9,7 +9,19 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hypergradient_parts as parts
-from pallas_kernels.hypergradient_parts import BETA, FORCED, FORGET, GATES, LEAD, PIECE, RESTART, STEP, TO_END, Static
+from pallas_kernels.hypergradient_parts import (
+    BETA,
+    BLOCK,
+    FORCED,
+    FORGET,
+    GATES,
+    LEAD,
+    PIECE,
+    RESTART,
+    STEP,
+    TO_END,
+    Static,
+)
 from pallas_kernels.tiles import (
     CHUNK,
     along_columns,
@@ -21,8 +33,6 @@ from pallas_kernels.tiles import (
     smem,
     zeros,
 )
-
-_BLOCK = 16  # tokens whose keys lie in shared memory at once, token by token
 
 
 def walk(
@@ -142,22 +152,22 @@ def walk(
 
         def redo(n: Any, slot: Any) -> None:
             def block(m: Any, d: jax.Array) -> jax.Array:
-                begin = n * CHUNK + m * _BLOCK
+                begin = n * CHUNK + m * BLOCK
                 plgpu.commit_smem()  # all have read the rows of the block before
-                plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(begin, _BLOCK), p], block_s, block_loaded)
+                plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(begin, BLOCK), p], block_s, block_loaded)
                 plgpu.barrier_wait(block_loaded)
 
                 def token(i: Any, d: jax.Array) -> jax.Array:
-                    gate = lambda row: gates_s[slot, row, m * _BLOCK + i]
+                    gate = lambda row: gates_s[slot, row, m * BLOCK + i]
                     if static.documents:
                         d = parts.restarted(gate(RESTART), restart_s, d)
                     d_ref[b, begin + i, p] = d
                     after, _, _ = parts.update(d, parts.square_row(block_s.at[i]), gate, anchor_s, static)
                     return parts.project(after, static)
 
-                return lax.fori_loop(0, _BLOCK, token, d)
+                return lax.fori_loop(0, BLOCK, token, d)
 
-            state_s[...] = lax.fori_loop(0, CHUNK // _BLOCK, block, parts.load_row(state_s))
+            state_s[...] = lax.fori_loop(0, CHUNK // BLOCK, block, parts.load_row(state_s))
 
         def chunk(n: Any, _: Any) -> None:
             slot = lax.rem(n, jnp.int32(stages))
@@ -198,7 +208,7 @@ def walk(
         *[row] * 4,
         tokens,
         smem(pieces, CHUNK, PIECE, dtype=jnp.float32),
-        plgpu.SMEM((_BLOCK, size), k.dtype),
+        plgpu.SMEM((BLOCK, size), k.dtype),
         smem(stages, pieces, CHUNK, PIECE, dtype=k.dtype),
         plgpu.SMEM((stages, GATES, CHUNK), jnp.float32),
         parts.again_tile(stages),

@@ -28,6 +28,7 @@ COARSE, FINE, COARSE_BEFORE, FINE_BEFORE = SUMS
 GATES = 12
 
 PIECE = 64  # channels that a kernel holds in registers at once
+BLOCK = 16  # tokens whose rows lie in shared memory at once, token by token
 _ROWS = plgpu.Layout.WGMMA.reduce(1)
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
