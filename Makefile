@@ -1,8 +1,8 @@
-# The environment is .venv: made on first use by tools/make_venv.sh, with PYTHON=/path/to/python where it is given.
-# ARGS goes to the command of demo and test, for example: make test ARGS="-k ops -x"
+# The environment is .venv (aot has one of its own): made on first use by tools/make_venv.sh, with PYTHON=/path/to/python
+# where it is given. ARGS goes to the command of aot, demo and test, for example: make test ARGS="-k ops -x"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format venv clean
+.PHONY: help aot demo test lint format venv clean
 
 export PYTHON
 BIN := .venv/bin
@@ -26,9 +26,13 @@ format: venv ## format the code and apply the safe fixes
 	@$(BIN)/python -m ruff check --fix-only --quiet .
 	@$(BIN)/python -m ruff format .
 
+aot: ## compile the GPU kernels for an H200 without a GPU (makes .venv-aot, 4.6 GB; ARGS="--gpu h100")
+	@tools/make_venv.sh .venv-aot gpu
+	@.venv-aot/bin/python -m pallas_kernels.aot $(ARGS)
+
 venv: ## make .venv, or bring it up to date (the targets above do so themselves)
 	@tools/make_venv.sh
 
-clean: ## remove caches and build products (.venv and runs/ stay)
+clean: ## remove caches and build products (the environments and runs/ stay)
 	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
-	@find . -name .venv -prune -o -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +
+	@find . -name ".venv*" -prune -o -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

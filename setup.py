@@ -25,7 +25,12 @@ setup(
     license_expression="Apache-2.0",
     license_files=["LICENSE"],
     packages=find_packages(include=["osdn_jax*", "pallas_kernels*"]),
-    package_data={"osdn_jax": ["py.typed"], "osdn_jax.data": ["*.xz", "*.md"]},
+    package_data={
+        "osdn_jax": ["py.typed"],
+        "osdn_jax.data": ["*.xz", "*.md"],
+        "pallas_kernels": ["targets/*.txtpb"],
+        "pallas_kernels.aot": ["*.json"],
+    },
     python_requires=">=3.12",
     install_requires=[
         "jax>=0.11.2",

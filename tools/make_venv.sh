@@ -1,17 +1,19 @@
 #!/usr/bin/env bash
-# Makes .venv and installs the project with its test and lint tools in it; does nothing where that is done and up to date.
-# .venv/.state holds "installing" from the start to the end of an installation, then "installed".
+# Makes an environment and installs the project with some of its extras in it; does nothing where that is done and up to
+# date. Without arguments that is .venv with the test and lint tools; with two, the folder and the extras: .venv-aot gpu
+# Its file .state holds "installing" from the start to the end of an installation, then "installed".
 # An environment without it was made by hand and is kept, if its Python serves.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-venv=.venv
+venv=${1:-.venv}
+extras=${2:-test,lint}
 python=$venv/bin/python
 state=$venv/.state
 
 home_of() { "$1" -c 'import sys; print(sys.version_info[:3], sys.base_prefix)' 2>/dev/null </dev/null || true; }
 
-# Why .venv cannot be used as it is; nothing where it can, or where there is none.
+# Why the environment cannot be used as it is; nothing where it can, or where there is none.
 fault() {
     if [ ! -e $venv ] && [ ! -L $venv ]; then
         return
@@ -37,17 +39,17 @@ start=$SECONDS
 if [ -n "$why" ] || [ ! -e $venv ]; then
     base=$(tools/find_python.sh) # before anything is removed
     if [ -n "$why" ]; then
-        echo "Making .venv anew: $why."
+        echo "Making $venv anew: $why."
         rm -rf $venv
     fi
-    echo "Making .venv with $base, then installing into it: a few minutes, only this once ..."
+    echo "Making $venv with $base, then installing into it: a few minutes, only this once ..."
     mkdir $venv
     echo installing >$state
     "$base" -m venv $venv
 else
-    echo "Bringing .venv up to date with setup.py and pyproject.toml ..."
+    echo "Bringing $venv up to date with setup.py and pyproject.toml ..."
     echo installing >$state
 fi
-$python -m pip install -qq --no-input --disable-pip-version-check -e '.[test,lint]' </dev/null
+$python -m pip install -qq --no-input --disable-pip-version-check -e ".[$extras]" </dev/null
 echo installed >$state
 echo "Done in $((SECONDS - start)) s."

@@ -1,0 +1,104 @@
+"""Reads what the assembler and Mosaic print of each kernel while it is compiled."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+_ENTRY = re.compile(r"Compiling entry function '(\w+?)(?:_mosaic_gpu_kernel)?' for")
+_SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
+_USED = re.compile(r"ptxas info\s*: Used (\d+) registers(?:, used (\d+) barriers)?")
+_LAUNCH = re.compile(r"call .*@mosaic_gpu_(?:build_kernel_spec|launch_kernel)\(ptr %\w+((?:, i32 -?\d+)+), ptr")
+_SHARED_MEMORY = 9  # of the launch's numbers: after three each of grid, cluster and block
+_REMARK = re.compile(r"(?:ptxas )?(?:.*; )?(?:warning|info)\s*: (.*)")
+_REMARKS = re.compile(r"\bwarning\s*:|\(C\d+\)|Potential ")
+_CALL = re.compile(r'custom_call_target="mosaic_gpu_v2".*?op_name="([^"]*)".*?kernel_hash = "((?:[^"\\]|\\.)*)"')
+_SPILLED = "Registers are spilled to local memory"  # the same again, as a warning
+
+
+@dataclass
+class Kernel:
+    """What one kernel needs on the GPU.
+
+    Args:
+        name: as given to Pallas.
+        registers: per thread.
+        stack, spill_stores, spill_loads: bytes per thread.
+        barriers: named barriers per block.
+        shared_memory: bytes per block that its launch asks for; None where no launch was printed.
+        remarks: the assembler's warnings (C7514, say: products on the tensor cores that wait for each other).
+    """
+
+    name: str
+    registers: int = 0
+    stack: int = 0
+    spill_stores: int = 0
+    spill_loads: int = 0
+    barriers: int = 0
+    shared_memory: int | None = None
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def spill(self) -> int:
+        """Bytes per thread that have no place in registers: the larger of stores and loads."""
+        return max(self.spill_stores, self.spill_loads)
+
+
+def parse(text: str) -> list[Kernel]:
+    """The kernels in the order in which they were assembled.
+
+    Args:
+        text: what the compiler printed with MOSAIC_GPU_DUMP_PTXAS and MOSAIC_GPU_DUMP_HOST_LLVM set. For every kernel
+            that is first the assembler's report and then the host's code, which holds the call that launches it.
+    """
+    kernels: list[Kernel] = []
+    remarks: list[str] = []  # a kernel's may come before the line that names it
+    for line in text.splitlines():
+        if entry := _ENTRY.search(line):
+            kernels.append(Kernel(entry[1], remarks=remarks))
+            remarks = []
+        elif _REMARKS.search(line):
+            remark = _REMARK.match(line)
+            started = kernels and kernels[-1].shared_memory is None
+            if _SPILLED not in line:
+                (kernels[-1].remarks if started else remarks).append((remark[1] if remark else line).strip())
+        elif kernels:
+            _read(line, kernels[-1])
+    return kernels
+
+
+def of_program(program: str, printed: Sequence[Kernel], known: dict[str, Kernel]) -> list[Kernel]:
+    """The kernels that a program runs, each once.
+
+    A kernel that has been compiled in this process is not compiled again, and nothing is printed of it.
+
+    Args:
+        program: the compiled HLO, in the order of execution, which is that of compilation.
+        printed: what was printed while it was compiled.
+        known: the kernels of earlier programs by the hash of their code; those of this one are added.
+
+    Raises:
+        LookupError: there is no kernel, or nothing was printed of one that is not known.
+    """
+    left, hashes = list(printed), []
+    for path, identity in _CALL.findall(program):
+        if identity not in known:
+            name = path.split("/")[-2]
+            found = next((kernel for kernel in left if kernel.name == name), None)
+            if found is None:
+                raise LookupError(f"the assembler printed nothing of {name}")
+            left.remove(found)
+            known[identity] = found
+        if identity not in hashes:
+            hashes.append(identity)
+    if not hashes:
+        raise LookupError("there is no kernel in the program")
+    return [known[identity] for identity in hashes]
+
+
+def _read(line: str, kernel: Kernel) -> None:
+    if found := _SPILLS.search(line):
+        kernel.stack, kernel.spill_stores, kernel.spill_loads = (int(number) for number in found.groups())
+    elif found := _USED.search(line):
+        kernel.registers, kernel.barriers = int(found[1]), int(found[2] or 0)
+    elif found := _LAUNCH.search(line):
+        kernel.shared_memory = [int(number) for number in re.findall(r"i32 (-?\d+)", found[1])][_SHARED_MEMORY]

@@ -1,0 +1,72 @@
+"""What is compiled: each kernel through the public functions, forward and gradient."""
+
+import fnmatch
+from dataclasses import dataclass
+
+DIMENSIONS = ((64, 64), (128, 128), (256, 256), (64, 256), (256, 64), (128, 256))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One program to compile.
+
+    Args:
+        function: "delta_rule" or "hypergradient".
+        gradient: compile its gradient, not its forward pass.
+        key_dim, value_dim: K and V; a hypergradient has no V.
+        decay: of the delta rule: "none", "scalar" or "channel".
+        options: what differs from the defaults: "documents" (restarts), "grouped" (half as many key heads), "write-key"
+            and "no-erase" of the delta rule; "forget" (with an anchor), "bounds" and "documents" of a hypergradient.
+        dtype: of q, k, v.
+    """
+
+    function: str
+    gradient: bool
+    key_dim: int
+    value_dim: int | None = None
+    decay: str | None = None
+    options: tuple[str, ...] = ()
+    dtype: str = "bfloat16"
+
+    @property
+    def name(self) -> str:
+        """For example delta_rule/gradient/channel/K128V256/documents+write-key/float16."""
+        size = f"K{self.key_dim}" + ("" if self.value_dim is None else f"V{self.value_dim}")
+        direction = "gradient" if self.gradient else "forward"
+        parts = [self.function, direction, self.decay, size, "+".join(self.options), self.dtype]
+        return "/".join(part for part in parts if part)
+
+
+def all_cases() -> list[Case]:
+    """The list, in the order in which it is compiled."""
+    cases = []
+    for gradient in (False, True):
+        for dims in ((64, 64), (128, 128), (256, 256)):
+            cases.append(Case("delta_rule", gradient, *dims, "none"))
+        cases.append(Case("delta_rule", gradient, 128, 128, "none", ("no-erase",)))
+    for decay in ("scalar", "channel"):
+        for gradient in (False, True):
+            for dims in DIMENSIONS:
+                cases.append(Case("delta_rule", gradient, *dims, decay))
+            for options in (("no-erase",), ("documents",)):
+                cases.append(Case("delta_rule", gradient, 128, 128, decay, options))
+        cases.append(Case("delta_rule", True, 128, 128, decay, ("grouped", "write-key")))
+        cases.append(Case("delta_rule", True, 128, 128, decay, dtype="float16"))
+        cases.append(Case("delta_rule", True, 256, 256, decay, ("no-erase",)))
+        cases.append(Case("delta_rule", True, 256, 256, decay, ("documents", "grouped", "write-key")))
+    everything = ("forget", "bounds", "documents")
+    cases.append(Case("hypergradient", False, 128))  # the gradient compiles the kernels of the forward pass too
+    cases.append(Case("hypergradient", False, 128, options=everything))
+    for size in (64, 128, 256):
+        cases.append(Case("hypergradient", True, size))
+        cases.append(Case("hypergradient", True, size, options=everything))
+    for option in everything:
+        cases.append(Case("hypergradient", True, 128, options=(option,)))
+    for dtype in ("float16", "float32"):
+        cases.append(Case("hypergradient", True, 128, options=everything, dtype=dtype))
+    return cases
+
+
+def matching(pattern: str) -> list[Case]:
+    """The cases whose name contains the pattern, in which * and ? stand for any characters and any one."""
+    return [case for case in all_cases() if fnmatch.fnmatchcase(case.name, f"*{pattern}*")]
