@@ -18,7 +18,7 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from osdn_jax.comparison import CANCELLING_FACTOR, RULES, TOLERANCES, Result, Shape, environment, parse_shapes
 from osdn_jax.comparison.inputs import SHAPE_SYNTAX
-from osdn_jax.comparison.measure import compare, implementations
+from osdn_jax.comparison.measure import compare, implementations, usual
 from osdn_jax.comparison.report import console, failures, refusals, result_table
 from osdn_jax.comparison.tolerances import CANCELLING
 
@@ -122,7 +122,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     known = implementations()
     add = parser.add_argument
     add("--rules", nargs="+", default=[_RULES], metavar="RULE", help=f"of {', '.join(RULES)} (default {_RULES})")
-    add("--implementations", nargs="+", default=[",".join(known)], metavar="NAME", help=f"of {', '.join(known)}")
+    add(
+        "--implementations",
+        nargs="+",
+        default=[",".join(usual())],
+        metavar="NAME",
+        help=f"of {', '.join(known)} (default {', '.join(usual())})",
+    )
     add("--shapes", nargs="+", default=[_SHAPES], metavar="SHAPE", help=f"(default {_SHAPES})")
     add(
         "--dtypes", nargs="+", default=["float32"], metavar="TYPE", help=f"of {', '.join(TOLERANCES)} (default float32)"

@@ -65,10 +65,11 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
     else:
         del inputs["k"], tiles["k"]
 
+    carries = 0 if carry is None else 1
+
     def body(*refs: Any) -> None:
         source = dict(zip(inputs, refs, strict=False))
-        carry_ref = refs[len(inputs)] if carry is not None else None
-        refs = refs[len(inputs) + (carry is not None) :]
+        carry_refs, refs = refs[len(inputs) :][:carries], refs[len(inputs) + carries :]
         d_final_ref, z_ref, d_v_ref, d_states_ref, d_initial_ref = refs[:5]
         *tile_refs, state_s, r_s, x_s, d_v_s, loaded = refs[5:]
         buffer = dict(zip(tiles, tile_refs, strict=True))
@@ -105,7 +106,7 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
             gates_s = now["gates"]
             kept = None
             if carry is not None:
-                kept = along_columns(read_global_rows(carry_ref.at[b, h, n]), d_memory)
+                kept = along_columns(read_global_rows(carry_refs[0].at[b, h, n]), d_memory)
             elif static.gated:
                 kept = gates_s[FROM_START, CHUNK - 1]
             from_later, from_inside = products(

@@ -95,21 +95,21 @@ def gradients(
         def scaled(x: jax.Array, gate: int) -> jax.Array:
             return x * row_scale(gates_s.at[gate], x) if static.gated else x
 
-        # Inside the chunk: p is the gradient of P's products <q, w>, a that of A's <k, w>, without and with beta.
+        # Inside the chunk: p is the gradient of P's products <q, w>, a that of A's <k, w>. Rounded once, they reach
+        # both factors alike, so that in the gradient of a decay the pairs on one side of it cancel.
         decay = pair_decay(gates_s, again_s, static)
         p_s[...] = (product(tile["d_out"], tile["write"].T) * (decay * static.scale)).astype(dtype)
         if static.erase:
             i, j = indices((CHUNK, CHUNK))
             d_lower = product(tile["z"], tile["write"].T) * jnp.where(i > j, -decay, 0.0)
-            a_s[0, ...] = d_lower.astype(dtype)
-            a_s[1, ...] = (d_lower * row_scale(gates_s.at[BETA], d_lower)).astype(dtype)
+            a_s[...] = (d_lower * row_scale(gates_s.at[BETA], d_lower)).astype(dtype)
         plgpu.commit_smem()
         sums_ref, keep_ref, *pairs_refs = out_refs[2 + static.erase :]
         if not inside:
 
             @pl.when(c == 0)
             def _() -> None:
-                for pairs_s, ref in zip((p_s, a_s.at[1]), pairs_refs, strict=False):
+                for pairs_s, ref in zip((p_s, a_s), pairs_refs, strict=False):
                     plgpu.copy_smem_to_gmem(pairs_s, ref.at[b, h, n])
 
         d_q = scaled(product(tile["d_out"], tile["states"].T) * static.scale, FROM_START)
@@ -120,9 +120,9 @@ def gradients(
 
         if static.erase:
             d_k = -scaled(product(tile["z"], tile["states"].T), FROM_START)
-            if inside:
-                d_k = d_k + product(a_s.at[0], tile["w"])
             d_k = d_k * row_scale(gates_s.at[BETA], d_k)
+            if inside:
+                d_k = d_k + product(a_s, tile["w"])
             write_out(d_k, out_refs[1])
             cumulative = cumulative + jnp.sum(read(tile["k"]) * d_k, axis=1)
 
@@ -132,7 +132,7 @@ def gradients(
         if inside:
             pairs = [(p_s.T, tile["q"])]
             if static.erase:
-                pairs += [(a_s.at[1].T, tile["k"])]
+                pairs += [(a_s.T, tile["k"])]
             d_w = d_w + products(pairs)[0]
         write_out(d_w, out_refs[1 + static.erase])
         sums_s[D_CUMULATIVE, ...] = cumulative - jnp.sum(read(tile["w"]) * d_w, axis=1)
@@ -145,7 +145,7 @@ def gradients(
     scratch = [
         *tiles.values(),
         smem(CHUNK, CHUNK, dtype=dtype),
-        smem(2, CHUNK, CHUNK, dtype=dtype),
+        smem(CHUNK, CHUNK, dtype=dtype),
         smem(CHUNK, PART, dtype=dtype),
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
         plgpu.SMEM((GATES, CHUNK), jnp.float32),

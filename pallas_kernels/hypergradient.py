@@ -21,6 +21,16 @@ from pallas_kernels.tiles import CHUNK
 _SIZES = (64, 128, 256)
 
 
+def limitation(k: jax.Array) -> str | None:
+    """Why the kernels cannot serve keys [B, T, P, K]; None where they can."""
+    size = k.shape[-1]
+    if size not in _SIZES or (k.dtype == jnp.float32 and size > 128):
+        return f"k: got {size} channels of {k.dtype}, the kernels take 64, 128 or, in 16 bits, 256"
+    if k.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"k: got {k.dtype}, the kernels take bfloat16, float16 or float32"
+    return None
+
+
 def hypergradient(
     k: jax.Array,
     step: jax.Array,
@@ -50,10 +60,14 @@ def hypergradient(
         anchor: [B, P, K]; None is 0.
         bounds: (lo, hi) of every update, or None; either may be infinite.
         interpret: run on any machine, in the interpreter, with races detected.
+
+    Raises:
+        NotImplementedError: the kernels do not serve these keys; see `limitation`.
     """
-    length, size = k.shape[1], k.shape[3]
-    if size not in _SIZES or (k.dtype == jnp.float32 and size > 128):
-        raise ValueError(f"keys: got {size} channels of {k.dtype}, expected 64, 128 or, in 16 bits, 256")
+    length = k.shape[1]
+    reason = limitation(k)
+    if reason is not None:
+        raise NotImplementedError(reason)
     if length == 0:
         return jnp.zeros(k.shape, jnp.float32), initial.astype(jnp.float32)
     f32 = lambda x: jnp.asarray(x, jnp.float32)

@@ -52,7 +52,7 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
     each = jax.ShapeDtypeStruct(v.shape, dtype)
     states = jax.ShapeDtypeStruct((batch, heads, count, key_dim, value_dim), dtype)
     out = [each, states if save else jax.ShapeDtypeStruct(initial.shape, jnp.float32)]
-    inputs = {"w": w, "v": v, "gates": gates}
+    inputs: dict[str, Any] = {"w": w, "v": v, "gates": gates}
     keys, square = tile(stages, CHUNK, key_dim), tile(stages, CHUNK, CHUNK)
     tiles = {
         "w": keys,
@@ -66,10 +66,11 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
         inputs |= {"k": k, "inverse": inverse}
         tiles |= {"k": keys, "inverse": square}
 
+    carries = 0 if carry is None else 1
+
     def body(*refs: Any) -> None:
         source = dict(zip(inputs, refs, strict=False))
-        carry_ref = refs[len(inputs)] if carry is not None else None
-        refs = refs[len(inputs) + (carry is not None) :]
+        carry_refs, refs = refs[len(inputs) :][:carries], refs[len(inputs) + carries :]
         initial_ref, out_ref, last_ref, *tile_refs, state_s, residual_s, write_s, out_s, loaded = refs
         buffer = dict(zip(tiles, tile_refs, strict=True))
         b, h, column = (lax.axis_index(name) for name in ("batch", "head", "values"))
@@ -105,7 +106,7 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
             gates_s = now["gates"]
             kept = None
             if carry is not None:
-                kept = along_columns(read_global_rows(carry_ref.at[b, h, n]), memory)
+                kept = along_columns(read_global_rows(carry_refs[0].at[b, h, n]), memory)
             elif static.gated:
                 kept = gates_s[FROM_START, CHUNK - 1]
             # What the memory holds for queries and read keys, then both products with what is missing.

@@ -224,7 +224,10 @@ def test_inputs_serve_their_rule_and_lie_in_the_papers_ranges(rule, dtype):
     ("flags", "named"),
     [
         (["--rules", "delta_net,deltanet"], ["--rules", "'deltanet'", *RULES]),
-        (["--implementations", "scan", "cuda"], ["--implementations", "'cuda'", "scan, chunk, auto"]),
+        (
+            ["--implementations", "scan", "cuda"],
+            ["--implementations", "'cuda'", "scan, chunk, mosaic_gpu, mosaic_gpu_interpret, auto"],
+        ),
         (["--dtypes", "f32"], ["--dtypes", "'f32'", *TOLERANCES]),
         (["--shapes", "B1T4"], ["--shapes", "'B1T4'", "without H, K, V", "B1T4096H4D128"]),
         (["--shapes", "B1T4H1X2"], ["--shapes", "'X2'"]),
@@ -255,8 +258,9 @@ def test_help_names_what_there_is(capsys):
     with pytest.raises(SystemExit) as stop:
         main(["--help"])
     assert stop.value.code == 0
-    out = capsys.readouterr().out
-    for text in (*RULES, "scan, chunk, auto", *TOLERANCES, "B1T4096H4D128"):
+    out = " ".join(capsys.readouterr().out.split())
+    known = "scan, chunk, mosaic_gpu, mosaic_gpu_interpret, auto (default scan, chunk, auto)"
+    for text in (*RULES, known, *TOLERANCES, "B1T4096H4D128"):
         assert text in out
 
 

@@ -19,6 +19,7 @@ from osdn_jax.comparison.inputs import (
 )
 from osdn_jax.comparison.reference import reference
 from osdn_jax.comparison.tolerances import tolerance
+from osdn_jax.ops import mosaic_gpu
 from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
 
 AUTO = "auto"
@@ -29,6 +30,12 @@ _SHORTEST = 2e-3  # seconds: calls that take less are timed several at once
 def implementations() -> list[str]:
     """Every registered implementation of the delta rule, and "auto" for the choice by device and shape."""
     return [*IMPLEMENTATIONS, AUTO]
+
+
+def usual() -> list[str]:
+    """What to compare unless told otherwise: no interpreter, and kernels on their own device only."""
+    elsewhere = {"mosaic_gpu_interpret"} if mosaic_gpu.on_hopper() else {"mosaic_gpu_interpret", "mosaic_gpu"}
+    return [name for name in implementations() if name not in elsewhere]
 
 
 @dataclasses.dataclass

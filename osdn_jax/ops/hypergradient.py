@@ -1,12 +1,13 @@
 """The hypergradient preconditioner of OSDN: a diagonal step size per key channel, learned inside the sequence."""
 
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks, hypergradient_chunk
+from osdn_jax.ops import checks, hypergradient_chunk, mosaic_gpu
 from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
 from osdn_jax.ops.selection import on_cpu
 from osdn_jax.ops.tiling import fitting_chunk, from_chunks, to_chunks
@@ -17,13 +18,18 @@ _DEFAULT_CHUNK = 64
 Implementation = Callable[..., tuple[jax.Array, jax.Array]]
 
 
-def _scan(tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
-    del chunk_size  # the scan has no chunks
+def _scan(
+    k: jax.Array, tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None
+) -> tuple[jax.Array, jax.Array]:
+    del k, chunk_size  # the tokens have k squared, and the scan has no chunks
     final, used = hypergradient_chunk.token_by_token(start.initial, tokens, start, bounds)
     return used, final
 
 
-def _chunk(tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
+def _chunk(
+    k: jax.Array, tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None
+) -> tuple[jax.Array, jax.Array]:
+    del k
     length = tokens.u.shape[1]
     size = fitting_chunk(chunk_size or _DEFAULT_CHUNK, length)
     chunks = jax.tree.map(lambda x: to_chunks(x, size), tokens)
@@ -31,8 +37,13 @@ def _chunk(tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None)
     return from_chunks(used, length), final
 
 
-# A new kernel joins here: (Tokens, Start, bounds, chunk_size) -> (d before each token [B, T, P, K], final d).
-IMPLEMENTATIONS: dict[str, Implementation] = {"scan": _scan, "chunk": _chunk}
+# A new kernel joins here: (k, Tokens, Start, bounds, chunk_size) -> (d before each token [B, T, P, K], final d).
+IMPLEMENTATIONS: dict[str, Implementation] = {
+    "scan": _scan,
+    "chunk": _chunk,
+    "mosaic_gpu": mosaic_gpu.hypergradient,
+    "mosaic_gpu_interpret": functools.partial(mosaic_gpu.hypergradient, interpret=True),
+}
 
 
 def hypergradient_preset(name: str) -> dict[str, object]:
@@ -89,7 +100,8 @@ def hypergradient_preconditioner(
             `initial` is the state carried over from an earlier piece of the sequence.
         segment_ids: [B, T], packed documents: the state starts anew where the id changes.
         chunk_size: tokens per chunk of the implementations that have chunks; default 64.
-        implementation: "scan" (the specification), "chunk", or None for the fastest here.
+        implementation: "scan" (the specification), "chunk", "mosaic_gpu" (kernels for Hopper GPUs: K of 64, 128 or
+            256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or None for the fastest here.
 
     Returns:
         (d [B, T, Hk, K], at each token before that token's update; d after the last token [B, Hk, K]), float32, or
@@ -98,6 +110,7 @@ def hypergradient_preconditioner(
     Raises:
         ValueError: a shape does not fit k, bounds are empty, chunk_size is below 1, implementation is not known.
         TypeError: an argument is not of the expected kind.
+        NotImplementedError: the named implementation does not serve these types, shapes or this device.
     """
     checks.implementation(implementation, IMPLEMENTATIONS)
     chunk_size = checks.chunk_size(chunk_size)
@@ -140,9 +153,15 @@ def hypergradient_preconditioner(
         restart=full(arrays["initial"] if restart is None else arrays["restart"]),
         anchor=full(arrays["anchor"]) if anchored else None,
     )
+    name = implementation or _fastest(k, tokens, chunk_size)
+    return IMPLEMENTATIONS[name](k, tokens, start, bounds, chunk_size)
+
+
+def _fastest(k: jax.Array, tokens: Tokens, chunk_size: int | None) -> str:
+    if mosaic_gpu.on_hopper() and mosaic_gpu.hypergradient_limitation(k, tokens, chunk_size) is None:
+        return "mosaic_gpu"
     # One token costs a CPU a few hundred nanoseconds, less than its share of a chunk's small products.
-    name = implementation or ("scan" if on_cpu() else "chunk")
-    return IMPLEMENTATIONS[name](tokens, start, bounds, chunk_size)
+    return "scan" if on_cpu() else "chunk"
 
 
 def _state(name: str, value: object, shapes: list[tuple[int, ...]], layout: str) -> jax.Array | float | None:

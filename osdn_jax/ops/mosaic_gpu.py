@@ -3,9 +3,12 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 
 from osdn_jax.ops.arguments import Call
+from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
 from pallas_kernels import delta_rule as kernels
+from pallas_kernels import hypergradient as hypergradient_kernels
 from pallas_kernels.tiles import CHUNK
 
 
@@ -19,7 +22,7 @@ def on_hopper() -> bool:
 def limitation(call: Call, chunk_size: int | None) -> str | None:
     """Why the kernels cannot serve a call, naming the argument; None where they can."""
     if chunk_size not in (None, CHUNK):
-        return f"chunk_size: got {chunk_size}, the kernels work in chunks of {CHUNK}"
+        return _chunk_limitation(chunk_size)
     return kernels.limitation(call.q, call.k, call.v, call.beta, call.w)
 
 
@@ -30,12 +33,7 @@ def delta_rule(
 
     Raises NotImplementedError where the kernels cannot serve the call, or without a Hopper GPU.
     """
-    name = "mosaic_gpu_interpret" if interpret else "mosaic_gpu"
-    reason = limitation(call, chunk_size)
-    if reason is None and not interpret and not on_hopper():
-        reason = f"got a {jax.devices()[0].device_kind}, the kernels need a GPU of compute capability 9.0"
-    if reason is not None:
-        raise NotImplementedError(f"implementation {name!r}: {reason}")
+    _refuse(limitation(call, chunk_size), interpret)
     return kernels.delta_rule(
         call.q,
         call.k,
@@ -49,3 +47,43 @@ def delta_rule(
         restarts=call.restarts,
         interpret=interpret,
     )
+
+
+def hypergradient_limitation(k: jax.Array, tokens: Tokens, chunk_size: int | None) -> str | None:
+    """Likewise for the hypergradient preconditioner of keys k [B, T, P, K]."""
+    if chunk_size not in (None, CHUNK):
+        return _chunk_limitation(chunk_size)
+    if tokens.u.dtype != jnp.float32:
+        return f"k: its state is {tokens.u.dtype} here, the kernels keep float32"
+    return hypergradient_kernels.limitation(k)
+
+
+def hypergradient(
+    k: jax.Array, tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None, *, interpret: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """The hypergradient preconditioner by kernels; raises as `delta_rule` does."""
+    _refuse(hypergradient_limitation(k, tokens, chunk_size), interpret)
+    return hypergradient_kernels.hypergradient(
+        k,
+        tokens.step,
+        tokens.beta,
+        tokens.log_forget,
+        tokens.restart,
+        start.initial,
+        start.restart,
+        start.anchor,
+        bounds,
+        interpret=interpret,
+    )
+
+
+def _chunk_limitation(chunk_size: int | None) -> str:
+    return f"chunk_size: got {chunk_size}, the kernels work in chunks of {CHUNK}"
+
+
+def _refuse(reason: str | None, interpret: bool) -> None:
+    if reason is None and not interpret and not on_hopper():
+        reason = f"got a {jax.devices()[0].device_kind}, the kernels need a GPU of compute capability 9.0"
+    if reason is not None:
+        name = "mosaic_gpu_interpret" if interpret else "mosaic_gpu"
+        raise NotImplementedError(f"implementation {name!r}: {reason}")

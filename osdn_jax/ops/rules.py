@@ -5,14 +5,14 @@ takes the keyword arguments of `RuleOptions`. None of them normalises q or k. Sh
 ValueError and TypeError raised, by the functions that they call.
 """
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks
+from osdn_jax.ops import checks, gram, hypergradient
 from osdn_jax.ops.delta_rule import delta_rule
 from osdn_jax.ops.gram import exact_gram_write_key, gram_preconditioner
 from osdn_jax.ops.hypergradient import hypergradient_preconditioner
@@ -263,7 +263,9 @@ def _hypergradient(
         v = checks.floating_array("v", v, 4, "[B, T, H, V]")
         if k.shape[2] and v.shape[2] % k.shape[2] == 0:
             keys = per_value_head(k, v.shape[2], axis=2)
-    d, final = hypergradient_preconditioner(keys, beta if beta_aware else None, **own, **_shared(options))
+    d, final = hypergradient_preconditioner(
+        keys, beta if beta_aware else None, **own, **_shared(options, hypergradient.IMPLEMENTATIONS)
+    )
     o, after = _run(q, k, v, beta, options, write_key=_product(d, keys), log_decay=log_decay)
     return o, after._replace(preconditioner=final)
 
@@ -288,16 +290,16 @@ def _gram(
         center=center,
         squash=squash,
         initial=None if state is None else state.preconditioner,
-        **_shared(rest),
+        **_shared(rest, gram.IMPLEMENTATIONS),
     )
     o, after = _run(q, k, v, beta, rest, write_key=_product(multiplier, k), log_decay=log_decay)
     return o, after._replace(preconditioner=final)
 
 
-def _shared(options: Mapping[str, Any]) -> dict[str, Any]:
-    """What a preconditioner takes of the options. Kernels of the delta rule alone leave it to choose for itself."""
+def _shared(options: Mapping[str, Any], implementations: Collection[str]) -> dict[str, Any]:
+    """What a preconditioner takes of the options. One that has not the delta rule's kernels chooses for itself."""
     shared = {name: options[name] for name in ("segment_ids", "chunk_size") if name in options}
-    if options.get("implementation") in ("scan", "chunk"):
+    if options.get("implementation") in implementations:
         shared["implementation"] = options["implementation"]
     return shared
 
