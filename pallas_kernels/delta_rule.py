@@ -12,6 +12,7 @@ from pallas_kernels.channel import prepare_channel
 from pallas_kernels.channel_gradients import channel_gradients
 from pallas_kernels.gates import BETA, FROM_START, from_chunks, gates_of
 from pallas_kernels.gradients import D_CUMULATIVE, D_END, Z_WRITE, gradients
+from pallas_kernels.pieces import first_memories, last_gradients, piece_count
 from pallas_kernels.prepare import Chunks, Static, prepare
 from pallas_kernels.recurrence import recur
 from pallas_kernels.tiles import CHUNK
@@ -38,6 +39,7 @@ def limitation(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, w: jax
 class Inputs(NamedTuple):
     """Arrays of a call, T a multiple of 64; optional parts are None."""
 
+    # With P pieces of every sequence B is B P and T is T / P, but for the initial memory.
     q: jax.Array  # [B, T, Hk, K]
     k: jax.Array  # [B, T, Hk, K]
     w: jax.Array | None  # [B, T, Hk or H, K]; None where it is k
@@ -59,6 +61,7 @@ def delta_rule(
     scale: float,
     initial_state: jax.Array,
     restarts: jax.Array | None = None,
+    pieces: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """S = decay S; S += beta w (v - S^T k)^T; o = scale S^T q, in chunks of 64 tokens.
@@ -76,6 +79,7 @@ def delta_rule(
         scale: factor on the outputs.
         initial_state: [B, H, K, V] float32.
         restarts: [B, T] bool, where the memory restarts from zeros before a token.
+        pieces: of the sequence, which run at once; default: as many as fill the GPU where there are few heads.
         interpret: run on any machine, slowly, in Pallas' interpreter, which also looks for races.
 
     Returns:
@@ -87,13 +91,16 @@ def delta_rule(
     reason = limitation(q, k, v, beta, write_key)
     if reason is not None:
         raise NotImplementedError(reason)
-    length = q.shape[1]
+    batch, length, heads, value_dim = v.shape
     if 0 in v.shape[:3]:
         return jnp.zeros_like(v), initial_state
+    if pieces is None:
+        pieces = piece_count(batch, heads, -(-length // CHUNK), q.shape[3], value_dim)
 
-    # The tokens that fill the last chunk write nothing and leave the memory as it is.
+    # The tokens that fill the last chunks write nothing and leave the memory as it is. Pieces are more of a batch.
     def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, -length % CHUNK)] + [(0, 0)] * (x.ndim - 2))
+        x = jnp.pad(x, [(0, 0), (0, -length % (CHUNK * pieces))] + [(0, 0)] * (x.ndim - 2))
+        return x.reshape(batch * pieces, -1, *x.shape[2:])
 
     q, k, v, beta = pad(q), pad(k), pad(v), pad(beta)
     inputs = Inputs(q, k, None, v, beta, None, initial_state)
@@ -114,27 +121,27 @@ def delta_rule(
         interpret=interpret,
     )
     out, final = _delta_rule(inputs, documents, static)
-    return out[:, :length], final
+    return out.reshape(batch, -1, heads, value_dim)[:, :length], final
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _delta_rule(inputs: Inputs, documents: jax.Array | None, static: Static) -> tuple[jax.Array, jax.Array]:
-    (out, final), _ = _forward(inputs, documents, static, save=False)
-    return out, final
+    chunks = _prepare(inputs, documents, static, gradient=False)
+    initial = inputs.initial
+    batch, pieces = initial.shape[0], inputs.q.shape[0] // initial.shape[0]
+    if pieces > 1:
+        initial, _ = first_memories(chunks, inputs.v, initial, static)
+    out, final = recur(chunks, inputs.v, initial, static, keep="outputs")
+    return out, final.reshape(batch, pieces, *final.shape[1:])[:, -1]
 
 
-def _forward(
-    inputs: Inputs, documents: jax.Array | None, static: Static, *, save: bool
-) -> tuple[list[jax.Array], Chunks]:
-    """(results of `recur`, what it read)."""
+def _prepare(inputs: Inputs, documents: jax.Array | None, static: Static, *, gradient: bool) -> Chunks:
     q, k, log_decay = inputs.q, inputs.k, inputs.log_decay
     w = k if inputs.w is None else inputs.w
     gates = gates_of(inputs.beta, log_decay if static.decay else None, documents)
     if log_decay is None or static.decay:
-        chunks = prepare(q, k, w, gates, static, gradient=save)
-    else:
-        chunks = prepare_channel(q, k, w, log_decay, gates, static, gradient=save)
-    return recur(chunks, inputs.v, inputs.initial, static, save=save), chunks
+        return prepare(q, k, w, gates, static, gradient=gradient)
+    return prepare_channel(q, k, w, log_decay, gates, static, gradient=gradient)
 
 
 def _delta_rule_fwd(inputs: Inputs, documents: jax.Array | None, static: Static) -> Any:
@@ -147,8 +154,16 @@ def _delta_rule_bwd(static: Static, saved: Any, cotangents: Any) -> Any:
     # R is beta times what a token's prediction misses, and the gradient of beta is that times Z: beta is kept from 0.
     smallest = 2.0 ** (-20 if inputs.q.dtype == jnp.bfloat16 else -10)
     beta = jnp.where(jnp.abs(inputs.beta) < smallest, smallest, inputs.beta)
-    (write, states), chunks = _forward(inputs._replace(beta=beta), documents, static, save=True)
+    chunks = _prepare(inputs._replace(beta=beta), documents, static, gradient=True)
+    initial = inputs.initial
+    batch, pieces = initial.shape[0], inputs.q.shape[0] // initial.shape[0]
+    if pieces > 1:
+        initial, through = first_memories(chunks, inputs.v, initial, static)
+        *_, own = recur_back(chunks, d_out, jnp.zeros_like(initial), static)
+        d_final = last_gradients(through, own, d_final)
+    write, states = recur(chunks, inputs.v, initial, static, keep="states")
     z, d_v, d_states, d_initial = recur_back(chunks, d_out, d_final, static)
+    d_initial = d_initial.reshape(batch, pieces, *d_initial.shape[1:])[:, 0]
     results = gradients(chunks, d_out, write, z, states, d_states, static)
     keys, (rows, keep, *pairs) = results[: 2 + static.erase], results[2 + static.erase :]
     gates = chunks.gates

@@ -1,7 +1,7 @@
 """The delta rule from chunk to chunk: one block per batch, head and tile of values keeps its memory in registers."""
 
 import functools
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -30,18 +30,22 @@ def value_tile(key_dim: int) -> int:
     return 64 if key_dim <= 128 else 32
 
 
-def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, save: bool) -> list[jax.Array]:
-    """Outputs [B, T, H, V] and the final memory [B, H, K, V] float32.
+def recur(
+    chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, keep: Literal["outputs", "states", "final"]
+) -> list[jax.Array]:
+    """The recurrence, and what is to be kept of it.
 
-    With save, for the gradient, neither, but R = (I + A)^-1 beta (V - K S) [B, T, H, V], which is what each token
-    writes under its key, and the memory before each chunk [B, H, N, K, V], both in the type of v.
+    Returns:
+        "outputs": outputs [B, T, H, V] and the final memory [B, H, K, V] float32; "final": the latter alone; "states",
+        for the gradient: R = (I + A)^-1 beta (V - K S) [B, T, H, V], which is what each token writes under its key,
+        and the memory before each chunk [B, H, N, K, V], both in the type of v.
 
     Args:
         chunks: of `prepare` or `prepare_channel`.
         v: [B, T, H, V].
         initial: [B, H, K, V] float32.
         static: the options.
-        save: whether a gradient follows.
+        keep: see above.
     """
     q, k, w, gates, carry, inverse, scores, _ = chunks
     batch, length, heads, value_dim = v.shape
@@ -51,7 +55,8 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
     tile = functools.partial(smem, dtype=dtype, swizzle=2 * width)
     each = jax.ShapeDtypeStruct(v.shape, dtype)
     states = jax.ShapeDtypeStruct((batch, heads, count, key_dim, value_dim), dtype)
-    out = [each, states if save else jax.ShapeDtypeStruct(initial.shape, jnp.float32)]
+    final = jax.ShapeDtypeStruct(initial.shape, jnp.float32)
+    out = {"outputs": [each, final], "states": [each, states], "final": [final]}[keep]
     inputs: dict[str, Any] = {"w": w, "v": v, "gates": gates}
     keys, square = tile(stages, CHUNK, key_dim), tile(stages, CHUNK, CHUNK)
     tiles = {
@@ -59,7 +64,7 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
         "v": tile(stages, CHUNK, width),
         "gates": plgpu.SMEM((stages, SCALES, CHUNK), jnp.float32),
     }
-    if not save:
+    if keep == "outputs":
         inputs |= {"q": q, "scores": scores}
         tiles |= {"q": keys, "scores": square}
     if static.erase:
@@ -71,7 +76,8 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
     def body(*refs: Any) -> None:
         source = dict(zip(inputs, refs, strict=False))
         carry_refs, refs = refs[len(inputs) :][:carries], refs[len(inputs) + carries :]
-        initial_ref, out_ref, last_ref, *tile_refs, state_s, residual_s, write_s, out_s, loaded = refs
+        (initial_ref, *out_refs), refs = refs[: 1 + len(out)], refs[1 + len(out) :]
+        *tile_refs, state_s, residual_s, write_s, out_s, loaded = refs
         buffer = dict(zip(tiles, tile_refs, strict=True))
         b, h, column = (lax.axis_index(name) for name in ("batch", "head", "values"))
         columns = pl.ds(column * width, width)
@@ -99,8 +105,8 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
                 pl.when(n + 1 < count)(lambda: load(n + 1, 1 - slot))
             state_s[...] = memory.astype(dtype)
             plgpu.commit_smem()
-            if save:
-                plgpu.copy_smem_to_gmem(state_s, last_ref.at[b, h, n, :, columns])
+            if keep == "states":
+                plgpu.copy_smem_to_gmem(state_s, out_refs[1].at[b, h, n, :, columns])
             plgpu.barrier_wait(loaded.at[slot])
             now = {name: ref.at[slot] for name, ref in buffer.items()}
             gates_s = now["gates"]
@@ -123,10 +129,12 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
             write = solved.get("inverse", residual)
             kept_write = write * row_scale(gates_s.at[TO_END], write) if static.gated else write
             write_s[...] = kept_write.astype(dtype)
-            out = write if save else held["q"] * static.scale + solved["scores"]
-            out_s[...] = out.astype(dtype)
+            if keep != "final":
+                out = write if keep == "states" else held["q"] * static.scale + solved["scores"]
+                out_s[...] = out.astype(dtype)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(out_s, out_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
+            if keep != "final":
+                plgpu.copy_smem_to_gmem(out_s, out_refs[0].at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
             added = product(now["w"].T, write_s)
             if kept is not None:
                 memory = memory * kept
@@ -137,8 +145,8 @@ def recur(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, s
             load(0, 0)
         memory = read_global(initial_ref.at[b, h, :, columns])
         memory = lax.fori_loop(0, count, chunk, memory)
-        if not save:
-            last_ref[b, h, :, columns] = memory
+        if keep != "states":
+            out_refs[-1][b, h, :, columns] = memory
 
     scratch = [
         *tiles.values(),

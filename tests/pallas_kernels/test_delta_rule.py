@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 
 from osdn_jax import ops
 from osdn_jax.ops import mosaic_gpu
+from pallas_kernels import delta_rule as kernels
+from pallas_kernels.pieces import piece_count
 from support import assert_close, random_like, value_and_gradient
 from support.cases import delta, growth, strong_decay, unit
 from support.interpreter import assert_no_races
@@ -141,6 +143,36 @@ def test_shared_key_heads_equal_repeated_ones():
     jax.tree.map(np.testing.assert_array_equal, ops.delta_rule(**repeated, implementation=KERNEL), shared)
 
 
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+def test_pieces_that_run_at_once_equal_the_sequence(decay):
+    case = delta("pieces", length=130, batch=2, key_heads=1, heads=1, key_dim=64, value_dim=64, decay=decay)
+    x = rounded(case.arrays)
+    restarts = jnp.zeros((2, 130), bool).at[0, 100].set(True)
+
+    def run(x, pieces):
+        o, memory = kernels.delta_rule(**x, scale=0.125, restarts=restarts, pieces=pieces, interpret=True)
+        return {"o": o, "memory": memory}
+
+    cotangents = random_like(jax.eval_shape(lambda x: run(x, 1), x), seed=1)
+    one, two = (value_and_gradient(functools.partial(run, pieces=pieces))(x, cotangents) for pieces in (1, 2))
+    assert_close(two, floats(one), 5e-3)
+
+
+@pytest.mark.parametrize(
+    ("shape", "count"),
+    [
+        ((1, 64, 128, 128, 128), 1),  # 128 blocks as it is
+        ((1, 8, 512, 128, 128), 8),
+        ((1, 1, 8192, 128, 64), 128),
+        ((1, 8, 100, 128, 128), 4),  # pieces of 16 chunks and more
+        ((1, 8, 60, 128, 128), 1),  # two pieces would cost more than they gain
+        ((16, 8, 32, 128, 128), 1),
+    ],
+)
+def test_how_many_pieces(shape, count):
+    assert piece_count(*shape) == count
+
+
 def program(x):
     o, memory = ops.delta_rule(**x, implementation=KERNEL)
     return {"o": o, "memory": memory}
@@ -166,11 +198,11 @@ def test_remat(monkeypatch):
     x, cotangents, want = transformed()
 
     @jax.checkpoint
-    def kernels(x):
+    def for_a_gpu(x):
         o, memory = ops.delta_rule(**x, implementation="mosaic_gpu")
         return {"o": o, "memory": memory}
 
-    got = jax.eval_shape(value_and_gradient(kernels), x, cotangents)
+    got = jax.eval_shape(value_and_gradient(for_a_gpu), x, cotangents)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), got) == jax.tree.map(lambda a: (a.shape, a.dtype), want)
 
 
@@ -241,8 +273,10 @@ def test_hopper_chooses_the_kernels(monkeypatch):
     x = arguments()
     want = ops.delta_rule(**x, implementation="scan")
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
-    kernels = functools.partial(mosaic_gpu.delta_rule, interpret=True)
+    interpreted = functools.partial(mosaic_gpu.delta_rule, interpret=True)
     calls = []
-    monkeypatch.setattr(mosaic_gpu, "delta_rule", lambda *call, **options: calls.append(1) or kernels(*call, **options))
+    monkeypatch.setattr(
+        mosaic_gpu, "delta_rule", lambda *call, **options: calls.append(1) or interpreted(*call, **options)
+    )
     assert_close(ops.delta_rule(**x), floats(want), 1e-2)
     assert calls
