@@ -69,6 +69,11 @@ def read_global_rows(vector: Any) -> jax.Array:
     return plgpu.load(vector, layout=_ROWS, optimized=False)
 
 
+def read_global_columns(vector: Any) -> jax.Array:
+    """A float32 vector in device memory as registers, one number per column of an accumulator."""
+    return plgpu.load(vector, layout=_COLUMNS, optimized=False) * 1.0
+
+
 def split(value: jax.Array, high: Any, low: Any) -> None:
     """Writes float32 registers as the sum of two 16-bit tiles, which holds twice the digits of one."""
     rounded = value.astype(high.dtype)
@@ -86,10 +91,14 @@ def along_columns(vector: jax.Array, like: jax.Array) -> jax.Array:
     return plgpu.layout_cast(lax.broadcast_in_dim(vector, like.shape, [0]), plgpu.Layout.WGMMA)
 
 
+def along_rows(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """A vector in registers, one number per column, broadcast along the rows of an accumulator."""
+    return plgpu.layout_cast(lax.broadcast_in_dim(vector, like.shape, [1]), plgpu.Layout.WGMMA)
+
+
 def column_scale(vector: Any, like: jax.Array) -> jax.Array:
     """A vector in shared memory, [columns], broadcast along the rows of an accumulator."""
-    values = lax.broadcast_in_dim(plgpu.load(vector, layout=_COLUMNS), like.shape, [1])
-    return plgpu.layout_cast(values, plgpu.Layout.WGMMA)
+    return along_rows(plgpu.load(vector, layout=_COLUMNS), like)
 
 
 def indices(shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:

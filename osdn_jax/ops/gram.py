@@ -6,12 +6,12 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks
+from osdn_jax.ops import checks, mosaic_gpu
 from osdn_jax.ops.scores import pair_decay
 from osdn_jax.ops.selection import on_cpu
 from osdn_jax.ops.tiling import documents, fitting_chunk, from_chunks, to_chunks
 
-IMPLEMENTATIONS = ("chunk", "scan")
+IMPLEMENTATIONS = ("chunk", "mosaic_gpu", "mosaic_gpu_interpret", "scan")
 _EPSILON = 1e-6
 _DEFAULT_CHUNK = 64
 
@@ -44,7 +44,9 @@ def gram_preconditioner(
         initial: A before the first token, [B, Hk, K]; default zeros.
         segment_ids: [B, T], packed documents: A restarts from zeros where the id changes.
         chunk_size: tokens per chunk of "chunk"; default 64.
-        implementation: "scan" (the specification), "chunk" (prefix sums by matrix products), or None for the fastest.
+        implementation: "scan" (the specification), "chunk" (prefix sums by matrix products), "mosaic_gpu" (kernels for
+            Hopper GPUs: K of 64, 128 or 256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or
+            None for the fastest here.
 
     Returns:
         (multiplier [B, T, Hk, K], A after the last token [B, Hk, K]), float32, or float64 where an input is.
@@ -52,7 +54,36 @@ def gram_preconditioner(
     Raises:
         ValueError: a shape does not fit k, squash is not positive, chunk_size is below 1, implementation is not known.
         TypeError: an argument is not of the expected kind.
+        NotImplementedError: the named implementation does not serve these types, shapes or this device.
     """
+    return preconditioned(
+        k,
+        log_decay,
+        gain,
+        center=center,
+        squash=squash,
+        initial=initial,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        multiply=False,
+    )
+
+
+def preconditioned(
+    k: jax.Array,
+    log_decay: jax.Array,
+    gain: jax.Array,
+    *,
+    center: jax.Array | float,
+    squash: float = 1.5,
+    initial: jax.Array | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    multiply: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """`gram_preconditioner`, or with multiply the write keys, in the type of k, which kernels make at once."""
     checks.implementation(implementation, IMPLEMENTATIONS)
     chunk_size = checks.chunk_size(chunk_size)
     squash = checks.number("squash", squash)
@@ -75,15 +106,37 @@ def gram_preconditioner(
         restarts = checks.restarts(checks.segment_ids(segment_ids, (batch, length)))
     initial = checks.varying_like(initial, k, log_decay, gain, restarts)
 
-    update = gain.astype(dtype)[..., None] * jnp.square(k.astype(dtype))
-    log_decay = log_decay.astype(dtype)
+    log_decay, gain, center = log_decay.astype(dtype), gain.astype(dtype), center.astype(dtype)
+    if implementation is None and mosaic_gpu.on_hopper() and not mosaic_gpu.gram_limitation(k, log_decay, chunk_size):
+        implementation = "mosaic_gpu"
+    if implementation is not None and implementation.startswith("mosaic_gpu"):
+        return mosaic_gpu.gram(
+            k,
+            log_decay,
+            gain,
+            center,
+            squash,
+            initial,
+            restarts,
+            chunk_size,
+            multiply=multiply,
+            interpret=implementation == "mosaic_gpu_interpret",
+        )
+    update = gain[..., None] * jnp.square(k.astype(dtype))
     if (implementation or ("scan" if on_cpu() else "chunk")) == "scan":
         running, final = _scan(initial, update, log_decay, restarts)
     else:
         size = fitting_chunk(chunk_size or _DEFAULT_CHUNK, length)
         running, final = _chunk(initial, update, log_decay, restarts, size)
-    r = jnp.log(running + _EPSILON) - center.astype(dtype)[None, None, :, None]
-    return jnp.exp(-float(np.log(squash)) * r / (1.0 + jnp.abs(r))), final
+    r = jnp.log(running + _EPSILON) - center[None, None, :, None]
+    multiplier = jnp.exp(-float(np.log(squash)) * r / (1.0 + jnp.abs(r)))
+    return (write_key(multiplier, k) if multiply else multiplier), final
+
+
+def write_key(multiplier: jax.Array, k: jax.Array) -> jax.Array:
+    """multiplier * k, formed in the accumulator type and kept in k's: a write key is a key."""
+    dtype = checks.accumulator_dtype(multiplier, k)
+    return (multiplier.astype(dtype) * k.astype(dtype)).astype(k.dtype)
 
 
 def exact_gram_write_key(

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from osdn_jax.ops.arguments import Call
 from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
 from pallas_kernels import delta_rule as kernels
+from pallas_kernels import gram as gram_kernels
 from pallas_kernels import hypergradient as hypergradient_kernels
 from pallas_kernels.tiles import CHUNK
 
@@ -74,6 +75,33 @@ def hypergradient(
         start.anchor,
         bounds,
         interpret=interpret,
+    )
+
+
+def gram_limitation(k: jax.Array, log_decay: jax.Array, chunk_size: int | None) -> str | None:
+    """Likewise for the Gram preconditioner of keys k [B, T, P, K]."""
+    if chunk_size not in (None, CHUNK):
+        return _chunk_limitation(chunk_size)
+    return gram_kernels.limitation(k, log_decay)
+
+
+def gram(
+    k: jax.Array,
+    log_decay: jax.Array,
+    gain: jax.Array,
+    center: jax.Array,
+    squash: float,
+    initial: jax.Array,
+    restarts: jax.Array | None,
+    chunk_size: int | None,
+    *,
+    multiply: bool,
+    interpret: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The Gram preconditioner by kernels, its multipliers or its write keys; raises as `delta_rule` does."""
+    _refuse(gram_limitation(k, log_decay, chunk_size), interpret)
+    return gram_kernels.gram(
+        k, log_decay, gain, center, squash, initial, restarts, multiply=multiply, interpret=interpret
     )
 
 

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from osdn_jax.ops import checks, gram, hypergradient
 from osdn_jax.ops.delta_rule import delta_rule
-from osdn_jax.ops.gram import exact_gram_write_key, gram_preconditioner
+from osdn_jax.ops.gram import exact_gram_write_key, write_key
 from osdn_jax.ops.hypergradient import hypergradient_preconditioner
 from osdn_jax.ops.recurrence import per_value_head
 
@@ -84,9 +84,9 @@ def gdn2(
         q, k = (per_value_head(x, v.shape[2], axis=2) for x in (q, k))
     erase_gate = checks.shaped_array("erase_gate", erase_gate, k.shape, "[B, T, Hk or H, K]")
     write_gate = checks.shaped_array("write_gate", write_gate, v.shape, "[B, T, H, V] like v")
-    read_key = _product(erase_gate, k)
+    read_key = write_key(erase_gate, k)
     ones = jnp.ones(v.shape[:3], checks.accumulator_dtype(q, k, v))
-    return _run(q, read_key, _product(write_gate, v), ones, options, write_key=k, log_decay=_channel_decay(log_decay))
+    return _run(q, read_key, write_key(write_gate, v), ones, options, write_key=k, log_decay=_channel_decay(log_decay))
 
 
 # --- without the erase term -----------------------------------------------------------------------------------------
@@ -266,7 +266,7 @@ def _hypergradient(
     d, final = hypergradient_preconditioner(
         keys, beta if beta_aware else None, **own, **_shared(options, hypergradient.IMPLEMENTATIONS)
     )
-    o, after = _run(q, k, v, beta, options, write_key=_product(d, keys), log_decay=log_decay)
+    o, after = _run(q, k, v, beta, options, write_key=write_key(d, keys), log_decay=log_decay)
     return o, after._replace(preconditioner=final)
 
 
@@ -283,16 +283,17 @@ def _gram(
     rest = dict(options)
     center, squash = rest.pop("center", -0.2), rest.pop("squash", 1.5)
     state = _state(rest)
-    multiplier, final = gram_preconditioner(
+    key, final = gram.preconditioned(
         k,
         gram_log_decay,
         gram_gain,
         center=center,
         squash=squash,
         initial=None if state is None else state.preconditioner,
+        multiply=True,
         **_shared(rest, gram.IMPLEMENTATIONS),
     )
-    o, after = _run(q, k, v, beta, rest, write_key=_product(multiplier, k), log_decay=log_decay)
+    o, after = _run(q, k, v, beta, rest, write_key=key, log_decay=log_decay)
     return o, after._replace(preconditioner=final)
 
 
@@ -309,12 +310,6 @@ def _state(options: Mapping[str, Any]) -> State | None:
     if state is not None and not isinstance(state, State):
         raise TypeError(f"initial_state: got {type(state).__name__}, expected an ops.State or None")
     return state
-
-
-def _product(multiplier: jax.Array, k: jax.Array) -> jax.Array:
-    """multiplier * k, formed in the accumulator type and kept in k's: a write key is a key."""
-    dtype = checks.accumulator_dtype(multiplier, k)
-    return (multiplier.astype(dtype) * k.astype(dtype)).astype(k.dtype)
 
 
 def _ones(*arrays: jax.Array) -> jax.Array:

@@ -1,0 +1,344 @@
+"""The Gram preconditioner of Preconditioned DeltaNet on Hopper GPUs: multipliers, or write keys at once.
+
+One block per batch, head and 64 key channels walks the chunks of 64 tokens with the running sum A in registers; the
+gradient walks them back. Inside a chunk A is a product with the decays of all pairs, in float32's order of precision.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, from_chunks, gates_of
+from pallas_kernels.prepare import Static, pair_decay
+from pallas_kernels.tiles import (
+    CHUNK,
+    along_rows,
+    column_scale,
+    indices,
+    launch,
+    products,
+    read,
+    read_global_columns,
+    row_scale,
+    smem,
+    split,
+)
+
+PART = 64  # key channels of one block
+_EPSILON = 1e-6
+_SIZES = (64, 128, 256)
+_GAIN = BETA  # the row of the gates that holds it
+
+# Rows of the sums over key channels of the gradient, [SUMS, 64] float32.
+_D_GAIN, _D_LOG_DECAY, _D_CENTER = range(3)
+_SUMS = 3
+
+
+class _Options(NamedTuple):
+    squash: float
+    multiply: bool  # whether the results are write keys, in the type of k, or multipliers in float32
+    chunk: Static
+
+
+def limitation(k: jax.Array, log_decay: jax.Array) -> str | None:
+    """Why the kernels cannot serve keys [B, T, P, K]; None where they can."""
+    if k.shape[-1] not in _SIZES:
+        return f"k: got {k.shape[-1]} channels, the kernels take 64, 128 or 256"
+    if k.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32):
+        return f"k: got {k.dtype}, the kernels take bfloat16, float16 or float32"
+    if log_decay.dtype != jnp.float32:
+        return f"log_decay: got {log_decay.dtype}, the kernels keep float32"
+    return None
+
+
+def gram(
+    k: jax.Array,
+    log_decay: jax.Array,
+    gain: jax.Array,
+    center: jax.Array,
+    squash: float,
+    initial: jax.Array,
+    restarts: jax.Array | None,
+    *,
+    multiply: bool = False,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """The multipliers m, or the write keys m k, of the running sum A of squared keys.
+
+        A_t = exp(log_decay_t) A_{t-1} + gain_t k_t^2
+        m_t = exp(-log(squash) r / (1 + |r|)),    r = log(A_t + 1e-6) - center
+
+    Args:
+        k: [B, T, P, K] bfloat16, float16 or float32, K of 64, 128 or 256; any T.
+        log_decay, gain: [B, T, P] float32.
+        center: [P] float32.
+        squash: the largest multiplier.
+        initial: A before the first token [B, P, K] float32.
+        restarts: [B, T] bool, where A restarts from zeros before a token.
+        multiply: return the write keys m k, in the type of k, and not m, in float32.
+        interpret: run on any machine, in the interpreter, with races detected.
+
+    Returns:
+        (m or m k [B, T, P, K], A after the last token [B, P, K] float32).
+
+    Raises:
+        NotImplementedError: the kernels do not serve these keys; see `limitation`.
+    """
+    reason = limitation(k, log_decay)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    length = k.shape[1]
+    if 0 in k.shape[:3]:
+        return jnp.zeros(k.shape, k.dtype if multiply else jnp.float32), initial
+
+    def pad(x: jax.Array) -> jax.Array:
+        return jnp.pad(x, [(0, 0), (0, -length % CHUNK)] + [(0, 0)] * (x.ndim - 2))
+
+    documents = None
+    if restarts is not None:
+        documents = jnp.cumsum(pad(restarts.astype(jnp.int32)).reshape(k.shape[0], -1, CHUNK), axis=-1)
+        documents = documents.astype(jnp.float32)
+    static = Static(scale=1.0, erase=False, decay=True, documents=documents is not None, interpret=interpret)
+    options = _Options(squash, multiply, static)
+    out, final = _gram(pad(k), pad(log_decay), pad(gain), center, initial, documents, options)
+    return out[:, :length], final
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
+def _gram(*arguments: Any) -> tuple[jax.Array, jax.Array]:
+    out, final, _ = _walk(*arguments)
+    return out, final
+
+
+def _gram_fwd(*arguments: Any) -> Any:
+    out, final, starts = _walk(*arguments)
+    return (out, final), (*arguments[:-1], starts)
+
+
+def _gram_bwd(options: _Options, saved: Any, cotangents: Any) -> Any:
+    k, log_decay, gain, center, _, documents, starts = saved
+    d_out, d_final = cotangents
+    d_k, sums, d_initial = _walk_back(k, log_decay, gain, center, documents, starts, d_out, d_final, options)
+    sums = jnp.sum(sums, axis=3)  # over the parts of the key channels
+    d_gain, d_log_decay, d_center = (sums[:, :, :, row] for row in (_D_GAIN, _D_LOG_DECAY, _D_CENTER))
+    return d_k, from_chunks(d_log_decay), from_chunks(d_gain), jnp.sum(d_center, axis=(0, 2, 3)), d_initial, None
+
+
+_gram.defvjp(_gram_fwd, _gram_bwd)
+
+
+class _Tiles(NamedTuple):
+    """Shared memory in which a chunk's sums are formed."""
+
+    decay: Any  # two halves of what is left at token i of token j < i
+    value: Any  # two halves of what is summed
+
+    @staticmethod
+    def types() -> list[Any]:
+        return [smem(2, CHUNK, CHUNK, dtype=jnp.bfloat16), smem(2, CHUNK, PART, dtype=jnp.bfloat16)]
+
+
+def _before(gates_s: Any, again_s: Any, static: Static) -> jax.Array:
+    i, j = indices((CHUNK, CHUNK))
+    return jnp.where(i > j, pair_decay(gates_s, again_s, static), 0.0)
+
+
+def _summed(tiles: _Tiles, *, transpose: bool = False) -> jax.Array:
+    decay = [tiles.decay.at[half].T if transpose else tiles.decay.at[half] for half in (0, 1)]
+    value = [tiles.value.at[half] for half in (0, 1)]
+    return products([(decay[0], value[0]), (decay[0], value[1]), (decay[1], value[0])])[0]
+
+
+def _walk(
+    k: jax.Array,
+    log_decay: jax.Array,
+    gain: jax.Array,
+    center: jax.Array,
+    initial: jax.Array,
+    documents: jax.Array | None,
+    options: _Options,
+) -> list[jax.Array]:
+    """(m or m k, A after the last token, A before each chunk [B, P, N, K])."""
+    batch, length, heads, key_dim = k.shape
+    count, static = length // CHUNK, options.chunk
+    result = k.dtype if options.multiply else jnp.float32
+    out = [
+        jax.ShapeDtypeStruct(k.shape, result),
+        jax.ShapeDtypeStruct(initial.shape, jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, count, key_dim), jnp.float32),
+    ]
+
+    def body(
+        k_ref: Any,
+        gates_ref: Any,
+        center_ref: Any,
+        initial_ref: Any,
+        out_ref: Any,
+        final_ref: Any,
+        starts_ref: Any,
+        *refs: Any,
+    ) -> None:
+        k_s, gates_s, again_s, decay_s, value_s, out_s, start_s, loaded = refs
+        b, h, c = (lax.axis_index(name) for name in ("batch", "head", "part"))
+        channels, tiles = pl.ds(c * PART, PART), _Tiles(decay_s, value_s)
+
+        def load(n: Any, slot: Any) -> None:
+            plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, channels], k_s.at[slot], loaded.at[slot])
+            for gates in (gates_s, again_s):
+                plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates.at[slot], loaded.at[slot])
+
+        def chunk(n: Any, start: jax.Array) -> jax.Array:
+            slot = lax.rem(n, jnp.int32(2))
+            pl.when(n + 1 < count)(lambda: load(n + 1, 1 - slot))
+            start_s[...] = start
+            plgpu.barrier_wait(loaded.at[slot])
+            gates, key = gates_s.at[slot], read(k_s.at[slot])
+            added = key * key * row_scale(gates.at[_GAIN], key)
+            decay = _before(gates, again_s.at[slot], static)
+            split(decay, decay_s.at[0], decay_s.at[1])
+            split(added, value_s.at[0], value_s.at[1])
+            lead = row_scale(gates.at[FROM_START], key)
+            until_end = row_scale(gates.at[TO_END], key)
+            kept = gates[FROM_START, CHUNK - 1]
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(start_s, starts_ref.at[b, h, n, channels])
+            running = _summed(tiles) + lead * along_rows(start, key) + added
+            _, multiplier = _multiplier(running, center_ref[h], options)
+            out_s[...] = (multiplier * key if options.multiply else multiplier).astype(result)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(out_s, out_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, channels])
+            after = kept * start + jnp.sum(until_end * added, axis=0)
+            plgpu.wait_smem_to_gmem(0)
+            return after
+
+        load(0, 0)
+        final_ref[b, h, channels] = lax.fori_loop(0, count, chunk, read_global_columns(initial_ref.at[b, h, channels]))
+
+    scratch = [
+        smem(2, CHUNK, PART, dtype=k.dtype),
+        *[plgpu.SMEM((2, GATES, CHUNK), jnp.float32)] * 2,
+        *_Tiles.types(),
+        smem(CHUNK, PART, dtype=result),
+        plgpu.SMEM((PART,), jnp.float32),
+        plgpu.Barrier(num_arrivals=3, num_barriers=2),
+    ]
+    grid = {"part": key_dim // PART, "head": heads, "batch": batch}
+    arguments = [k, gates_of(gain, log_decay, documents), center, initial]
+    return launch(body, "gram", out, grid, scratch, static.interpret, arguments)
+
+
+def _multiplier(running: jax.Array, center: jax.Array, options: _Options) -> tuple[jax.Array, jax.Array]:
+    """(r, the multiplier) of the running sum."""
+    r = jnp.log(running + _EPSILON) - center
+    return r, jnp.exp(-math.log(options.squash) * r / (1.0 + jnp.abs(r)))
+
+
+def _walk_back(
+    k: jax.Array,
+    log_decay: jax.Array,
+    gain: jax.Array,
+    center: jax.Array,
+    documents: jax.Array | None,
+    starts: jax.Array,
+    d_out: jax.Array,
+    d_final: jax.Array,
+    options: _Options,
+) -> list[jax.Array]:
+    """(dk, sums over each part of the key channels [B, P, N, parts, SUMS, 64], gradient of the first A)."""
+    batch, length, heads, key_dim = k.shape
+    count, static, parts = length // CHUNK, options.chunk, key_dim // PART
+    out = [
+        jax.ShapeDtypeStruct(k.shape, k.dtype),
+        jax.ShapeDtypeStruct((batch, heads, count, parts, _SUMS, CHUNK), jnp.float32),
+        jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
+    ]
+
+    def body(
+        k_ref: Any, gates_ref: Any, center_ref: Any, starts_ref: Any, d_out_ref: Any, d_final_ref: Any,
+        d_k_ref: Any, sums_ref: Any, d_initial_ref: Any, *refs: Any,
+    ) -> None:  # fmt: skip
+        k_s, d_out_s, gates_s, again_s, start_s, decay_s, value_s, d_k_s, before_s, d_key_s, sums_s, loaded = refs
+        b, h, c = (lax.axis_index(name) for name in ("batch", "head", "part"))
+        channels, tiles = pl.ds(c * PART, PART), _Tiles(decay_s, value_s)
+
+        def load(n: Any, slot: Any) -> None:
+            rows = pl.ds(n * CHUNK, CHUNK)
+            for ref, tile in ((k_ref, k_s), (d_out_ref, d_out_s)):
+                plgpu.copy_gmem_to_smem(ref.at[b, rows, h, channels], tile.at[slot], loaded.at[slot])
+            for gates in (gates_s, again_s):
+                plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(starts_ref.at[b, h, n, channels], start_s.at[slot], loaded.at[slot])
+
+        def chunk(step: Any, d_after: jax.Array) -> jax.Array:
+            n = count - 1 - step
+            slot = lax.rem(step, jnp.int32(2))
+            pl.when(n > 0)(lambda: load(n - 1, 1 - slot))
+            plgpu.barrier_wait(loaded.at[slot])
+            gates = gates_s.at[slot]
+
+            def added() -> jax.Array:
+                key = read(k_s.at[slot])
+                return key * key * row_scale(gates.at[_GAIN], key)
+
+            # What is needed again is read or formed again: the registers hold no more.
+            decay = _before(gates, again_s.at[slot], static)
+            split(decay, decay_s.at[0], decay_s.at[1])
+            split(added(), value_s.at[0], value_s.at[1])
+            plgpu.commit_smem()
+            before = _summed(tiles)  # will be exp(log_decay) times A of the last token
+            before = before + row_scale(gates.at[FROM_START], before) * column_scale(start_s.at[slot], before)
+            before_s[...] = before
+            running = before + added()
+            r, multiplier = _multiplier(running, center_ref[h], options)
+            d_multiplier = read(d_out_s.at[slot])
+            if options.multiply:
+                d_key_s[...] = d_multiplier * multiplier
+                d_multiplier = d_multiplier * read(k_s.at[slot])
+            d_r = d_multiplier * multiplier * (-math.log(options.squash)) / jnp.square(1.0 + jnp.abs(r))
+            sums_s[_D_CENTER, ...] = -jnp.sum(d_r, axis=1)
+            d_running = d_r / (running + _EPSILON)
+            kept = gates[FROM_START, CHUNK - 1]
+            split(d_running, value_s.at[0], value_s.at[1])
+            d_before = kept * d_after + jnp.sum(row_scale(gates.at[FROM_START], d_running) * d_running, axis=0)
+            plgpu.commit_smem()
+            # The whole gradient of A at each token, which is also that of what the token adds.
+            d_added = d_running + row_scale(gates.at[TO_END], d_running) * along_rows(d_after, d_running)
+            d_added = d_added + _summed(tiles, transpose=True)
+            sums_s[_D_LOG_DECAY, ...] = jnp.sum(read(before_s) * d_added, axis=1)
+            key = read(k_s.at[slot])
+            sums_s[_D_GAIN, ...] = jnp.sum(key * key * d_added, axis=1)
+            d_key = 2.0 * key * row_scale(gates.at[_GAIN], key) * d_added
+            if options.multiply:
+                d_key = d_key + read(d_key_s)
+            d_k_s[...] = d_key.astype(k.dtype)
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(d_k_s, d_k_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, channels])
+            plgpu.copy_smem_to_gmem(sums_s, sums_ref.at[b, h, n, c])
+            plgpu.wait_smem_to_gmem(0)
+            return d_before
+
+        load(count - 1, 0)
+        d_initial_ref[b, h, channels] = lax.fori_loop(
+            0, count, chunk, read_global_columns(d_final_ref.at[b, h, channels])
+        )
+
+    scratch = [
+        smem(2, CHUNK, PART, dtype=k.dtype),
+        smem(2, CHUNK, PART, dtype=d_out.dtype),
+        *[plgpu.SMEM((2, GATES, CHUNK), jnp.float32)] * 2,
+        plgpu.SMEM((2, PART), jnp.float32),
+        *_Tiles.types(),
+        smem(CHUNK, PART, dtype=k.dtype),
+        *[smem(CHUNK, PART, dtype=jnp.float32)] * 2,
+        plgpu.SMEM((_SUMS, CHUNK), jnp.float32),
+        plgpu.Barrier(num_arrivals=5, num_barriers=2),
+    ]
+    grid = {"part": parts, "head": heads, "batch": batch}
+    arguments = [k, gates_of(gain, log_decay, documents), center, starts, d_out, d_final]
+    return launch(body, "gram_back", out, grid, scratch, static.interpret, arguments)
