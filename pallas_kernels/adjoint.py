@@ -39,7 +39,7 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
         d_final: gradient of the final memory [B, H, K, V] float32.
         static: the options.
     """
-    q, k, w, gates, carry, _, scores, solved = chunks
+    q, k, w, gates, carry, scores, solved, _ = chunks
     batch, length, heads, value_dim = d_out.shape
     key_dim, count, dtype = q.shape[3], length // CHUNK, d_out.dtype
     width = min(value_tile(key_dim), value_dim)

@@ -81,14 +81,14 @@ def prepare_channel(
         log_decay: [B, T, H, K] float32.
         gates: [B, H, N, GATES, 64].
         static: the options.
-        gradient: whether to make `solved`.
+        gradient: whether to return the inverse.
     """
     batch, length, heads, key_dim = log_decay.shape
     count, dtype, parts = length // CHUNK, q.dtype, key_dim // PART
-    solve = static.erase and gradient
+    invert = static.erase and gradient
     out = [jax.ShapeDtypeStruct(log_decay.shape, dtype)] * 3
-    out += [jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), dtype)] * (1 + static.erase)
-    out += [jax.ShapeDtypeStruct(log_decay.shape, dtype)] * solve
+    square = jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), dtype)
+    out += [square, *[jax.ShapeDtypeStruct(log_decay.shape, dtype)] * static.erase, *[square] * (2 * invert)]
 
     def body(q_ref: Any, k_ref: Any, w_ref: Any, decay_ref: Any, gates_ref: Any, *refs: Any) -> None:
         decayed_refs, (scores_ref, *solution_refs), refs = refs[:3], refs[3 : len(out)], refs[len(out) :]
@@ -172,7 +172,7 @@ def prepare_channel(
             split(until_end, inverse_s.at[0], inverse_s.at[1])
             plgpu.commit_smem()
 
-        if solve:
+        if static.erase:
 
             @pl.loop(0, parts)
             def _(c: Any) -> None:
@@ -180,15 +180,15 @@ def prepare_channel(
                 plgpu.wait_smem_to_gmem(0)
                 x_s[0, ...] = solved.astype(dtype)
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(x_s.at[0], solution_refs[-1].at[b, rows, h, pl.ds(c * PART, PART)])
+                plgpu.copy_smem_to_gmem(x_s.at[0], solution_refs[0].at[b, rows, h, pl.ds(c * PART, PART)])
 
-        if static.erase:
-            inverse_s[0, ...] = inverse.astype(dtype)
+        if invert:
+            split(inverse, inverse_s.at[0], inverse_s.at[1])
         p_s[...] = scores.astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(p_s, scores_ref.at[b, h, n])
-        if static.erase:
-            plgpu.copy_smem_to_gmem(inverse_s.at[0], solution_refs[0].at[b, h, n])
+        for half in range(2 * invert):
+            plgpu.copy_smem_to_gmem(inverse_s.at[half], solution_refs[1 + half].at[b, h, n])
         plgpu.wait_smem_to_gmem(0)
 
     spare = max(0, len(SCRATCH) - 2 * parts) if static.erase else 0  # the inverse takes over the decays' tiles
@@ -201,7 +201,7 @@ def prepare_channel(
     grid = {"chunk": count, "head": heads, "batch": batch}
     arguments = [q, k, w, log_decay, gates]
     results = launch(body, "delta_rule_prepare_channel", out, grid, scratch, static.interpret, arguments)
-    q, k, w, scores, inverse, solved = (*results, None, None)[:6]
+    q, k, w, scores, solved = (*results, None)[:5]
     sums = jnp.sum(log_decay.reshape(batch, count, CHUNK, heads, key_dim), axis=2).swapaxes(1, 2)
     carry = jnp.exp(sums) * gates[..., FROM_START, -1:]
-    return Chunks(q, k, w, gates, carry, inverse, scores, solved)
+    return Chunks(q, k, w, gates, carry, scores, solved, results[5:])

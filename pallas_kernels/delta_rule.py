@@ -161,10 +161,10 @@ def _delta_rule_bwd(static: Static, saved: Any, cotangents: Any) -> Any:
         initial, through = first_memories(chunks, inputs.v, initial, static)
         *_, own = recur_back(chunks, d_out, jnp.zeros_like(initial), static)
         d_final = last_gradients(through, own, d_final)
-    write, states = recur(chunks, inputs.v, initial, static, keep="states")
+    write, states, rest = recur(chunks, inputs.v, initial, static, keep="states")
     z, d_v, d_states, d_initial = recur_back(chunks, d_out, d_final, static)
     d_initial = d_initial.reshape(batch, pieces, *d_initial.shape[1:])[:, 0]
-    results = gradients(chunks, d_out, write, z, states, d_states, static)
+    results = gradients(chunks, d_out, write, rest, z, states, d_states, static)
     keys, (rows, keep, *pairs) = results[: 2 + static.erase], results[2 + static.erase :]
     gates = chunks.gates
     q, k, log_decay = inputs.q, inputs.k, inputs.log_decay

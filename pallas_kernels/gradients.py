@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
 from pallas_kernels.prepare import Chunks, Static, pair_decay
-from pallas_kernels.tiles import CHUNK, indices, launch, product, products, read, row_scale, smem
+from pallas_kernels.tiles import CHUNK, indices, launch, product, products, read, row_scale, smem, split
 
 # Rows of the sums over key channels that it returns, [SUMS, 64] float32.
 D_CUMULATIVE, D_END, Z_WRITE = range(3)
@@ -24,6 +24,7 @@ def gradients(
     chunks: Chunks,
     d_out: jax.Array,
     write: jax.Array,
+    rest: jax.Array,
     z: jax.Array,
     states: jax.Array,
     d_states: jax.Array,
@@ -44,7 +45,8 @@ def gradients(
     Args:
         chunks: what the recurrences read.
         d_out: gradient of the outputs [B, T, H, V].
-        write, states: what `recur` saved.
+        write, states, rest: what `recur` kept. What R rounds away is used for V up to 128, for as much as shared memory
+            holds: beside near-parallel keys R alternates, and sums of it are far smaller than its terms.
         z, d_states: of `recur_back`.
         static: the options.
     """
@@ -64,6 +66,8 @@ def gradients(
     tiles = dict.fromkeys(("q", "k", "w"), keys) | dict.fromkeys(("d_out", "write", "z", "states", "d_states"), values)
     if not static.erase:
         del inputs["k"], tiles["k"]
+    if value_dim <= 128:
+        inputs["rest"], tiles["rest"] = rest, values
 
     def body(*refs: Any) -> None:
         source = dict(zip(inputs, refs, strict=False))
@@ -75,7 +79,7 @@ def gradients(
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
         where: dict[str, tuple[Any, ...]] = {"w": (b, rows, write_head, channels)}
         where |= dict.fromkeys(("q", "k"), (b, rows, key_head, channels))
-        where |= dict.fromkeys(("d_out", "write", "z"), (b, rows, h))
+        where |= dict.fromkeys(("d_out", "write", "rest", "z"), (b, rows, h))
         where |= dict.fromkeys(("states", "d_states"), (b, h, n, channels))
         for name, ref in source.items():
             plgpu.copy_gmem_to_smem(ref.at[where[name]], tile[name], loaded)
@@ -95,13 +99,16 @@ def gradients(
         def scaled(x: jax.Array, gate: int) -> jax.Array:
             return x * row_scale(gates_s.at[gate], x) if static.gated else x
 
+        def with_write(name: str) -> jax.Array:
+            return products([(tile[name], tile[half].T) for half in ("write", "rest") if half in tile])[0]
+
         # Inside the chunk: p is the gradient of P's products <q, w>, a that of A's <k, w>. Rounded once, they reach
         # both factors alike, so that in the gradient of a decay the pairs on one side of it cancel.
         decay = pair_decay(gates_s, again_s, static)
-        p_s[...] = (product(tile["d_out"], tile["write"].T) * (decay * static.scale)).astype(dtype)
+        split(with_write("d_out") * (decay * static.scale), p_s.at[0], p_s.at[1])
         if static.erase:
             i, j = indices((CHUNK, CHUNK))
-            d_lower = product(tile["z"], tile["write"].T) * jnp.where(i > j, -decay, 0.0)
+            d_lower = with_write("z") * jnp.where(i > j, -decay, 0.0)
             a_s[...] = (d_lower * row_scale(gates_s.at[BETA], d_lower)).astype(dtype)
         plgpu.commit_smem()
         sums_ref, keep_ref, *pairs_refs = out_refs[2 + static.erase :]
@@ -109,12 +116,12 @@ def gradients(
 
             @pl.when(c == 0)
             def _() -> None:
-                for pairs_s, ref in zip((p_s, a_s), pairs_refs, strict=False):
+                for pairs_s, ref in zip((p_s.at[0], a_s), pairs_refs, strict=False):
                     plgpu.copy_smem_to_gmem(pairs_s, ref.at[b, h, n])
 
         d_q = scaled(product(tile["d_out"], tile["states"].T) * static.scale, FROM_START)
         if inside:
-            d_q = d_q + product(p_s, tile["w"])
+            d_q = d_q + products([(p_s.at[half], tile["w"]) for half in (0, 1)])[0]
         write_out(d_q, out_refs[0])
         cumulative = jnp.sum(read(tile["q"]) * d_q, axis=1)
 
@@ -126,11 +133,12 @@ def gradients(
             write_out(d_k, out_refs[1])
             cumulative = cumulative + jnp.sum(read(tile["k"]) * d_k, axis=1)
 
-        sums_s[Z_WRITE, ...] = _row_products(tile["z"], tile["write"])
+        z_write = [_row_products(tile["z"], tile[half]) for half in ("write", "rest") if half in tile]
+        sums_s[Z_WRITE, ...] = functools.reduce(jnp.add, z_write)
         d_w = scaled(product(tile["write"], tile["d_states"].T), TO_END)
         sums_s[D_END, ...] = jnp.sum(read(tile["w"]) * d_w, axis=1)
         if inside:
-            pairs = [(p_s.T, tile["q"])]
+            pairs = [(p_s.at[half].T, tile["q"]) for half in (0, 1)]
             if static.erase:
                 pairs += [(a_s.T, tile["k"])]
             d_w = d_w + products(pairs)[0]
@@ -144,7 +152,7 @@ def gradients(
 
     scratch = [
         *tiles.values(),
-        smem(CHUNK, CHUNK, dtype=dtype),
+        smem(2, CHUNK, CHUNK, dtype=dtype),
         smem(CHUNK, CHUNK, dtype=dtype),
         smem(CHUNK, PART, dtype=dtype),
         plgpu.SMEM((GATES, CHUNK), jnp.float32),

@@ -36,9 +36,9 @@ class Chunks(NamedTuple):
     w: jax.Array  # [B, T, Hw, K]; likewise, decayed to the end of its chunk
     gates: jax.Array  # [B, H, N, GATES, 64] float32
     carry: jax.Array | None  # what a chunk keeps of the memory, per channel [B, H, N, K]; None: FROM_START's last
-    inverse: jax.Array | None  # (I + A)^-1 [B, H, N, 64, 64]; None without erase
     scores: jax.Array  # P (I + A)^-1, or P without erase [B, H, N, 64, 64]
-    solved: jax.Array | None  # (I + A)^-T times w, decayed to the end, for a gradient with erase [B, T, H, K]
+    solved: jax.Array | None  # (I + A)^-T times w, decayed to the end [B, T, H, K]; None without erase
+    inverse: list[jax.Array]  # (I + A)^-1 [B, H, N, 64, 64] and what rounding takes off it; only for a gradient
 
 
 def pair_decay(gates: Any, again: Any, static: Static) -> jax.Array:
@@ -70,14 +70,15 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
         w: [B, T, Hw, K].
         gates: [B, H, N, GATES, 64].
         static: the options.
-        gradient: whether to make `solved`.
+        gradient: whether to return the inverse.
     """
     batch, length, key_heads, key_dim = q.shape
     heads, count = gates.shape[1:3]
-    solve = static.erase and gradient
+    invert = static.erase and gradient
     square = jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), q.dtype)
-    out = [square] * (1 + static.erase)
-    out += [jax.ShapeDtypeStruct((batch, length, heads, key_dim), q.dtype)] * solve
+    out = [square]
+    out += [jax.ShapeDtypeStruct((batch, length, heads, key_dim), q.dtype)] * static.erase
+    out += [square] * (2 * invert)
 
     def body(q_ref: Any, k_ref: Any, w_ref: Any, gates_ref: Any, *refs: Any) -> None:
         (scores_ref, *solution_refs), refs = refs[: len(out)], refs[len(out) :]
@@ -99,21 +100,21 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
         scores = product(q_s, w_s.T) * (decay * static.scale)
         if static.erase:
             scores = times_inverse(scores, inverse, scratch)
-            if solve:
-                # The scale goes on the inverse's rows, in float32, and not on those of w.
-                until_end = inverse * row_scale(gates_s.at[TO_END], inverse) if static.gated else inverse
-                split(until_end, x_s.at[0], x_s.at[1])
-                plgpu.commit_smem()
-                (solved,) = products([(x_s.at[0].T, w_s), (x_s.at[1].T, w_s)])
-                q_s[...] = solved.astype(q.dtype)
-            x_s[0, ...] = inverse.astype(q.dtype)
+            # The scale goes on the inverse's rows, in float32, and not on those of w.
+            until_end = inverse * row_scale(gates_s.at[TO_END], inverse) if static.gated else inverse
+            split(until_end, x_s.at[0], x_s.at[1])
+            plgpu.commit_smem()
+            (solved,) = products([(x_s.at[0].T, w_s), (x_s.at[1].T, w_s)])
+            q_s[...] = solved.astype(q.dtype)
+            if invert:
+                split(inverse, x_s.at[0], x_s.at[1])
         p_s[...] = scores.astype(q.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(p_s, scores_ref.at[b, h, n])
         if static.erase:
-            plgpu.copy_smem_to_gmem(x_s.at[0], solution_refs[0].at[b, h, n])
-        if solve:
-            plgpu.copy_smem_to_gmem(q_s, solution_refs[1].at[b, rows, h])
+            plgpu.copy_smem_to_gmem(q_s, solution_refs[0].at[b, rows, h])
+        for half in range(2 * invert):
+            plgpu.copy_smem_to_gmem(x_s.at[half], solution_refs[1 + half].at[b, h, n])
         plgpu.wait_smem_to_gmem(0)
 
     scratch = [smem(CHUNK, key_dim, dtype=q.dtype)] * 3
@@ -124,5 +125,5 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
         scratch += SCRATCH
     grid = {"chunk": count, "head": heads, "batch": batch}
     results = launch(body, "delta_rule_prepare", out, grid, scratch, static.interpret, [q, k, w, gates])
-    scores, inverse, solved = (*results, None, None)[:3]
-    return Chunks(q, k, w, gates, None, inverse, scores, solved)
+    scores, solved = (*results, None)[:2]
+    return Chunks(q, k, w, gates, None, scores, solved, results[2:])

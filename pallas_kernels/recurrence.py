@@ -15,13 +15,13 @@ from pallas_kernels.tiles import (
     CHUNK,
     along_columns,
     launch,
-    product,
     products,
     read,
     read_global,
     read_global_rows,
     row_scale,
     smem,
+    split,
 )
 
 
@@ -37,8 +37,8 @@ def recur(
 
     Returns:
         "outputs": outputs [B, T, H, V] and the final memory [B, H, K, V] float32; "final": the latter alone; "states",
-        for the gradient: R = (I + A)^-1 beta (V - K S) [B, T, H, V], which is what each token writes under its key,
-        and the memory before each chunk [B, H, N, K, V], both in the type of v.
+        for the gradient: the memory before each chunk [B, H, N, K, V] and R = (I + A)^-1 beta (V - K S) [B, T, H, V],
+        which is what each token writes under its key, in the type of v and, as a third, what that rounds away.
 
     Args:
         chunks: of `prepare` or `prepare_channel`.
@@ -47,7 +47,7 @@ def recur(
         static: the options.
         keep: see above.
     """
-    q, k, w, gates, carry, inverse, scores, _ = chunks
+    q, k, w, gates, carry, scores, solved, inverse = chunks
     batch, length, heads, value_dim = v.shape
     key_dim, count, dtype = q.shape[3], length // CHUNK, v.dtype
     width = min(value_tile(key_dim), value_dim)
@@ -56,8 +56,9 @@ def recur(
     each = jax.ShapeDtypeStruct(v.shape, dtype)
     states = jax.ShapeDtypeStruct((batch, heads, count, key_dim, value_dim), dtype)
     final = jax.ShapeDtypeStruct(initial.shape, jnp.float32)
-    out = {"outputs": [each, final], "states": [each, states], "final": [final]}[keep]
-    inputs: dict[str, Any] = {"w": w, "v": v, "gates": gates}
+    out = {"outputs": [each, final], "states": [each, states, each], "final": [final]}[keep]
+    write = w if solved is None else solved
+    inputs: dict[str, Any] = {"w": write, "v": v, "gates": gates}
     keys, square = tile(stages, CHUNK, key_dim), tile(stages, CHUNK, CHUNK)
     tiles = {
         "w": keys,
@@ -68,8 +69,10 @@ def recur(
         inputs |= {"q": q, "scores": scores}
         tiles |= {"q": keys, "scores": square}
     if static.erase:
-        inputs |= {"k": k, "inverse": inverse}
-        tiles |= {"k": keys, "inverse": square}
+        inputs["k"], tiles["k"] = k, keys
+    if keep == "states":
+        for name, half in zip(("inverse", "rest"), inverse, strict=False):
+            inputs[name], tiles[name] = half, square
 
     carries = 0 if carry is None else 1
 
@@ -77,11 +80,11 @@ def recur(
         source = dict(zip(inputs, refs, strict=False))
         carry_refs, refs = refs[len(inputs) :][:carries], refs[len(inputs) + carries :]
         (initial_ref, *out_refs), refs = refs[: 1 + len(out)], refs[1 + len(out) :]
-        *tile_refs, state_s, residual_s, write_s, out_s, loaded = refs
+        *tile_refs, state_s, residual_s, write_s, out_s, rest_s, loaded = refs
         buffer = dict(zip(tiles, tile_refs, strict=True))
         b, h, column = (lax.axis_index(name) for name in ("batch", "head", "values"))
         columns = pl.ds(column * width, width)
-        key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
+        key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // write.shape[2])
 
         def load(n: Any, slot: Any) -> None:
             rows = pl.ds(n * CHUNK, CHUNK)
@@ -116,7 +119,7 @@ def recur(
             elif static.gated:
                 kept = gates_s[FROM_START, CHUNK - 1]
             # What the memory holds for queries and read keys, then both products with what is missing.
-            held = _products({name: (now[name], state_s) for name in ("k", "q") if name in now})
+            held = _products({name: [(now[name], state_s)] for name in ("k", "q") if name in now})
             if static.gated:
                 held = {name: x * row_scale(gates_s.at[FROM_START], x) for name, x in held.items()}
             residual = read(now["v"])
@@ -124,22 +127,32 @@ def recur(
                 residual = residual - held["k"]
             residual = residual * row_scale(gates_s.at[BETA], residual)
             residual_s[...] = residual.astype(dtype)
+            # With erase the scale to the end of the chunk is in the write keys.
+            scaled_s = residual_s
+            if static.gated and not static.erase:
+                scaled_s = write_s
+                write_s[...] = (residual * row_scale(gates_s.at[TO_END], residual)).astype(dtype)
             plgpu.commit_smem()
-            solved = _products({name: (now[name], residual_s) for name in ("inverse", "scores") if name in now})
-            write = solved.get("inverse", residual)
-            kept_write = write * row_scale(gates_s.at[TO_END], write) if static.gated else write
-            write_s[...] = kept_write.astype(dtype)
-            if keep != "final":
-                out = write if keep == "states" else held["q"] * static.scale + solved["scores"]
-                out_s[...] = out.astype(dtype)
+            terms = {"w": [(now["w"].T, scaled_s)]}
+            if keep == "outputs":
+                terms["out"] = [(now["scores"], residual_s)]
+            elif keep == "states" and static.erase:
+                terms["write"] = [(now["inverse"], residual_s), (now["rest"], residual_s)]
+            results = _products(terms)
+            rows = pl.ds(n * CHUNK, CHUNK)
+            if keep == "outputs":
+                out_s[...] = (held["q"] * static.scale + results["out"]).astype(dtype)
+            elif keep == "states":
+                split(results.get("write", residual), out_s, rest_s)
             plgpu.commit_smem()
             if keep != "final":
-                plgpu.copy_smem_to_gmem(out_s, out_refs[0].at[b, pl.ds(n * CHUNK, CHUNK), h, columns])
-            added = product(now["w"].T, write_s)
+                plgpu.copy_smem_to_gmem(out_s, out_refs[0].at[b, rows, h, columns])
+            if keep == "states":
+                plgpu.copy_smem_to_gmem(rest_s, out_refs[2].at[b, rows, h, columns])
             if kept is not None:
                 memory = memory * kept
             plgpu.wait_smem_to_gmem(0)
-            return memory + added
+            return memory + results["w"]
 
         if stages > 1:
             load(0, 0)
@@ -154,6 +167,7 @@ def recur(
         tile(CHUNK, width),
         tile(CHUNK, width),
         tile(CHUNK, width),
+        tile(CHUNK, width),
         plgpu.Barrier(num_arrivals=len(tiles), num_barriers=stages),
     ]
     grid = {"values": value_dim // width, "head": heads, "batch": batch}
@@ -161,5 +175,5 @@ def recur(
     return launch(body, "delta_rule_recur", out, grid, scratch, static.interpret, arguments)
 
 
-def _products(pairs: dict[str, tuple[Any, Any]]) -> dict[str, jax.Array]:
-    return dict(zip(pairs, products(*([pair] for pair in pairs.values())), strict=True)) if pairs else {}
+def _products(terms: dict[str, list[tuple[Any, Any]]]) -> dict[str, jax.Array]:
+    return dict(zip(terms, products(*terms.values()), strict=True)) if terms else {}

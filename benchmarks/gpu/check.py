@@ -12,17 +12,18 @@ from osdn_jax import ops
 from osdn_jax.comparison import Shape, draw_cotangents, draw_inputs, value_and_gradient
 from osdn_jax.comparison.inputs import Arrays
 from osdn_jax.comparison.measure import relative_error
+from osdn_jax.ops.gram import IMPLEMENTATIONS as GRAM
 from osdn_jax.ops.hypergradient import IMPLEMENTATIONS as HYPERGRADIENT
 
 KEYS = ("random", "near-parallel")
 LIMIT, GATE_LIMIT = 1e-2, 2e-2
-GATES = ("d_beta", "d_log_decay", "d_log_forget")
+GATES = ("d_beta", "d_log_decay", "d_log_forget", "d_gain", "d_center")
 _RULES = {None: "delta_net", "scalar": "gated_delta_net", "channel": "kda"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of the delta rule, or with a preset of the hypergradient preconditioner."""
+    """A call of the delta rule, or with a preset of a preconditioner: of the hypergradient one's, or "gram"."""
 
     decay: str | None = None
     batch: int = 2
@@ -66,18 +67,21 @@ CASES = {
     "channel decay, D 256": _square(256, batch=1, decay="channel"),
     "hypergradient, paper": Case(preset="paper"),
     "hypergradient, trust, beta, documents": Case(preset="trust", beta_aware=True, documents=True),
+    "Gram, documents": Case(preset="gram", documents=True),
 }
 _TINY: dict[str, Any] = {"batch": 1, "length": 40, "heads": 1, "key_heads": 1}
 DRY_CASES = {
     "scalar decay, tiny": _square(64, decay="scalar", **_TINY),
     "hypergradient, trust, tiny": _square(64, preset="trust", **_TINY),
+    "Gram, tiny": _square(64, preset="gram", **_TINY),
 }
 
 
 def draw(case: Case, keys: str, seed: int) -> tuple[Arrays, np.ndarray | None]:
     """NumPy arguments, q, k, v and write keys rounded to bfloat16, and the documents' ids or None."""
     rng = np.random.default_rng([seed, KEYS.index(keys)])
-    rule = {"paper": "osdn", "trust": "osdn_trust"}[case.preset] if case.preset else _RULES[case.decay]
+    presets = {"paper": "osdn", "trust": "osdn_trust", "gram": "pdn"}
+    rule = presets[case.preset] if case.preset else _RULES[case.decay]
     x = draw_inputs(rule, case.shape, "bfloat16", int(rng.integers(2**31)))
     if keys == "near-parallel":
         common = rng.normal(size=(case.batch, 1, case.key_heads, case.key_dim))
@@ -90,7 +94,9 @@ def draw(case: Case, keys: str, seed: int) -> tuple[Arrays, np.ndarray | None]:
     if case.write_key:
         scale = rng.uniform(2 / 3, 3 / 2, size=x["k"].shape)
         x["write_key"] = (scale * x["k"].astype(np.float64)).astype(x["k"].dtype)
-    if case.preset:
+    if case.preset == "gram":
+        x = {"k": x["k"], "center": x["center"], "log_decay": x["gram_log_decay"], "gain": x["gram_gain"]}
+    elif case.preset:
         names = ("k", "beta", "log_forget", "initial") if case.beta_aware else ("k", "log_forget", "initial")
         x = {name: x[name] for name in names}
     starts = rng.uniform(size=(case.batch, case.length)) < 5 / case.length
@@ -103,6 +109,9 @@ def outputs(case: Case, x: Arrays, segment_ids: jax.Array | None, implementation
     if case.preset is None:
         o, memory = ops.delta_rule(**x, erase=case.erase, **options)
         return {"o": o, "memory": memory}
+    if case.preset == "gram":
+        multiplier, final = ops.gram_preconditioner(**x, **options)
+        return {"multiplier": multiplier, "final": final}
     preset = {name: value for name, value in ops.hypergradient_preset(case.preset).items() if name != "initial"}
     anchor = 1.0 if case.preset == "trust" else 0.0
     d, final = ops.hypergradient_preconditioner(**x, **preset, anchor=anchor, **options)
@@ -158,8 +167,9 @@ def job(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
     kernel, scan = both(case, spec["implementation"]), both(case, "scan")
     for keys in KEYS:
         key = {"section": "check", "case": spec["case"], "keys": keys}
-        if case.preset and spec["implementation"] not in HYPERGRADIENT:
-            reason = f"hypergradient_preconditioner has no implementation {spec['implementation']!r}"
+        known = GRAM if case.preset == "gram" else HYPERGRADIENT
+        if case.preset and spec["implementation"] not in known:
+            reason = f"the preconditioner has no implementation {spec['implementation']!r}"
             emit({**key, "status": "absent", "reason": reason})
             continue
         try:

@@ -11,12 +11,13 @@ class Case:
     """One program to compile.
 
     Args:
-        function: "delta_rule" or "hypergradient".
+        function: "delta_rule", "hypergradient" or "gram".
         gradient: compile its gradient, not its forward pass.
-        key_dim, value_dim: K and V; a hypergradient has no V.
+        key_dim, value_dim: K and V; a preconditioner has no V.
         decay: of the delta rule: "none", "scalar" or "channel".
         options: what differs from the defaults: "documents" (restarts), "grouped" (half as many key heads), "write-key"
-            and "no-erase" of the delta rule; "forget" (with an anchor), "bounds" and "documents" of a hypergradient.
+            and "no-erase" of the delta rule; "forget" (with an anchor), "bounds" and "documents" of a hypergradient;
+            "documents" and "multiply" (write keys and not multipliers) of a Gram preconditioner.
         dtype: of q, k, v.
     """
 
@@ -62,6 +63,12 @@ def all_cases() -> list[Case]:
         cases.append(Case("hypergradient", True, size, options=everything))
     for option in everything:
         cases.append(Case("hypergradient", True, 128, options=(option,)))
+    for size in (64, 128, 256):
+        cases.append(Case("gram", True, size, options=("multiply",)))
+    for option in ("multiply", "documents"):
+        cases.append(Case("gram", False, 128, options=(option,)))
+    cases.append(Case("gram", True, 128, options=("documents",), dtype="float32"))
+    cases.append(Case("gram", True, 128, options=("documents", "multiply"), dtype="float16"))
     for dtype in ("float16", "float32"):
         cases.append(Case("hypergradient", True, 128, options=everything, dtype=dtype))
     return cases

@@ -70,7 +70,22 @@ def _hypergradient(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]
     return arrays, (_array(*keys), state), lambda given: hypergradient(**(absent | given), bounds=bounds)
 
 
+def _gram(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
+    from pallas_kernels.gram import gram
+
+    dtype, multiply = jnp.dtype(case.dtype), "multiply" in case.options
+    keys, tokens = (BATCH, LENGTH, HEADS, case.key_dim), _array(BATCH, LENGTH, HEADS)
+    state = _array(BATCH, HEADS, case.key_dim)
+    arrays = {"k": _array(*keys, dtype=dtype), "log_decay": tokens, "gain": tokens, "center": _array(HEADS)}
+    arrays["initial"] = state
+    if "documents" in case.options:
+        arrays["restarts"] = _array(BATCH, LENGTH, dtype=bool)
+    out = _array(*keys, dtype=dtype if multiply else jnp.float32)
+    return arrays, (out, state), lambda given: gram(**({"restarts": None} | given), squash=1.5, multiply=multiply)
+
+
 _PROGRAMS: dict[str, Callable[[Case], tuple[dict[str, Any], Any, Callable[..., Any]]]] = {
     "delta_rule": _delta_rule,
     "hypergradient": _hypergradient,
+    "gram": _gram,
 }

@@ -109,18 +109,13 @@ def test_near_parallel_keys():
 
 
 def test_near_parallel_keys_without_a_cotangent_on_the_memory():
-    """With one, the last token's strength has nearly all of the norm, and a gradient that is a small difference itself.
-
-    What tokens write telescopes in the gradient of q: there the rounding of each of them to 16 bits shows.
-    """
+    """With one, the last token's strength has nearly all of the norm, and a gradient that is a small difference itself."""
     case = kernel_case("near-parallel", length=193, initial=False, change=near_parallel)
     x = rounded(case.arrays)
     cotangents = cotangents_of(case, x)
     cotangents["memory"] = jnp.zeros_like(cotangents["memory"])
     _, gradient = by_kernel(case, x, cotangents)
-    want = by_scan(case, x, cotangents)[1]
-    assert_close(gradient.pop("q"), want.pop("q"), 3e-2)
-    assert_close(gradient, want, 1e-2)
+    assert_close(gradient, by_scan(case, x, cotangents)[1], 1e-2)
 
 
 def test_two_calls_with_a_carried_state_equal_one():
