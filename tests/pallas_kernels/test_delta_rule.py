@@ -109,7 +109,7 @@ def test_near_parallel_keys():
 
 
 def test_near_parallel_keys_without_a_cotangent_on_the_memory():
-    """With one, the last token's strength has nearly all of the norm, and a gradient that is a small difference itself."""
+    """With one, the last strength has nearly all of the norm, and its gradient is a small difference itself."""
     case = kernel_case("near-parallel", length=193, initial=False, change=near_parallel)
     x = rounded(case.arrays)
     cotangents = cotangents_of(case, x)
