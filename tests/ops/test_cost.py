@@ -69,9 +69,26 @@ def test_programs_do_not_grow_with_the_sequence(implementation):
     assert counts[0] == counts[1] > 50
 
 
+def scan_lengths(jaxpr):
+    """The lengths of all scans in a program."""
+    own = {eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"}
+    return own.union(*(scan_lengths(inner) for inner in inner_programs(jaxpr)))
+
+
+@pytest.mark.parametrize(
+    ("batch", "length", "steps"),
+    [(1, 512, 512), (32, 512, 8), (32, 63, 63)],
+    ids=["the caches hold the memory", "they do not", "less than a chunk"],
+)
+def test_a_forward_pass_on_a_cpu_goes_token_by_token_while_caches_hold_the_memory(batch, length, steps):
+    x = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in arguments(length)[:4]]
+    assert scan_lengths(jax.jit(ops.delta_rule).trace(*x).jaxpr.jaxpr) == {steps}
+
+
 def test_no_prefix_scan_over_memories():
     """It would hold every prefix, T K V numbers. The linter knows it too, by name."""
-    sources = list((Path(__file__).parents[2] / "osdn_jax" / "ops").glob("*.py"))
-    assert len(sources) > 5
+    root = Path(__file__).parents[2]
+    sources = [path for folder in ("osdn_jax/ops", "pallas_kernels") for path in (root / folder).glob("*.py")]
+    assert len(sources) > 20
     for source in sources:
         assert "associative_scan" not in source.read_text(), source.name
