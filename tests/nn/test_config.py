@@ -34,7 +34,7 @@ pytestmark = pytest.mark.usefixtures("our_checks")
         ({"erase": False, "preconditioner": "gram"}, "preconditioner: got 'gram' with erase=False"),
         ({"erase": False, "preconditioner": "hypergradient"}, "preconditioner: got 'hypergradient' with erase=False"),
         ({"chunk_size": 0}, "chunk_size: got 0"),
-        ({"implementation": "magic"}, "implementation: got 'magic', expected None or one of chunk, scan"),
+        ({"implementation": "magic"}, "implementation: got 'magic', expected None or one of chunk, mosaic_gpu"),
     ],
 )
 def test_a_mixer_names_the_field_that_is_wrong(changes, said):

@@ -108,7 +108,7 @@ def test_cases_cover_what_the_functions_take():
             assert sizes <= {(c.key_dim, c.value_dim) for c in cases if (c.gradient, c.decay) == (gradient, decay)}
         assert {"none", "scalar", "channel"} <= {case.decay for case in cases if case.gradient == gradient}
     options = {option for case in cases for option in case.options}
-    assert options == {"no-erase", "documents", "grouped", "write-key", "forget", "bounds"}
+    assert options == {"no-erase", "documents", "grouped", "write-key", "forget", "bounds", "multiply"}
     assert {case.dtype for case in cases if case.function == "delta_rule"} == {"bfloat16", "float16"}
 
 
