@@ -172,8 +172,6 @@ def prepare_channel(
             split(until_end, inverse_s.at[0], inverse_s.at[1])
             plgpu.commit_smem()
 
-        if static.erase:
-
             @pl.loop(0, parts)
             def _(c: Any) -> None:
                 (solved,) = products([(inverse_s.at[0].T, w_s.at[c]), (inverse_s.at[1].T, w_s.at[c])])

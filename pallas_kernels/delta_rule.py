@@ -10,7 +10,7 @@ from jax import lax
 from pallas_kernels.adjoint import recur_back
 from pallas_kernels.channel import prepare_channel
 from pallas_kernels.channel_gradients import channel_gradients
-from pallas_kernels.gates import BETA, FROM_START, from_chunks, gates_of
+from pallas_kernels.gates import BETA, FROM_START, documents_of, fill, from_chunks, gates_of
 from pallas_kernels.gradients import D_CUMULATIVE, D_END, Z_WRITE, gradients
 from pallas_kernels.pieces import first_memories, last_gradients, piece_count
 from pallas_kernels.prepare import Chunks, Static, prepare
@@ -99,8 +99,7 @@ def delta_rule(
 
     # The tokens that fill the last chunks write nothing and leave the memory as it is. Pieces are more of a batch.
     def pad(x: jax.Array) -> jax.Array:
-        x = jnp.pad(x, [(0, 0), (0, -length % (CHUNK * pieces))] + [(0, 0)] * (x.ndim - 2))
-        return x.reshape(batch * pieces, -1, *x.shape[2:])
+        return fill(x, CHUNK * pieces).reshape(batch * pieces, -1, *x.shape[2:])
 
     q, k, v, beta = pad(q), pad(k), pad(v), pad(beta)
     inputs = Inputs(q, k, None, v, beta, None, initial_state)
@@ -109,10 +108,7 @@ def delta_rule(
     if log_decay is not None:
         inputs = inputs._replace(log_decay=pad(log_decay))
     channel = log_decay is not None and log_decay.ndim == 4
-    documents = None
-    if restarts is not None:
-        documents = jnp.cumsum(pad(restarts.astype(jnp.int32)).reshape(q.shape[0], -1, CHUNK), axis=-1)
-        documents = documents.astype(jnp.float32)
+    documents = None if restarts is None else documents_of(pad(restarts))
     static = Static(
         scale=scale,
         erase=erase,

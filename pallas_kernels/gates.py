@@ -26,6 +26,17 @@ def from_chunks(x: jax.Array) -> jax.Array:
     return x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
 
 
+def fill(x: jax.Array, multiple: int = CHUNK) -> jax.Array:
+    """[B, T, ...] with zeros after the last token, up to a multiple of tokens."""
+    return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
+
+
+def documents_of(restarts: jax.Array) -> jax.Array:
+    """[B, N, 64] float32, how often the memory has restarted since the start of a chunk, of restarts [B, T] bool."""
+    in_chunks = restarts.astype(jnp.int32).reshape(restarts.shape[0], -1, CHUNK)
+    return jnp.cumsum(in_chunks, axis=-1).astype(jnp.float32)
+
+
 def gates_of(beta: jax.Array, log_decay: jax.Array | None, documents: jax.Array | None) -> jax.Array:
     """[B, H, N, GATES, 64] of beta and a scalar log decay [B, T, H], and the documents [B, N, 64] float32."""
     beta = to_chunks(beta)

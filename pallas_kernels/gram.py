@@ -14,7 +14,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, from_chunks, gates_of
+from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, documents_of, fill, from_chunks, gates_of
 from pallas_kernels.prepare import Static, pair_decay
 from pallas_kernels.tiles import (
     CHUNK,
@@ -28,6 +28,7 @@ from pallas_kernels.tiles import (
     row_scale,
     smem,
     split,
+    split_terms,
 )
 
 PART = 64  # key channels of one block
@@ -97,16 +98,10 @@ def gram(
     if 0 in k.shape[:3]:
         return jnp.zeros(k.shape, k.dtype if multiply else jnp.float32), initial
 
-    def pad(x: jax.Array) -> jax.Array:
-        return jnp.pad(x, [(0, 0), (0, -length % CHUNK)] + [(0, 0)] * (x.ndim - 2))
-
-    documents = None
-    if restarts is not None:
-        documents = jnp.cumsum(pad(restarts.astype(jnp.int32)).reshape(k.shape[0], -1, CHUNK), axis=-1)
-        documents = documents.astype(jnp.float32)
+    documents = None if restarts is None else documents_of(fill(restarts))
     static = Static(scale=1.0, erase=False, decay=True, documents=documents is not None, interpret=interpret)
     options = _Options(squash, multiply, static)
-    out, final = _gram(pad(k), pad(log_decay), pad(gain), center, initial, documents, options)
+    out, final = _gram(fill(k), fill(log_decay), fill(gain), center, initial, documents, options)
     return out[:, :length], final
 
 
@@ -152,7 +147,7 @@ def _before(gates_s: Any, again_s: Any, static: Static) -> jax.Array:
 def _summed(tiles: _Tiles, *, transpose: bool = False) -> jax.Array:
     decay = [tiles.decay.at[half].T if transpose else tiles.decay.at[half] for half in (0, 1)]
     value = [tiles.value.at[half] for half in (0, 1)]
-    return products([(decay[0], value[0]), (decay[0], value[1]), (decay[1], value[0])])[0]
+    return products(split_terms(decay, value))[0]
 
 
 def _walk(

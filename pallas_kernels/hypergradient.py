@@ -11,12 +11,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.gates import fill, from_chunks
 from pallas_kernels.hypergradient_backward import walk_back
 from pallas_kernels.hypergradient_finish import D_BETA, D_LOG_FORGET, D_STEP, finish
 from pallas_kernels.hypergradient_forward import walk
 from pallas_kernels.hypergradient_parts import Static, make_gates
 from pallas_kernels.hypergradient_prepare import prepare
-from pallas_kernels.tiles import CHUNK
 
 _SIZES = (64, 128, 256)
 
@@ -84,11 +84,8 @@ def hypergradient(
         jnp.zeros(step.shape, jnp.float32) if log_forget is None else f32(log_forget),
     )
     starts = jnp.zeros(k.shape[:2], jnp.float32) if restart is None else f32(restart)
-    fill = -length % CHUNK  # tokens whose step is 0 and that forget nothing
-    k, step, beta, log_forget, starts = (
-        jnp.pad(x, [(0, 0), (0, fill)] + [(0, 0)] * (x.ndim - 2)) if fill else x
-        for x in (k, step, beta, log_forget, starts)
-    )
+    # The tokens that fill the last chunk have a step of 0 and forget nothing.
+    k, step, beta, log_forget, starts = (fill(x) for x in (k, step, beta, log_forget, starts))
     states = (f32(initial), f32(restart_state), jnp.zeros_like(f32(initial)) if anchor is None else f32(anchor))
     d, final = _hypergradient(k, step, beta, log_forget, starts, *states, static)
     return d[:, :length], final
@@ -122,13 +119,9 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> Any:
     prepared = prepare(k, gates, used, static)
     r, after, initial, restart = walk_back(k, gates, prepared, redone, d, used, final, anchor, static)
     d_k, d_gates, *d_anchor = finish(k, gates, redone, d, used, r, after, anchor, static)
-
-    def tokens(row: int) -> jax.Array:
-        rows = d_gates[:, :, :, row]
-        return jnp.moveaxis(rows.reshape(*rows.shape[:2], -1), 1, 2)
-
+    d_tokens = (from_chunks(d_gates[:, :, :, row]) for row in (D_STEP, D_BETA, D_LOG_FORGET))
     return (
-        *(d_k, tokens(D_STEP), tokens(D_BETA), tokens(D_LOG_FORGET), jnp.zeros(k.shape[:2], jnp.float32)),
+        *(d_k, *d_tokens, jnp.zeros(k.shape[:2], jnp.float32)),
         *(initial, restart, jnp.sum(d_anchor[0], axis=2) if d_anchor else jnp.zeros_like(anchor)),
     )
 

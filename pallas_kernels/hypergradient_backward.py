@@ -18,7 +18,16 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hypergradient_parts as parts
 from pallas_kernels.hypergradient_parts import BETA, BLOCK, FORGET, GATES, LEAD, PIECE, RESTART, STEP, TO_END, Static
-from pallas_kernels.tiles import CHUNK, along_columns, column_scale, launch, smem, zeros
+from pallas_kernels.tiles import (
+    CHUNK,
+    along_columns,
+    column_scale,
+    launch,
+    read_columns,
+    read_rows,
+    smem,
+    zeros,
+)
 
 
 def walk_back(
@@ -77,25 +86,25 @@ def walk_back(
 
             recalled = jnp.sum(parts.over(pieces, recall, zeros(CHUNK, PIECE)), axis=1)
             if static.forget:
-                recalled = recalled * parts.load_rows(gates_s.at[slot, TO_END])
-            right = (recalled + parts.load_rows(adds_s.at[slot])) * parts.load_rows(gates_s.at[slot, STEP])
+                recalled = recalled * read_rows(gates_s.at[slot, TO_END])
+            right = (recalled + read_rows(adds_s.at[slot])) * read_rows(gates_s.at[slot, STEP])
             inverse = plgpu.load(inverse_s.at[slot], layout=plgpu.Layout.WGMMA)
             tokens_s[...] = jnp.sum(inverse * along_columns(right, inverse), axis=0)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(tokens_s, r_ref.at[b, p, n])
-            taken = parts.load_rows(tokens_s) * parts.load_rows(gates_s.at[slot, BETA])
+            taken = read_rows(tokens_s) * read_rows(gates_s.at[slot, BETA])
             if static.forget:
-                taken = taken * parts.load_rows(gates_s.at[slot, LEAD])
+                taken = taken * read_rows(gates_s.at[slot, LEAD])
             lead = gates_s[slot, LEAD, CHUNK - 1] * gates_s[slot, FORGET, CHUNK - 1]
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
             def carry_back(piece: Any, _: Any) -> None:
                 part = parts.channels(piece)
                 squares = parts.squares(k_s.at[slot, piece])
-                state = parts.load_piece(state_s.at[part])
+                state = read_columns(state_s.at[part])
                 if static.forget:
                     state = state * lead
-                state = state + parts.load_piece(state_adds_s.at[slot, part])
+                state = state + read_columns(state_adds_s.at[slot, part])
                 state_s[part] = state - jnp.sum(squares * along_columns(taken, squares), axis=0)
 
             parts.over(pieces, carry_back, None)

@@ -17,8 +17,11 @@ from pallas_kernels.tiles import (
     launch,
     products,
     read,
+    read_rows,
     row_scale,
     smem,
+    split,
+    split_terms,
     zeros,
 )
 
@@ -78,25 +81,25 @@ def finish(
             plgpu.copy_gmem_to_smem(r_ref.at[b, p, n], r_s, loaded)
             plgpu.copy_gmem_to_smem(parts.sums_of(gates_ref.at[b, p, n]), again_s, loaded)
             plgpu.barrier_wait(loaded)
-            parts.split(parts.left_after(gates_s, again_s, static), left)
+            split(parts.left_after(gates_s, again_s, static), *left)
 
             def predict(piece: Any, predicted: jax.Array) -> jax.Array:
                 return predicted + parts.squares(k_s.at[piece]) * read(d_s.at[piece])
 
             predicted = jnp.sum(parts.over(pieces, predict, zeros(CHUNK, PIECE)), axis=1)
-            r, beta = parts.load_rows(r_s), parts.load_rows(gates_s.at[BETA])
+            r, beta = read_rows(r_s), read_rows(gates_s.at[BETA])
             feedback = 1.0 - beta * predicted
             d_gates_s[D_BETA] = -(r * predicted)
-            coefficient, taken = parts.load_rows(gates_s.at[STEP]) * feedback, beta * r
+            coefficient, taken = read_rows(gates_s.at[STEP]) * feedback, beta * r
 
             def step(piece: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 part = parts.channels(piece)
                 squares = parts.squares(k_s.at[piece])
                 plgpu.barrier_wait(used_loaded)
-                parts.split(read(used_s) - along_columns(taken, squares) * squares, g)
+                split(read(used_s) - along_columns(taken, squares) * squares, *g)
                 plgpu.commit_smem()
                 pl.when(piece + 1 < pieces)(lambda: load_used(piece + 1))
-                added = products(parts.terms(left, g, short=not static.forget))[0]
+                added = products(split_terms(left, g, short=not static.forget))[0]
                 after = column_scale(after_s.at[part], added)
                 if static.forget:
                     after = after * row_scale(gates_s.at[TO_END], after)
@@ -114,7 +117,7 @@ def finish(
             sums = parts.over(pieces, step, (zeros(CHUNK, PIECE),) * (1 + static.forget))
             d_gates_s[D_STEP] = jnp.sum(sums[0], axis=1) * feedback
             if static.forget:
-                d_gates_s[D_LOG_FORGET] = jnp.sum(sums[1], axis=1) * parts.load_rows(gates_s.at[FORGET])
+                d_gates_s[D_LOG_FORGET] = jnp.sum(sums[1], axis=1) * read_rows(gates_s.at[FORGET])
             plgpu.commit_smem()
             for piece in range(pieces):
                 plgpu.copy_smem_to_gmem(k_s.at[piece], d_k_ref.at[b, rows, p, parts.channels(piece)])

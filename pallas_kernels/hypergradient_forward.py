@@ -29,8 +29,13 @@ from pallas_kernels.tiles import (
     indices,
     launch,
     products,
+    read_columns,
+    read_rows,
     row_scale,
     smem,
+    split,
+    split_terms,
+    zero_columns,
     zeros,
 )
 
@@ -85,7 +90,7 @@ def walk(
             def step(piece: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 predicted, *drawn = carry
                 squares, part = parts.squares(k_s.at[slot, piece]), parts.channels(piece)
-                parts.split(squares, parts.at(u, piece))
+                split(squares, *parts.at(u, piece))
                 start = column_scale(state_s.at[part], squares)
                 if static.anchored:
                     anchored = column_scale(anchor_s.at[part], squares)
@@ -95,21 +100,21 @@ def walk(
             predicted, *drawn = parts.over(pieces, step, (zeros(CHUNK, PIECE),) * (1 + static.anchored))
             recalled = jnp.sum(predicted, axis=1)
             if static.forget:
-                recalled = recalled * parts.load_rows(gates_s.at[slot, LEAD])
+                recalled = recalled * read_rows(gates_s.at[slot, LEAD])
             if static.anchored:
                 recalled = recalled + jnp.sum(drawn[0], axis=1)
-            tokens_s[...] = 1.0 - parts.load_rows(gates_s.at[slot, BETA]) * recalled
+            tokens_s[...] = 1.0 - read_rows(gates_s.at[slot, BETA]) * recalled
             solved = plgpu.load(inverse_s.at[slot], layout=plgpu.Layout.WGMMA)
             solved = solved * column_scale(tokens_s, solved)
-            return jnp.sum(solved, axis=1) * parts.load_rows(gates_s.at[slot, STEP])
+            return jnp.sum(solved, axis=1) * read_rows(gates_s.at[slot, STEP])
 
         def closed_form(slot: Any) -> Any:
             """d before each token into d_s and after the last into after_s; how many values leave the bounds."""
             coefficient = coefficients(slot)
             tokens_s[...] = coefficient
             left = parts.left_before(gates_s.at[slot], again_s.at[slot], static)
-            parts.split(left * column_scale(tokens_s, left), weights)
-            to_end = coefficient * parts.load_rows(gates_s.at[slot, TO_END]) if static.forget else coefficient
+            split(left * column_scale(tokens_s, left), *weights)
+            to_end = coefficient * read_rows(gates_s.at[slot, TO_END]) if static.forget else coefficient
             lead = gates_s[slot, LEAD, CHUNK - 1] * gates_s[slot, FORGET, CHUNK - 1]
             plgpu.commit_smem()
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
@@ -117,19 +122,19 @@ def walk(
 
             def step(piece: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 part = parts.channels(piece)
-                values = products(parts.terms(weights, parts.at(u, piece)))[0]
+                values = products(split_terms(weights, parts.at(u, piece)))[0]
                 start = column_scale(state_s.at[part], values)
-                after = parts.load_piece(state_s.at[part])
+                after = read_columns(state_s.at[part])
                 if static.anchored:
                     start = start - column_scale(anchor_s.at[part], values)
-                    after = after - parts.load_piece(anchor_s.at[part])
+                    after = after - read_columns(anchor_s.at[part])
                 if static.forget:
                     start, after = start * row_scale(gates_s.at[slot, LEAD], values), after * lead
                 added = parts.squares(k_s.at[slot, piece])
                 values, after = values + start, after + jnp.sum(added * along_columns(to_end, added), axis=0)
                 if static.anchored:
                     values = values + column_scale(anchor_s.at[part], values)
-                    after = after + parts.load_piece(anchor_s.at[part])
+                    after = after + read_columns(anchor_s.at[part])
                 d_s[piece] = values
                 after_s[part] = after
                 if static.bounds is None:
@@ -137,11 +142,11 @@ def walk(
                 leaving = jnp.where(first, 0.0, parts.outside(values, static))
                 return carry[0] + leaving, carry[1] + parts.outside(after, static)
 
-            leaving, leaving_after = parts.over(pieces, step, (zeros(CHUNK, PIECE), parts.no_piece()))
+            leaving, leaving_after = parts.over(pieces, step, (zeros(CHUNK, PIECE), zero_columns(PIECE)))
             if static.bounds is None:
                 return 0.0
             tokens_s[...] = jnp.sum(leaving, axis=1)
-            return jnp.sum(leaving_after) + jnp.sum(parts.load_piece(tokens_s))
+            return jnp.sum(leaving_after) + jnp.sum(read_columns(tokens_s))
 
         def accept(n: Any) -> None:
             plgpu.commit_smem()

@@ -9,7 +9,6 @@ where E_ij is what is left before token i of what token j added, and lead_i of t
 that a document starts inside of, is done token by token.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -18,6 +17,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.gates import to_chunks
 from pallas_kernels.tiles import CHUNK, column_scale, indices, read, row_scale, smem
 
 # Rows of the gates of a chunk, [GATES, 64] float32. The sums of log_forget are each kept as two numbers, a multiple of
@@ -29,8 +29,6 @@ GATES = 12
 
 PIECE = 64  # channels that a kernel holds in registers at once
 BLOCK = 16  # tokens whose rows lie in shared memory at once, token by token
-_ROWS = plgpu.Layout.WGMMA.reduce(1)
-_COLUMNS = plgpu.Layout.WGMMA.reduce(0)
 
 
 class Static(NamedTuple):
@@ -60,20 +58,16 @@ def sums_of(gates: Any) -> Any:
 
 def make_gates(step: jax.Array, beta: jax.Array, log_forget: jax.Array, restart: jax.Array) -> jax.Array:
     """[B, P, N, GATES, 64] of step, beta and log_forget [B, T, P] and restart [B, T], float32, T a multiple of 64."""
-
-    def chunks(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 1, 2).reshape(x.shape[0], x.shape[2], -1, CHUNK)
-
-    forget = chunks(jnp.maximum(log_forget, -110.0))  # its exp is 0, as is that of anything below
+    forget = to_chunks(jnp.maximum(log_forget, -110.0))  # its exp is 0, as is that of anything below
     coarse = jnp.round(forget * 256.0) / 256.0
     fine = forget - coarse
     coarse_sum, fine_sum = jnp.cumsum(coarse, axis=-1), jnp.cumsum(fine, axis=-1)
     coarse_before, fine_before = coarse_sum - coarse, fine_sum - fine
     to_end = (coarse_sum[..., -1:] - coarse_sum) + (fine_sum[..., -1:] - fine_sum)
-    restarts = chunks(jnp.broadcast_to(restart[..., None], step.shape))
+    restarts = to_chunks(jnp.broadcast_to(restart[..., None], step.shape))
     forced = jnp.broadcast_to(jnp.max(restarts[..., 1:], axis=-1, keepdims=True), restarts.shape)
     rows = [
-        *(chunks(step), chunks(beta), jnp.exp(forget), -jnp.expm1(forget), restarts, forced),
+        *(to_chunks(step), to_chunks(beta), jnp.exp(forget), -jnp.expm1(forget), restarts, forced),
         *(jnp.exp(coarse_before + fine_before), jnp.exp(to_end)),
         *(coarse_sum, fine_sum, coarse_before, fine_before),
     ]
@@ -120,18 +114,6 @@ def at(matrices: Any, piece: Any) -> list[Any]:
     return [matrices.at[piece, half] for half in range(2)]
 
 
-def split(value: jax.Array, pair: Sequence[Any]) -> None:
-    """Writes float32 registers as two halves."""
-    high = value.astype(jnp.bfloat16)
-    pair[0][...] = high
-    pair[1][...] = (value - high.astype(jnp.float32)).astype(jnp.bfloat16)
-
-
-def terms(a: Sequence[Any], b: Sequence[Any], *, short: bool = False) -> list[tuple[Any, Any]]:
-    """The products of halves that make a @ b; short: the low half of a is 0."""
-    return [(a[0], b[0]), (a[0], b[1])] + ([] if short else [(a[1], b[0])])
-
-
 def over(pieces: int, step: Any, start: Any) -> Any:
     """Folds step(piece, carry) over the pieces, one after the other: unrolled they take too many registers."""
     return step(0, start) if pieces == 1 else lax.fori_loop(0, pieces, step, start)
@@ -146,21 +128,6 @@ def squares(tile: Any) -> jax.Array:
     """u of a piece [64, 64] of keys."""
     k = read(tile)
     return k * k
-
-
-def load_rows(ref: Any) -> jax.Array:
-    """One number per token of a chunk."""
-    return plgpu.load(ref, layout=_ROWS)
-
-
-def load_piece(vector: Any) -> jax.Array:
-    """One number per channel of a piece, as the columns of an accumulator reduce to."""
-    return plgpu.load(vector, layout=_COLUMNS)
-
-
-def no_piece() -> jax.Array:
-    """Zeros for the channels of a piece."""
-    return plgpu.layout_cast(jnp.zeros((PIECE,), jnp.float32), _COLUMNS)
 
 
 def load_row(ref: Any) -> jax.Array:

@@ -12,7 +12,18 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import hypergradient_parts as parts
 from pallas_kernels.hypergradient_parts import BETA, GATES, LEAD, PIECE, STEP, Static
 from pallas_kernels.inverse import SCRATCH, unit_lower_inverse
-from pallas_kernels.tiles import CHUNK, column_scale, launch, products, read, row_scale, smem, zeros
+from pallas_kernels.tiles import (
+    CHUNK,
+    column_scale,
+    launch,
+    products,
+    read,
+    row_scale,
+    smem,
+    split,
+    split_terms,
+    zeros,
+)
 
 
 def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static: Static) -> list[jax.Array]:
@@ -45,11 +56,11 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
         plgpu.copy_gmem_to_smem(parts.sums_of(ins[1].at[b, p, n]), again_s, loaded)
         plgpu.barrier_wait(loaded)
         for piece in range(pieces):
-            parts.split(parts.squares(k_s.at[piece]), parts.at(u, piece))
+            split(parts.squares(k_s.at[piece]), *parts.at(u, piece))
         plgpu.commit_smem()
         pairs: list[tuple[Any, Any]] = []
         for piece in range(pieces):
-            pairs += [(a, b.T) for a, b in parts.terms(parts.at(u, piece), parts.at(u, piece))]
+            pairs += [(a, b.T) for a, b in split_terms(parts.at(u, piece), parts.at(u, piece))]
         lower = products(pairs)[0] * parts.left_before(gates_s, again_s, static)
         lower = lower * row_scale(gates_s.at[BETA], lower) * column_scale(gates_s.at[STEP], lower)
         # The squared keys have served: the inverse works in their memory.
@@ -60,16 +71,16 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
         if backward:
             # And the inverse has served: E transposed and the cotangents take its place.
             left, g = scratch[0:2], scratch[2:4]
-            parts.split(parts.left_after(gates_s, again_s, static), left)
+            split(parts.left_after(gates_s, again_s, static), *left)
             adds = zeros(CHUNK, PIECE)
             for piece in range(pieces):
                 source = ins[2].at[b, rows, p, parts.channels(piece)]
                 plgpu.copy_gmem_to_smem(source, g_s, g_loaded)
                 plgpu.barrier_wait(g_loaded)
                 cotangents = read(g_s)
-                parts.split(cotangents, g)
+                split(cotangents, *g)
                 plgpu.commit_smem()
-                adds = adds + products(parts.terms(left, g, short=not static.forget))[0] * parts.squares(k_s.at[piece])
+                adds = adds + products(split_terms(left, g, short=not static.forget))[0] * parts.squares(k_s.at[piece])
                 if static.forget:
                     cotangents = cotangents * row_scale(gates_s.at[LEAD], cotangents)
                 state_s[parts.channels(piece)] = jnp.sum(cotangents, axis=0)

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.tiles import CHUNK, indices, products, smem, split
+from pallas_kernels.tiles import CHUNK, indices, products, smem, split, split_terms
 
 # Each float32 matrix lies in shared memory as the sum of two bfloat16 ones: 16 bits of its 24.
 SCRATCH = [smem(CHUNK, CHUNK, dtype=jnp.bfloat16)] * 6
@@ -28,9 +28,9 @@ def unit_lower_inverse(lower: jax.Array, scratch: Any) -> jax.Array:
         split(inverse, *x)
         plgpu.commit_smem()
         corners = (i // size == j // size + 1) & (i // size % 2 == 1)
-        split(jnp.where(corners, _product(a, x), 0.0), *joined)
+        split(jnp.where(corners, products(split_terms(a, x))[0], 0.0), *joined)
         plgpu.commit_smem()
-        inverse = inverse - _product(x, joined)
+        inverse = inverse - products(split_terms(x, joined))[0]
         size *= 2
     return inverse
 
@@ -40,8 +40,4 @@ def times_inverse(matrix: jax.Array, inverse: jax.Array, scratch: Any) -> jax.Ar
     split(matrix, *scratch[0:2])
     split(inverse, *scratch[2:4])
     plgpu.commit_smem()
-    return _product(scratch[0:2], scratch[2:4])
-
-
-def _product(a: Any, b: Any) -> jax.Array:
-    return products([(a[0], b[0]), (a[0], b[1]), (a[1], b[0])])[0]
+    return products(split_terms(scratch[0:2], scratch[2:4]))[0]

@@ -10,7 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from pallas_kernels.prepare import Chunks, Static
-from pallas_kernels.recurrence import recur, value_tile
+from pallas_kernels.recurrence import recur
+from pallas_kernels.walk import tile_width
 
 _MULTIPROCESSORS = 132
 _SHORTEST = 16  # chunks
@@ -19,7 +20,7 @@ _FEWEST = 4  # pieces: the work is some three times that of the sequence in one
 
 def piece_count(batch: int, heads: int, chunks: int, key_dim: int, value_dim: int) -> int:
     """Pieces, a power of two, that one wave of blocks holds; 1 where heads fill the GPU or the sequence is short."""
-    blocks = batch * heads * -(-value_dim // value_tile(key_dim))
+    blocks = batch * heads * value_dim // tile_width(key_dim)
     count = 1
     while 2 * count * blocks <= _MULTIPROCESSORS and chunks >= 2 * count * _SHORTEST:
         count *= 2

@@ -81,9 +81,29 @@ def split(value: jax.Array, high: Any, low: Any) -> None:
     low[...] = (value - rounded.astype(jnp.float32)).astype(low.dtype)
 
 
+def split_terms(a: Sequence[Any], b: Sequence[Any], *, short: bool = False) -> list[tuple[Any, Any]]:
+    """The products of tiles that make a @ b of two matrices, each split in two; short: the low half of a is 0."""
+    return [(a[0], b[0]), (a[0], b[1])] + ([] if short else [(a[1], b[0])])
+
+
+def read_rows(vector: Any) -> jax.Array:
+    """A vector in shared memory as registers, one number per row of an accumulator."""
+    return plgpu.load(vector, layout=_ROWS)
+
+
+def read_columns(vector: Any) -> jax.Array:
+    """A vector in shared memory as registers, one number per column of an accumulator."""
+    return plgpu.load(vector, layout=_COLUMNS)
+
+
+def zero_columns(size: int) -> jax.Array:
+    """Float32 zeros, one per column of an accumulator."""
+    return plgpu.layout_cast(jnp.zeros((size,), jnp.float32), _COLUMNS)
+
+
 def row_scale(vector: Any, like: jax.Array) -> jax.Array:
     """A vector in shared memory, [rows], broadcast along the columns of an accumulator."""
-    return along_columns(plgpu.load(vector, layout=_ROWS), like)
+    return along_columns(read_rows(vector), like)
 
 
 def along_columns(vector: jax.Array, like: jax.Array) -> jax.Array:
@@ -98,7 +118,7 @@ def along_rows(vector: jax.Array, like: jax.Array) -> jax.Array:
 
 def column_scale(vector: Any, like: jax.Array) -> jax.Array:
     """A vector in shared memory, [columns], broadcast along the rows of an accumulator."""
-    return along_rows(plgpu.load(vector, layout=_COLUMNS), like)
+    return along_rows(read_columns(vector), like)
 
 
 def indices(shape: tuple[int, int]) -> tuple[jax.Array, jax.Array]:

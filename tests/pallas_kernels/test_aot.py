@@ -36,7 +36,7 @@ ptxas info    : Compile time = 89.420 ms
 declare i32 @mosaic_gpu_launch_kernel(ptr, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, i32, ptr, ptr)
   %726 = call i32 @mosaic_gpu_launch_kernel(ptr %0, i32 1, i32 2, i32 2, i32 0, i32 0, i32 0, i32 128, i32 1, i32 1, \
 i32 183312, i32 0, ptr %1, ptr %719)
-ptxas /tmp/tempfile-1, line 505; info    : {BOUNDS}
+ptxas tempfile-1, line 505; info    : {BOUNDS}
 ptxas warning : Registers are spilled to local memory in function 'b', 236 bytes spill stores, 244 bytes spill loads
 ptxas info    : Compiling entry function 'delta_rule_recur_back_mosaic_gpu_kernel' for 'sm_90a'
 ptxas info    : Function properties for delta_rule_recur_back_mosaic_gpu_kernel
