@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn import initializers
+from osdn_jax.ops import collectives
 
 
 class Exempt(nnx.Param):
@@ -26,27 +27,42 @@ class ShortConvolution(nnx.Module):
         x: Float[Array, "B T C"],
         window: Float[Array, "B W C"] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        context_axis: str | None = None,
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B W C"]]:
         """Convolves x, preceded by the window of the size - 1 inputs before it (zeros if None).
 
-        Returns the outputs and the window for what follows.
+        Returns the outputs and the window for what follows. With context_axis, as in `ops.delta_rule`, the windows are
+        those before the first token of all and after the last.
         """
         kernel = self.kernel[...].astype(x.dtype)
         size, length = kernel.shape[0], x.shape[1]
         if window is None:
             window = jnp.zeros((x.shape[0], size - 1, x.shape[2]), x.dtype)
-        padded = jnp.concatenate([window.astype(x.dtype), x], axis=1)
+        window = window.astype(x.dtype)
+        if context_axis is not None:
+            if length < size - 1:
+                raise ValueError(
+                    f"x: got {length} tokens on each device of {context_axis!r}, expected at least the {size - 1} that "
+                    "the convolution reads of the device to the left"
+                )
+            left = collectives.from_left(x[:, length - (size - 1) :], context_axis)
+            window = jnp.where(jax.lax.axis_index(context_axis) == 0, window, left)
+        padded = jnp.concatenate([window, x], axis=1)
         ids = None
         if segment_ids is not None:
             # The window belongs to the document that goes on with the first token.
-            ids = jnp.concatenate([jnp.repeat(segment_ids[:, :1], size - 1, axis=1), segment_ids], axis=1)
+            earlier = jnp.repeat(segment_ids[:, :1], size - 1, axis=1)
+            if context_axis is not None:
+                earlier = collectives.before(segment_ids, context_axis, size - 1)
+            ids = jnp.concatenate([earlier, segment_ids], axis=1)
         out = jnp.zeros_like(x)
         for tap in range(size):
             shifted = padded[:, tap : tap + length]
             if ids is not None and segment_ids is not None and tap < size - 1:
                 shifted = jnp.where((ids[:, tap : tap + length] == segment_ids)[..., None], shifted, 0.0)
             out = out + shifted * kernel[tap][None, None]
-        return out, padded[:, length:]
+        after = padded[:, length:]
+        return out, after if context_axis is None else collectives.of_last(after, context_axis)
 
 
 class SwiGLU(nnx.Module):

@@ -32,6 +32,7 @@ def check_call(
     segment_ids: Any,
     *,
     time: bool = True,
+    context_axis: str | None = None,
 ) -> Call:
     """Checks shapes and types of a sequence (or, without time, of one token). Raises ValueError or TypeError."""
     lead = "B, T, " if time else "B, "
@@ -64,7 +65,7 @@ def check_call(
         memory = checks.shaped_array("initial_state", initial_state, shape, "[B, H, K, V]").astype(dtype)
     restarts = None
     if segment_ids is not None:
-        restarts = checks.restarts(checks.segment_ids(segment_ids, leading))
+        restarts = checks.restarts(checks.segment_ids(segment_ids, leading), context_axis)
     return Call(
         checks.varying_like(memory, q, k, v, beta, write_key, log_decay, restarts),
         q,

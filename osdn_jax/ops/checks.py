@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from osdn_jax.ops import collectives
+
 Shape = tuple[int, ...]
 
 
@@ -100,12 +102,10 @@ def varying_like(state: jax.Array, *arrays: jax.Array | None) -> jax.Array:
     return state + sum(zeros[1:], zeros[0])
 
 
-def restarts(ids: jax.Array | None) -> jax.Array | None:
-    """Whether a new document starts at each token: [B, T] ids -> [B, T] bool; never at the first token."""
-    if ids is None:
-        return None
-    changed = ids[:, 1:] != ids[:, :-1]
-    return jnp.pad(changed, ((0, 0), (min(1, ids.shape[1]), 0)))
+def restarts(ids: jax.Array, context_axis: str | None = None) -> jax.Array:
+    """Whether a new document starts at each token: [B, T] ids -> [B, T] bool; never at the first token of all."""
+    first = ids[:, :1] if context_axis is None else collectives.before(ids, context_axis)
+    return ids != jnp.concatenate([first, ids], axis=1)[:, : ids.shape[1]]
 
 
 def _array(name: str, value: Any, layout: str) -> jax.Array:

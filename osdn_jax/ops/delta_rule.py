@@ -6,7 +6,7 @@ from collections.abc import Callable
 import jax
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks, chunkwise, mosaic_gpu, recurrence
+from osdn_jax.ops import checks, chunkwise, collectives, context, mosaic_gpu, recurrence
 from osdn_jax.ops.arguments import Call, check_call, resolve_scale
 from osdn_jax.ops.selection import forward_by_scan
 
@@ -59,6 +59,7 @@ def delta_rule(
     segment_ids: Int[Array, "B T"] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    context_axis: str | None = None,
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """The asymmetric gated delta rule.
 
@@ -87,19 +88,28 @@ def delta_rule(
         implementation: "scan" (one token at a time, the specification), "chunk" (matrix products), "mosaic_gpu"
             (kernels for Hopper GPUs: bfloat16 or float16, K and V of 64, 128 or 256), "mosaic_gpu_interpret" (the same
             kernels on any machine, slowly), or None for the fastest here. Only "scan" has forward-mode gradients.
+        context_axis: inside `jax.shard_map`, the mesh axis that the sequence is split over in equal parts, in order.
+            States, before the first token of all and after the last of all, are the same on every device.
 
     Returns:
         (o [B, T, H, V] in the type of v, final memory [B, H, K, V] float32, or float64 where an input is).
 
     Raises:
-        ValueError: a shape does not fit the others, chunk_size is below 1, or implementation is not known.
+        ValueError: a shape does not fit the others, chunk_size is below 1, or implementation is not known;
+            context_axis is no mesh axis here.
         TypeError: an argument is not an array of the expected kind of type.
         NotImplementedError: the named implementation does not serve these types, shapes or this device.
     """
     checks.implementation(implementation, IMPLEMENTATIONS)
     chunk_size = checks.chunk_size(chunk_size)
-    call = check_call(q, k, v, beta, write_key, log_decay, initial_state, segment_ids)
+    context_axis = collectives.check_axis(context_axis)
+    call = check_call(q, k, v, beta, write_key, log_decay, initial_state, segment_ids, context_axis=context_axis)
     scale = resolve_scale(scale, call.q.shape[-1])
-    run = _fastest if implementation is None else IMPLEMENTATIONS[implementation]
-    out, memory = run(call, erase=erase, scale=scale, chunk_size=chunk_size)
+    run = functools.partial(
+        _fastest if implementation is None else IMPLEMENTATIONS[implementation],
+        erase=erase,
+        scale=scale,
+        chunk_size=chunk_size,
+    )
+    out, memory = run(call) if context_axis is None else context.delta_rule(run, call, context_axis)
     return out.astype(call.v.dtype), memory

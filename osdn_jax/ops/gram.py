@@ -6,7 +6,7 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks, mosaic_gpu
+from osdn_jax.ops import checks, collectives, mosaic_gpu
 from osdn_jax.ops.scores import pair_decay
 from osdn_jax.ops.selection import on_cpu
 from osdn_jax.ops.tiling import documents, fitting_chunk, from_chunks, to_chunks
@@ -27,6 +27,7 @@ def gram_preconditioner(
     segment_ids: Int[Array, "B T"] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    context_axis: str | None = None,
 ) -> tuple[Float[Array, "B T Hk K"], Float[Array, "B Hk K"]]:
     """Diagonal preconditioner from a decayed running sum of squared keys (arXiv 2604.21100).
 
@@ -47,6 +48,7 @@ def gram_preconditioner(
         implementation: "scan" (the specification), "chunk" (prefix sums by matrix products), "mosaic_gpu" (kernels for
             Hopper GPUs: K of 64, 128 or 256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or
             None for the fastest here.
+        context_axis: as for `delta_rule`.
 
     Returns:
         (multiplier [B, T, Hk, K], A after the last token [B, Hk, K]), float32, or float64 where an input is.
@@ -66,6 +68,7 @@ def gram_preconditioner(
         segment_ids=segment_ids,
         chunk_size=chunk_size,
         implementation=implementation,
+        context_axis=context_axis,
         multiply=False,
     )
 
@@ -81,11 +84,13 @@ def preconditioned(
     segment_ids: jax.Array | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    context_axis: str | None = None,
     multiply: bool,
 ) -> tuple[jax.Array, jax.Array]:
     """`gram_preconditioner`, or with multiply the write keys, in the type of k, which kernels make at once."""
     checks.implementation(implementation, IMPLEMENTATIONS)
     chunk_size = checks.chunk_size(chunk_size)
+    context_axis = collectives.check_axis(context_axis)
     squash = checks.number("squash", squash)
     if squash <= 0:
         raise ValueError(f"squash: got {squash}, expected more than 0")
@@ -103,14 +108,16 @@ def preconditioned(
     initial = checks.shaped_array("initial", initial, shape, "[B, Hk, K]").astype(dtype)
     restarts = None
     if segment_ids is not None:
-        restarts = checks.restarts(checks.segment_ids(segment_ids, (batch, length)))
+        restarts = checks.restarts(checks.segment_ids(segment_ids, (batch, length)), context_axis)
     initial = checks.varying_like(initial, k, log_decay, gain, restarts)
 
     log_decay, gain, center = log_decay.astype(dtype), gain.astype(dtype), center.astype(dtype)
+    if context_axis is not None:
+        initial = _entering(k, log_decay, gain, initial, restarts, context_axis)
     if implementation is None and mosaic_gpu.on_hopper() and not mosaic_gpu.gram_limitation(k, log_decay, chunk_size):
         implementation = "mosaic_gpu"
     if implementation is not None and implementation.startswith("mosaic_gpu"):
-        return mosaic_gpu.gram(
+        out, final = mosaic_gpu.gram(
             k,
             log_decay,
             gain,
@@ -122,6 +129,7 @@ def preconditioned(
             multiply=multiply,
             interpret=implementation == "mosaic_gpu_interpret",
         )
+        return out, _after(final, context_axis)
     update = gain[..., None] * jnp.square(k.astype(dtype))
     if (implementation or ("scan" if on_cpu() else "chunk")) == "scan":
         running, final = _scan(initial, update, log_decay, restarts)
@@ -130,7 +138,25 @@ def preconditioned(
         running, final = _chunk(initial, update, log_decay, restarts, size)
     r = jnp.log(running + _EPSILON) - center[None, None, :, None]
     multiplier = jnp.exp(-float(np.log(squash)) * r / (1.0 + jnp.abs(r)))
-    return (write_key(multiplier, k) if multiply else multiplier), final
+    return (write_key(multiplier, k) if multiply else multiplier), _after(final, context_axis)
+
+
+def _after(final: jax.Array, axis: str | None) -> jax.Array:
+    return final if axis is None else collectives.of_last(final, axis)
+
+
+def _entering(
+    k: jax.Array, log_decay: jax.Array, gain: jax.Array, initial: jax.Array, restarts: jax.Array | None, axis: str
+) -> jax.Array:
+    """A before this device's tokens: what it keeps of A and what it adds is known without A."""
+    kept = jnp.exp(jnp.sum(log_decay, axis=1))
+    until_end = jnp.exp(lax.cumsum(log_decay, axis=1, reverse=True) - log_decay)
+    if restarts is not None:
+        document = jnp.cumsum(restarts.astype(jnp.int32), axis=1)
+        kept = jnp.where(jnp.any(restarts, axis=1)[:, None], 0.0, kept)
+        until_end = jnp.where((document == document[:, -1:])[..., None], until_end, 0.0)
+    added = jnp.einsum("btp,btpk->bpk", until_end * gain, jnp.square(k.astype(gain.dtype)))
+    return collectives.entering(lambda parts, a: parts[0][..., None] * a + parts[1], (kept, added), initial, axis)
 
 
 def write_key(multiplier: jax.Array, k: jax.Array) -> jax.Array:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks, hypergradient_chunk, mosaic_gpu
+from osdn_jax.ops import checks, collectives, hypergradient_chunk, hypergradient_context, mosaic_gpu
 from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
 from osdn_jax.ops.selection import on_cpu
 from osdn_jax.ops.tiling import fitting_chunk, from_chunks, to_chunks
@@ -78,6 +78,7 @@ def hypergradient_preconditioner(
     segment_ids: Int[Array, "B T"] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
+    context_axis: str | None = None,
 ) -> tuple[Float[Array, "B T Hk K"], Float[Array, "B Hk K"]]:
     """Diagonal preconditioner by hypergradient feedback, with Adaptive Preconditioner Forgetting (arXiv 2605.13473).
 
@@ -102,6 +103,8 @@ def hypergradient_preconditioner(
         chunk_size: tokens per chunk of the implementations that have chunks; default 64.
         implementation: "scan" (the specification), "chunk", "mosaic_gpu" (kernels for Hopper GPUs: K of 64, 128 or
             256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or None for the fastest here.
+        context_axis: as for `delta_rule`. The devices work at once where no projection binds in any of their tokens,
+            and in order, one after the other, where one does.
 
     Returns:
         (d [B, T, Hk, K], at each token before that token's update; d after the last token [B, Hk, K]), float32, or
@@ -114,6 +117,7 @@ def hypergradient_preconditioner(
     """
     checks.implementation(implementation, IMPLEMENTATIONS)
     chunk_size = checks.chunk_size(chunk_size)
+    context_axis = collectives.check_axis(context_axis)
     bounds = checks.bounds(bounds)
     eta = checks.number("eta", eta)
     k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
@@ -134,6 +138,9 @@ def hypergradient_preconditioner(
         state = jnp.broadcast_to(x.astype(dtype), shapes[0])
         return checks.varying_like(state, *tokens)
 
+    restarts = None
+    if segment_ids is not None:
+        restarts = checks.restarts(checks.segment_ids(segment_ids, (batch, length)), context_axis)
     u = jnp.square(k.astype(dtype))
     b = None if beta is None else beta.astype(dtype)
     step = jnp.full(u.shape[:-1], eta, dtype) if b is None else eta * b
@@ -144,7 +151,7 @@ def hypergradient_preconditioner(
         beta=b,
         step=step,
         log_forget=None if log_forget is None else log_forget.astype(dtype),
-        restart=None if segment_ids is None else checks.restarts(checks.segment_ids(segment_ids, (batch, length))),
+        restart=restarts,
     )
     # Without forgetting nothing is drawn anywhere, and an anchor of 0 draws by forgetting alone.
     anchored = log_forget is not None and not (checks.is_number(anchor) and anchor == 0)
@@ -154,6 +161,9 @@ def hypergradient_preconditioner(
         anchor=full(arrays["anchor"]) if anchored else None,
     )
     name = implementation or _fastest(k, tokens, chunk_size)
+    if context_axis is not None:
+        run = functools.partial(IMPLEMENTATIONS[name], chunk_size=chunk_size)
+        return hypergradient_context.split_over(run, k, tokens, start, bounds, context_axis)
     return IMPLEMENTATIONS[name](k, tokens, start, bounds, chunk_size)
 
 

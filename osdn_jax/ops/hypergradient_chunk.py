@@ -13,7 +13,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from osdn_jax.ops import collectives
 from osdn_jax.ops.scores import pair_decay
+from osdn_jax.ops.tiling import fitting_chunk, to_chunks
 from osdn_jax.ops.triangular import unit_lower_inverse
 
 
@@ -74,26 +76,17 @@ def affine_chunk(d: jax.Array, tokens: Tokens, start: Start) -> tuple[jax.Array,
     u = tokens.u.swapaxes(1, 2)  # [B, P, C, K]
     step = tokens.step.swapaxes(1, 2)
     size, dtype = u.shape[2], u.dtype
-    earlier = jnp.asarray(np.tril(np.ones((size + 1, size)), -1), dtype)  # row i: before token i; last row: after all
-
-    # decay[i, j]: what is left, before token i, of what token j wrote; lead[i]: of what the document started from.
-    decay = earlier[None, None]
-    lead = jnp.ones((1, 1, size + 1), dtype)
-    if tokens.log_forget is not None:
-        log_forget = tokens.log_forget.swapaxes(1, 2)
-        decay = jnp.pad(pair_decay(log_forget), ((0, 0), (0, 0), (1, 0), (0, 0)))
+    decay, since_start = _decay(tokens)
+    lead = jnp.ones((1, 1, size + 1), dtype)  # what is left, before each token, of what its document started from
     first = None
     if tokens.restart is not None:
         document = jnp.cumsum(tokens.restart.astype(jnp.int32), axis=1)
         document = jnp.concatenate([document, document[:, -1:]], axis=1)
         same = (document[:, :, None] == document[:, None, :-1])[:, None].astype(dtype)
         first = (document == 0)[:, None, :, None]
-        decay = decay * same
-        since_start = earlier[None, None] * same
-    else:
-        since_start = earlier[None, None]
+        decay, since_start = decay * same, since_start * same
     if tokens.log_forget is not None:
-        lead = jnp.exp(jnp.sum(since_start * log_forget[:, :, None, :], axis=-1))
+        lead = jnp.exp(jnp.sum(since_start * tokens.log_forget.swapaxes(1, 2)[:, :, None, :], axis=-1))
 
     restart = start.restart if start.anchor is None else start.restart - start.anchor
     origin = d if start.anchor is None else d - start.anchor  # the recurrence is linear in d - anchor
@@ -105,17 +98,58 @@ def affine_chunk(d: jax.Array, tokens: Tokens, start: Start) -> tuple[jax.Array,
     recalled = jnp.sum(u * (origin[:, :, :-1] if origin.shape[2] > 1 else origin), axis=-1)
     if start.anchor is not None:
         recalled = recalled + jnp.sum(u * start.anchor[:, :, None, :], axis=-1)
-    gram = jnp.einsum("bpik,bpjk->bpij", u, u)
-    lower = decay[:, :, :-1] * gram * step[:, :, None, :]
     if tokens.beta is not None:
-        beta = tokens.beta.swapaxes(1, 2)
-        lower = beta[..., None] * lower
-        recalled = beta * recalled
-    feedback = jnp.einsum("bpij,bpj->bpi", unit_lower_inverse(lower), 1.0 - recalled)
+        recalled = tokens.beta.swapaxes(1, 2) * recalled
+    feedback = jnp.einsum("bpij,bpj->bpi", unit_lower_inverse(_lower(tokens, decay)), 1.0 - recalled)
     values = origin + jnp.einsum("bpij,bpjk->bpik", decay, (step * feedback)[..., None] * u)
     if start.anchor is not None:
         values = values + start.anchor[:, :, None, :]
     return values[:, :, -1], values[:, :, :-1].swapaxes(1, 2)
+
+
+def transition(tokens: Tokens, chunk_size: int = 64) -> jax.Array:
+    """M [B, P, K, K] of the state after [B, T, ...] tokens, M d + N, without the projection."""
+    batch, length, heads, key_dim = tokens.u.shape
+    size, dtype = fitting_chunk(chunk_size, length), tokens.u.dtype
+
+    def step(states: jax.Array, chunk: Tokens) -> tuple[jax.Array, None]:
+        u, step = chunk.u.swapaxes(1, 2), chunk.step.swapaxes(1, 2)
+        decay, earlier = _decay(chunk)
+        lead = jnp.ones((1, 1, size + 1), dtype)
+        if chunk.log_forget is not None:
+            lead = jnp.exp(jnp.sum(earlier * chunk.log_forget.swapaxes(1, 2)[:, :, None, :], axis=-1))
+        recalled = lead[:, :, :-1, None] * jnp.einsum("bpik,bpkj->bpij", u, states)
+        if chunk.beta is not None:
+            recalled = chunk.beta.swapaxes(1, 2)[..., None] * recalled
+        taken = jnp.einsum("bpij,bpjk->bpik", unit_lower_inverse(_lower(chunk, decay)), recalled)
+        left = (decay[:, :, -1] * step)[..., None] * u
+        return lead[:, :, -1, None, None] * states - jnp.einsum("bpik,bpij->bpkj", left, taken), None
+
+    identity = jnp.broadcast_to(jnp.eye(key_dim, dtype=dtype), (batch, heads, key_dim, key_dim))
+    identity = collectives.vary(identity, collectives.axes_of(tokens))
+    states, _ = lax.scan(step, identity, jax.tree.map(lambda x: to_chunks(x, size), tokens._replace(restart=None)))
+    if tokens.restart is None:
+        return states
+    return jnp.where(jnp.any(tokens.restart, axis=1)[:, None, None, None], 0.0, states)
+
+
+def _decay(tokens: Tokens) -> tuple[jax.Array, jax.Array]:
+    """What is left before token i of what token j wrote, [B or 1, P or 1, C + 1, C], the last row after all tokens.
+
+    And which tokens are earlier, 1 or 0, [1, 1, C + 1, C].
+    """
+    size, dtype = tokens.u.shape[1], tokens.u.dtype
+    earlier = jnp.asarray(np.tril(np.ones((size + 1, size)), -1), dtype)[None, None]
+    if tokens.log_forget is None:
+        return earlier, earlier
+    return jnp.pad(pair_decay(tokens.log_forget.swapaxes(1, 2)), ((0, 0), (0, 0), (1, 0), (0, 0))), earlier
+
+
+def _lower(tokens: Tokens, decay: jax.Array) -> jax.Array:
+    """L of (I + L) feedback = 1 - beta (what is recalled), [B, P, C, C]."""
+    u = tokens.u.swapaxes(1, 2)
+    lower = decay[:, :, :-1] * jnp.einsum("bpik,bpjk->bpij", u, u) * tokens.step.swapaxes(1, 2)[:, :, None, :]
+    return lower if tokens.beta is None else tokens.beta.swapaxes(1, 2)[..., None] * lower
 
 
 def crossed(d: jax.Array, used: jax.Array, tokens: Tokens, bounds: tuple[float, float]) -> jax.Array:

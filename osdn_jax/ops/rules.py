@@ -40,6 +40,7 @@ class RuleOptions(TypedDict, total=False):
     segment_ids: Int[Array, "B T"] | None
     chunk_size: int | None
     implementation: str | None
+    context_axis: str | None
 
 
 # --- without a preconditioner ---------------------------------------------------------------------------------------
@@ -136,6 +137,7 @@ class Hypergradient(TypedDict, total=False):
     segment_ids: Int[Array, "B T"] | None
     chunk_size: int | None
     implementation: str | None
+    context_axis: str | None
 
 
 def osdn(q: Queries, k: Queries, v: Values, beta: PerHead, **options: Unpack[Hypergradient]) -> tuple[Values, State]:
@@ -219,6 +221,8 @@ def exact_pdn(
     write_key, inverse = exact_gram_write_key(k, ridge=ridge, initial=state.preconditioner if state else None)
     if options.get("segment_ids") is not None:
         raise ValueError("segment_ids: got an array, expected None; the exact Gram rule has no packed form")
+    if options.get("context_axis") is not None:
+        raise ValueError("context_axis: got a name, expected None; the exact Gram rule is a reference for one device")
     o, after = _run(q, k, v, _ones(q, k, v), options, write_key=write_key)
     return o, after._replace(preconditioner=inverse)
 
@@ -299,7 +303,7 @@ def _gram(
 
 def _shared(options: Mapping[str, Any], implementations: Collection[str]) -> dict[str, Any]:
     """What a preconditioner takes of the options. One that has not the delta rule's kernels chooses for itself."""
-    shared = {name: options[name] for name in ("segment_ids", "chunk_size") if name in options}
+    shared = {name: options[name] for name in ("segment_ids", "chunk_size", "context_axis") if name in options}
     if options.get("implementation") in implementations:
         shared["implementation"] = options["implementation"]
     return shared
