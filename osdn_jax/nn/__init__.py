@@ -6,8 +6,10 @@ from osdn_jax.nn.layers import Exempt, ShortConvolution, SwiGLU, unit_norm
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
 from osdn_jax.nn.model import Block, CausalLM
 from osdn_jax.nn.parameters import count_parameters, mixer_formula, parameter_formula
+from osdn_jax.nn.sharding import MESH_AXES, parameter_spec
 
 __all__ = [
+    "MESH_AXES",
     "RULES",
     "Block",
     "CausalLM",
@@ -27,5 +29,6 @@ __all__ = [
     "mixer_config",
     "mixer_formula",
     "parameter_formula",
+    "parameter_spec",
     "unit_norm",
 ]

@@ -6,6 +6,7 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn import initializers
+from osdn_jax.nn.parallel import part_of
 from osdn_jax.ops import collectives
 
 
@@ -70,8 +71,19 @@ class SwiGLU(nnx.Module):
 
     def __init__(self, width: int, hidden: int, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
         """layers: of the whole model, for the scale at which the last projection starts."""
+        self.width, self.hidden, self.dtype = width, hidden, dtype
         self.gate_and_up = linear(width, 2 * hidden, dtype, rngs=rngs)
         self.down = linear(hidden, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
+
+    @property
+    def joined(self) -> dict[str, tuple[int, ...]]:
+        """What lies side by side in parameters that make several things."""
+        return {"gate_and_up/kernel": (self.hidden, self.hidden)}
+
+    def part(self, count: int) -> nnx.GraphDef:
+        """The graph of the MLP that has one in count of the hidden units; as `DeltaMixer.part`."""
+        hidden = part_of("mlp_dim", self.hidden, count)
+        return nnx.graphdef(nnx.eval_shape(lambda: SwiGLU(self.width, hidden, 1, self.dtype, rngs=nnx.Rngs(0))))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Token by token."""

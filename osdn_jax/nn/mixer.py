@@ -1,5 +1,7 @@
 """The token mixer: projections, short convolution, gates and a rule of `osdn_jax.ops`."""
 
+import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -13,6 +15,7 @@ from osdn_jax.nn import initializers
 from osdn_jax.nn.config import MixerConfig
 from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
 from osdn_jax.nn.layers import Exempt, ShortConvolution, linear, unit_norm
+from osdn_jax.nn.parallel import part_of
 from osdn_jax.ops import State
 
 
@@ -33,7 +36,7 @@ class DeltaMixer(nnx.Module):
 
     def __init__(self, config: MixerConfig, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
         """layers: of the whole model, for the scale at which the last projection starts."""
-        self.config = config
+        self.config, self.dtype = config, dtype
         width, heads, key_heads = config.width, config.heads, config.read_heads
         self.keys, self.values = key_heads * config.key_dim, heads * config.value_dim
         self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v at once
@@ -61,24 +64,39 @@ class DeltaMixer(nnx.Module):
         self.gram_gain = linear(width, scales, dtype, rngs=rngs) if by_gram else None
         self.gram_center = Exempt(jnp.full((scales,), config.gram.center, jnp.float32)) if by_gram else None
 
+    @property
+    def joined(self) -> dict[str, tuple[int, ...]]:
+        """What lies side by side in parameters that make several things."""
+        return dict.fromkeys(("project/kernel", "convolution/kernel"), (self.keys, self.keys, self.values))
+
+    def part(self, count: int) -> nnx.GraphDef:
+        """The graph of the mixer that has one in count of the heads. Raises ValueError where that is no whole number.
+
+        Its output is a part of the whole mixer's, which is their sum.
+        """
+        heads, key_heads = (part_of(name, getattr(self.config, name), count) for name in ("heads", "read_heads"))
+        config = dataclasses.replace(self.config, heads=heads, key_heads=key_heads)
+        return _graph(config, self.dtype)
+
     def __call__(
         self,
         x: Float[Array, "B T D"],
         state: MixerState | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
+        context_axis: str | None = None,
     ) -> tuple[Float[Array, "B T D"], MixerState]:
         """Mixes a sequence, or its continuation from a state; one token at a time is decoding.
 
-        Returns the output and the state after the last token.
+        Returns the output and the state after the last token. context_axis: as in `ops.delta_rule`.
         """
         config = self.config
         lead = x.shape[:2]
         window, carried = (None, None) if state is None else state
-        mixed, window = self.convolution(self.project(x), window, segment_ids)
+        mixed, window = self.convolution(self.project(x), window, segment_ids, context_axis)
         q, k, v = jnp.split(jax.nn.silu(mixed), [self.keys, 2 * self.keys], axis=-1)
         q, k = (unit_norm(y.reshape(*lead, config.read_heads, config.key_dim)) for y in (q, k))
         v = v.reshape(*lead, config.heads, config.value_dim)
-        out, rule = self._rule(x, q, k, v, carried, segment_ids)
+        out, rule = self._rule(x, q, k, v, carried, segment_ids, context_axis)
         out = self.norm(out)
         if self.gate is not None:
             out = out * jax.nn.silu(self.gate(x)).reshape(out.shape)
@@ -92,6 +110,7 @@ class DeltaMixer(nnx.Module):
         v: jax.Array,
         carried: State | None,
         segment_ids: jax.Array | None,
+        context_axis: str | None,
     ) -> tuple[jax.Array, State]:
         config = self.config
         arguments = [q, k, v]
@@ -109,6 +128,7 @@ class DeltaMixer(nnx.Module):
             "segment_ids": segment_ids,
             "chunk_size": config.chunk_size,
             "implementation": config.implementation,
+            "context_axis": context_axis,
         }
         if self.initial is not None:
             settings = config.hypergradient
@@ -125,6 +145,11 @@ class DeltaMixer(nnx.Module):
             arguments += [self.gram_decay(x), jax.nn.sigmoid(self.gram_gain(x).astype(jnp.float32))]
             options |= {"center": self.gram_center[...], "squash": config.gram.squash}
         return _OPERATORS[config.erase, config.strength, config.preconditioner, config.decay](*arguments, **options)
+
+
+@functools.cache
+def _graph(config: MixerConfig, dtype: jnp.dtype) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: DeltaMixer(config, 1, dtype, rngs=nnx.Rngs(0))))
 
 
 _OPERATORS: dict[tuple[bool, str, str, str], Callable[..., tuple[jax.Array, State]]] = {

@@ -9,6 +9,8 @@ from osdn_jax.nn import initializers
 from osdn_jax.nn.config import ModelConfig
 from osdn_jax.nn.layers import SwiGLU, dropout, linear
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
+from osdn_jax.nn.parallel import look_up, over_mesh
+from osdn_jax.nn.sharding import ambient_mesh, constrain
 
 
 class Block(nnx.Module):
@@ -29,12 +31,27 @@ class Block(nnx.Module):
         state: MixerState | None,
         segment_ids: Int[Array, "B T"] | None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], MixerState]:
-        """Returns the residual stream after the block and the mixer's state after the last token."""
+    ) -> tuple[Float[Array, "B T D"], MixerState | None]:
+        """Returns the residual stream after the block and the mixer's state after the last token (None over a mesh)."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        mixed, state = self.mixer(self.mixer_norm(x), state, segment_ids)
+        mixed, state = self._mix(self.mixer_norm(x), state, segment_ids)
         x = x + dropout(mixed, self.dropout, keys[0])
-        return x + dropout(self.mlp(self.mlp_norm(x)), self.dropout, keys[1]), state
+        mesh, normed = ambient_mesh(), self.mlp_norm(x)
+        out = self.mlp(normed) if mesh is None else over_mesh(self.mlp, "mlp", lambda mlp, x, _: mlp(x), mesh, normed)
+        return x + dropout(out, self.dropout, keys[1]), state
+
+    def _mix(
+        self, x: jax.Array, state: MixerState | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, MixerState | None]:
+        mesh = ambient_mesh()
+        if mesh is None:
+            return self.mixer(x, state, segment_ids)
+        if state is not None:
+            raise ValueError("states: got some over a mesh, expected None; decode without jax.set_mesh")
+        axis = "context" if mesh.shape["context"] > 1 else None
+        return over_mesh(
+            self.mixer, "mixer", lambda mixer, x, ids: mixer(x, None, ids, axis)[0], mesh, x, segment_ids
+        ), None
 
 
 class CausalLM(nnx.Module):
@@ -57,8 +74,10 @@ class CausalLM(nnx.Module):
         states: tuple[MixerState, ...] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T Vocab"], tuple[MixerState, ...]]:
+    ) -> tuple[Float[Array, "B T Vocab"], tuple[MixerState | None, ...]]:
         """Logits of the token after each token, float32, and the states of the blocks after the last one.
+
+        Under `jax.set_mesh` of a mesh with the axes of `nn.sharding` it runs over its devices, and keeps no states.
 
         Args:
             tokens: [B, T]; a whole sequence, or its continuation from states, down to one token at a time.
@@ -66,12 +85,17 @@ class CausalLM(nnx.Module):
             segment_ids: packed documents; nothing passes from one to the next.
             dropout_key: random key of the config's dropout; None for none, as in evaluation.
         """
-        x = self.embedding(tokens)
+        x = self._embed(tokens)
         after = []
         for i, block in enumerate(self.blocks):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
             x, state = block(x, None if states is None else states[i], segment_ids, key)
             after.append(state)
         x = self.norm(x)
-        logits = self.embedding.attend(x) if self.head is None else self.head(x)
+        logits = constrain(self.embedding.attend(x) if self.head is None else self.head(x), "batch", "time", None)
         return logits.astype(jnp.float32), tuple(after)
+
+    def _embed(self, tokens: jax.Array) -> jax.Array:
+        if ambient_mesh() is None:
+            return self.embedding(tokens)
+        return look_up(self.embedding.embedding[...].astype(self.embedding.dtype), tokens)

@@ -1,0 +1,73 @@
+"""How parameters and activations lie on a mesh: each axis of an array has a name, and each name its mesh axes.
+
+A model runs over several devices where its call is traced under `jax.set_mesh` of a mesh with the axes `MESH_AXES`.
+"""
+
+import re
+from typing import Any
+
+import jax
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+MESH_AXES = ("data", "fsdp", "tensor", "context")
+
+RULES: dict[str | None, Any] = {
+    "batch": ("data", "fsdp"),  # rows: copies of the model, and devices that share one copy's parameters
+    "time": "context",  # tokens of a sequence
+    "width": "fsdp",  # of the residual stream, in parameters
+    "joined": ("fsdp", "tensor"),  # likewise, of matrices that make several kinds of heads or units at once
+    "heads": "tensor",  # heads, and all that belongs to one head
+    "hidden": "tensor",  # units of the MLP
+    "vocabulary": "tensor",
+    None: None,
+}
+
+# By the end of a parameter's path, the first that fits.
+_PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
+    (r"embedding/embedding", ("vocabulary", "width")),
+    (r"head/kernel", ("width", "vocabulary")),
+    (r"mlp/gate_and_up/kernel", ("joined", None)),
+    (r"mlp/down/kernel", ("hidden", "width")),
+    (r"mixer/project/kernel", ("joined", None)),
+    (r"mixer/convolution/kernel", (None, None)),
+    (r"mixer/output/kernel", ("heads", "width")),
+    (r"mixer/decay/down/kernel", ("width", None)),
+    (r"mixer/decay/project/kernel", (None, "heads")),
+    (r"mixer/(gram_)?decay/(log_rate|bias)", ("heads",)),
+    (r"mixer/(beta|gate|gram_gain|(erase_gate|write_gate|gram_decay)/project|forget)/kernel", ("width", "heads")),
+    (r"mixer/(forget/bias|gram_center)", ("heads",)),
+    (r"mixer/initial", ("heads", None)),
+    (r"(\w+_)?norm/scale", (None,)),
+)
+
+
+def parameter_axes(name: str) -> tuple[str | None, ...]:
+    """The names of a parameter's axes, by its path in the model. Raises ValueError for one that has none."""
+    for pattern, axes in _PARAMETERS:
+        if re.search(rf"(^|/){pattern}$", name):
+            return axes
+    raise ValueError(f"parameter {name!r} has no axes in osdn_jax.nn.sharding")
+
+
+def parameter_spec(name: str) -> P:
+    """Where a parameter lies."""
+    return spec(*parameter_axes(name))
+
+
+def spec(*axes: str | None) -> P:
+    """Where an array with axes of these names lies."""
+    return P(*(RULES[axis] for axis in axes))
+
+
+def ambient_mesh() -> jax.sharding.AbstractMesh | None:
+    """The mesh of `jax.set_mesh` if a model is to run over it; None outside of one, and inside a `jax.shard_map`."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
+        return None
+    return None if AxisType.Manual in mesh.axis_types else mesh
+
+
+def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
+    """x, laid out over the mesh by the names of its axes; as it is without a mesh."""
+    return x if ambient_mesh() is None else jax.lax.with_sharding_constraint(x, spec(*axes))

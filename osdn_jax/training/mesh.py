@@ -1,0 +1,158 @@
+"""The devices of a run: a mesh with the axes data, fsdp, tensor and context, and what lies where on it."""
+
+import contextlib
+import math
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from ml_collections import ConfigDict
+
+from osdn_jax.nn.sharding import MESH_AXES, RULES, parameter_spec, spec
+
+PyTree = Any
+
+
+def build_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh | None:
+    """The mesh of a run, or None where it is one device.
+
+    Args:
+        config: of the run; of the sizes under `mesh` one may be -1: as many as there are devices left.
+        devices: default: all.
+
+    Raises:
+        ValueError: the sizes do not come to the devices, or do not divide what lies on them: the batch, the tokens of a
+            window, the model's width, heads, hidden units or vocabulary.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = mesh_sizes(config, len(devices))
+    count = math.prod(sizes.values())
+    check_divisible(config, sizes)
+    if count == 1:
+        return None
+    return jax.make_mesh(tuple(sizes.values()), MESH_AXES, (AxisType.Auto,) * 4, devices=devices[:count])
+
+
+def mesh_sizes(config: ConfigDict, devices: int) -> dict[str, int]:
+    """{axis: size}, with -1 replaced. Raises ValueError as `build_mesh`."""
+    sizes = {axis: int(config.mesh[axis]) for axis in MESH_AXES}
+    open_axes = [axis for axis, size in sizes.items() if size == -1]
+    for axis, size in sizes.items():
+        if size < 1 and size != -1:
+            raise ValueError(f"mesh.{axis}: got {size}, expected at least 1, or -1 for all devices that are left")
+    if len(open_axes) > 1:
+        raise ValueError(f"mesh: got -1 for {' and '.join(open_axes)}, expected it for one axis at most")
+    fixed = math.prod(size for size in sizes.values() if size != -1)
+    if open_axes:
+        if devices % fixed:
+            raise ValueError(f"mesh: got {_words(sizes)}, expected a product that divides the {devices} devices here")
+        sizes[open_axes[0]] = devices // fixed
+    count = math.prod(sizes.values())
+    if count > devices or (jax.process_count() > 1 and count != devices):
+        raise ValueError(f"mesh: got {_words(sizes)}, {count} in all, expected the {devices} devices here")
+    return sizes
+
+
+def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
+    """Raises ValueError, naming the key, where a mesh of these sizes does not divide what lies on it."""
+    rows = ("mesh.data × mesh.fsdp", sizes["data"] * sizes["fsdp"])
+    columns = ("mesh.context", sizes["context"])
+    width = ("mesh.fsdp × mesh.tensor", sizes["fsdp"] * sizes["tensor"])
+    tensor = ("mesh.tensor", sizes["tensor"])
+    model = config.model
+    wanted = [
+        ("batch_size / accumulate", config.batch_size // config.accumulate, rows),
+        ("validation.batch_size", config.validation.batch_size, rows),
+        ("sequence_length", config.sequence_length, columns),
+        ("validation.sequence_length", config.validation.sequence_length, columns),
+        ("model.width", model.width, width),
+        ("model.heads", model.heads, tensor),
+        ("model.key_heads", model.key_heads or model.heads, tensor),
+        ("model.mlp_dim", model.mlp_dim, tensor),
+    ]
+    for key, value, (name, size) in wanted:
+        if value % size:
+            raise ValueError(f"{key}: got {value}, expected a multiple of {name} = {size}")
+
+
+def describe(mesh: Mesh | None) -> str:
+    """Words for a mesh: "8 devices (2 data x 4 context)"."""
+    device = jax.devices()[0].device_kind
+    if mesh is None:
+        return f"1 of {jax.device_count()} {device} devices" if jax.device_count() > 1 else f"1 {device} device"
+    return f"{mesh.size} {device} devices ({_words({axis: n for axis, n in mesh.shape.items() if n > 1})})"
+
+
+class Layout:
+    """What lies where on a mesh; without a mesh, everything on the first device."""
+
+    def __init__(self, mesh: Mesh | None) -> None:
+        """mesh: of `build_mesh`. Raises ValueError where it gives processes unequal shares of a batch."""
+        self.mesh = mesh
+        self.share = _share(mesh)  # (index, count): which of so many equal blocks of rows this process reads
+
+    def active(self) -> AbstractContextManager[Any]:
+        """A context in which models run over the mesh."""
+        return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
+
+    def sharding(self, *axes: str | None) -> jax.sharding.Sharding:
+        """Of an array whose axes have these names in `nn.sharding`."""
+        if self.mesh is None:
+            return jax.sharding.SingleDeviceSharding(jax.devices()[0])
+        return NamedSharding(self.mesh, spec(*axes))
+
+    def of_state(self, state: PyTree) -> PyTree:
+        """Shardings of a tree of arrays or shapes, in which parameters and their moments have the parameters' names.
+
+        An array without such a name, or of another shape than its parameter, is whole on every device.
+        """
+        shapes = {name: x.shape for name, x in state.params.items()}
+
+        def one(path: tuple[Any, ...], x: Any) -> jax.sharding.Sharding:
+            names = [key.key for key in path if isinstance(key, jax.tree_util.DictKey) and key.key in shapes]
+            if self.mesh is None or not names or x.shape != shapes[names[-1]]:
+                return self.sharding()
+            return NamedSharding(self.mesh, parameter_spec(names[-1]))
+
+        return jax.tree_util.tree_map_with_path(one, state)
+
+    def batch(self, window: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+        """A batch over the mesh, of this process's `share` of its rows [B / count, T]."""
+        if self.mesh is None:
+            return window
+        index, count = self.share
+        first, total = index * len(window["inputs"]), count * len(window["inputs"])
+
+        def place(x: np.ndarray) -> jax.Array:
+            def part(at: Any) -> np.ndarray:
+                start, stop, _ = at[0].indices(total)
+                return x[(slice(start - first, stop - first), *at[1:])]
+
+            return jax.make_array_from_callback((total, *x.shape[1:]), self.sharding("batch", "time"), part)
+
+        return {name: place(np.asarray(x)) for name, x in window.items()}
+
+
+def _share(mesh: Mesh | None) -> tuple[int, int]:
+    if mesh is None:
+        return 0, 1
+    blocks = mesh.shape["data"] * mesh.shape["fsdp"]
+    shares: dict[int, set[int]] = {}
+    places: dict[Any, Any] = dict(NamedSharding(mesh, P(RULES["batch"])).devices_indices_map((blocks,)))
+    for device, at in places.items():
+        shares.setdefault(device.process_index, set()).update(range(*at[0].indices(blocks)))
+    distinct = sorted({tuple(sorted(share)) for share in shares.values()})
+    size = len(distinct[0])
+    if [list(share) for share in distinct] != [list(range(i, i + size)) for i in range(0, blocks, size)]:
+        raise ValueError(
+            f"mesh: got {_words(mesh.shape)}, expected it to give every process an equal block of the rows"
+        )
+    return distinct.index(tuple(sorted(shares[jax.process_index()]))), len(distinct)
+
+
+def _words(sizes: Mapping[str, int]) -> str:
+    return " x ".join(f"{size} {axis}" for axis, size in sizes.items())
