@@ -40,7 +40,7 @@ def default_config() -> ConfigDict:
     config.model.qk_norm = False  # of the transformer
     config.model.max_length = placeholder(int)  # tokens that the transformer's state holds; default sequence_length
     config.model.chunk_size = placeholder(int)
-    config.model.implementation = placeholder(str)  # of the delta rule or of attention; default the fastest
+    config.model.implementation = placeholder(str)  # default: of the delta rules the fastest, of the transformer chunk
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-3  # at its peak

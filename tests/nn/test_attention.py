@@ -10,7 +10,7 @@ from flax import nnx
 
 from osdn_jax.nn import AttentionConfig, SoftmaxAttention
 from osdn_jax.nn.attention import attend, rotate
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.functional import decays, functional
 from support import jit, random_like, relative_error
 from support.models import LENGTH, LENGTHS, SEGMENTS, reference_attention
 
@@ -239,6 +239,21 @@ def test_a_state_of_another_batch_or_config_is_refused(our_checks):
         longer(parameters, x, state)
 
 
+# Parameters
+
+
+def test_weight_decay_acts_on_matrices():
+    config = dataclasses.replace(CONFIG, qk_norm=True, output_gate=True)
+    mixer = nnx.eval_shape(lambda: SoftmaxAttention(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)))
+    assert decays(mixer) == {
+        "project/kernel": True,
+        "output/kernel": True,
+        "gate/kernel": True,
+        "query_norm/scale": False,
+        "key_norm/scale": False,
+    }
+
+
 # Cost
 
 
@@ -278,6 +293,7 @@ def test_cudnn_gets_the_mask_of_the_documents(monkeypatch):
         return plain(*arguments, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    apply = jit(apply)
     for ids in (None, DOCUMENTS):
         out, state = apply(parameters, x, segment_ids=ids)
         want = reference(parameters, x, ONE_DOCUMENT if ids is None else ids, value_dim=6)
