@@ -1,6 +1,15 @@
-"""Flax NNX modules: mixers of the delta-rule family, short convolution, MLP, blocks and a causal language model."""
+"""Flax NNX modules: mixers (the delta-rule family, softmax attention), MLP, blocks and a causal language model."""
 
-from osdn_jax.nn.config import RULES, GramConfig, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
+from osdn_jax.nn.attention import AttentionState, SoftmaxAttention
+from osdn_jax.nn.config import (
+    RULES,
+    AttentionConfig,
+    GramConfig,
+    HypergradientConfig,
+    MixerConfig,
+    ModelConfig,
+    mixer_config,
+)
 from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
 from osdn_jax.nn.layers import Exempt, ShortConvolution, SwiGLU, unit_norm
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
@@ -11,6 +20,8 @@ from osdn_jax.nn.sharding import MESH_AXES, parameter_spec
 __all__ = [
     "MESH_AXES",
     "RULES",
+    "AttentionConfig",
+    "AttentionState",
     "Block",
     "CausalLM",
     "ChannelGate",
@@ -24,6 +35,7 @@ __all__ = [
     "MixerState",
     "ModelConfig",
     "ShortConvolution",
+    "SoftmaxAttention",
     "SwiGLU",
     "count_parameters",
     "mixer_config",

@@ -10,6 +10,8 @@ Decay = Literal["none", "scalar", "channel"]
 Strength = Literal["scalar", "channel"]
 Preconditioner = Literal["none", "hypergradient", "gram"]
 
+TRANSFORMER = "transformer"  # the one rule that is no delta rule
+
 
 @dataclasses.dataclass(frozen=True)
 class HypergradientConfig:
@@ -70,10 +72,7 @@ class MixerConfig:
         """Checks the fields."""
         for name in ("width", "heads", "key_dim", "value_dim", "conv_size"):
             _at_least_one(name, getattr(self, name))
-        if self.key_heads is not None:
-            _at_least_one("key_heads", self.key_heads)
-            if self.heads % self.key_heads:
-                raise ValueError(f"key_heads: got {self.key_heads}, expected a divisor of the {self.heads} heads")
+        _divides_heads(self.key_heads, self.heads)
         _one_of("decay", self.decay, ("none", "scalar", "channel"))
         _one_of("strength", self.strength, ("scalar", "channel"))
         _one_of("preconditioner", self.preconditioner, ("none", "hypergradient", "gram"))
@@ -100,6 +99,49 @@ class MixerConfig:
         return self.heads if aware else self.read_heads
 
 
+@dataclasses.dataclass(frozen=True)
+class AttentionConfig:
+    """Causal softmax attention with rotary positions; see `nn.SoftmaxAttention`.
+
+    Raises ValueError where a field is out of its range.
+    """
+
+    width: int
+    heads: int
+    key_dim: int  # per head, even
+    value_dim: int  # per head
+    key_heads: int | None = None  # of keys and values; default: as many as heads
+    rotary_base: float = 10_000.0
+    qk_norm: bool = False
+    output_gate: bool = False
+    norm_epsilon: float = 1e-6
+    max_length: int = 2048  # tokens that a state holds
+    chunk_size: int | None = None  # queries at a time
+    implementation: Literal["chunk", "cudnn"] | None = None  # None: chunk
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        for name in ("width", "heads", "key_dim", "value_dim", "max_length"):
+            _at_least_one(name, getattr(self, name))
+        _divides_heads(self.key_heads, self.heads)
+        if self.key_dim % 2:
+            raise ValueError(f"key_dim: got {self.key_dim}, expected an even number, for rotary positions turn pairs")
+        if not self.rotary_base > 1:
+            raise ValueError(f"rotary_base: got {self.rotary_base}, expected more than 1")
+        checks.chunk_size(self.chunk_size)
+        checks.implementation(self.implementation, ("chunk", "cudnn"))
+        if self.implementation == "cudnn" and self.key_dim != self.value_dim:
+            raise ValueError(
+                f"implementation: got 'cudnn' with key_dim={self.key_dim} and value_dim={self.value_dim}, "
+                "expected it with equal ones"
+            )
+
+    @property
+    def read_heads(self) -> int:
+        """Hk, the heads of keys and values."""
+        return self.key_heads or self.heads
+
+
 RULES: dict[str, dict[str, Any]] = {
     "delta_net": {},
     "gated_delta_net": {"decay": "scalar", "output_gate": True},
@@ -124,13 +166,18 @@ RULES: dict[str, dict[str, Any]] = {
     "linear_attention": {"erase": False},
     "mamba2": {"decay": "scalar", "erase": False, "output_gate": True},
     "gla": {"decay": "channel", "erase": False, "output_gate": True},
+    TRANSFORMER: {},
 }
 
 
-def mixer_config(rule: str, **fields: Any) -> MixerConfig:
-    """The mixer of a rule by its paper's name, with further fields. Raises ValueError for an unknown rule."""
+def mixer_config(rule: str, **fields: Any) -> MixerConfig | AttentionConfig:
+    """The mixer of a rule by its paper's name, with further fields; "transformer" is softmax attention.
+
+    Raises ValueError for an unknown rule.
+    """
     _one_of("rule", rule, tuple(RULES))
-    return MixerConfig(**{**RULES[rule], **fields})
+    kind = AttentionConfig if rule == TRANSFORMER else MixerConfig
+    return kind(**{**RULES[rule], **fields})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +189,7 @@ class ModelConfig:
 
     vocab_size: int
     layers: int
-    mixer: MixerConfig
+    mixer: MixerConfig | AttentionConfig
     mlp_dim: int
     tied_embeddings: bool = False
     norm_epsilon: float = 1e-6
@@ -161,6 +208,13 @@ class ModelConfig:
 def _at_least_one(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
+
+
+def _divides_heads(key_heads: int | None, heads: int) -> None:
+    if key_heads is not None:
+        _at_least_one("key_heads", key_heads)
+        if heads % key_heads:
+            raise ValueError(f"key_heads: got {key_heads}, expected a divisor of the {heads} heads")
 
 
 def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:

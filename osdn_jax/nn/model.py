@@ -1,12 +1,15 @@
 """The causal language model."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn import initializers
-from osdn_jax.nn.config import ModelConfig
+from osdn_jax.nn.attention import AttentionState, SoftmaxAttention
+from osdn_jax.nn.config import AttentionConfig, ModelConfig
 from osdn_jax.nn.layers import SwiGLU, dropout, linear
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
 from osdn_jax.nn.parallel import look_up, over_mesh
@@ -21,17 +24,18 @@ class Block(nnx.Module):
         width, dtype = config.mixer.width, jnp.dtype(config.dtype)
         self.dropout = config.dropout
         self.mixer_norm = nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
-        self.mixer = DeltaMixer(config.mixer, config.layers, dtype, rngs=rngs)
+        mixer: Any = SoftmaxAttention if isinstance(config.mixer, AttentionConfig) else DeltaMixer
+        self.mixer = mixer(config.mixer, config.layers, dtype, rngs=rngs)
         self.mlp_norm = nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
         self.mlp = SwiGLU(width, config.mlp_dim, config.layers, dtype, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        state: MixerState | None,
+        state: MixerState | AttentionState | None,
         segment_ids: Int[Array, "B T"] | None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], MixerState | None]:
+    ) -> tuple[Float[Array, "B T D"], MixerState | AttentionState | None]:
         """Returns the residual stream after the block and the mixer's state after the last token (None over a mesh)."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         mixed, state = self._mix(self.mixer_norm(x), state, segment_ids)
@@ -41,8 +45,8 @@ class Block(nnx.Module):
         return x + dropout(out, self.dropout, keys[1]), state
 
     def _mix(
-        self, x: jax.Array, state: MixerState | None, segment_ids: jax.Array | None
-    ) -> tuple[jax.Array, MixerState | None]:
+        self, x: jax.Array, state: MixerState | AttentionState | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, MixerState | AttentionState | None]:
         mesh = ambient_mesh()
         if mesh is None:
             return self.mixer(x, state, segment_ids)
@@ -55,7 +59,7 @@ class Block(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """A causal language model over tokens; positions come from the recurrence alone."""
+    """A causal language model over tokens; positions come from the recurrence, or from attention's rotations."""
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """config: sizes and rule; rngs: its `params` stream starts the parameters."""
@@ -71,10 +75,10 @@ class CausalLM(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        states: tuple[MixerState, ...] | None = None,
+        states: tuple[MixerState | AttentionState, ...] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T Vocab"], tuple[MixerState | None, ...]]:
+    ) -> tuple[Float[Array, "B T Vocab"], tuple[MixerState | AttentionState | None, ...]]:
         """Logits of the token after each token, float32, and the states of the blocks after the last one.
 
         Under `jax.set_mesh` of a mesh with the axes of `nn.sharding` it runs over its devices, and keeps no states.

@@ -3,7 +3,7 @@
 import jax
 from flax import nnx
 
-from osdn_jax.nn.config import MixerConfig, ModelConfig
+from osdn_jax.nn.config import AttentionConfig, MixerConfig, ModelConfig
 
 
 def count_parameters(model: nnx.Module) -> int:
@@ -19,10 +19,14 @@ def parameter_formula(config: ModelConfig) -> int:
     return embeddings + config.layers * block + width
 
 
-def mixer_formula(config: MixerConfig) -> int:
+def mixer_formula(config: MixerConfig | AttentionConfig) -> int:
     """How many numbers a mixer of this config learns, by closed formula."""
     width, heads, key_dim = config.width, config.heads, config.key_dim
     values = heads * config.value_dim
+    if isinstance(config, AttentionConfig):
+        qkv = heads * key_dim + config.read_heads * (key_dim + config.value_dim)
+        outputs = 2 * values if config.output_gate else values
+        return width * (qkv + outputs) + (2 * key_dim if config.qk_norm else 0)
     qkv = 2 * config.read_heads * key_dim + values
     total = width * qkv + config.conv_size * qkv + values * width + config.value_dim
     if config.strength == "channel":

@@ -8,7 +8,8 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from osdn_jax.data import ByteTokenizer, Document, read_documents, shakespeare, split_documents
-from osdn_jax.nn import CausalLM, HypergradientConfig, ModelConfig, mixer_config
+from osdn_jax.nn import CausalLM, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
+from osdn_jax.nn.config import TRANSFORMER
 from osdn_jax.nn.functional import decays
 
 
@@ -16,8 +17,8 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
     """The model of a run.
 
     Raises:
-        ValueError: a field out of its range, an unknown rule or preset, or heads that do not divide the width where
-            key_dim or value_dim is not given.
+        ValueError: a field out of its range, an unknown rule or preset, one that the rule has no use for, or heads that
+            do not divide the width where key_dim or value_dim is not given.
     """
     model = config.model
     for name in ("key_dim", "value_dim"):
@@ -26,21 +27,26 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
                 f"model.heads: got {model.heads}, expected a divisor of model.width = {model.width}; "
                 f"or give model.{name}, the size of each head"
             )
-    mixer = mixer_config(
-        model.rule,
-        width=model.width,
-        heads=model.heads,
-        key_heads=model.key_heads,
-        key_dim=model.width // model.heads if model.key_dim is None else model.key_dim,
-        value_dim=model.width // model.heads if model.value_dim is None else model.value_dim,
-        conv_size=model.conv_size,
-        negative_eigenvalues=model.negative_eigenvalues,
-        chunk_size=model.chunk_size,
-        implementation=model.implementation,
-    )
+    fields = {
+        "width": model.width,
+        "heads": model.heads,
+        "key_heads": model.key_heads,
+        "key_dim": model.width // model.heads if model.key_dim is None else model.key_dim,
+        "value_dim": model.width // model.heads if model.value_dim is None else model.value_dim,
+        "chunk_size": model.chunk_size,
+        "implementation": model.implementation,
+    }
+    if model.rule == TRANSFORMER:
+        if model.negative_eigenvalues:
+            raise ValueError(f"model.negative_eigenvalues: got True, but the rule {model.rule!r} has no eigenvalues")
+        longest = config.sequence_length if model.max_length is None else model.max_length
+        fields |= {"rotary_base": model.rotary_base, "qk_norm": model.qk_norm, "max_length": longest}
+    else:
+        fields |= {"conv_size": model.conv_size, "negative_eigenvalues": model.negative_eigenvalues}
+    mixer = mixer_config(model.rule, **fields)
     if model.output_gate is not None:
         mixer = dataclasses.replace(mixer, output_gate=model.output_gate)
-    if mixer.preconditioner == "hypergradient":
+    if isinstance(mixer, MixerConfig) and mixer.preconditioner == "hypergradient":
         settings = mixer.hypergradient
         if model.preset is not None:
             settings = HypergradientConfig.preset(model.preset, beta_aware=settings.beta_aware)
@@ -50,7 +56,7 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
     elif model.preset is not None:
         raise ValueError(f"model.preset: got {model.preset!r}, but the rule {model.rule!r} has no such preconditioner")
     return ModelConfig(
-        vocab_size=ByteTokenizer().vocab_size,
+        vocab_size=ByteTokenizer().vocab_size if model.vocab_size is None else model.vocab_size,
         layers=model.layers,
         mixer=mixer,
         mlp_dim=model.mlp_dim,

@@ -19,6 +19,7 @@ def default_config() -> ConfigDict:
 
     config.model = ConfigDict()
     config.model.rule = "osdn"  # a key of osdn_jax.nn.RULES
+    config.model.vocab_size = placeholder(int)  # default: as many as the tokenizer has
     config.model.layers = 4
     config.model.width = 128
     config.model.heads = 2
@@ -26,7 +27,7 @@ def default_config() -> ConfigDict:
     config.model.key_dim = placeholder(int)  # per head; default width / heads
     config.model.value_dim = placeholder(int)  # per head; default width / heads
     config.model.mlp_dim = 344
-    config.model.conv_size = 4
+    config.model.conv_size = 4  # of the delta rules; the transformer has no convolution
     config.model.tied_embeddings = True
     config.model.dropout = 0.0
     config.model.dtype = "float32"  # of activations and products: float32 or bfloat16
@@ -35,8 +36,11 @@ def default_config() -> ConfigDict:
     config.model.preset = placeholder(str)  # of the hypergradient preconditioner: paper or trust; default by rule
     config.model.forget = True  # Adaptive Preconditioner Forgetting
     config.model.anchor = placeholder(float)  # what it forgets toward; default by preset
+    config.model.rotary_base = 10_000.0  # of the transformer's positions
+    config.model.qk_norm = False  # of the transformer
+    config.model.max_length = placeholder(int)  # tokens that the transformer's state holds; default sequence_length
     config.model.chunk_size = placeholder(int)
-    config.model.implementation = placeholder(str)  # of the delta rule; default the fastest
+    config.model.implementation = placeholder(str)  # default: of the delta rules the fastest, of the transformer chunk
 
     config.optimizer = ConfigDict()
     config.optimizer.learning_rate = 3e-3  # at its peak

@@ -5,8 +5,8 @@ import dataclasses
 import pytest
 
 from osdn_jax import ops
-from osdn_jax.nn import RULES, HypergradientConfig, MixerConfig, mixer_config
-from support.models import SHAPES, model_config
+from osdn_jax.nn import RULES, AttentionConfig, HypergradientConfig, MixerConfig, mixer_config
+from support.models import SHAPES, delta_rules, model_config
 
 SIZES = {"width": 8, "heads": 4, "key_dim": 4, "value_dim": 4}
 
@@ -45,6 +45,28 @@ def test_a_mixer_names_the_field_that_is_wrong(changes, said):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        ({"width": 0}, "width: got 0, expected an int of at least 1"),
+        ({"heads": 2.0}, "heads: got 2.0"),
+        ({"value_dim": -1}, "value_dim: got -1"),
+        ({"max_length": 0}, "max_length: got 0, expected an int of at least 1"),
+        ({"key_heads": 0}, "key_heads: got 0, expected an int of at least 1"),
+        ({"key_heads": 3}, "key_heads: got 3, expected a divisor of the 4 heads"),
+        ({"key_dim": 5}, "key_dim: got 5, expected an even number"),
+        ({"rotary_base": 1.0}, "rotary_base: got 1.0, expected more than 1"),
+        ({"rotary_base": float("nan")}, "rotary_base: got nan"),
+        ({"chunk_size": 0}, "chunk_size: got 0"),
+        ({"implementation": "mosaic_gpu"}, "implementation: got 'mosaic_gpu', expected None or one of chunk, cudnn"),
+        ({"implementation": "cudnn", "value_dim": 8}, "implementation: got 'cudnn' with key_dim=4 and value_dim=8"),
+    ],
+)
+def test_attention_names_the_field_that_is_wrong(changes, said):
+    with pytest.raises(ValueError, match=said):
+        AttentionConfig(**SIZES | changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
         ({"vocab_size": 0}, "vocab_size: got 0"),
         ({"layers": 0}, "layers: got 0"),
         ({"mlp_dim": -1}, "mlp_dim: got -1"),
@@ -72,7 +94,7 @@ def test_an_unknown_preset_is_named():
 
 
 def test_rules_are_those_of_the_papers():
-    made = {name: mixer_config(name, **SIZES) for name in RULES}
+    made = {name: mixer_config(name, **SIZES) for name in delta_rules}
     assert {(c.erase, c.decay, c.preconditioner) for c in made.values() if c.strength == "scalar"} == {
         (erase, decay, preconditioner)
         for decay in ("none", "scalar", "channel")
@@ -91,7 +113,8 @@ def test_rules_are_those_of_the_papers():
 def test_every_rule_but_the_exact_one_has_a_mixer():
     helpers = {"delta_rule", "delta_rule_step", "exact_gram_write_key", "gram_preconditioner"}
     helpers |= {"State", "hypergradient_preconditioner", "hypergradient_preset"}
-    assert set(RULES) == set(ops.__all__) - helpers - {"exact_pdn"}
+    assert set(delta_rules) == set(ops.__all__) - helpers - {"exact_pdn"}
+    assert set(RULES) - set(delta_rules) == {"transformer"}
 
 
 def test_presets():

@@ -9,6 +9,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from osdn_jax.nn import MESH_AXES, RULES, CausalLM, DeltaMixer, ModelConfig, SwiGLU, mixer_config, parameter_spec
+from osdn_jax.nn.attention import SoftmaxAttention
 from osdn_jax.nn.functional import functional
 from osdn_jax.nn.parallel import look_up, over_mesh
 from osdn_jax.nn.sharding import constrain, parameter_axes, spec
@@ -44,14 +45,15 @@ def pure(module):
 @pytest.mark.parametrize(
     ("rule", "mesh"),
     [
-        *((rule, "all") for rule in ("osdn", "os_gdn", "gdn2", "pkda", "mamba2")),
+        *((rule, "all") for rule in ("osdn", "os_gdn", "gdn2", "pkda", "mamba2", "transformer")),
         ("gated_delta_net", "fsdp and tensor"),
         ("os_kda", "data and context"),
     ],
 )
 def test_mixers(rule, mesh):
     """Gates are float32 in any case, so that the last digits differ."""
-    module, parameters = pure(DeltaMixer(small_mixer(rule), 1, jnp.dtype("float64"), rngs=nnx.Rngs(0)))
+    kind = SoftmaxAttention if rule == "transformer" else DeltaMixer
+    module, parameters = pure(kind(small_mixer(rule), 1, jnp.dtype("float64"), rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)))
     ids = documents()
 

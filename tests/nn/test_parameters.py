@@ -5,7 +5,15 @@ import itertools
 import pytest
 from flax import nnx
 
-from osdn_jax.nn import CausalLM, DeltaMixer, HypergradientConfig, count_parameters, mixer_formula, parameter_formula
+from osdn_jax.nn import (
+    CausalLM,
+    DeltaMixer,
+    HypergradientConfig,
+    SoftmaxAttention,
+    count_parameters,
+    mixer_formula,
+    parameter_formula,
+)
 from support.models import every_rule, model_config
 
 CHANGES = (
@@ -18,14 +26,22 @@ CHANGES = (
 )
 
 
+OF_ATTENTION = (
+    {},
+    {"output_gate": True, "tied_embeddings": True},
+    {"qk_norm": True, "key_heads": 1},
+    {"key_heads": None, "layers": 3, "value_dim": 6},
+)
+
+
 @pytest.mark.parametrize("rule", every_rule)
 def test_the_formula_is_what_a_model_holds(rule):
-    for changes in CHANGES:
+    for changes in OF_ATTENTION if rule == "transformer" else CHANGES:
         config = model_config(rule, **changes)
         model = nnx.eval_shape(lambda c=config: CausalLM(c, rngs=nnx.Rngs(params=0)))
         assert count_parameters(model) == parameter_formula(config), changes
         assert count_parameters(model.blocks[0].mixer) == mixer_formula(config.mixer), changes
-        assert isinstance(model.blocks[0].mixer, DeltaMixer)
+        assert isinstance(model.blocks[0].mixer, SoftmaxAttention if rule == "transformer" else DeltaMixer)
 
 
 def test_each_option_changes_the_count():
@@ -45,5 +61,7 @@ def test_counts_by_hand():
     # KDA adds a decay of rank 6, with its rates and biases, and the output gate; GDN-2 has gates per channel, not beta.
     assert mixer_formula(model_config("kda").mixer) == 997 + 12 * 6 + 6 * 24 + 4 + 24 + 12 * 20 == 1481
     assert mixer_formula(model_config("gdn2").mixer) == 1481 - 12 * 4 + 12 * 2 * 6 + 12 * 4 * 5
+    # Attention: q (4 heads of 6), k (2 of 6) and v (2 of 5), and the way back from 4 heads of 5.
+    assert mixer_formula(model_config("transformer").mixer) == 12 * (24 + 12 + 10) + 20 * 12 == 792
     # The language model: 17 tokens in and out, two norms and three matrices of the MLP, a last norm.
     assert parameter_formula(model_config("delta_net", layers=2)) == 2 * 17 * 12 + 2 * (997 + 24 + 3 * 120) + 12

@@ -55,7 +55,10 @@ def test_token_by_token_is_the_whole(rule):
     assert largest_error(logits, whole) < 1e-5
     assert jax.tree.structure(states) == jax.tree.structure(after)
     for got, want in zip(jax.tree.leaves(states), jax.tree.leaves(after), strict=True):
-        assert largest_error(got, want) < 1e-5
+        if jnp.issubdtype(want.dtype, jnp.integer):
+            np.testing.assert_array_equal(got, want)
+        else:
+            assert largest_error(got, want) < 1e-5
 
 
 def test_packed_documents_are_separate_ones(rule):
@@ -92,7 +95,9 @@ def test_gradients_in_chunks_are_slopes_and_reach_every_parameter(rule):
         return jnp.vdot(logits, cotangent), logits
 
     gradient, logits = jit(jax.grad(loss, has_aux=True))(parameters)
-    assert relative_error(logits, forward(parameters, x, ids)[0]) < 1e-5  # forward goes token by token here
+    assert (
+        relative_error(logits, forward(parameters, x, ids)[0]) < 1e-5
+    )  # forward goes token by token here, or in one chunk
     assert [name for name, g in gradient.items() if not np.isfinite(g).all() or np.abs(g).max() < 1e-6] == []
     # Along the unit gradients of all parameters together the slope is the sum of their norms.
     wide = {name: np.asarray(g, np.float64) for name, g in gradient.items()}
@@ -112,7 +117,10 @@ def test_computing_in_16_bits_stays_near(rule):
     with jax.numpy_dtype_promotion("standard"):  # Flax's RMSNorm needs it in 16 bits
         logits, states = jit(lambda p, x: apply(p, x))(parameters, tokens())
     assert logits.dtype == jnp.float32
-    assert {state.rule.memory.dtype for state in states} == {jnp.dtype("float32")}
+    if rule == "transformer":  # its memory is its keys and values, which are activations
+        assert {state.keys.dtype for state in states} == {jnp.dtype("bfloat16")}
+    else:
+        assert {state.rule.memory.dtype for state in states} == {jnp.dtype("float32")}
     error = relative_error(logits, forward(parameters, tokens(), ONE_DOCUMENT)[0])
     assert 1e-4 < error < 0.1  # and it is in 16 bits: less would be float32
     assert config.dtype == "float32"

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from osdn_jax.nn import RULES, CausalLM, ModelConfig, mixer_config
+from osdn_jax.nn import RULES, AttentionConfig, CausalLM, ModelConfig, mixer_config
 from osdn_jax.nn.functional import functional
 from support import jit, oracle
 
@@ -58,6 +58,7 @@ def with_mixer(config, **changes):
 
 
 every_rule = tuple(RULES)
+delta_rules = tuple(rule for rule in RULES if rule != "transformer")
 
 
 # The model in NumPy, float64
@@ -69,7 +70,8 @@ def reference_logits(config, parameters, tokens, segment_ids):
     x = p["embedding/embedding"][tokens]
     for i in range(config.layers):
         block = {name.removeprefix(f"blocks/{i}/"): y for name, y in p.items() if name.startswith(f"blocks/{i}/")}
-        x = x + _mixer(config.mixer, block, _rms(x, block["mixer_norm/scale"]), segment_ids)
+        mix = reference_attention if isinstance(config.mixer, AttentionConfig) else _mixer
+        x = x + mix(config.mixer, block, _rms(x, block["mixer_norm/scale"]), segment_ids)
         gate, up = np.split(_rms(x, block["mlp_norm/scale"]) @ block["mlp/gate_and_up/kernel"], 2, axis=-1)
         x = x + (_silu(gate) * up) @ block["mlp/down/kernel"]
     x = _rms(x, p["norm/scale"])
@@ -131,6 +133,32 @@ def _mixer(config, p, x, segment_ids):
     out = _rms(out, p["mixer/norm/scale"]).reshape(batch, length, -1)
     if config.output_gate:
         out = out * _silu(x @ p["mixer/gate/kernel"])
+    return out @ p["mixer/output/kernel"]
+
+
+def reference_attention(config, p, x, segment_ids):
+    """Attention token by token and head by head; positions start anew with each document, and pairs are complex."""
+    batch, length, _ = x.shape
+    heads, key_heads, key_dim = config.heads, config.key_heads or config.heads, config.key_dim
+    q, k, v = np.split(x @ p["mixer/project/kernel"], [heads * key_dim, (heads + key_heads) * key_dim], axis=-1)
+    q, k = q.reshape(batch, length, heads, key_dim), k.reshape(batch, length, key_heads, key_dim)
+    v = v.reshape(batch, length, key_heads, config.value_dim)
+    if config.qk_norm:
+        q, k = _rms(q, p["mixer/query_norm/scale"]), _rms(k, p["mixer/key_norm/scale"])
+    rates = config.rotary_base ** (-2 * np.arange(key_dim // 2) / key_dim)
+    out = np.zeros((batch, length, heads, config.value_dim))
+    for b, t, h in np.ndindex(batch, length, heads):
+        past = [s for s in range(t + 1) if segment_ids[b, s] == segment_ids[b, t]]
+        keys, values = k[b, past, h * key_heads // heads], v[b, past, h * key_heads // heads]
+        positions = np.arange(len(past))[:, None]
+        turned = (keys[:, : key_dim // 2] + 1j * keys[:, key_dim // 2 :]) * np.exp(1j * positions * rates)
+        query = (q[b, t, h, : key_dim // 2] + 1j * q[b, t, h, key_dim // 2 :]) * np.exp(1j * positions[-1] * rates)
+        scores = (turned * query.conj()).real.sum(axis=-1) / np.sqrt(key_dim)
+        weights = np.exp(scores - scores.max())
+        out[b, t, h] = weights @ values / weights.sum()
+    out = out.reshape(batch, length, -1)
+    if config.output_gate:
+        out = out * _logistic(x @ p["mixer/gate/kernel"])
     return out @ p["mixer/output/kernel"]
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from osdn_jax.nn import CausalLM, HypergradientConfig, count_parameters, parameter_formula
+from osdn_jax.nn import AttentionConfig, CausalLM, HypergradientConfig, count_parameters, parameter_formula
 from osdn_jax.training import (
     build_corpus,
     build_model,
@@ -78,6 +78,37 @@ def test_what_is_not_set_is_as_the_rule_has_it():
     assert build_model_config(config_of(model__rule="osdn")).mixer.hypergradient == HypergradientConfig()
 
 
+def test_every_setting_of_the_transformer_arrives():
+    sizes = {"model__width": 24, "model__heads": 4, "model__key_heads": 2, "model__key_dim": 6, "model__value_dim": 5}
+    made = build_model_config(
+        config_of(
+            model__rule="transformer",
+            model__vocab_size=300,
+            model__rotary_base=5e5,
+            model__qk_norm=True,
+            model__max_length=77,
+            model__output_gate=True,
+            model__chunk_size=16,
+            **sizes,
+        )
+    )
+    assert made.vocab_size == 300
+    assert made.mixer == AttentionConfig(
+        width=24,
+        heads=4,
+        key_heads=2,
+        key_dim=6,
+        value_dim=5,
+        rotary_base=5e5,
+        qk_norm=True,
+        output_gate=True,
+        max_length=77,
+        chunk_size=16,
+    )
+    plain = build_model_config(config_of(model__rule="transformer", sequence_length=99)).mixer
+    assert plain == AttentionConfig(width=128, heads=2, key_dim=64, value_dim=64, max_length=99)
+
+
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -90,6 +121,16 @@ def test_what_is_not_set_is_as_the_rule_has_it():
         ({"model__key_heads": 3}, "key_heads: got 3"),
         ({"model__preset": "papers"}, "papers"),
         ({"model__rule": "delta_net", "model__preset": "paper"}, "model.preset: got 'paper', but the rule 'delta_net'"),
+        (
+            {"model__rule": "transformer", "model__preset": "paper"},
+            "got 'paper', but the rule 'transformer' has no such",
+        ),
+        (
+            {"model__rule": "transformer", "model__negative_eigenvalues": True},
+            "model.negative_eigenvalues: got True, but",
+        ),
+        ({"model__rule": "transformer", "model__implementation": "scan"}, "implementation: got 'scan'"),
+        ({"model__vocab_size": 0}, "vocab_size: got 0"),
         ({"model__dtype": "float16"}, "dtype: got 'float16'"),
         ({"model__implementation": "magic"}, "implementation: got 'magic'"),
         ({"model__chunk_size": 0}, "chunk_size: got 0"),

@@ -1,0 +1,224 @@
+"""Causal softmax attention with rotary positions: the mixer that the delta rules are compared with."""
+
+import dataclasses
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from osdn_jax.nn import initializers
+from osdn_jax.nn.config import AttentionConfig
+from osdn_jax.nn.layers import linear
+from osdn_jax.nn.parallel import part_of
+
+_CHUNK = 512  # queries
+
+
+class AttentionState(NamedTuple):
+    """The last S = max_length keys and values, the newest at the end, from which attention goes on."""
+
+    keys: Float[Array, "B S Hk K"]  # rotated already
+    values: Float[Array, "B S Hk V"]
+    position: Int[Array, ""]  # of the next token; the last key is at the position before it
+    start: Int[Array, " B"]  # position at which the document that goes on began; nothing before it is seen
+
+
+class SoftmaxAttention(nnx.Module):
+    """Multi-head or grouped-query attention (arXiv 2305.13245), causal, with rotary positions (2104.09864).
+
+    The projections have no bias; softmax is in float32. If the config asks for them, q and k are normalised per head
+    before they are rotated (2302.05442), and the output is multiplied by a logistic gate of the input (2505.06708).
+
+    A continuation sees its own tokens and the max_length tokens before it: up to there pieces equal the whole, beyond
+    it the oldest tokens drop out. A call without a state is not limited.
+    """
+
+    def __init__(self, config: AttentionConfig, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+        """layers: of the whole model, for the scale at which the last projection starts."""
+        self.config, self.dtype = config, dtype
+        width, results = config.width, config.heads * config.value_dim
+        self.queries, self.keys = config.heads * config.key_dim, config.read_heads * config.key_dim
+        outputs = self.queries + self.keys + config.read_heads * config.value_dim
+        self.project = linear(width, outputs, dtype, rngs=rngs)  # q, k and v at once
+        self.output = linear(results, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
+        self.gate = linear(width, results, dtype, rngs=rngs) if config.output_gate else None
+
+        def norm() -> nnx.RMSNorm | None:
+            if not config.qk_norm:
+                return None
+            return nnx.RMSNorm(config.key_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+
+        self.query_norm, self.key_norm = norm(), norm()
+
+    @property
+    def joined(self) -> dict[str, tuple[int, ...]]:
+        """What lies side by side in parameters that make several things."""
+        values = self.config.read_heads * self.config.value_dim
+        return {"project/kernel": (self.queries, self.keys, values)}
+
+    def part(self, count: int) -> nnx.GraphDef:
+        """The graph of the mixer that has one in count of the heads; as `DeltaMixer.part`."""
+        heads, key_heads = (part_of(name, getattr(self.config, name), count) for name in ("heads", "read_heads"))
+        return _graph(dataclasses.replace(self.config, heads=heads, key_heads=key_heads), self.dtype)
+
+    def __call__(
+        self,
+        x: Float[Array, "B T D"],
+        state: AttentionState | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        context_axis: str | None = None,
+    ) -> tuple[Float[Array, "B T D"], AttentionState]:
+        """Mixes a sequence, or its continuation from a state; one token at a time is decoding.
+
+        Positions count on through packed documents: only their differences matter, and no token sees another document.
+        With context_axis, as in `ops.delta_rule`, every device has the keys and values of all tokens for its queries.
+
+        Returns the output and the state after the last token.
+
+        Raises:
+            ValueError: a state of another batch or config.
+        """
+        config = self.config
+        (batch, length), heads = x.shape[:2], config.read_heads
+        q, k, v = jnp.split(self.project(x), [self.queries, self.queries + self.keys], axis=-1)
+        q = q.reshape(batch, length, config.heads, config.key_dim)
+        k, v = k.reshape(batch, length, heads, config.key_dim), v.reshape(batch, length, heads, config.value_dim)
+        if self.query_norm is not None and self.key_norm is not None:
+            q, k = self.query_norm(q), self.key_norm(k)
+
+        if state is None:
+            position, start = jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32)
+        else:
+            expected = (batch, config.max_length, heads, config.key_dim)
+            if state.keys.shape != expected:
+                raise ValueError(f"state: got keys of shape {state.keys.shape}, expected {expected}")
+            position, start = state.position, state.start
+        total, offset = length, jnp.zeros((), jnp.int32)
+        if context_axis is not None:
+            total, offset = length * jax.lax.axis_size(context_axis), length * jax.lax.axis_index(context_axis)
+            if segment_ids is not None:
+                segment_ids = jax.lax.all_gather(segment_ids, context_axis, axis=1, tiled=True)
+        here = position + offset + jnp.arange(length, dtype=jnp.int32)
+        q, k = (rotate(y, here, config.rotary_base) for y in (q, k))
+        if context_axis is not None:
+            k, v = (jax.lax.all_gather(y, context_axis, axis=1, tiled=True) for y in (k, v))
+        all_starts = _document_starts(position + jnp.arange(total, dtype=jnp.int32), start, segment_ids)
+        starts = jax.lax.dynamic_slice_in_dim(all_starts, offset, length, axis=1)
+
+        if state is None:
+            keys, values, first = k, v, starts
+        else:
+            keys, values = jnp.concatenate([state.keys, k], axis=1), jnp.concatenate([state.values, v], axis=1)
+            first = starts - position + config.max_length
+        if state is None and context_axis is None and config.implementation == "cudnn":
+            out = _by_cudnn(q, k, v, None if segment_ids is None else starts)
+        else:
+            place = keys.shape[1] - total + offset
+            out = attend(q, keys, values, first, place=place, chunk_size=config.chunk_size)
+
+        out = out.reshape(batch, length, config.heads * config.value_dim)
+        if self.gate is not None:
+            out = out * jax.nn.sigmoid(self.gate(x))
+        after = AttentionState(
+            _last(keys, config.max_length),
+            _last(values, config.max_length),
+            position + total,
+            jnp.concatenate([start[:, None], all_starts], axis=1)[:, -1],
+        )
+        return self.output(out), after
+
+
+@functools.cache
+def _graph(config: AttentionConfig, dtype: jnp.dtype) -> nnx.GraphDef:
+    return nnx.graphdef(nnx.eval_shape(lambda: SoftmaxAttention(config, 1, dtype, rngs=nnx.Rngs(0))))
+
+
+def rotate(x: Float[Array, "B T H K"], positions: Int[Array, " T"], base: float) -> Float[Array, "B T H K"]:
+    """Rotary position embedding: turns each pair (x_i, x_{i + K/2}) by the angle position * base^(-2i / K).
+
+    So the product of a query and a key depends on their positions through the difference alone. The pairs are those of
+    Llama's code in Transformers; the paper (arXiv 2104.09864) pairs neighbours. Angles are float32.
+    """
+    half, wide = x.shape[-1] // 2, _wide(x.dtype)
+    angles = positions.astype(wide)[:, None] * base ** (-jnp.arange(half, dtype=wide) / half)[None]
+    cosine, sine = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    a, b = jnp.split(x.astype(wide), 2, axis=-1)
+    return jnp.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1).astype(x.dtype)
+
+
+def attend(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B S Hk K"],
+    v: Float[Array, "B S Hk V"],
+    first: Int[Array, "B T"],
+    *,
+    place: Int[Array, ""] | int | None = None,
+    chunk_size: int | None = None,
+) -> Float[Array, "B T H V"]:
+    """softmax(q kᵀ / sqrt(K)) v, where query t sees the keys first[t] .. place + t.
+
+    One chunk of queries after the other, and once more in the backward pass, so that [B, H, chunk_size, S] scores are
+    held at a time; those of keys that a query does not see are computed too. Key head h serves the query heads h H / Hk
+    and those after it. Scores and softmax are float32 (float64 for float64 inputs).
+
+    Args:
+        q, k, v: queries, keys and values.
+        first: index of the first key that each query sees; below 0 is all of them.
+        place: index of the first query's own key; S - T if None.
+        chunk_size: queries at a time; 512 if None.
+    """
+    length, size = q.shape[1], chunk_size or _CHUNK
+    last = (k.shape[1] - length if place is None else place) + jnp.arange(length, dtype=jnp.int32)
+    if length <= size:
+        return _attend_chunk(q, k, v, first, last)
+
+    def chunks(x: jax.Array, axis: int) -> jax.Array:
+        padding = [(0, -length % size if i == axis else 0) for i in range(x.ndim)]
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+
+    rows = (chunks(q, 1), chunks(first, 1), chunks(last, 0))
+    out = jax.lax.map(lambda row: _attend_chunk(row[0], k, v, *row[1:]), rows)
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, q.shape[2], v.shape[-1])[:, :length]
+
+
+@jax.checkpoint
+def _attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
+    (batch, rows, heads, size), (columns, key_heads) = q.shape, k.shape[1:3]
+    wide = _wide(q.dtype)
+    groups = q.reshape(batch, rows, key_heads, heads // key_heads, size)
+    scores = jnp.einsum("bthgk,bshk->bhgts", groups, k, preferred_element_type=wide) * size**-0.5
+    column = jnp.arange(columns, dtype=jnp.int32)[None, None]
+    visible = (column >= first[..., None]) & (column <= last[None, :, None])
+    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
+    out = jnp.einsum("bhgts,bshv->bthgv", weights.astype(v.dtype), v, preferred_element_type=wide)
+    return out.reshape(batch, rows, heads, v.shape[-1]).astype(v.dtype)
+
+
+def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | None) -> jax.Array:
+    mask = None
+    if first is not None:
+        mask = (jnp.arange(k.shape[1], dtype=jnp.int32)[None, None] >= first[..., None])[:, None]
+    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+
+def _document_starts(positions: jax.Array, start: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """The position at which each token's document began, [B, T]; the first token goes on with the one before it."""
+    shape = (start.shape[0], positions.shape[0])
+    if segment_ids is None:
+        return jnp.broadcast_to(start[:, None], shape)
+    before = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
+    begun = jnp.where(segment_ids != before, jnp.broadcast_to(positions[None], shape), start[:, None])
+    return jax.lax.cummax(begun, axis=1)
+
+
+def _last(x: jax.Array, size: int) -> jax.Array:
+    """The last size tokens, with zeros before them if there are fewer."""
+    missing = max(size - x.shape[1], 0)
+    return jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0)))[:, x.shape[1] + missing - size :]
+
+
+def _wide(dtype: jnp.dtype) -> jnp.dtype:
+    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
