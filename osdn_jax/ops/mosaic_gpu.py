@@ -1,23 +1,15 @@
 """The Pallas kernels for Hopper GPUs as implementations of the operators."""
 
-import functools
-
 import jax
 import jax.numpy as jnp
 
 from osdn_jax.ops.arguments import Call
 from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
+from osdn_jax.ops.selection import on_hopper
 from pallas_kernels import delta_rule as kernels
 from pallas_kernels import gram as gram_kernels
 from pallas_kernels import hypergradient as hypergradient_kernels
 from pallas_kernels.tiles import CHUNK
-
-
-@functools.cache
-def on_hopper() -> bool:
-    """Whether programs run on a Hopper GPU unless told otherwise."""
-    device = jax.devices()[0]
-    return device.platform == "gpu" and device.compute_capability == "9.0"
 
 
 def limitation(call: Call, chunk_size: int | None) -> str | None:

@@ -3,14 +3,31 @@
 No other kind of device has been measured: what holds there is reasoned, and says so.
 """
 
+import re
+from typing import Any
+
 import jax
 
 from osdn_jax.ops.arguments import Call
 
+_HOPPER = re.compile(r"\b(GH200|H20|H100|H200|H800)\b")
+
 
 def on_cpu() -> bool:
-    """Whether programs run on the CPU unless told otherwise."""
-    return jax.default_backend() == "cpu"
+    """Whether the program is for a CPU: the devices of the mesh in use, or the first of this machine."""
+    return _device().platform == "cpu"
+
+
+def on_hopper() -> bool:
+    """Likewise for a Hopper GPU."""
+    device = _device()
+    return device.platform == "gpu" and _HOPPER.search(device.device_kind) is not None
+
+
+def _device() -> Any:
+    # A mesh may be of devices that are not here: what is compiled ahead of time is for them.
+    ambient = jax.sharding.get_abstract_mesh().abstract_device
+    return jax.devices()[0] if ambient is None else ambient
 
 
 _CACHED = 2**18  # numbers of all memories that a core's caches hold
