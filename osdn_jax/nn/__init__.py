@@ -1,6 +1,7 @@
 """Flax NNX modules: mixers of the delta-rule family, short convolution, MLP, blocks and a causal language model."""
 
 from osdn_jax.nn.config import RULES, GramConfig, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
+from osdn_jax.nn.cross_entropy import Chunks, cross_entropy
 from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
 from osdn_jax.nn.layers import Exempt, ShortConvolution, SwiGLU, unit_norm
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
@@ -12,6 +13,7 @@ __all__ = [
     "Block",
     "CausalLM",
     "ChannelGate",
+    "Chunks",
     "DecayGate",
     "DeltaMixer",
     "Exempt",
@@ -24,6 +26,7 @@ __all__ = [
     "ShortConvolution",
     "SwiGLU",
     "count_parameters",
+    "cross_entropy",
     "mixer_config",
     "mixer_formula",
     "parameter_formula",

@@ -1,5 +1,7 @@
 """The causal language model."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -7,7 +9,7 @@ from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn import initializers
 from osdn_jax.nn.config import ModelConfig
-from osdn_jax.nn.layers import SwiGLU, dropout, linear
+from osdn_jax.nn.layers import RMSNorm, SwiGLU, dropout, linear
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
 
 
@@ -18,9 +20,9 @@ class Block(nnx.Module):
         """config: of the whole model."""
         width, dtype = config.mixer.width, jnp.dtype(config.dtype)
         self.dropout = config.dropout
-        self.mixer_norm = nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.mixer_norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
         self.mixer = DeltaMixer(config.mixer, config.layers, dtype, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
         self.mlp = SwiGLU(width, config.mlp_dim, config.layers, dtype, rngs=rngs)
 
     def __call__(
@@ -48,7 +50,7 @@ class CausalLM(nnx.Module):
             config.vocab_size, width, dtype=dtype, embedding_init=initializers.embedding, rngs=rngs
         )
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
-        self.norm = nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
         self.head = None if config.tied_embeddings else linear(width, config.vocab_size, dtype, rngs=rngs)
 
     def __call__(
@@ -66,12 +68,35 @@ class CausalLM(nnx.Module):
             segment_ids: packed documents; nothing passes from one to the next.
             dropout_key: random key of the config's dropout; None for none, as in evaluation.
         """
+        x, after = self.features(tokens, states, segment_ids, dropout_key)
+        logits = self.embedding.attend(x) if self.head is None else self.head(x)
+        return logits.astype(jnp.float32), after
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        states: tuple[MixerState, ...] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[MixerState, ...]]:
+        """What the head reads, in the config's dtype, and the states; arguments as of a call."""
         x = self.embedding(tokens)
         after = []
         for i, block in enumerate(self.blocks):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            x, state = block(x, None if states is None else states[i], segment_ids, key)
+            run = _rematerialized(block, self.config.remat)
+            x, state = run(x, None if states is None else states[i], segment_ids, key)
             after.append(state)
-        x = self.norm(x)
-        logits = self.embedding.attend(x) if self.head is None else self.head(x)
-        return logits.astype(jnp.float32), tuple(after)
+        return self.norm(x), tuple(after)
+
+    def unembedding(self) -> Float[Array, "Vocab D"]:
+        """The matrix of the head, a row for each token of the vocabulary: logits are features @ unembedding.T."""
+        return self.embedding.embedding[...] if self.head is None else self.head.kernel[...].T
+
+
+def _rematerialized(block: Block, remat: str) -> Callable[..., tuple[jax.Array, MixerState]]:
+    """The block, keeping for its gradient what ModelConfig.remat says and computing the rest again."""
+    if remat == "none":
+        return block
+    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "blocks" else None
+    return jax.checkpoint(lambda *args: block(*args), policy=kept)
