@@ -27,6 +27,8 @@ def generate(
 ) -> Iterator[str]:
     """Yields pieces of text that go on from a prompt, by the newest checkpoint of a run.
 
+    Takes the moving average of the parameters where the run has one.
+
     Raises:
         FileNotFoundError: workdir holds no run, or no checkpoint.
         CheckpointError, CheckpointMismatchError: no checkpoint can be read, or it is of another model.
@@ -34,7 +36,8 @@ def generate(
     """
     config = load_config(workdir)
     apply, parameters = functional(build_model(config))
-    _, parameters = load_parameters(Path(workdir) / CHECKPOINT_FOLDER, parameters)
+    key = "ema" if config.ema else "params"
+    _, parameters = load_parameters(Path(workdir) / CHECKPOINT_FOLDER, parameters, key=key)
     tokenizer = ByteTokenizer()
     drawn = sample(
         apply,

@@ -1,5 +1,5 @@
 """What a trained model is worth."""
 
-from osdn_jax.evaluation.likelihood import make_evaluate, weighted_nats
+from osdn_jax.evaluation.likelihood import LikelihoodSums, likelihood_sums, make_evaluate
 
-__all__ = ["make_evaluate", "weighted_nats"]
+__all__ = ["LikelihoodSums", "likelihood_sums", "make_evaluate"]

@@ -1,39 +1,69 @@
 """How well a model predicts text, in bits per byte."""
 
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jaxtyping import Array, Float
 
 from osdn_jax.data import Window
+from osdn_jax.nn.cross_entropy import DEFAULT_CHUNKS, Chunks, cross_entropy
 from osdn_jax.nn.functional import Parameters
 
 
-def weighted_nats(logits: Float[Array, "B T Vocab"], batch: Window) -> tuple[Float[Array, ""], Float[Array, ""]]:
-    """(sum of weighted negative log likelihoods in nats, sum of weights) of a batch's targets."""
-    nats = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.asarray(batch["targets"]))
+class LikelihoodSums(NamedTuple):
+    """Weighted sums over the targets of a batch, float32."""
+
+    nats: Float[Array, ""]  # of negative log likelihoods
+    squared_normalizers: Float[Array, ""]  # of logsumexp(logits)^2
+    targets: Float[Array, ""]  # of the weights
+
+
+def likelihood_sums(
+    apply: Callable[..., Any],
+    parameters: Parameters,
+    batch: Window,
+    *,
+    chunks: Chunks = DEFAULT_CHUNKS,
+    dropout_key: jax.Array | None = None,
+) -> LikelihoodSums:
+    """The sums of a batch, without its logits in memory. A target of weight 0 may be any number.
+
+    Args:
+        apply: of `nn.functional.functional`, of a model with the methods `features` and `unembedding`.
+        parameters: of the model.
+        batch: inputs, targets, segment_ids and weights, [B, T] each.
+        chunks: as of `nn.cross_entropy`.
+        dropout_key: random key of the model's dropout; None for none.
+    """
+    hidden, _ = apply(
+        parameters, batch["inputs"], segment_ids=batch["segment_ids"], dropout_key=dropout_key, method="features"
+    )
+    unembedding = apply(parameters, method="unembedding")
+    nats, normalizers = cross_entropy(hidden, unembedding, jnp.asarray(batch["targets"]), chunks)
     weights = jnp.asarray(batch["weights"])
-    return jnp.sum(nats * weights), jnp.sum(weights)
+
+    def weighted(x: jax.Array) -> jax.Array:
+        return jnp.sum(jnp.where(weights == 0, 0.0, x) * weights)
+
+    return LikelihoodSums(weighted(nats), weighted(jnp.square(normalizers)), jnp.sum(weights))
 
 
-def make_evaluate(apply: Callable[..., Any]) -> Callable[[Parameters, Iterable[Window]], float]:
+def make_evaluate(
+    apply: Callable[..., Any], chunks: Chunks = DEFAULT_CHUNKS
+) -> Callable[[Parameters, Iterable[Window]], float]:
     """The function (parameters, batches) -> bits per target token; one byte is one token here.
 
-    Every window starts with an empty memory, so longer windows are predicted better.
+    Every window starts with an empty memory, so longer windows are predicted better. Arguments as of
+    `likelihood_sums`.
     """
-
-    @jax.jit
-    def step(params: Parameters, batch: Window) -> tuple[jax.Array, jax.Array]:
-        logits, _ = apply(params, batch["inputs"], segment_ids=batch["segment_ids"])
-        return weighted_nats(logits, batch)
+    step = jax.jit(lambda params, batch: likelihood_sums(apply, params, batch, chunks=chunks))
 
     def evaluate(params: Parameters, batches: Iterable[Window]) -> float:
         sums = [step(params, batch) for batch in batches]
-        nats, targets = np.sum([[float(a), float(b)] for a, b in sums], axis=0)
+        nats, targets = np.sum([[float(x.nats), float(x.targets)] for x in sums], axis=0)
         return float(nats / targets / np.log(2.0))
 
     return evaluate

@@ -10,6 +10,7 @@ from osdn_jax.nn.config import (
     ModelConfig,
     mixer_config,
 )
+from osdn_jax.nn.cross_entropy import Chunks, cross_entropy
 from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
 from osdn_jax.nn.layers import Exempt, ShortConvolution, SwiGLU, unit_norm
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
@@ -25,6 +26,7 @@ __all__ = [
     "Block",
     "CausalLM",
     "ChannelGate",
+    "Chunks",
     "DecayGate",
     "DeltaMixer",
     "Exempt",
@@ -38,6 +40,7 @@ __all__ = [
     "SoftmaxAttention",
     "SwiGLU",
     "count_parameters",
+    "cross_entropy",
     "mixer_config",
     "mixer_formula",
     "parameter_formula",

@@ -11,7 +11,7 @@ from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn import initializers
 from osdn_jax.nn.config import AttentionConfig
-from osdn_jax.nn.layers import linear
+from osdn_jax.nn.layers import RMSNorm, linear
 from osdn_jax.nn.parallel import part_of
 
 _CHUNK = 512  # queries
@@ -46,10 +46,10 @@ class SoftmaxAttention(nnx.Module):
         self.output = linear(results, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
         self.gate = linear(width, results, dtype, rngs=rngs) if config.output_gate else None
 
-        def norm() -> nnx.RMSNorm | None:
+        def norm() -> RMSNorm | None:
             if not config.qk_norm:
                 return None
-            return nnx.RMSNorm(config.key_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+            return RMSNorm(config.key_dim, config.norm_epsilon, rngs=rngs)
 
         self.query_norm, self.key_norm = norm(), norm()
 

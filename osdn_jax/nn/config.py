@@ -9,6 +9,8 @@ from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
 Decay = Literal["none", "scalar", "channel"]
 Strength = Literal["scalar", "channel"]
 Preconditioner = Literal["none", "hypergradient", "gram"]
+# What a block keeps for its gradient: all, only what its weights were multiplied to, only its input.
+Remat = Literal["none", "blocks", "full"]
 
 TRANSFORMER = "transformer"  # the one rule that is no delta rule
 
@@ -195,12 +197,14 @@ class ModelConfig:
     norm_epsilon: float = 1e-6
     dropout: float = 0.0  # on what each mixer and MLP adds to the residual stream
     dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products; parameters are float32
+    remat: Remat = "none"  # what each block computes again for its gradient; see Remat
 
     def __post_init__(self) -> None:
         """Checks the fields."""
         for name in ("vocab_size", "layers", "mlp_dim"):
             _at_least_one(name, getattr(self, name))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
+        _one_of("remat", self.remat, ("none", "blocks", "full"))
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, expected a rate from 0 to below 1")
 

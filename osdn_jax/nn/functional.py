@@ -12,15 +12,30 @@ Parameters = dict[str, jax.Array]  # "blocks/0/mixer/project/kernel": array
 
 
 def functional(model: nnx.Module) -> tuple[Callable[..., Any], Parameters]:
-    """(apply, parameters) with apply(parameters, *args, **kwargs) = model(*args, **kwargs)."""
+    """(apply, parameters) with apply(parameters, *args, **kwargs) = model(*args, **kwargs).
+
+    apply(..., method="features") calls that method of the model instead.
+    """
     graph, state = nnx.split(model)
     paths = {"/".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
 
-    def apply(parameters: Parameters, *args: Any, **kwargs: Any) -> Any:
+    def apply(parameters: Parameters, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
         flat = [(path, nnx.Param(parameters[name])) for name, path in paths.items()]
-        return nnx.merge(graph, nnx.from_flat_state(flat))(*args, **kwargs)
+        return getattr(nnx.merge(graph, nnx.from_flat_state(flat)), method)(*args, **kwargs)
 
     return apply, {"/".join(map(str, path)): x[...] for path, x in nnx.to_flat_state(state)}
+
+
+# Projections to the gates of the recurrences and preconditioners, by their place in a block.
+_GATES = {"beta", "decay", "erase_gate", "write_gate", "gram_decay", "gram_gain"}
+
+
+def block_matrices(model: nnx.Module) -> dict[str, bool]:
+    """Which parameters are the weight matrices of the blocks: not embeddings, head, gates, or what is `Exempt`."""
+    return {
+        name: decayed and name.startswith("blocks/") and _GATES.isdisjoint(name.split("/"))
+        for name, decayed in decays(model).items()
+    }
 
 
 def decays(model: nnx.Module) -> dict[str, bool]:

@@ -14,6 +14,18 @@ class Exempt(nnx.Param):
     """A parameter that weight decay leaves alone: gates, rates, preconditioners, norms, convolutions."""
 
 
+class RMSNorm(nnx.RMSNorm):
+    """Flax's, computed in float32 whatever the type of its input, which is that of its output."""
+
+    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs) -> None:
+        """features: of the last axis, which is normalised."""
+        super().__init__(features, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "*B D"], mask: jax.Array | None = None) -> Float[Array, "*B D"]:
+        """x / sqrt(mean(x^2) + epsilon) * scale."""
+        return super().__call__(x, mask).astype(x.dtype)
+
+
 class ShortConvolution(nnx.Module):
     """Causal depthwise convolution along the sequence, without bias, that stays inside packed documents."""
 

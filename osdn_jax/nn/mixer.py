@@ -14,7 +14,7 @@ from osdn_jax import ops
 from osdn_jax.nn import initializers
 from osdn_jax.nn.config import MixerConfig
 from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
-from osdn_jax.nn.layers import Exempt, ShortConvolution, linear, unit_norm
+from osdn_jax.nn.layers import Exempt, RMSNorm, ShortConvolution, linear, unit_norm
 from osdn_jax.nn.parallel import part_of
 from osdn_jax.ops import State
 
@@ -44,7 +44,7 @@ class DeltaMixer(nnx.Module):
         by_channel = config.strength == "channel"
         gated_write = (config.erase or config.decay == "scalar") and not by_channel
         self.beta = linear(width, heads, dtype, rngs=rngs) if gated_write else None
-        self.norm = nnx.RMSNorm(config.value_dim, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(config.value_dim, config.norm_epsilon, rngs=rngs)
         self.output = linear(self.values, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
         self.gate = linear(width, self.values, dtype, rngs=rngs) if config.output_gate else None
 

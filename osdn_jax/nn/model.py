@@ -1,5 +1,6 @@
 """The causal language model."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,10 +11,12 @@ from jaxtyping import Array, Float, Int
 from osdn_jax.nn import initializers
 from osdn_jax.nn.attention import AttentionState, SoftmaxAttention
 from osdn_jax.nn.config import AttentionConfig, ModelConfig
-from osdn_jax.nn.layers import SwiGLU, dropout, linear
+from osdn_jax.nn.layers import RMSNorm, SwiGLU, dropout, linear
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
 from osdn_jax.nn.parallel import look_up, over_mesh
 from osdn_jax.nn.sharding import ambient_mesh, constrain
+
+State = MixerState | AttentionState
 
 
 class Block(nnx.Module):
@@ -23,19 +26,19 @@ class Block(nnx.Module):
         """config: of the whole model."""
         width, dtype = config.mixer.width, jnp.dtype(config.dtype)
         self.dropout = config.dropout
-        self.mixer_norm = nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.mixer_norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
         mixer: Any = SoftmaxAttention if isinstance(config.mixer, AttentionConfig) else DeltaMixer
         self.mixer = mixer(config.mixer, config.layers, dtype, rngs=rngs)
-        self.mlp_norm = nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
         self.mlp = SwiGLU(width, config.mlp_dim, config.layers, dtype, rngs=rngs)
 
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        state: MixerState | AttentionState | None,
+        state: State | None,
         segment_ids: Int[Array, "B T"] | None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], MixerState | AttentionState | None]:
+    ) -> tuple[Float[Array, "B T D"], State | None]:
         """Returns the residual stream after the block and the mixer's state after the last token (None over a mesh)."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         mixed, state = self._mix(self.mixer_norm(x), state, segment_ids)
@@ -44,9 +47,7 @@ class Block(nnx.Module):
         out = self.mlp(normed) if mesh is None else over_mesh(self.mlp, "mlp", lambda mlp, x, _: mlp(x), mesh, normed)
         return x + dropout(out, self.dropout, keys[1]), state
 
-    def _mix(
-        self, x: jax.Array, state: MixerState | AttentionState | None, segment_ids: jax.Array | None
-    ) -> tuple[jax.Array, MixerState | AttentionState | None]:
+    def _mix(self, x: jax.Array, state: State | None, segment_ids: jax.Array | None) -> tuple[jax.Array, State | None]:
         mesh = ambient_mesh()
         if mesh is None:
             return self.mixer(x, state, segment_ids)
@@ -69,16 +70,16 @@ class CausalLM(nnx.Module):
             config.vocab_size, width, dtype=dtype, embedding_init=initializers.embedding, rngs=rngs
         )
         self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
-        self.norm = nnx.RMSNorm(width, epsilon=config.norm_epsilon, dtype=dtype, rngs=rngs)
+        self.norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
         self.head = None if config.tied_embeddings else linear(width, config.vocab_size, dtype, rngs=rngs)
 
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        states: tuple[MixerState | AttentionState, ...] | None = None,
+        states: tuple[State, ...] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T Vocab"], tuple[MixerState | AttentionState | None, ...]]:
+    ) -> tuple[Float[Array, "B T Vocab"], tuple[State | None, ...]]:
         """Logits of the token after each token, float32, and the states of the blocks after the last one.
 
         Under `jax.set_mesh` of a mesh with the axes of `nn.sharding` it runs over its devices, and keeps no states.
@@ -89,17 +90,41 @@ class CausalLM(nnx.Module):
             segment_ids: packed documents; nothing passes from one to the next.
             dropout_key: random key of the config's dropout; None for none, as in evaluation.
         """
+        x, after = self.features(tokens, states, segment_ids, dropout_key)
+        logits = constrain(self.embedding.attend(x) if self.head is None else self.head(x), "batch", "time", None)
+        return logits.astype(jnp.float32), after
+
+    def features(
+        self,
+        tokens: Int[Array, "B T"],
+        states: tuple[State | None, ...] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[State | None, ...]]:
+        """What the head reads, in the config's dtype, and the states; arguments as of a call."""
         x = self._embed(tokens)
         after = []
         for i, block in enumerate(self.blocks):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            x, state = block(x, None if states is None else states[i], segment_ids, key)
+            run = _rematerialized(block, self.config.remat)
+            x, state = run(x, None if states is None else states[i], segment_ids, key)
             after.append(state)
-        x = self.norm(x)
-        logits = constrain(self.embedding.attend(x) if self.head is None else self.head(x), "batch", "time", None)
-        return logits.astype(jnp.float32), tuple(after)
+        return self.norm(x), tuple(after)
+
+    def unembedding(self) -> Float[Array, "Vocab D"]:
+        """The matrix of the head, a row for each token of the vocabulary: logits are features @ unembedding.T."""
+        matrix = self.embedding.embedding[...] if self.head is None else self.head.kernel[...].T
+        return constrain(matrix, "vocabulary", None)  # whole rows: the products with them sum over the width
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         if ambient_mesh() is None:
             return self.embedding(tokens)
         return look_up(self.embedding.embedding[...].astype(self.embedding.dtype), tokens)
+
+
+def _rematerialized(block: Block, remat: str) -> Callable[..., tuple[jax.Array, State | None]]:
+    """The block, keeping for its gradient what ModelConfig.remat says and computing the rest again."""
+    if remat == "none":
+        return block
+    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "blocks" else None
+    return jax.checkpoint(lambda *args: block(*args), policy=kept)

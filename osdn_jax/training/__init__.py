@@ -1,13 +1,20 @@
 """Training: configuration, optimiser, step, loop, checkpoints and metrics."""
 
-from osdn_jax.training.build import build_corpus, build_model, build_model_config, build_optimizer, build_schedule
+from osdn_jax.training.build import (
+    build_corpus,
+    build_model,
+    build_model_config,
+    build_optimizer,
+    build_schedule,
+    build_step_config,
+)
 from osdn_jax.training.checkpoints import CheckpointError, CheckpointMismatchError, Checkpoints, load_parameters
 from osdn_jax.training.config import ConfigError, WorkdirConfigError, load_config, parse_arg
 from osdn_jax.training.defaults import default_config
 from osdn_jax.training.loop import DivergedError, Result, train
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
-from osdn_jax.training.step import TrainState, make_train_step
+from osdn_jax.training.step import StepConfig, TrainState, make_train_step
 
 __all__ = [
     "CheckpointError",
@@ -17,6 +24,7 @@ __all__ = [
     "DivergedError",
     "MetricsWriter",
     "Result",
+    "StepConfig",
     "TrainState",
     "WorkdirConfigError",
     "build_corpus",
@@ -24,6 +32,7 @@ __all__ = [
     "build_model_config",
     "build_optimizer",
     "build_schedule",
+    "build_step_config",
     "default_config",
     "load_config",
     "load_parameters",

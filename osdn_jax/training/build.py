@@ -1,16 +1,19 @@
 """What a configuration stands for: its model, text and optimiser."""
 
 import dataclasses
+import math
 
 import jax
 import optax
+import optax.contrib
 from flax import nnx
 from ml_collections import ConfigDict
 
 from osdn_jax.data import ByteTokenizer, Document, read_documents, shakespeare, split_documents
-from osdn_jax.nn import CausalLM, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
+from osdn_jax.nn import CausalLM, Chunks, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
 from osdn_jax.nn.config import TRANSFORMER
-from osdn_jax.nn.functional import decays
+from osdn_jax.nn.functional import block_matrices, decays
+from osdn_jax.training.step import StepConfig
 
 
 def build_model_config(config: ConfigDict) -> ModelConfig:
@@ -63,6 +66,7 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
         tied_embeddings=model.tied_embeddings,
         dropout=model.dropout,
         dtype=model.dtype,
+        remat=model.remat,
     )
 
 
@@ -80,49 +84,85 @@ def build_corpus(config: ConfigDict) -> tuple[list[Document], list[Document]]:
     return list(train), list(validation)
 
 
-def build_schedule(config: ConfigDict) -> optax.Schedule:
+def build_schedule(config: ConfigDict, peak: str = "learning_rate") -> optax.Schedule:
     """Learning rate by step: linear warm-up from 0 to the peak, then a cosine down to its final fraction.
 
-    Raises ValueError where the warm-up leaves no step, or a number is out of range.
+    peak is the key of config.optimizer that says how high. Raises ValueError where the warm-up leaves no step, or a
+    number is out of range.
     """
     settings = config.optimizer
     if not 0 <= settings.warmup_steps < config.steps:
         raise ValueError(
             f"optimizer.warmup_steps: got {settings.warmup_steps}, expected from 0 to below steps = {config.steps}"
         )
-    if not settings.learning_rate > 0:
-        raise ValueError(f"optimizer.learning_rate: got {settings.learning_rate}, expected more than 0")
+    if not settings[peak] > 0:
+        raise ValueError(f"optimizer.{peak}: got {settings[peak]}, expected more than 0")
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=settings.learning_rate,
+        peak_value=settings[peak],
         warmup_steps=settings.warmup_steps,
         decay_steps=config.steps,
-        end_value=settings.learning_rate * settings.final_fraction,
+        end_value=settings[peak] * settings.final_fraction,
     )
 
 
 def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransformation:
-    """AdamW with clipping by the global norm; weight decay acts on matrices that no layer has exempted.
+    """AdamW, or Muon and AdamW, with clipping by the global norm.
 
-    Raises ValueError for a number out of range.
+    Weight decay acts on matrices that no layer has exempted. Muon takes the weight matrices of the blocks, each as the
+    model holds it (q, k and v are one matrix, and so are gate and up of an MLP), and AdamW all else: embeddings, head,
+    gates, norms, convolutions (https://kellerjordan.github.io/posts/muon).
+
+    Raises ValueError for an unknown optimiser or a number out of range.
     """
     settings = config.optimizer
-    for name in ("beta1", "beta2"):
+    if settings.name not in ("adamw", "muon"):
+        raise ValueError(f"optimizer.name: got {settings.name!r}, expected one of adamw, muon")
+    for name in ("beta1", "beta2", "muon_momentum"):
         if not 0 <= settings[name] < 1:
             raise ValueError(f"optimizer.{name}: got {settings[name]}, expected from 0 to below 1")
     if not settings.weight_decay >= 0:
         raise ValueError(f"optimizer.weight_decay: got {settings.weight_decay}, expected at least 0")
     if not settings.clip_norm > 0:
         raise ValueError(f"optimizer.clip_norm: got {settings.clip_norm}, expected more than 0")
-    return optax.chain(
-        optax.clip_by_global_norm(settings.clip_norm),
-        optax.adamw(
-            build_schedule(config),
-            b1=settings.beta1,
-            b2=settings.beta2,
+    optimizer = optax.adamw(
+        build_schedule(config),
+        b1=settings.beta1,
+        b2=settings.beta2,
+        weight_decay=settings.weight_decay,
+        mask=decays(model),
+    )
+    if settings.name == "muon":
+        muon = optax.contrib.muon(
+            build_schedule(config, "muon_learning_rate"),
+            beta=settings.muon_momentum,
             weight_decay=settings.weight_decay,
-            mask=decays(model),
-        ),
+        )
+        labels = {name: "muon" if chosen else "adamw" for name, chosen in block_matrices(model).items()}
+        optimizer = optax.partition({"muon": muon, "adamw": optimizer}, labels)
+    return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
+
+
+def build_step_config(config: ConfigDict) -> StepConfig:
+    """What a training step does besides the optimiser's. Raises ValueError for a number out of range."""
+    for name, value in {
+        "accumulate": config.accumulate,
+        "loss.sequence_chunk": config.loss.sequence_chunk,
+        "loss.vocabulary_chunk": config.loss.vocabulary_chunk,
+    }.items():
+        if value < 1:
+            raise ValueError(f"{name}: got {value}, expected at least 1")
+    if config.batch_size % config.accumulate:
+        raise ValueError(f"accumulate: got {config.accumulate}, expected a divisor of batch_size = {config.batch_size}")
+    if not 0 <= config.loss.z_loss < math.inf:
+        raise ValueError(f"loss.z_loss: got {config.loss.z_loss}, expected a number of at least 0")
+    if not 0 <= config.ema < 1:
+        raise ValueError(f"ema: got {config.ema}, expected from 0 to below 1")
+    return StepConfig(
+        accumulate=config.accumulate,
+        chunks=Chunks(config.loss.sequence_chunk, config.loss.vocabulary_chunk),
+        z_loss=config.loss.z_loss,
+        ema=config.ema,
     )
 
 

@@ -11,6 +11,9 @@ def default_config() -> ConfigDict:
     config.steps = 1000
     config.batch_size = 16  # windows per step
     config.sequence_length = 256  # tokens per window
+    config.accumulate = 1  # parts that a step's windows are taken in, one after another; divides batch_size
+    config.ema = 0.0  # decay of the parameters' moving average, which is then what is validated and drawn from; 0: none
+    config.max_skipped_steps = 10  # steps in a row without finite numbers, which change nothing; one more ends the run
 
     config.data = ConfigDict()
     config.data.path = ""  # a .txt or .jsonl file (or .gz, .xz of one) or a folder of them; "" is Shakespeare
@@ -31,6 +34,7 @@ def default_config() -> ConfigDict:
     config.model.tied_embeddings = True
     config.model.dropout = 0.0
     config.model.dtype = "float32"  # of activations and products: float32 or bfloat16
+    config.model.remat = "none"  # computed again for the gradient: none, blocks (all but weight products), full
     config.model.output_gate = placeholder(bool)  # default: as the rule has it
     config.model.negative_eigenvalues = False
     config.model.preset = placeholder(str)  # of the hypergradient preconditioner: paper or trust; default by rule
@@ -42,8 +46,16 @@ def default_config() -> ConfigDict:
     config.model.chunk_size = placeholder(int)
     config.model.implementation = placeholder(str)  # default: of the delta rules the fastest, of the transformer chunk
 
+    config.loss = ConfigDict()
+    config.loss.sequence_chunk = 512  # tokens of each window whose logits exist at a time
+    config.loss.vocabulary_chunk = 8192  # words whose logits exist at a time
+    config.loss.z_loss = 0.0  # coefficient of the mean of logsumexp(logits)^2; the reported loss is without it
+
     config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or muon: the blocks' matrices by Muon, all else by AdamW
     config.optimizer.learning_rate = 3e-3  # at its peak
+    config.optimizer.muon_learning_rate = 2e-2  # at its peak, of the matrices
+    config.optimizer.muon_momentum = 0.95
     config.optimizer.warmup_steps = 100
     config.optimizer.final_fraction = 0.1  # of the peak, at the end of the cosine
     config.optimizer.weight_decay = 0.1
@@ -66,4 +78,4 @@ def default_config() -> ConfigDict:
 
 
 # What may change when a run is resumed: nothing that the result depends on.
-MAY_CHANGE_ON_RESUME = ("log_every", "checkpoint", "validation")
+MAY_CHANGE_ON_RESUME = ("log_every", "checkpoint", "validation", "max_skipped_steps")

@@ -11,7 +11,14 @@ from osdn_jax.data import Document, PackedWindows, ValidationBatches, training_b
 from osdn_jax.evaluation import make_evaluate
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.functional import functional
-from osdn_jax.training.build import build_corpus, build_model, build_optimizer, build_schedule, random_state
+from osdn_jax.training.build import (
+    build_corpus,
+    build_model,
+    build_optimizer,
+    build_schedule,
+    build_step_config,
+    random_state,
+)
 from osdn_jax.training.checkpoints import Checkpoints
 from osdn_jax.training.config import CHECKPOINT_FOLDER, ConfigError, check_workdir
 from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
@@ -25,7 +32,7 @@ _VALIDATION = "validation/bits_per_byte"  # its key in metrics.jsonl
 
 
 class DivergedError(RuntimeError):
-    """The loss or the gradient is no longer a finite number."""
+    """The loss, the gradient or the update is no longer a finite number, and skipping steps has not helped."""
 
 
 class Result(NamedTuple):
@@ -49,7 +56,8 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
 
     Raises:
         ConfigError: the configuration, the data or the directory cannot be used; the message says why.
-        DivergedError: the loss or gradient of a step is not finite; names the step. Checkpoints stay as they were.
+        DivergedError: more than config.max_skipped_steps steps in a row had no finite loss, gradient or update; names
+            the last of them. Checkpoints stay as they were.
         CheckpointError, CheckpointMismatchError: as `Checkpoints`.
     """
     workdir = Path(workdir)
@@ -57,6 +65,7 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
         _check(config, stop_at)
         model = build_model(config)
         optimizer = build_optimizer(config, model)
+        step_config = build_step_config(config)
         schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
         train_text, validation_text = build_corpus(config)
         batches = training_batches(
@@ -70,8 +79,9 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
     check_workdir(workdir, config, may_differ=MAY_CHANGE_ON_RESUME)
 
     apply, params = functional(model)
-    state = TrainState.create(params, optimizer, random_state(config))
-    train_step, evaluate = make_train_step(apply, optimizer), make_evaluate(apply)
+    state = TrainState.create(params, optimizer, random_state(config), ema=config.ema > 0)
+    train_step = make_train_step(apply, optimizer, step_config)
+    evaluate = make_evaluate(apply, step_config.chunks)
     parameters = count_parameters(model)
     del model, params
 
@@ -95,7 +105,8 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
             for step in range(start + 1, end + 1):
                 state, measured = train_step(state, next(batches))
                 if waiting is not None:
-                    numbers = _finite(*waiting, checkpoints)  # of the step before, while this one runs
+                    # Of the step before, while this one runs.
+                    numbers = _numbers(*waiting, checkpoints, config.max_skipped_steps)
                     bits = numbers["loss"] / np.log(2.0)
                 waiting = (step, measured)
                 if step == start + 1:
@@ -109,20 +120,22 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
                 saves = step % config.checkpoint.every == 0 or step == end
                 if not (logs or validates or saves):
                     continue
-                numbers, waiting = _finite(step, measured, checkpoints), None
+                numbers, waiting = _numbers(step, measured, checkpoints, config.max_skipped_steps), None
                 tokens = {"tokens": step * tokens_per_step}
                 if logs:
                     row = {
                         "train/bits_per_byte": numbers["loss"] / np.log(2.0),
                         "train/gradient_norm": numbers["gradient_norm"],
                         "train/update_norm": numbers["update_norm"],
-                        "train/learning_rate": float(schedule(step - 1)),
+                        "train/parameter_norm": numbers["parameter_norm"],
+                        "train/skipped_steps": int(numbers["skipped_steps"]),
+                        "train/learning_rate": float(schedule(max(step - 1 - int(numbers["skipped_steps"]), 0))),
                     }
                     speed = clock.rate((step - start - 1) * tokens_per_step)
                     metrics.write(step, tokens | row | ({} if speed is None else {"tokens_per_second": speed}))
                 with clock.paused():
                     if validates:
-                        bits_now = evaluate(state.params, everything if last else some)
+                        bits_now = evaluate(state.evaluated, everything if last else some)
                         metrics.write(step, tokens | {_VALIDATION: bits_now})
                         part = "all" if last else "part"
                         bar.print(f"step {step:,}: {bits_now:.4f} bits per byte on {part} of the held-out text")
@@ -140,17 +153,21 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
     )
 
 
-def _finite(step: int, measured: dict[str, jax.Array], checkpoints: Checkpoints) -> dict[str, float]:
-    """The step's metrics as numbers. Raises DivergedError if one of them is not finite."""
+def _numbers(
+    step: int, measured: dict[str, jax.Array], checkpoints: Checkpoints, max_skipped_steps: int
+) -> dict[str, float]:
+    """The step's metrics as numbers. Raises DivergedError if it is one too many that was skipped."""
     numbers = {name: float(x) for name, x in measured.items()}
-    wrong = [f"{name} is {x}" for name, x in numbers.items() if not np.isfinite(x)]
-    if not wrong:
+    skipped = int(numbers["skipped_in_a_row"])
+    if skipped <= max_skipped_steps:
         return numbers
+    wrong = ", ".join(f"{name} is {x}" for name, x in numbers.items() if not np.isfinite(x))
     kept = checkpoints.latest_step
     where = "there is no checkpoint yet" if kept is None else f"the checkpoint of step {kept} is kept"
     raise DivergedError(
-        f"step {step}: {', '.join(wrong)}; {where}. A lower --config.optimizer.learning_rate, a longer "
-        "--config.optimizer.warmup_steps or a smaller --config.optimizer.clip_norm may help."
+        f"step {step}: {wrong}, which makes {skipped} skipped in a row (max_skipped_steps = {max_skipped_steps}); "
+        f"{where}. A lower --config.optimizer.learning_rate, a longer --config.optimizer.warmup_steps or a smaller "
+        "--config.optimizer.clip_norm may help."
     )
 
 
@@ -167,6 +184,8 @@ def _check(config: ConfigDict, stop_at: int | None) -> None:
     for name, value in counts.items():
         if value < 1:
             raise ValueError(f"{name}: got {value}, expected at least 1")
+    if config.max_skipped_steps < 0:
+        raise ValueError(f"max_skipped_steps: got {config.max_skipped_steps}, expected at least 0")
 
 
 def _spread(source: PackedWindows, count: int, batch_size: int) -> ValidationBatches:

@@ -54,7 +54,7 @@ class MetricsWriter:
         Args:
           step: the training step, not below the one before. Several rows may share a step.
           values: {name: number}, such as "train/bits_per_byte"; anything with one element counts as a number. NaN and
-            infinities are null in the JSON, which has no word for them.
+            infinities are null in the JSON, which has no word for them, and left out of TensorBoard's files.
 
         Raises:
           ValueError: a step below the one before; "step" among the names.
@@ -69,7 +69,8 @@ class MetricsWriter:
         self._file.write(_line({"step": self._last} | numbers))
         self._file.flush()
         for name, number in numbers.items():
-            self._board.add_scalar(name, number, self._last)
+            if math.isfinite(number):  # tensorboardX warns of others, and draws nothing
+                self._board.add_scalar(name, number, self._last)
 
     def close(self) -> None:
         """Closes the files."""

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from osdn_jax.data import Document, PackedWindows, validation_batches
-from osdn_jax.evaluation import make_evaluate, weighted_nats
+from osdn_jax.evaluation import likelihood_sums, make_evaluate
+from osdn_jax.nn import Chunks
 
 VOCABULARY = 256
 DOCUMENTS = [Document("a", b"To be, or not to be"), Document("b", b"?"), Document("c", b"that is the question" * 4)]
@@ -16,10 +17,21 @@ def random_logits(*shape):
     return np.random.default_rng(0).normal(size=shape).astype(np.float32) * 3
 
 
+def of_logits(logits):
+    """A model as `functional` gives it from the function (parameters, inputs, segment_ids) -> logits."""
+
+    def apply(parameters, *args, method, dropout_key=None, **kwargs):
+        size = parameters["table"].shape[-1]
+        return jnp.eye(size) if method == "unembedding" else (logits(parameters, *args, **kwargs), None)
+
+    return apply
+
+
+@of_logits
 def bigram(parameters, inputs, segment_ids):
     """A model without memory: the logits are a row of a table."""
     assert segment_ids.shape == inputs.shape
-    return parameters["table"][inputs], None
+    return parameters["table"][inputs]
 
 
 def negative_log_likelihood(logits, targets):
@@ -27,25 +39,44 @@ def negative_log_likelihood(logits, targets):
     return np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, np.asarray(targets)[..., None], -1)[..., 0]
 
 
-def test_weighted_nats():
+def sums_of(logits, batch):
+    model = of_logits(lambda parameters, inputs, segment_ids: parameters["table"])
+    return likelihood_sums(model, {"table": logits}, batch)
+
+
+def test_the_sums_of_a_batch():
     rng = np.random.default_rng(1)
     logits, targets = random_logits(2, 5, 7), rng.integers(7, size=(2, 5)).astype(np.int32)
     weights = np.asarray([[1, 0, 1, 1, 0], [0, 0, 0, 0, 2.5]], np.float32)
     batch = {"inputs": targets, "targets": targets, "segment_ids": targets, "weights": weights}
-    nats, total = weighted_nats(jnp.asarray(logits), batch)
-    np.testing.assert_allclose(nats, (negative_log_likelihood(logits, targets) * weights).sum(), rtol=1e-6)
-    assert total == 5.5
-    gradient = jax.grad(lambda x: weighted_nats(x, batch)[0])(jnp.asarray(logits))
+    got = sums_of(jnp.asarray(logits), batch)
+    normalizers = np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    np.testing.assert_allclose(got.nats, (negative_log_likelihood(logits, targets) * weights).sum(), rtol=1e-6)
+    np.testing.assert_allclose(got.squared_normalizers, (normalizers**2 * weights).sum(), rtol=1e-6)
+    assert got.targets == 5.5
+    gradient = jax.grad(lambda x: sums_of(x, batch).nats)(jnp.asarray(logits))
     np.testing.assert_array_equal(np.abs(gradient).max(-1) > 0, weights > 0)
     probability = np.exp(logits[1, 4]) / np.exp(logits[1, 4]).sum()
     np.testing.assert_allclose(gradient[1, 4], 2.5 * (probability - np.eye(7)[targets[1, 4]]), rtol=1e-4, atol=1e-6)
+
+
+def test_a_masked_label_may_be_any_number():
+    logits, targets = jnp.asarray(random_logits(1, 3, 7)), np.asarray([[2, -100, 6]], np.int32)
+    batch = {"inputs": targets, "targets": targets, "segment_ids": targets, "weights": np.ones((1, 3), np.float32)}
+    assert np.isnan(sums_of(logits, batch).nats)
+    batch["weights"][0, 1] = 0
+    nats, gradient = jax.value_and_grad(lambda x: sums_of(x, batch).nats)(logits)
+    want = negative_log_likelihood(logits[:, ::2], targets[:, ::2]).sum()
+    np.testing.assert_allclose(nats, want, rtol=1e-6)
+    assert np.isfinite(gradient).all()
+    np.testing.assert_array_equal(gradient[0, 1], 0.0)
 
 
 @pytest.mark.parametrize(("length", "batch_size"), [(7, 3), (16, 2), (200, 4), (1, 50)])
 def test_every_byte_counts_once_however_it_is_cut(length, batch_size):
     table = random_logits(VOCABULARY, VOCABULARY)
     batches = validation_batches(PackedWindows(DOCUMENTS, length), batch_size=batch_size)
-    got = make_evaluate(bigram)({"table": jnp.asarray(table)}, batches)
+    got = make_evaluate(bigram, Chunks(3, 100))({"table": jnp.asarray(table)}, batches)
     # Each byte by the one before it, the first of a document by its start.
     nats = [
         negative_log_likelihood(table[before], byte)
@@ -66,8 +97,9 @@ def test_a_model_that_knows_nothing_needs_eight_bits():
 def test_the_model_sees_where_documents_start():
     batches = list(validation_batches(PackedWindows(DOCUMENTS, 16), batch_size=2))
 
+    @of_logits
     def by_document(parameters, inputs, segment_ids):
-        return parameters["table"][segment_ids], None
+        return parameters["table"][segment_ids]
 
     table = random_logits(VOCABULARY, VOCABULARY)
     got = make_evaluate(by_document)({"table": jnp.asarray(table)}, batches)

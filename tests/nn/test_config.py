@@ -71,6 +71,7 @@ def test_attention_names_the_field_that_is_wrong(changes, said):
         ({"layers": 0}, "layers: got 0"),
         ({"mlp_dim": -1}, "mlp_dim: got -1"),
         ({"dtype": "float16"}, "dtype: got 'float16', expected one of float32, bfloat16"),
+        ({"remat": "some"}, "remat: got 'some', expected one of none, blocks, full"),
         ({"dropout": 1.0}, "dropout: got 1.0, expected a rate from 0 to below 1"),
         ({"dropout": -0.1}, "dropout: got -0.1"),
         ({"dropout": float("nan")}, "dropout: got nan"),

@@ -20,7 +20,7 @@ SEGMENTS = np.stack([np.repeat([1, 2, 3], LENGTHS[0]), np.repeat([4, 9], LENGTHS
 SHAPES = {"width": 12, "heads": 4, "key_heads": 2, "key_dim": 6, "value_dim": 5}
 
 
-def model_config(rule, *, layers=1, dtype="float32", tied_embeddings=False, dropout=0.0, **mixer):
+def model_config(rule, *, layers=1, dtype="float32", tied_embeddings=False, dropout=0.0, remat="none", **mixer):
     return ModelConfig(
         vocab_size=VOCABULARY,
         layers=layers,
@@ -29,6 +29,7 @@ def model_config(rule, *, layers=1, dtype="float32", tied_embeddings=False, drop
         tied_embeddings=tied_embeddings,
         dropout=dropout,
         dtype=dtype,
+        remat=remat,
     )
 
 

@@ -11,13 +11,15 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from osdn_jax.nn import AttentionConfig, CausalLM, HypergradientConfig, count_parameters, parameter_formula
+from osdn_jax.nn import AttentionConfig, CausalLM, Chunks, HypergradientConfig, count_parameters, parameter_formula
 from osdn_jax.training import (
+    StepConfig,
     build_corpus,
     build_model,
     build_model_config,
     build_optimizer,
     build_schedule,
+    build_step_config,
     default_config,
     parse_arg,
 )
@@ -53,6 +55,7 @@ def test_every_setting_of_the_model_arrives():
             model__tied_embeddings=False,
             model__dropout=0.25,
             model__dtype="bfloat16",
+            model__remat="full",
             model__output_gate=False,
             model__negative_eigenvalues=True,
             model__preset="paper",
@@ -63,7 +66,7 @@ def test_every_setting_of_the_model_arrives():
         )
     )
     assert (made.vocab_size, made.layers, made.mlp_dim, made.dropout, made.dtype) == (256, 3, 11, 0.25, "bfloat16")
-    assert made.tied_embeddings is False
+    assert (made.tied_embeddings, made.remat) == (False, "full")
     mixer = made.mixer
     assert (mixer.width, mixer.heads, mixer.key_heads, mixer.key_dim, mixer.value_dim) == (24, 4, 2, 5, 7)
     assert (mixer.conv_size, mixer.chunk_size, mixer.implementation) == (3, 16, "chunk")
@@ -132,6 +135,7 @@ def test_every_setting_of_the_transformer_arrives():
         ({"model__rule": "transformer", "model__implementation": "scan"}, "implementation: got 'scan'"),
         ({"model__vocab_size": 0}, "vocab_size: got 0"),
         ({"model__dtype": "float16"}, "dtype: got 'float16'"),
+        ({"model__remat": "most"}, "remat: got 'most'"),
         ({"model__implementation": "magic"}, "implementation: got 'magic'"),
         ({"model__chunk_size": 0}, "chunk_size: got 0"),
     ],
@@ -181,6 +185,9 @@ def test_a_schedule_that_cannot_be_is_refused_by_name(changes, said):
         ({"optimizer__beta1": 1.0}, "optimizer.beta1: got 1.0, expected from 0 to below 1"),
         ({"optimizer__beta2": -0.1}, "optimizer.beta2: got -0.1"),
         ({"optimizer__weight_decay": -0.1}, "optimizer.weight_decay: got -0.1, expected at least 0"),
+        ({"optimizer__name": "sgd"}, "optimizer.name: got 'sgd', expected one of adamw, muon"),
+        ({"optimizer__name": "muon", "optimizer__muon_learning_rate": 0.0}, "optimizer.muon_learning_rate: got 0.0"),
+        ({"optimizer__muon_momentum": 1.0}, "optimizer.muon_momentum: got 1.0, expected from 0 to below 1"),
     ],
 )
 def test_an_optimiser_that_cannot_be_is_refused_by_name(changes, said):
@@ -215,6 +222,80 @@ def test_the_optimiser_is_adamw_behind_a_clip():
         direction = m / (1 - 0.9**step) / (np.sqrt(v / (1 - 0.95**step)) + 1e-8)
         value = value - float(schedule(step - 1)) * (direction + 0.1 * value)
         np.testing.assert_allclose(p[name], value, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("rule", ["os_kda", "gdn2", "pgdn"])
+def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(rule):
+    config = config_of(
+        steps=10,
+        model__rule=rule,
+        model__layers=1,
+        model__width=8,
+        model__mlp_dim=4,
+        model__tied_embeddings=False,
+        optimizer__warmup_steps=0,
+        optimizer__clip_norm=1e9,
+        optimizer__muon_learning_rate=0.5,
+        optimizer__muon_momentum=0.0,
+    )
+    model = nnx.eval_shape(lambda: build_model(config))
+    rng = np.random.default_rng(0)
+    shapes = {"/".join(map(str, path)): x.get_value().shape for path, x in nnx.to_flat_state(nnx.state(model))}
+    p, g = ({name: jnp.asarray(rng.normal(size=x), jnp.float32) for name, x in shapes.items()} for _ in range(2))
+
+    def update_by(name):
+        config.optimizer.name = name
+        optimizer = build_optimizer(config, model)
+        with jax.numpy_dtype_promotion("standard"):
+            update, state = jit(lambda: optimizer.update(g, optimizer.init(p), p))()
+        assert all(isinstance(x, jax.Array) and x.size for x in jax.tree.leaves(state))  # a checkpoint can hold it
+        return update
+
+    muon, adamw = update_by("muon"), update_by("adamw")
+    different = {name for name in p if not np.allclose(muon[name], adamw[name], rtol=1e-5)}
+    matrices = ("mixer/project/kernel", "mixer/output/kernel", "mixer/gate/kernel", "gate_and_up/kernel")
+    assert different == {name for name in p if name.endswith((*matrices, "mlp/down/kernel"))}
+    for name in different:
+        rows, columns = p[name].shape
+        step = -(np.asarray(muon[name]) / 0.5 + 0.1 * np.asarray(p[name]))
+        singular = np.linalg.svd(step, compute_uv=False) / max(1, columns / rows) ** 0.5
+        assert 0.5 < singular.min() <= singular.max() < 1.5  # all directions alike, whatever those of the gradient
+        assert np.vdot(step, g[name]) > 0
+
+
+# What else a step does
+
+
+def test_every_setting_of_the_step_arrives():
+    made = build_step_config(
+        config_of(
+            batch_size=6,
+            accumulate=3,
+            ema=0.5,
+            loss__sequence_chunk=7,
+            loss__vocabulary_chunk=9,
+            loss__z_loss=1e-4,
+        )
+    )
+    assert made == StepConfig(accumulate=3, chunks=Chunks(7, 9), z_loss=1e-4, ema=0.5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        ({"accumulate": 3}, "accumulate: got 3, expected a divisor of batch_size = 16"),
+        ({"ema": 1.0}, "ema: got 1.0, expected from 0 to below 1"),
+        ({"ema": -0.5}, "ema: got -0.5"),
+        ({"loss__sequence_chunk": 0}, "loss.sequence_chunk: got 0, expected at least 1"),
+        ({"loss__vocabulary_chunk": -1}, "loss.vocabulary_chunk: got -1"),
+        ({"loss__z_loss": -1.0}, "loss.z_loss: got -1.0, expected a number of at least 0"),
+        ({"loss__z_loss": float("nan")}, "loss.z_loss: got nan"),
+    ],
+)
+def test_a_step_that_cannot_be_is_refused_by_name(changes, said):
+    with pytest.raises(ValueError, match=said):
+        build_step_config(config_of(**changes))
 
 
 # Text and random numbers

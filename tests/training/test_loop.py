@@ -7,7 +7,9 @@ import struct
 import numpy as np
 import pytest
 
-from osdn_jax.data import PackedWindows
+from osdn_jax.data import PackedWindows, validation_batches
+from osdn_jax.evaluation import make_evaluate
+from osdn_jax.generate import generate
 from osdn_jax.nn import parameter_formula
 from osdn_jax.nn.functional import functional
 from osdn_jax.training import (
@@ -24,6 +26,7 @@ from osdn_jax.training import (
     read_metrics,
     train,
 )
+from support import assert_close
 from support.models import reference_logits
 from support.runs import assert_same_run, compiled_once, finished, rows, text, tiny_config, write_text
 
@@ -64,7 +67,8 @@ def test_the_rows_of_a_run():
     assert len(train_rows) + len(validation_rows) == len(all_rows)
     assert [row["step"] for row in train_rows] == list(range(1, 41))
     assert [row["step"] for row in validation_rows] == [20, 40]
-    keys = {"step", "tokens", "train/bits_per_byte", "train/gradient_norm", "train/update_norm", "train/learning_rate"}
+    norms = {"train/gradient_norm", "train/update_norm", "train/parameter_norm"}
+    keys = {"step", "tokens", "train/bits_per_byte", "train/skipped_steps", "train/learning_rate"} | norms
     assert set(train_rows[0]) == keys  # nothing is known of the speed before the second step
     assert {frozenset(row) for row in train_rows[1:]} == {frozenset(keys | {"tokens_per_second"})}
     assert {frozenset(row) for row in validation_rows} == {frozenset({"step", "tokens", "validation/bits_per_byte"})}
@@ -171,7 +175,7 @@ def test_trains_on_text_of_ones_own(tmp_path, kind):
 
 
 def poisoned(monkeypatch, at):
-    """Batches of training whose step `at` has no finite loss."""
+    """Batches of training whose steps `at`, one or several, have no finite loss."""
     real = loop.training_batches
 
     class Poisoned:
@@ -181,7 +185,9 @@ def poisoned(monkeypatch, at):
         def __next__(self):
             self.step += 1
             batch = next(self.iterator)
-            return batch | {"weights": batch["weights"] * np.float32("nan")} if self.step == at else batch
+            return (
+                batch | {"weights": batch["weights"] * np.float32("nan")} if self.step in np.atleast_1d(at) else batch
+            )
 
         def __getattr__(self, name):
             return getattr(self.iterator, name)
@@ -203,7 +209,7 @@ def poisoned(monkeypatch, at):
     ],
 )
 def test_stops_where_the_loss_is_no_number_and_keeps_what_was_good(tmp_path, monkeypatch, at, log_every, kept):
-    config = tiny_config(text(), log_every=log_every)
+    config = tiny_config(text(), log_every=log_every, max_skipped_steps=0)
     with monkeypatch.context() as patch:
         poisoned(patch, at)
         with pytest.raises(DivergedError, match=f"^step {at}: .*loss is nan.*{kept}.*learning_rate") as error:
@@ -214,6 +220,68 @@ def test_stops_where_the_loss_is_no_number_and_keeps_what_was_good(tmp_path, mon
         assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"10", "20"}
         train(config, tmp_path / "run")  # without the poison, as if nothing had been
         assert rows(tmp_path / "run")[-1] == rows(finished()[0])[-1]
+
+
+def test_a_step_without_a_finite_loss_is_skipped(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        poisoned(patch, range(4, 7))
+        train(tiny_config(text(), max_skipped_steps=3, steps=12), tmp_path / "run")
+    train_rows = [row for row in rows(tmp_path / "run") if "train/skipped_steps" in row]
+    assert [row["train/skipped_steps"] for row in train_rows] == [0, 0, 0, 1, 2, 3, 3, 3, 3, 3, 3, 3]
+    assert [row["train/bits_per_byte"] is None for row in train_rows] == [3 < row["step"] < 7 for row in train_rows]
+    assert len({row["train/parameter_norm"] for row in train_rows[2:6]}) == 1
+    schedule = build_schedule(tiny_config(text(), steps=12))
+    np.testing.assert_allclose(train_rows[-1]["train/learning_rate"], schedule(12 - 1 - 3), rtol=1e-6)
+
+
+def test_stops_where_skipping_does_not_help(tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        poisoned(patch, [6, *range(12, 40)])
+        said = r"^step 15: .*loss is nan.* makes 4 skipped in a row \(max_skipped_steps = 3\).*step 10 is kept"
+        with pytest.raises(DivergedError, match=said):
+            train(tiny_config(text(), max_skipped_steps=3), tmp_path / "run")
+    assert rows(tmp_path / "run")[-1]["step"] == 14
+
+
+# What else a run may do
+
+
+def test_a_run_with_everything_on_goes_on_where_it_stopped(tmp_path, monkeypatch):
+    config = tiny_config(
+        text(),
+        steps=8,
+        batch_size=4,
+        accumulate=2,
+        ema=0.5,
+        loss__sequence_chunk=10,
+        loss__vocabulary_chunk=100,
+        loss__z_loss=1e-4,
+        model__rule="linear_attention",
+        model__remat="blocks",
+        model__dtype="bfloat16",
+        model__dropout=0.1,
+        optimizer__name="muon",
+        optimizer__muon_learning_rate=0.01,
+        validation__every=4,
+        checkpoint__every=4,
+    )
+    train(config, tmp_path / "whole")
+    train(config, tmp_path / "halves", stop_at=4)
+    result = train(config, tmp_path / "halves")
+    assert_same_run(tmp_path / "halves", tmp_path / "whole", step=8)
+    apply, parameters = functional(build_model(config))
+    found = {
+        key: load_parameters(tmp_path / "whole" / "checkpoints", parameters, key=key)[1] for key in ("params", "ema")
+    }
+    _, held_out = build_corpus(config)
+    windows = validation_batches(PackedWindows(held_out, 48), batch_size=2)
+    bits = {key: make_evaluate(apply)(p, windows) for key, p in found.items()}
+    np.testing.assert_allclose(result.bits_per_byte, bits["ema"], rtol=1e-3)
+    assert abs(bits["params"] - bits["ema"]) > 0.01
+    drawn = {}
+    monkeypatch.setattr("osdn_jax.generate.sample", lambda apply, p, *_, **__: drawn.update(p) or iter(()))
+    assert list(generate(tmp_path / "whole")) == [""]
+    assert_close(drawn, found["ema"], 0)
 
 
 # What is refused
@@ -234,6 +302,8 @@ def test_stops_where_the_loss_is_no_number_and_keeps_what_was_good(tmp_path, mon
         ({"checkpoint__keep": 0}, "checkpoint.keep: got 0"),
         ({"optimizer__warmup_steps": 40}, "optimizer.warmup_steps: got 40"),
         ({"optimizer__clip_norm": 0.0}, "optimizer.clip_norm: got 0.0"),
+        ({"accumulate": 4}, "accumulate: got 4, expected a divisor of batch_size = 2"),
+        ({"max_skipped_steps": -1}, "max_skipped_steps: got -1, expected at least 0"),
         ({"model__heads": 3}, "model.heads: got 3, expected a divisor of model.width = 16"),
         ({"model__layers": 0}, "layers: got 0"),
         ({"model__rule": "rnn"}, "rule: got 'rnn', expected one of delta_net"),

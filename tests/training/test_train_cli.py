@@ -78,7 +78,11 @@ MISTAKES = {
             "--config.optimizer.warmup_steps=1",
             "--config.checkpoint.every=1",
         ],
-        ["error: step 2: update_norm is inf; the checkpoint of step 1 is kept", "--config.optimizer.learning_rate"],
+        [
+            "error: step 12: update_norm is inf, which makes 11 skipped",
+            "checkpoint of step 11 is kept",
+            "--config.optimizer.learning_rate",
+        ],
     ),
 }
 
