@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -89,18 +89,67 @@ class DeltaMixer(nnx.Module):
 
         Returns the output and the state after the last token. context_axis: as in `ops.delta_rule`.
         """
-        config = self.config
-        lead = x.shape[:2]
         window, carried = (None, None) if state is None else state
-        mixed, window = self.convolution(self.project(x), window, segment_ids, context_axis)
-        q, k, v = jnp.split(jax.nn.silu(mixed), [self.keys, 2 * self.keys], axis=-1)
-        q, k = (unit_norm(y.reshape(*lead, config.read_heads, config.key_dim)) for y in (q, k))
-        v = v.reshape(*lead, config.heads, config.value_dim)
+        q, k, v, window = self._heads(x, window, segment_ids, context_axis)
         out, rule = self._rule(x, q, k, v, carried, segment_ids, context_axis)
         out = self.norm(out)
         if self.gate is not None:
             out = out * jax.nn.silu(self.gate(x)).reshape(out.shape)
-        return self.output(out.reshape(*lead, self.values)), MixerState(window, rule)
+        return self.output(out.reshape(*x.shape[:2], self.values)), MixerState(window, rule)
+
+    def multipliers(
+        self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> Float[Array, "B T P K"]:
+        """What the preconditioner multiplies each key by before it is written; P preconditioners.
+
+        Raises ValueError for a mixer without a preconditioner.
+        """
+        config = self.config
+        _, k, _, _ = self._heads(x, None, segment_ids, None)
+        options: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": config.chunk_size}
+        if config.preconditioner == "none":
+            raise ValueError("multipliers: got a mixer with preconditioner='none', expected 'hypergradient' or 'gram'")
+        if config.preconditioner == "gram":
+            (log_decay, gain), more = self._gram(x)
+            return ops.gram_preconditioner(k, log_decay, gain, **more, **options)[0]
+        more = self._hypergradient(x)
+        beta = None
+        if more.pop("beta_aware"):
+            beta, k = self._beta(x), jnp.repeat(k, config.heads // config.read_heads, axis=2)
+        return ops.hypergradient_preconditioner(k, beta, **more, **options)[0]
+
+    def _heads(
+        self, x: jax.Array, window: jax.Array | None, segment_ids: jax.Array | None, context_axis: str | None
+    ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
+        """Queries, keys and values by head, and the convolution's window after the last token."""
+        config, lead = self.config, x.shape[:2]
+        mixed, window = self.convolution(self.project(x), window, segment_ids, context_axis)
+        q, k, v = jnp.split(jax.nn.silu(mixed), [self.keys, 2 * self.keys], axis=-1)
+        q, k = (unit_norm(y.reshape(*lead, config.read_heads, config.key_dim)) for y in (q, k))
+        return q, k, v.reshape(*lead, config.heads, config.value_dim), window
+
+    def _beta(self, x: jax.Array) -> jax.Array:
+        gate: Any = self.beta
+        beta = jax.nn.sigmoid(gate(x).astype(jnp.float32))
+        return 2.0 * beta if self.config.negative_eigenvalues else beta
+
+    def _hypergradient(self, x: jax.Array) -> dict[str, Any]:
+        settings, initial = self.config.hypergradient, cast(Exempt, self.initial)
+        return {
+            "eta": settings.eta,
+            "bounds": settings.bounds,
+            "anchor": settings.anchor,
+            "normalize": settings.normalize,
+            "beta_aware": settings.beta_aware,
+            "initial": initial[...],
+            "log_forget": None if self.forget is None else self.forget(x),
+        }
+
+    def _gram(self, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
+        """(log decay and gain of each token, options)."""
+        decay, gain, center = cast(tuple[Any, Any, Any], (self.gram_decay, self.gram_gain, self.gram_center))
+        options = {"center": center[...], "squash": self.config.gram.squash}
+        return (decay(x), jax.nn.sigmoid(gain(x).astype(jnp.float32))), options
 
     def _rule(
         self,
@@ -115,8 +164,7 @@ class DeltaMixer(nnx.Module):
         config = self.config
         arguments = [q, k, v]
         if self.beta is not None:
-            beta = jax.nn.sigmoid(self.beta(x).astype(jnp.float32))
-            arguments.append(2.0 * beta if config.negative_eigenvalues else beta)
+            arguments.append(self._beta(x))
         if self.erase_gate is not None and self.write_gate is not None:
             # What decides the eigenvalues is what is erased: the write gate stays in (0, 1).
             erase = self.erase_gate(x)
@@ -130,20 +178,12 @@ class DeltaMixer(nnx.Module):
             "implementation": config.implementation,
             "context_axis": context_axis,
         }
-        if self.initial is not None:
-            settings = config.hypergradient
-            options |= {
-                "eta": settings.eta,
-                "bounds": settings.bounds,
-                "anchor": settings.anchor,
-                "normalize": settings.normalize,
-                "beta_aware": settings.beta_aware,
-                "initial": self.initial[...],
-                "log_forget": None if self.forget is None else self.forget(x),
-            }
-        if self.gram_decay is not None and self.gram_gain is not None and self.gram_center is not None:
-            arguments += [self.gram_decay(x), jax.nn.sigmoid(self.gram_gain(x).astype(jnp.float32))]
-            options |= {"center": self.gram_center[...], "squash": config.gram.squash}
+        if config.preconditioner == "hypergradient":
+            options |= self._hypergradient(x)
+        elif config.preconditioner == "gram":
+            tokens, more = self._gram(x)
+            arguments += tokens
+            options |= more
         return _OPERATORS[config.erase, config.strength, config.preconditioner, config.decay](*arguments, **options)
 
 

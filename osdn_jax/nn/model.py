@@ -47,6 +47,18 @@ class Block(nnx.Module):
         out = self.mlp(normed) if mesh is None else over_mesh(self.mlp, "mlp", lambda mlp, x, _: mlp(x), mesh, normed)
         return x + dropout(out, self.dropout, keys[1]), state
 
+    def preconditioner(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> dict[str, jax.Array]:
+        """The statistics of `CausalLM.preconditioners` for this block."""
+        config = self.mixer.config
+        if getattr(config, "preconditioner", "none") == "none":
+            raise ValueError("preconditioners: got a model whose rule has none")
+        d = self.mixer.multipliers(self.mixer_norm(x), segment_ids)
+        statistics = {"mean": jnp.mean(d), "min": jnp.min(d), "max": jnp.max(d)}
+        if config.preconditioner == "hypergradient" and config.hypergradient.bounds is not None:
+            lo, hi = config.hypergradient.bounds
+            statistics["clipped"] = jnp.mean(((d <= lo) | (d >= hi)).astype(d.dtype))
+        return statistics
+
     def _mix(self, x: jax.Array, state: State | None, segment_ids: jax.Array | None) -> tuple[jax.Array, State | None]:
         mesh = ambient_mesh()
         if mesh is None:
@@ -110,6 +122,20 @@ class CausalLM(nnx.Module):
             x, state = run(x, None if states is None else states[i], segment_ids, key)
             after.append(state)
         return self.norm(x), tuple(after)
+
+    def preconditioners(
+        self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
+    ) -> dict[str, Float[Array, " L"]]:
+        """What the preconditioners multiply keys by, over the tokens, for each of the L blocks.
+
+        "mean", "min" and "max", and for bounded ones "clipped", the share of the multipliers on a bound. Raises
+        ValueError for a model whose rule has no preconditioner.
+        """
+        x, rows = self._embed(tokens), []
+        for block in self.blocks:
+            rows.append(block.preconditioner(x, segment_ids))
+            x, _ = block(x, None, segment_ids)
+        return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
 
     def unembedding(self) -> Float[Array, "Vocab D"]:
         """The matrix of the head, a row for each token of the vocabulary: logits are features @ unembedding.T."""

@@ -27,6 +27,8 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from osdn_jax.training import distributed
+
 log = logging.getLogger(__name__)
 
 type PyTree = Any
@@ -156,11 +158,16 @@ class Checkpoints:
         if step is None:
             return None
         warnings = []
+        distributed.meet("read")  # before anything is moved
         for bad, reason in unreadable.items():
-            moved = _move_aside(self._directory / str(bad))
+            moved = _name_aside(self._directory / str(bad))
+            distributed.meet("named")
+            if distributed.is_primary():
+                (self._directory / str(bad)).rename(moved)
             warnings.append(f"checkpoint {bad} cannot be read ({reason}); it is now {moved.name}; using step {step}")
             log.warning("%s", warnings[-1])
         if unreadable:
+            distributed.meet("moved")
             self._manager.reload()
         return Restored(step, state, metadata, tuple(warnings))
 
@@ -259,10 +266,14 @@ def _newest_readable(
     """(step, (state, metadata), {unreadable newer step: why}); step None if there are none. Raises CheckpointError."""
     unreadable: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True) if only is None else [only]:
+        found, fault = None, ""
         try:
-            return step, read(step), unreadable
+            found = read(step)
         except _UnreadableError as error:
-            unreadable[step] = str(error)
+            fault = str(error)
+        if distributed.everywhere(found is not None) and found is not None:
+            return step, found, unreadable
+        unreadable[step] = fault or "another process cannot read it"
     if unreadable:
         reasons = "".join(f"\n  {step}: {reason}" for step, reason in unreadable.items())
         raise CheckpointError(f"no checkpoint in {manager.directory} can be read:{reasons}")
@@ -292,7 +303,7 @@ def _read(
         ),
     }
     if iterator is not None:
-        _check_iterator_state(folder)
+        _iterator_state(folder)
     read = _reading(lambda: manager.restore(step, args=ocp.args.Composite(**items)))
     checksums = read.metadata.get("checksums", {})
     for path, checksum in _checksums(read.state).items():
@@ -300,7 +311,7 @@ def _read(
             raise _UnreadableError(f"the content of {path} is not what was saved")
     if iterator is not None:  # last, so that it keeps its position if the arrays cannot be read
         try:
-            manager.restore(step, args=ocp.args.Composite(data=grain.checkpoint.CheckpointRestore(iterator)))
+            iterator.set_state(_iterator_state(folder))
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointMismatchError(
                 f"{folder} was saved with another data pipeline: {_one_line(error)}"
@@ -318,17 +329,29 @@ def _reading[T](call: Callable[[], T]) -> T:
         raise _UnreadableError(_one_line(error)) from error
 
 
-def _check_iterator_state(folder: Path) -> None:
-    files = list((folder / "data").glob("process_*-of-*.json"))
+def _iterator_state(folder: Path) -> dict[str, Any]:
+    """This process's, or where as many other processes saved it, theirs if it is the same for all."""
+    files = sorted((folder / "data").glob("process_*-of-*.json"))
     if not files and not (folder / "data").is_dir():
         raise CheckpointMismatchError(f"{folder} was saved without the state of a data iterator")
     if not files:
         raise _UnreadableError("the state of the data iterator is missing")
+    states = {}
     for file in files:
         try:
-            json.loads(file.read_text())
+            states[file.name] = json.loads(file.read_text())
         except ValueError as error:
             raise _UnreadableError(f"the state of the data iterator is damaged: {error}") from error
+    own = f"process_{jax.process_index()}-of-{jax.process_count()}.json"
+    if own in states:
+        return states[own]
+    first, *others = states.values()
+    if any(state != first for state in others):
+        raise CheckpointMismatchError(
+            f"{folder} was saved by {len(states)} processes whose data iterators are at different places; "
+            f"got {jax.process_count()} processes, expected as many"
+        )
+    return first
 
 
 def _check_same_arrays(saved: PyTree, target: PyTree, folder: Path, *, partial: bool, show: int = 5) -> None:
@@ -347,12 +370,12 @@ def _check_same_arrays(saved: PyTree, target: PyTree, folder: Path, *, partial: 
         )
 
 
-def _move_aside(folder: Path) -> Path:
-    """Renames `<step>` to `<step>.corrupt`, or `.corrupt2` and so on; orbax reads none of these names as a step."""
+def _name_aside(folder: Path) -> Path:
+    """`<step>.corrupt`, or `.corrupt2` and so on, for `<step>`; orbax reads none of these names as a step."""
     number = 1
     while (moved := folder.with_name(f"{folder.name}.corrupt{number if number > 1 else ''}")).exists():
         number += 1
-    return folder.rename(moved)
+    return moved
 
 
 # Leaves

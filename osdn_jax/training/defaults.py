@@ -72,10 +72,18 @@ def default_config() -> ConfigDict:
     config.checkpoint = ConfigDict()
     config.checkpoint.every = 250  # steps
     config.checkpoint.keep = 3  # of the newest
+    config.checkpoint.keep_every = placeholder(int)  # steps whose checkpoints are kept besides; default: none
+
+    config.mesh = ConfigDict()  # devices along each axis; one may be -1: all that are left
+    config.mesh.data = 1  # copies of the model, each with rows of its own
+    config.mesh.fsdp = 1  # devices that have rows of their own and share one copy's parameters and optimiser
+    config.mesh.tensor = 1  # devices that share the heads and hidden units
+    config.mesh.context = 1  # devices that share the tokens of each window
 
     config.log_every = 10  # steps
+    config.hang_seconds = 1800  # a process in which nothing moves for so long ends with an error; 0: never
     return config
 
 
-# What may change when a run is resumed: nothing that the result depends on.
-MAY_CHANGE_ON_RESUME = ("log_every", "checkpoint", "validation", "max_skipped_steps")
+# What may change when a run is resumed: nothing that the result depends on, up to the order of sums over a mesh.
+MAY_CHANGE_ON_RESUME = ("log_every", "checkpoint", "validation", "max_skipped_steps", "mesh", "hang_seconds")

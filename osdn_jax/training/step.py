@@ -51,7 +51,11 @@ class TrainState(NamedTuple):
 
 
 def make_train_step(
-    apply: Callable[..., Any], optimizer: optax.GradientTransformation, config: StepConfig = StepConfig()
+    apply: Callable[..., Any],
+    optimizer: optax.GradientTransformation,
+    config: StepConfig = StepConfig(),
+    *,
+    shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Window], tuple[TrainState, dict[str, jax.Array]]]:
     """The jitted step (state, batch) -> (state, metrics); the old state's memory is reused.
 
@@ -59,6 +63,8 @@ def make_train_step(
 
     Metrics are scalars: loss (nats per target token), gradient_norm (before clipping), update_norm (also of an update
     that was left out) and parameter_norm in float32; skipped_steps and skipped_in_a_row in int32.
+
+    shardings: where each array of the state lies, over a mesh.
 
     The step raises ValueError, when it is traced, for a batch whose rows config.accumulate does not divide.
     """
@@ -97,7 +103,7 @@ def make_train_step(
         }
         return after, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
 
 
 def _loss_and_gradient(

@@ -8,7 +8,7 @@ from flax import nnx
 
 from osdn_jax.nn import ChannelGate, DeltaMixer, mixer_config
 from osdn_jax.nn import mixer as module
-from osdn_jax.ops import State
+from osdn_jax.ops import State, delta_rule, rules
 from support import relative_error
 from support.models import SHAPES
 
@@ -121,3 +121,31 @@ def test_a_state_of_another_batch_is_refused():
     with pytest.raises(TypeError):
         mixer(jnp.ones((2, 1, SHAPES["width"])), state)
     assert jax.tree.map(jnp.shape, state).rule.memory == (1, 4, 6, 5)
+
+
+@pytest.mark.parametrize("rule", ["osdn", "os_kda", "pgdn"])
+def test_multipliers_are_those_of_the_write_keys(rule, monkeypatch):
+    """What `multipliers` returns is what the rule's call writes with, also where heads share keys, by document."""
+    config = mixer_config(rule, width=8, heads=4, key_heads=2, key_dim=4, value_dim=3)
+    mixer = DeltaMixer(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 8)), jnp.float32)
+    ids = jnp.asarray([[0] * 9, [0] * 4 + [1] * 5], jnp.int32)
+    seen = {}
+
+    def spied(q, k, *arguments, **options):
+        seen.update(k=k, write_key=options["write_key"])
+        return delta_rule(q, k, *arguments, **options)
+
+    monkeypatch.setattr(rules, "delta_rule", spied)
+    mixer(x, None, ids)
+    d = mixer.multipliers(x, ids)
+    assert float(jnp.std(d)) > 1e-4
+    k = jnp.repeat(seen["k"], d.shape[2] // seen["k"].shape[2], axis=2)
+    np.testing.assert_allclose(d * k, seen["write_key"], rtol=1e-5, atol=1e-6)
+
+
+def test_multipliers_need_a_preconditioner():
+    config = mixer_config("kda", width=8, heads=2, key_dim=4, value_dim=4)
+    mixer = DeltaMixer(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="multipliers: got a mixer with preconditioner='none'"):
+        mixer.multipliers(jnp.ones((1, 2, 8)))

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from osdn_jax.nn import CausalLM
+from osdn_jax.nn import CausalLM, HypergradientConfig, ModelConfig, mixer_config
 from osdn_jax.nn.functional import decays, functional
 from osdn_jax.training import build_model, build_optimizer, default_config
 from support import jit
@@ -227,3 +227,24 @@ def test_a_wrong_kind_of_token_is_refused():
         apply(parameters, jnp.ones((1, LENGTH)))
     with pytest.raises(TypeError, match="tokens"):
         apply(parameters, jnp.ones(LENGTH, jnp.int32))
+
+
+def test_statistics_of_the_preconditioners():
+    """"paper" starts at its lower bound of 0; "trust", drawn far, is held on both of its bounds."""
+    tokens = jnp.asarray(np.random.default_rng(0).integers(8, size=(2, 12)), jnp.int32)
+
+    def statistics(rule, **changes):
+        mixer = mixer_config(rule, width=8, heads=2, key_dim=4, value_dim=4, **changes)
+        config = ModelConfig(vocab_size=8, layers=3, mixer=mixer, mlp_dim=8)
+        return CausalLM(config, rngs=nnx.Rngs(0)).preconditioners(tokens)
+
+    paper = statistics("osdn")
+    assert {name: x.shape for name, x in paper.items()} == dict.fromkeys(("mean", "min", "max", "clipped"), (3,))
+    assert float(jnp.max(jnp.abs(paper["min"]))) == 0.0
+    assert bool(jnp.all((paper["clipped"] >= 1 / 12) & (paper["mean"] < paper["max"])))
+    free = statistics("osdn", hypergradient=HypergradientConfig(initial=1.0, bounds=None))
+    assert set(free) == {"mean", "min", "max"}
+    gram = statistics("pdn")
+    assert bool(jnp.all((gram["min"] >= 1 / 1.5) & (gram["max"] <= 1.5)))
+    with pytest.raises(ValueError, match="got a model whose rule has none"):
+        statistics("delta_net")
