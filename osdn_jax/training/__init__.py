@@ -1,12 +1,13 @@
 """Training: configuration, optimiser, step, loop, checkpoints and metrics."""
 
-from osdn_jax.training.build import build_corpus, build_model, build_model_config, build_optimizer, build_schedule
+from osdn_jax.training.build import build_model, build_model_config, build_optimizer, build_schedule
 from osdn_jax.training.checkpoints import CheckpointError, CheckpointMismatchError, Checkpoints, load_parameters
 from osdn_jax.training.config import ConfigError, WorkdirConfigError, load_config, parse_arg
 from osdn_jax.training.defaults import default_config
 from osdn_jax.training.loop import DivergedError, Result, train
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
+from osdn_jax.training.sources import Data, build_corpus, build_data, build_tokenizer
 from osdn_jax.training.step import TrainState, make_train_step
 
 __all__ = [
@@ -14,16 +15,19 @@ __all__ = [
     "CheckpointMismatchError",
     "Checkpoints",
     "ConfigError",
+    "Data",
     "DivergedError",
     "MetricsWriter",
     "Result",
     "TrainState",
     "WorkdirConfigError",
     "build_corpus",
+    "build_data",
     "build_model",
     "build_model_config",
     "build_optimizer",
     "build_schedule",
+    "build_tokenizer",
     "default_config",
     "load_config",
     "load_parameters",
