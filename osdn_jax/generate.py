@@ -1,6 +1,6 @@
 """Text from a trained model:  python -m osdn_jax.generate --workdir runs/osdn --prompt "ROMEO:" --tokens 300
 
-Reads the newest checkpoint of the run and writes the prompt and what follows it to the terminal, byte by byte. Each
+Reads the newest checkpoint of the run and writes the prompt and what follows it to the terminal, piece by piece. Each
 token costs the same time and memory, however long the text.
 """
 
@@ -9,10 +9,17 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from osdn_jax.data import ByteTokenizer
 from osdn_jax.nn.functional import functional
 from osdn_jax.sampling import sample
-from osdn_jax.training import CheckpointError, CheckpointMismatchError, build_model, load_config, load_parameters
+from osdn_jax.training import (
+    CheckpointError,
+    CheckpointMismatchError,
+    build_model,
+    build_model_config,
+    build_tokenizer,
+    load_config,
+    load_parameters,
+)
 from osdn_jax.training.config import CHECKPOINT_FOLDER, fail
 
 
@@ -32,26 +39,30 @@ def generate(
     Raises:
         FileNotFoundError: workdir holds no run, or no checkpoint.
         CheckpointError, CheckpointMismatchError: no checkpoint can be read, or it is of another model.
-        ValueError: temperature, top_p or tokens out of range.
+        ValueError: temperature, top_p or tokens out of range, or a prompt that the tokenizer cannot encode.
+        ImportError: the library of the tokenizer is missing.
     """
     config = load_config(workdir)
+    model = build_model_config(config)
     apply, parameters = functional(build_model(config))
     key = "ema" if config.ema else "params"
     _, parameters = load_parameters(Path(workdir) / CHECKPOINT_FOLDER, parameters, key=key)
-    tokenizer = ByteTokenizer()
+    tokenizer = build_tokenizer(config)
+    ids = tokenizer.encode(prompt, bos=True)
     drawn = sample(
         apply,
         parameters,
-        tokenizer.encode(prompt, bos=True),
+        ids,
         tokens=tokens,
         seed=seed,
         temperature=temperature,
         top_p=top_p,
-        forbidden=(tokenizer.bos_id,),
+        # The start of a document, and what a padded vocabulary has beyond the tokenizer's.
+        forbidden=(tokenizer.bos_id, *range(tokenizer.vocab_size, model.vocab_size)),
     )
 
     def pieces() -> Iterator[str]:
-        decoder = tokenizer.stream_decoder()
+        decoder = tokenizer.stream_decoder(ids)
         for token in drawn:
             yield decoder.push(token)
         yield decoder.finish()
@@ -78,7 +89,7 @@ def main() -> None:
             top_p=given.top_p,
             seed=given.seed,
         )
-    except (ValueError, FileNotFoundError, CheckpointError, CheckpointMismatchError) as error:
+    except (ValueError, FileNotFoundError, ImportError, CheckpointError, CheckpointMismatchError) as error:
         fail(error)
     sys.stdout.write(given.prompt)
     for piece in pieces:

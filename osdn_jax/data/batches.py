@@ -2,11 +2,15 @@
 
 import dataclasses
 import operator
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import grain
+import grain.experimental
 import numpy as np
 
+from osdn_jax.data.mixture import Mixture
+from osdn_jax.data.streamed import StreamedWindows
+from osdn_jax.data.token_windows import TokenWindows
 from osdn_jax.data.windows import Window, WindowSource, checked_count
 
 
@@ -17,14 +21,21 @@ def _checked_shard(shard_index: int, shard_count: int) -> None:
 
 
 def training_batches(
-    source: WindowSource, *, batch_size: int, seed: int, shard_index: int = 0, shard_count: int = 1
+    source: WindowSource | StreamedWindows | Mixture,
+    *,
+    batch_size: int,
+    seed: int,
+    shard_index: int = 0,
+    shard_count: int = 1,
 ) -> grain.DatasetIterator[Window]:
     """Endless shuffled batches of shape [batch_size, T], the same for the same arguments, bit for bit.
 
     Every epoch visits each window once, in an order of its own; a batch may cross from one epoch into the next, so a
     source of fewer windows than a batch works too. With several processes each passes its own `shard_index` of
     `shard_count` and reads only its share, `batch_size` rows of a global batch of `batch_size * shard_count`; the
-    windows of global step n are the same ones however many processes share a global batch of that size.
+    windows of global step n are the same ones however many processes share a global batch of that size. A `Mixture`
+    draws from its sources by weight, each shuffled and repeated for itself. `StreamedWindows` are divided by document
+    between the processes, and so are mixtures that have one.
 
     The iterator is a grain `DatasetIterator`: `get_state` and `set_state` hold its position (not its data: rebuild it
     with the same arguments before restoring), and `grain.checkpoint.CheckpointSave` writes it with Orbax.
@@ -36,13 +47,42 @@ def training_batches(
     _checked_shard(shard_index, shard_count)
     if isinstance(seed, bool) or not 0 <= operator.index(seed) < 2**32:
         raise ValueError(f"seed must be in 0..2**32-1; got {seed!r}")
-    _checked_source(source)
-    windows = grain.MapDataset.source(source).seed(operator.index(seed)).shuffle().repeat()
+    seed = operator.index(seed)
+    mixture = source if isinstance(source, Mixture) else Mixture([source], [1.0])
+    stored = [part for part in mixture.sources if not isinstance(part, StreamedWindows)]
+    if len(stored) < len(mixture.sources):
+        shares = [_share(part, seed + i, shard_index, shard_count) for i, part in enumerate(mixture.sources)]
+        share = shares[0] if len(shares) == 1 else grain.IterDataset.mix(shares, mixture.weights)
+        # One thread tokenises ahead while the model trains.
+        return iter(grain.experimental.ThreadPrefetchIterDataset(share.batch(batch_size), prefetch_buffer_size=2))
+    shuffled = [_shuffled(part, seed + i) for i, part in enumerate(stored)]
+    windows = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, mixture.weights)
     # Sharding comes after the shuffle, so that shards do not depend on how the corpus is ordered, and after the
     # repetition, so that no window is dropped where the count does not divide the corpus.
     batches = windows[shard_index::shard_count].batch(batch_size)
+    return iter(batches.to_iter_dataset(_reading(stored)))
+
+
+def _reading(sources: Sequence[WindowSource]) -> grain.ReadOptions:
+    if any(isinstance(source, TokenWindows) and source.on_disk for source in sources):
+        return grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     # No reader threads: the windows are slices of memory, and threads would only compete for the interpreter.
-    return iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)))
+    return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
+
+
+def _share(
+    source: WindowSource | StreamedWindows, seed: int, shard_index: int, shard_count: int
+) -> grain.IterDataset[Window]:
+    """The windows of one process."""
+    if isinstance(source, StreamedWindows):
+        return source.dataset(seed=seed % 2**31, shard_index=shard_index, shard_count=shard_count)
+    return _shuffled(source, seed)[shard_index::shard_count].to_iter_dataset(_reading([source]))
+
+
+def _shuffled(source: WindowSource, seed: int) -> grain.MapDataset[Window]:
+    """The windows without end, each epoch in an order of its own."""
+    _checked_source(source)
+    return grain.MapDataset.source(source).seed(seed % 2**32).shuffle().repeat()
 
 
 def _checked_source(source: WindowSource) -> None:

@@ -1,16 +1,19 @@
-"""A user's own text from disk. Files are only ever read as text or JSON; nothing in them is executed."""
+"""A user's own text from disk. Files are only ever read as text, JSON or Parquet; nothing in them is executed."""
 
 import gzip
+import itertools
 import json
 import lzma
 import os
 import zlib
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, BinaryIO, cast
 
 from osdn_jax.data.documents import Document
+from osdn_jax.data.parquet import parquet_values
 
-SUPPORTED_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.xz", ".jsonl.xz")
+SUPPORTED_ENDINGS = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.xz", ".jsonl.xz", ".parquet")
 
 _BOM = b"\xef\xbb\xbf"
 
@@ -19,15 +22,22 @@ def read_documents(path: str | os.PathLike[str], *, field: str = "text") -> list
     """Documents of a file, or of all supported files under a folder in the order of their relative paths.
 
     A .txt file is one document, named by its path; a .jsonl file has one JSON object per line, and its member `field`
-    is a document named "path:line". Each may be compressed as .gz or .xz. Endings are matched without regard to case.
-    In a folder, files of other kinds and names that start with "." are passed over, and links to folders are not
-    followed. Text is UTF-8; a byte order mark is dropped and line ends become "\\n". JSONL lines and rows without
-    any text are passed over, but a file without any text is an error.
+    is a document named "path:line"; the column `field` of a .parquet file has documents named "path:row". Text and
+    JSONL may be compressed as .gz or .xz. Endings are matched without regard to case. In a folder, files of other
+    kinds and names that start with "." are passed over, and links to folders are not followed. Text is UTF-8; a byte
+    order mark is dropped and line ends become "\\n". JSONL lines and rows without any text are passed over, but a file
+    without any text is an error.
 
-    Raises FileNotFoundError if there is no such path, TypeError if an argument has the wrong type, and ValueError,
-    naming file and place, for an unsupported ending, a folder without supported files, a file without text, damaged
-    compression, bytes that are not UTF-8 text, malformed JSON, and rows where `field` is missing or not a string.
+    Raises FileNotFoundError if there is no such path, TypeError if an argument has the wrong type, ImportError where
+    the library for Parquet is missing, and ValueError, naming file and place, for an unsupported ending, a folder
+    without supported files, a file without text, damaged compression or damaged Parquet, bytes that are not UTF-8
+    text, malformed JSON, and rows where `field` is missing or not a string.
     """
+    return [document for file, name in text_files(path, field) for document in file_documents(file, name, field)]
+
+
+def text_files(path: str | os.PathLike[str], field: str = "text") -> list[tuple[Path, str]]:
+    """[(file, its name in messages)] of a file or a folder. Raises as `read_documents` does for its arguments."""
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"path must be a str or a path; got {type(path).__name__}")
     if not isinstance(field, str):
@@ -38,11 +48,55 @@ def read_documents(path: str | os.PathLike[str], *, field: str = "text") -> list
     if not root.exists():
         raise FileNotFoundError(f"no such file or folder: {root}")
     if not root.is_dir():
-        return _read_file(root, root.name, field)
+        return [(root, root.name)]
     files = _supported_files(root)
     if not files:
         raise ValueError(f"folder {root} holds no supported file; expected files ending in {_endings()}")
-    return [document for file in files for document in _read_file(file, file.relative_to(root).as_posix(), field)]
+    return [(file, file.relative_to(root).as_posix()) for file in files]
+
+
+def file_documents(file: Path, name: str, field: str) -> Iterator[Document]:
+    """Documents of one file, one after the other: only a .txt file is held in memory. Raises as `read_documents`."""
+    if not file.name.lower().endswith(SUPPORTED_ENDINGS):
+        raise ValueError(f"unsupported file {file}; expected one ending in {_endings()}")
+    if not file.is_file():
+        raise ValueError(f"{file} is not a regular file")
+    match Path(file.name.lower().removesuffix(".gz").removesuffix(".xz")).suffix:
+        case ".jsonl":
+            documents = _rows(file, name, field)
+        case ".parquet":
+            values = enumerate(parquet_values(file, field), start=1)
+            documents = (
+                Document(f"{name}:{row}", checked_field(f"{file}, row {row}", value, field)) for row, value in values
+            )
+        case _:
+            documents = _whole(file, name)
+    some = False
+    for document in documents:
+        if document.text.strip():
+            some = True
+            yield document
+    if not some:
+        why = "nothing but blanks" if file.stat().st_size else "the file is empty"
+        raise ValueError(f"{file} holds no text: {why}")
+
+
+def checked_field(place: str, text: object, field: str) -> bytes:
+    """The text of a row as a document has it. Raises ValueError, naming the place, for what is not text."""
+    if not isinstance(text, str):
+        raise ValueError(f"{place}: field {field!r} must be a string; got {_json_type(text)}")
+    try:
+        encoded = text.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{place}: field {field!r} has an unpaired surrogate at character {error.start}") from error
+    if b"\0" in encoded:
+        raise ValueError(f"{place}: field {field!r} is not text: NUL at character {text.index(chr(0))}")
+    return _normalised(encoded)
+
+
+def missing_field(place: str, field: str, there: Iterator[str] | list[str], what: str) -> ValueError:
+    """The error of a row or a file (`what`) without the field."""
+    return ValueError(f"{place}: no field {field!r}; the {what} has {', '.join(map(repr, there)) or 'no fields'}")
 
 
 def _endings() -> str:
@@ -63,46 +117,37 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def _read_file(file: Path, name: str, field: str) -> list[Document]:
-    if not file.name.lower().endswith(SUPPORTED_ENDINGS):
-        raise ValueError(f"unsupported file {file}; expected one ending in {_endings()}")
-    if not file.is_file():
-        raise ValueError(f"{file} is not a regular file")
-    data = _decompressed(file)
-    if file.name.lower().removesuffix(".gz").removesuffix(".xz").endswith(".jsonl"):
-        documents = list(_rows(file, name, data, field))
-    else:
-        documents = [Document(name, _normalised(_checked_text(file, data)))]
-    documents = [document for document in documents if document.text.strip()]
-    if not documents:
-        raise ValueError(f"{file} holds no text: {'the file is empty' if not data else 'nothing but blanks'}")
-    return documents
+def _opened(file: Path) -> BinaryIO:
+    if not file.stat().st_size:  # an empty file counts as an empty text, compressed or not
+        return file.open("rb")
+    match file.suffix.lower():
+        case ".gz":
+            return cast(BinaryIO, gzip.open(file, "rb"))
+        case ".xz":
+            return cast(BinaryIO, lzma.open(file, "rb"))
+    return file.open("rb")
 
 
-def _decompressed(file: Path) -> bytes:
-    data = file.read_bytes()
+def _lines(file: Path) -> Iterator[bytes]:
     try:
-        match file.suffix.lower():
-            case ".gz":
-                return gzip.decompress(data) if data else b""
-            case ".xz":
-                return lzma.decompress(data) if data else b""
+        with _opened(file) as lines:
+            yield from lines
     except (gzip.BadGzipFile, lzma.LZMAError, zlib.error, EOFError) as error:
         raise ValueError(f"{file} is not a complete {file.suffix.lower()} file: {error}") from error
-    return data
 
 
-def _checked_text(file: Path, data: bytes) -> bytes:
-    """`data` if it is UTF-8 text; the offset in messages counts decompressed bytes."""
-    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+def _checked_text(file: Path, data: bytes, offset: int = 0) -> bytes:
+    """`data` if it is UTF-8 text; it starts at `offset`, and offsets in messages count decompressed bytes."""
+    if not offset and data.startswith((b"\xff\xfe", b"\xfe\xff")):
         raise ValueError(f"{file} is not UTF-8 text: it starts with the byte order mark of UTF-16 at byte offset 0")
     if (at := data.find(b"\0")) >= 0:
-        raise ValueError(f"{file} is not text: NUL byte at byte offset {at}")
+        raise ValueError(f"{file} is not text: NUL byte at byte offset {offset + at}")
     try:
         data.decode("utf-8")
     except UnicodeDecodeError as error:
+        at = offset + error.start
         raise ValueError(
-            f"{file} is not UTF-8 text: byte 0x{data[error.start]:02x} at byte offset {error.start} ({error.reason})"
+            f"{file} is not UTF-8 text: byte 0x{data[error.start]:02x} at byte offset {at} ({error.reason})"
         ) from error
     return data
 
@@ -111,32 +156,31 @@ def _normalised(data: bytes) -> bytes:
     return data.removeprefix(_BOM).replace(b"\r\n", b"\n").replace(b"\r", b"\n")
 
 
-def _rows(file: Path, name: str, data: bytes, field: str) -> Iterator[Document]:
-    lines = _checked_text(file, data).removeprefix(_BOM).split(b"\n")
-    for number, line in enumerate(lines, start=1):
-        if line.strip():
-            yield Document(f"{name}:{number}", _row_text(f"{file}, line {number}", line, field))
+def _whole(file: Path, name: str) -> Iterator[Document]:
+    yield Document(name, _normalised(_checked_text(file, b"".join(_lines(file)))))
+
+
+def _rows(file: Path, name: str, field: str) -> Iterator[Document]:
+    offset = 0
+    for number, line in zip(itertools.count(1), _lines(file)):
+        text = _checked_text(file, line, offset)
+        if not offset:
+            text = text.removeprefix(_BOM)
+        offset += len(line)
+        if text.strip():
+            yield Document(f"{name}:{number}", _row_text(f"{file}, line {number}", text, field))
 
 
 def _row_text(place: str, line: bytes, field: str) -> bytes:
     try:
-        row = json.loads(line)
+        row: Any = json.loads(line)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{place}: malformed JSON: {error}") from error
     if (kind := _json_type(row)) != "an object":
         raise ValueError(f"{place}: expected a JSON object with the field {field!r}; got {kind}")
     if field not in row:
-        raise ValueError(f"{place}: no field {field!r}; the row has {', '.join(map(repr, row)) or 'no fields'}")
-    text = row[field]
-    if (kind := _json_type(text)) != "a string":
-        raise ValueError(f"{place}: field {field!r} must be a string; got {kind}")
-    try:
-        encoded = text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{place}: field {field!r} has an unpaired surrogate at character {error.start}") from error
-    if b"\0" in encoded:
-        raise ValueError(f"{place}: field {field!r} is not text: NUL at character {text.index(chr(0))}")
-    return _normalised(encoded)
+        raise missing_field(place, field, list(row), "row")
+    return checked_field(place, row[field], field)
 
 
 def _json_type(value: object) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Iterable
 from typing import Protocol, SupportsIndex, TypedDict, runtime_checkable
 
 import numpy as np
-from jaxtyping import Float32, Int32
+from jaxtyping import Float32, Int, Int32
 
 from osdn_jax.data.documents import Document
 
@@ -47,6 +47,38 @@ def checked_count(name: str, value: SupportsIndex) -> int:
     return count
 
 
+def checked_position(index: SupportsIndex, count: int) -> int:
+    """`index` of one of `count` windows, from the end if negative, as 0..count - 1. Raises IndexError outside."""
+    position = operator.index(index)
+    if not -count <= position < count:
+        raise IndexError(f"window {position} of {count}")
+    return position % count
+
+
+def window_count(tokens: int, length: int) -> int:
+    """How many windows a stream of tokens has: one for each `length` targets or part of it."""
+    return (tokens - 2) // length + 1  # the first token is no target
+
+
+def cut_window(tokens: Int[np.ndarray, " n"], length: int, start_id: int) -> Window:
+    """The window of the first n - 1 tokens and those one later, padded to `length`; 2 ≤ n ≤ length + 1.
+
+    start_id is the token before each document.
+    """
+    tokens = tokens.astype(np.int32)
+    inputs, targets = tokens[:-1], tokens[1:]
+    starts = inputs == start_id
+    # The first position belongs to segment 1 whether a document starts there or goes on there.
+    segment_ids = np.cumsum(starts, dtype=np.int32) + np.int32(not starts[0])
+    padding = (0, length - len(inputs))
+    return {
+        "inputs": np.pad(inputs, padding),
+        "targets": np.pad(targets, padding),
+        "segment_ids": np.pad(segment_ids, padding),
+        "weights": np.pad((targets != start_id).astype(np.float32), padding),
+    }
+
+
 def _stream(documents: Iterable[Document]) -> bytes:
     parts = []
     for document in documents:
@@ -80,32 +112,20 @@ class PackedWindows:
         if not self.text_bytes:
             raise ValueError("the documents hold no text: at least one byte is needed")
 
+    @property
+    def text_tokens(self) -> int:
+        """The number of targets of weight 1: here a token is a byte."""
+        return self.text_bytes
+
     def __len__(self) -> int:
         """The number of windows, ≥ 1."""
-        # One window for each `sequence_length` targets or part of it; the first token is no target.
-        return (len(self._tokens) - 2) // self.sequence_length + 1
+        return window_count(len(self._tokens), self.sequence_length)
 
     def __getitem__(self, index: SupportsIndex) -> Window:
         """Window `index`; from the end if negative. Raises IndexError outside the source."""
-        position = operator.index(index)
-        if not -len(self) <= position < len(self):
-            raise IndexError(f"window {position} of {len(self)}")
         length = self.sequence_length
-        start = position % len(self) * length
-        tokens = self._tokens[start : start + length + 1].astype(np.int32)
-        inputs, targets = tokens[:-1], tokens[1:]
-        starts = inputs == 0
-        # The first position belongs to segment 1 whether a document starts there or goes on there.
-        segment_ids = np.cumsum(starts, dtype=np.int32) + np.int32(not starts[0])
-        # Weight needs no mask of its own: start tokens are the only zeros in the stream, and padding is 0 too.
-        padding = (0, length - len(inputs))
-        targets = np.pad(targets, padding)
-        return {
-            "inputs": np.pad(inputs, padding),
-            "targets": targets,
-            "segment_ids": np.pad(segment_ids, padding),
-            "weights": (targets != 0).astype(np.float32),
-        }
+        start = checked_position(index, len(self)) * length
+        return cut_window(self._tokens[start : start + length + 1], length, start_id=0)
 
     def __repr__(self) -> str:
         return f"PackedWindows({len(self)} windows of {self.sequence_length}, {self.text_bytes} bytes of text)"

@@ -1,7 +1,6 @@
 """Training: configuration, optimiser, step, loop, checkpoints and metrics."""
 
 from osdn_jax.training.build import (
-    build_corpus,
     build_model,
     build_model_config,
     build_optimizer,
@@ -14,6 +13,7 @@ from osdn_jax.training.defaults import default_config
 from osdn_jax.training.loop import DivergedError, Result, train
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
+from osdn_jax.training.sources import Data, build_corpus, build_data, build_tokenizer
 from osdn_jax.training.step import StepConfig, TrainState, make_train_step
 
 __all__ = [
@@ -21,6 +21,7 @@ __all__ = [
     "CheckpointMismatchError",
     "Checkpoints",
     "ConfigError",
+    "Data",
     "DivergedError",
     "MetricsWriter",
     "Result",
@@ -28,11 +29,13 @@ __all__ = [
     "TrainState",
     "WorkdirConfigError",
     "build_corpus",
+    "build_data",
     "build_model",
     "build_model_config",
     "build_optimizer",
     "build_schedule",
     "build_step_config",
+    "build_tokenizer",
     "default_config",
     "load_config",
     "load_parameters",

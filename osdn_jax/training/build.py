@@ -9,7 +9,7 @@ import optax.contrib
 from flax import nnx
 from ml_collections import ConfigDict
 
-from osdn_jax.data import ByteTokenizer, Document, read_documents, shakespeare, split_documents
+from osdn_jax.data import load_tokenizer
 from osdn_jax.nn import CausalLM, Chunks, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
 from osdn_jax.nn.config import TRANSFORMER
 from osdn_jax.nn.functional import block_matrices, decays
@@ -22,6 +22,7 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
     Raises:
         ValueError: a field out of its range, an unknown rule or preset, one that the rule has no use for, or heads that
             do not divide the width where key_dim or value_dim is not given.
+        ValueError, FileNotFoundError, ImportError: as `load_tokenizer`, where model.vocab_size is not given.
     """
     model = config.model
     for name in ("key_dim", "value_dim"):
@@ -59,7 +60,7 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
     elif model.preset is not None:
         raise ValueError(f"model.preset: got {model.preset!r}, but the rule {model.rule!r} has no such preconditioner")
     return ModelConfig(
-        vocab_size=ByteTokenizer().vocab_size if model.vocab_size is None else model.vocab_size,
+        vocab_size=load_tokenizer(config.data.tokenizer).vocab_size if model.vocab_size is None else model.vocab_size,
         layers=model.layers,
         mixer=mixer,
         mlp_dim=model.mlp_dim,
@@ -73,15 +74,6 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
 def build_model(config: ConfigDict) -> CausalLM:
     """The model of a run, its parameters started from the seed. Raises ValueError as `build_model_config`."""
     return CausalLM(build_model_config(config), rngs=nnx.Rngs(params=config.seed))
-
-
-def build_corpus(config: ConfigDict) -> tuple[list[Document], list[Document]]:
-    """(training, validation) documents. Raises ValueError, TypeError or FileNotFoundError for unusable data."""
-    if not config.data.path:
-        return shakespeare("train"), shakespeare("validation")
-    documents = read_documents(config.data.path, field=config.data.field)
-    train, validation = split_documents(documents, config.data.validation_fraction, config.seed)
-    return list(train), list(validation)
 
 
 def build_schedule(config: ConfigDict, peak: str = "learning_rate") -> optax.Schedule:

@@ -16,13 +16,22 @@ def default_config() -> ConfigDict:
     config.max_skipped_steps = 10  # steps in a row without finite numbers, which change nothing; one more ends the run
 
     config.data = ConfigDict()
-    config.data.path = ""  # a .txt or .jsonl file (or .gz, .xz of one) or a folder of them; "" is Shakespeare
-    config.data.field = "text"  # of the rows of a .jsonl file
-    config.data.validation_fraction = 0.1  # of a text of your own; Shakespeare has his own held-out plays
+    # A .txt, .jsonl (or .gz, .xz of one) or .parquet file, or a folder of them; a folder of shards that
+    # `python -m osdn_jax.data.prepare` wrote; hf:NAME streams a data set of the Hugging Face hub; "" is Shakespeare.
+    config.data.path = ""
+    config.data.mixture = ""  # instead of a path: path:weight,path:weight; weights are shares of the windows
+    config.data.tokenizer = "bytes"  # or a tokenizer.json, a SentencePiece .model, or a folder with one of them
+    config.data.field = "text"  # of the rows of .jsonl, .parquet and hf:
+    config.data.subset = ""  # of hf:, such as sample-10BT
+    config.data.split = "train"  # of hf:
+    config.data.shuffle_windows = 256  # of hf:, how many windows are shuffled together; 1: the order of the stream
+    config.data.validation_fraction = 0.1  # of files and prepared data; Shakespeare has his own held-out plays
+    config.data.validation_documents = 1000  # of hf:, how many of its first documents are held out
+    config.data.validation_path = ""  # a text to validate on, as path but for hf:; then nothing else is held out
 
     config.model = ConfigDict()
     config.model.rule = "osdn"  # a key of osdn_jax.nn.RULES
-    config.model.vocab_size = placeholder(int)  # default: as many as the tokenizer has
+    config.model.vocab_size = placeholder(int)  # default: of the tokenizer; it may be larger than that
     config.model.layers = 4
     config.model.width = 128
     config.model.heads = 2

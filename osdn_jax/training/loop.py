@@ -7,24 +7,19 @@ import jax
 import numpy as np
 from ml_collections import ConfigDict
 
-from osdn_jax.data import Document, PackedWindows, ValidationBatches, training_batches, validation_batches
+from osdn_jax.data import ValidationBatches, WindowSource, training_batches, validation_batches
+from osdn_jax.data.tokenizers import BYTES
 from osdn_jax.evaluation import make_evaluate
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.functional import functional
-from osdn_jax.training.build import (
-    build_corpus,
-    build_model,
-    build_optimizer,
-    build_schedule,
-    build_step_config,
-    random_state,
-)
+from osdn_jax.training.build import build_model, build_optimizer, build_schedule, build_step_config, random_state
 from osdn_jax.training.checkpoints import Checkpoints
 from osdn_jax.training.config import CHECKPOINT_FOLDER, ConfigError, check_workdir
 from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.progress import ProgressBar
+from osdn_jax.training.sources import build_data
 from osdn_jax.training.step import TrainState, make_train_step
 from osdn_jax.training.stopwatch import Stopwatch
 
@@ -67,14 +62,11 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
         optimizer = build_optimizer(config, model)
         step_config = build_step_config(config)
         schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
-        train_text, validation_text = build_corpus(config)
-        batches = training_batches(
-            PackedWindows(train_text, config.sequence_length), batch_size=config.batch_size, seed=config.seed
-        )
-        held_out = PackedWindows(validation_text, config.validation.sequence_length)
-        everything = validation_batches(held_out, batch_size=config.validation.batch_size)
-        some = _spread(held_out, config.validation.windows, config.validation.batch_size)
-    except (ValueError, TypeError, OSError) as error:
+        data = build_data(config)
+        batches = training_batches(data.train, batch_size=config.batch_size, seed=config.seed)
+        everything = validation_batches(data.held_out, batch_size=config.validation.batch_size)
+        some = _spread(data.held_out, config.validation.windows, config.validation.batch_size)
+    except (ValueError, TypeError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
     check_workdir(workdir, config, may_differ=MAY_CHANGE_ON_RESUME)
 
@@ -93,7 +85,7 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
                 print(f"warning: {warning}")
         start = int(state.step)
         end = config.steps if stop_at is None else min(stop_at, config.steps)
-        _announce(config, parameters, train_text, validation_text, start)
+        _announce(config, parameters, data.summary, start)
         clock = Stopwatch()
         tokens_per_step = config.batch_size * config.sequence_length
         bits = None
@@ -107,7 +99,7 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
                 if waiting is not None:
                     # Of the step before, while this one runs.
                     numbers = _numbers(*waiting, checkpoints, config.max_skipped_steps)
-                    bits = numbers["loss"] / np.log(2.0)
+                    bits = numbers["loss"] / np.log(2.0) * data.tokens_per_byte
                 waiting = (step, measured)
                 if step == start + 1:
                     jax.block_until_ready(measured)
@@ -123,19 +115,24 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
                 numbers, waiting = _numbers(step, measured, checkpoints, config.max_skipped_steps), None
                 tokens = {"tokens": step * tokens_per_step}
                 if logs:
+                    bits_per_token = numbers["loss"] / np.log(2.0)
                     row = {
-                        "train/bits_per_byte": numbers["loss"] / np.log(2.0),
+                        "train/bits_per_byte": bits_per_token * data.tokens_per_byte,
                         "train/gradient_norm": numbers["gradient_norm"],
                         "train/update_norm": numbers["update_norm"],
                         "train/parameter_norm": numbers["parameter_norm"],
                         "train/skipped_steps": int(numbers["skipped_steps"]),
                         "train/learning_rate": float(schedule(max(step - 1 - int(numbers["skipped_steps"]), 0))),
                     }
+                    if config.data.tokenizer != BYTES:
+                        row["train/bits_per_token"] = bits_per_token
                     speed = clock.rate((step - start - 1) * tokens_per_step)
                     metrics.write(step, tokens | row | ({} if speed is None else {"tokens_per_second": speed}))
                 with clock.paused():
                     if validates:
+                        # Of a part it is an estimate: the part's tokens may be longer or shorter than all of them are.
                         bits_now = evaluate(state.evaluated, everything if last else some)
+                        bits_now *= data.held_out_tokens_per_byte
                         metrics.write(step, tokens | {_VALIDATION: bits_now})
                         part = "all" if last else "part"
                         bar.print(f"step {step:,}: {bits_now:.4f} bits per byte on {part} of the held-out text")
@@ -188,7 +185,7 @@ def _check(config: ConfigDict, stop_at: int | None) -> None:
         raise ValueError(f"max_skipped_steps: got {config.max_skipped_steps}, expected at least 0")
 
 
-def _spread(source: PackedWindows, count: int, batch_size: int) -> ValidationBatches:
+def _spread(source: WindowSource, count: int, batch_size: int) -> ValidationBatches:
     """Batches of count windows spread evenly over a source; all of it if count is 0 or more than there are."""
     total = len(source)
     if not 0 < count < total:
@@ -197,13 +194,10 @@ def _spread(source: PackedWindows, count: int, batch_size: int) -> ValidationBat
     return validation_batches(rows, batch_size=batch_size)
 
 
-def _announce(
-    config: ConfigDict, parameters: int, train: list[Document], validation: list[Document], start: int
-) -> None:
-    sizes = [sum(len(document.text) for document in documents) / 1e6 for documents in (train, validation)]
+def _announce(config: ConfigDict, parameters: int, text: str, start: int) -> None:
     print(
-        f"{config.model.rule}: {parameters:,} parameters; {sizes[0]:.2f} MB of text to train on, "
-        f"{sizes[1]:.2f} MB held out; {jax.device_count()} {jax.devices()[0].device_kind} device(s)"
+        f"{config.model.rule}: {parameters:,} parameters; {text}; "
+        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
     )
     if start:
         print(f"going on from the checkpoint of step {start:,} of {config.steps:,}")

@@ -150,7 +150,7 @@ GZ, XZ = gzip.compress(b"text" * 100, mtime=0), lzma.compress(b"text" * 100)
         ("a.txt.xz", XZ[:-12], "not a complete .xz file"),
         ("a.txt.xz", b"plain text", "not a complete .xz file"),
         ("a.jsonl.xz", XZ[:30] + b"\xff" + XZ[31:], "not a complete .xz file"),
-        ("a.parquet", b"PAR1", r"unsupported file .*\.txt, \.jsonl, \.txt\.gz"),
+        ("a.pdf", b"%PDF", r"unsupported file .*\.txt, \.jsonl, \.txt\.gz"),
     ],
 )
 def test_bad_file_is_named_with_the_place(tmp_path, name, data, message):

@@ -230,7 +230,7 @@ def test_a_wrong_kind_of_token_is_refused():
 
 
 def test_statistics_of_the_preconditioners():
-    """"paper" starts at its lower bound of 0; "trust", drawn far, is held on both of its bounds."""
+    """ "paper" starts at its lower bound of 0; "trust", drawn far, is held on both of its bounds."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(8, size=(2, 12)), jnp.int32)
 
     def statistics(rule, **changes):
