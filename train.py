@@ -8,11 +8,24 @@ to expect.
 from absl import flags, logging
 from ml_collections import config_flags
 
-from osdn_jax.training import CheckpointError, CheckpointMismatchError, ConfigError, DivergedError, train
+from osdn_jax.training import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    distributed,
+    train,
+)
 from osdn_jax.training.config import run
+from osdn_jax.training.profiling import parse_range
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, configs/NAME.py[:key=value,...].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, picture.")
+_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST step of a trace, which goes to the run's folder profile.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of the first.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of several processes: which one this is, from 0.")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Of several processes: how many there are.")
 _STOP_AT = flags.DEFINE_integer("stop_at", None, "End after this step, with a checkpoint to go on from.", lower_bound=1)
 
 
@@ -21,7 +34,14 @@ def main(_: list[str]) -> None:
     logging.set_verbosity(logging.WARNING)  # JAX reports the accelerators that it looked for and did not find
     if _WORKDIR.value is None:
         raise ConfigError("give the run a directory: --workdir=runs/NAME")
-    result = train(_CONFIG.value, _WORKDIR.value, stop_at=_STOP_AT.value)
+    try:
+        distributed.start(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value)
+        profile = None if _PROFILE.value is None else parse_range(_PROFILE.value)
+    except (ValueError, RuntimeError) as error:
+        raise ConfigError(str(error)) from error
+    result = train(_CONFIG.value, _WORKDIR.value, stop_at=_STOP_AT.value, profile=profile)
+    if not distributed.is_primary():
+        return
     if result.bits_per_byte is None:
         print(f"stopped after step {result.step:,}; the same command goes on from there")
     else:
@@ -29,4 +49,4 @@ def main(_: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    run(main, errors=(ConfigError, DivergedError, CheckpointError, CheckpointMismatchError))
+    run(main, errors=(ConfigError, DataError, DivergedError, CheckpointError, CheckpointMismatchError, OSError))

@@ -11,19 +11,21 @@ from osdn_jax.nn.layers import Exempt
 Parameters = dict[str, jax.Array]  # "blocks/0/mixer/project/kernel": array
 
 
-def functional(model: nnx.Module) -> tuple[Callable[..., Any], Parameters]:
+def functional(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:
     """(apply, parameters) with apply(parameters, *args, **kwargs) = model(*args, **kwargs).
+
+    Of an abstract model (`nnx.eval_shape`) the parameters are shapes.
 
     apply(..., method="features") calls that method of the model instead.
     """
     graph, state = nnx.split(model)
-    paths = {"/".join(map(str, path)): path for path, _ in nnx.to_flat_state(state)}
+    places = {"/".join(map(str, path)): (path, x.type) for path, x in nnx.to_flat_state(state)}
 
     def apply(parameters: Parameters, *args: Any, method: str = "__call__", **kwargs: Any) -> Any:
-        flat = [(path, nnx.Param(parameters[name])) for name, path in paths.items()]
+        flat = [(path, kind(parameters[name])) for name, (path, kind) in places.items()]
         return getattr(nnx.merge(graph, nnx.from_flat_state(flat)), method)(*args, **kwargs)
 
-    return apply, {"/".join(map(str, path)): x[...] for path, x in nnx.to_flat_state(state)}
+    return apply, {"/".join(map(str, path)): x.get_value() for path, x in nnx.to_flat_state(state)}
 
 
 # Projections to the gates of the recurrences and preconditioners, by their place in a block.

@@ -35,10 +35,11 @@ def over_mesh(
         segment_ids: packed documents.
     """
     graph = module.part(mesh.shape["tensor"])
-    paths, axes, parameters = {}, {}, {}
+    places, axes, parameters = {}, {}, {}
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         name = "/".join(map(str, path))
-        paths[name], axes[name], value = path, parameter_axes(f"{kind}/{name}"), variable[...]
+        places[name] = (path, variable.type)
+        axes[name], value = parameter_axes(f"{kind}/{name}"), variable[...]
         if variable.type is nnx.Param and value.ndim == 2:
             value = value.astype(x.dtype)  # as the layer would, but before it travels
         parameters[name] = [value]
@@ -54,7 +55,8 @@ def over_mesh(
             if "width" in axes[name]:
                 at = axes[name].index("width")
                 pieces = [lax.all_gather(piece, "fsdp", axis=at, tiled=True) for piece in pieces]
-            state.append((paths[name], nnx.Param(jnp.concatenate(pieces, axis=-1))))
+            path, variable = places[name]
+            state.append((path, variable(jnp.concatenate(pieces, axis=-1))))
         return lax.psum(call(nnx.merge(graph, nnx.from_flat_state(state)), x, segment_ids), "tensor")
 
     stream, tokens = spec("batch", "time", None), spec("batch", "time")

@@ -10,7 +10,7 @@ from osdn_jax.training.build import (
 from osdn_jax.training.checkpoints import CheckpointError, CheckpointMismatchError, Checkpoints, load_parameters
 from osdn_jax.training.config import ConfigError, WorkdirConfigError, load_config, parse_arg
 from osdn_jax.training.defaults import default_config
-from osdn_jax.training.loop import DivergedError, Result, train
+from osdn_jax.training.loop import DataError, DivergedError, Result, train
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.sources import Data, build_corpus, build_data, build_tokenizer
@@ -22,6 +22,7 @@ __all__ = [
     "Checkpoints",
     "ConfigError",
     "Data",
+    "DataError",
     "DivergedError",
     "MetricsWriter",
     "Result",

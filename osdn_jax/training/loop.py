@@ -1,29 +1,41 @@
 """The training loop."""
 
+from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from ml_collections import ConfigDict
+from rich.console import Console
 
-from osdn_jax.data import ValidationBatches, WindowSource, training_batches, validation_batches
+from osdn_jax.data import ValidationBatches, Window, WindowSource, training_batches, validation_batches
 from osdn_jax.data.tokenizers import BYTES
 from osdn_jax.evaluation import make_evaluate
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.functional import functional
-from osdn_jax.training.build import build_model, build_optimizer, build_schedule, build_step_config, random_state
+from osdn_jax.training import distributed
+from osdn_jax.training.build import build_schedule, build_step_config
 from osdn_jax.training.checkpoints import Checkpoints
 from osdn_jax.training.config import CHECKPOINT_FOLDER, ConfigError, check_workdir
 from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
+from osdn_jax.training.interruption import Stop, Watchdog
+from osdn_jax.training.mesh import Layout, build_mesh, describe
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
+from osdn_jax.training.profiling import Profile
 from osdn_jax.training.progress import ProgressBar
 from osdn_jax.training.sources import build_data
-from osdn_jax.training.step import TrainState, make_train_step
+from osdn_jax.training.start import build_start
+from osdn_jax.training.step import make_train_step
 from osdn_jax.training.stopwatch import Stopwatch
 
 _VALIDATION = "validation/bits_per_byte"  # its key in metrics.jsonl
+_STATISTICS_TOKENS = 1024  # that the preconditioners are looked at over
+
+
+class DataError(RuntimeError):
+    """The text cannot be read any further: a damaged file, a hub that no longer answers."""
 
 
 class DivergedError(RuntimeError):
@@ -39,77 +51,103 @@ class Result(NamedTuple):
     tokens_per_second: float | None  # in this process, without compilation, validation and saving
 
 
-def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None) -> Result:
+def train(
+    config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None, profile: tuple[int, int] | None = None
+) -> Result:
     """Trains the model of a configuration, or goes on where the run in workdir stopped.
 
-    Writes config.json, checkpoints, metrics.jsonl, TensorBoard event files and loss.png to workdir.
+    Writes config.json, checkpoints, metrics.jsonl, TensorBoard event files and loss.png to workdir. It runs over the
+    mesh of config.mesh; every process of a job calls it with the same arguments, and all of them can reach workdir.
+    SIGTERM ends it after the step under way, with a checkpoint, as stop_at does.
 
     Args:
         config: as `default_config` lists it.
         workdir: the run's own directory; made if need be.
         stop_at: end after this step, with a checkpoint, as if interrupted; for machines lent by the hour.
+        profile: first and last step of a trace, which goes to workdir/profile.
 
     Raises:
         ConfigError: the configuration, the data or the directory cannot be used; the message says why.
+        DataError: the data cannot be read any further.
         DivergedError: more than config.max_skipped_steps steps in a row had no finite loss, gradient or update; names
             the last of them. Checkpoints stay as they were.
         CheckpointError, CheckpointMismatchError: as `Checkpoints`.
     """
-    workdir = Path(workdir)
+    workdir, primary = Path(workdir), distributed.is_primary()
     try:
         _check(config, stop_at)
-        model = build_model(config)
-        optimizer = build_optimizer(config, model)
+        layout = Layout(build_mesh(config))
+        model, optimizer, state, shardings = build_start(config, layout)
         step_config = build_step_config(config)
         schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
         data = build_data(config)
-        batches = training_batches(data.train, batch_size=config.batch_size, seed=config.seed)
-        everything = validation_batches(data.held_out, batch_size=config.validation.batch_size)
-        some = _spread(data.held_out, config.validation.windows, config.validation.batch_size)
+        index, count = layout.share
+        share = {"shard_index": index, "shard_count": count}
+        batches = training_batches(data.train, batch_size=config.batch_size // count, seed=config.seed, **share)
+        rows_here = config.validation.batch_size // count
+        everything = validation_batches(data.held_out, batch_size=rows_here, **share)
+        some = _spread(data.held_out, config.validation.windows, rows_here, **share)
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    check_workdir(workdir, config, may_differ=MAY_CHANGE_ON_RESUME)
+    if primary:
+        check_workdir(workdir, config, may_differ=MAY_CHANGE_ON_RESUME)
+    distributed.meet("the directory is there")
 
-    apply, params = functional(model)
-    state = TrainState.create(params, optimizer, random_state(config), ema=config.ema > 0)
-    train_step = make_train_step(apply, optimizer, step_config)
+    apply, _ = functional(model)
+    train_step = make_train_step(apply, optimizer, step_config, shardings=shardings)
     evaluate = make_evaluate(apply, step_config.chunks)
+    statistics = _make_statistics(apply, model.config.mixer, layout)
     parameters = count_parameters(model)
-    del model, params
+    del model
 
-    with Checkpoints(workdir / CHECKPOINT_FOLDER, max_to_keep=config.checkpoint.keep) as checkpoints:
+    with (
+        Checkpoints(
+            workdir / CHECKPOINT_FOLDER, max_to_keep=config.checkpoint.keep, keep_period=config.checkpoint.keep_every
+        ) as checkpoints,
+        Watchdog(config.hang_seconds) as watchdog,
+        Stop() as stop,
+    ):
         restored = checkpoints.restore(state, batches)
         if restored is not None:
             state = restored.state
-            for warning in restored.warnings:
-                print(f"warning: {warning}")
         start = int(state.step)
+        if primary:
+            for warning in () if restored is None else restored.warnings:
+                print(f"warning: {warning}")
+            print(f"{config.model.rule}: {parameters:,} parameters; {data.summary}; {describe(layout.mesh)}")
+            if start:
+                print(f"going on from the checkpoint of step {start:,} of {config.steps:,}")
         end = config.steps if stop_at is None else min(stop_at, config.steps)
-        _announce(config, parameters, data.summary, start)
         clock = Stopwatch()
         tokens_per_step = config.batch_size * config.sequence_length
-        bits = None
+        bits, step = None, start
         with (
-            MetricsWriter(workdir, resume_step=start if start else None) as metrics,
-            ProgressBar(config.steps, start_step=start) as bar,
+            MetricsWriter(workdir, resume_step=start if start else None, enabled=primary) as metrics,
+            ProgressBar(config.steps, start_step=start, console=None if primary else Console(quiet=True)) as bar,
+            Profile(workdir / "profile", profile) as trace,
         ):
             waiting = None
             for step in range(start + 1, end + 1):
-                state, measured = train_step(state, next(batches))
+                trace.before(step)
+                with layout.active():
+                    state, measured = train_step(state, layout.batch(_next(batches)))
+                trace.after(step, measured)
                 if waiting is not None:
                     # Of the step before, while this one runs.
                     numbers = _numbers(*waiting, checkpoints, config.max_skipped_steps)
                     bits = numbers["loss"] / np.log(2.0) * data.tokens_per_byte
                 waiting = (step, measured)
+                watchdog.beat()
                 if step == start + 1:
                     jax.block_until_ready(measured)
                     clock.start()  # the first step compiled
                 bar.update(step, tokens=tokens_per_step, bits_per_byte=bits)
 
-                last = step == config.steps
-                logs = step % config.log_every == 0 or step == end
+                stopped = stop.reached(step)
+                last, ends = step == config.steps, step == end or stopped
+                logs = step % config.log_every == 0 or ends
                 validates = step % config.validation.every == 0 or last
-                saves = step % config.checkpoint.every == 0 or step == end
+                saves = step % config.checkpoint.every == 0 or ends
                 if not (logs or validates or saves):
                     continue
                 numbers, waiting = _numbers(step, measured, checkpoints, config.max_skipped_steps), None
@@ -131,14 +169,19 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
                 with clock.paused():
                     if validates:
                         # Of a part it is an estimate: the part's tokens may be longer or shorter than all of them are.
-                        bits_now = evaluate(state.evaluated, everything if last else some)
-                        bits_now *= data.held_out_tokens_per_byte
-                        metrics.write(step, tokens | {_VALIDATION: bits_now})
+                        held_out = _placed(everything if last else some, layout, watchdog)
+                        with layout.active():
+                            bits_now = evaluate(state.evaluated, held_out) * data.held_out_tokens_per_byte
+                        row = {_VALIDATION: bits_now} | statistics(state.evaluated, data.held_out[0])
+                        metrics.write(step, tokens | row)
                         part = "all" if last else "part"
                         bar.print(f"step {step:,}: {bits_now:.4f} bits per byte on {part} of the held-out text")
                     if saves:
                         checkpoints.save(step, state, batches)
-    rows = read_metrics(workdir)
+                if stopped and step < end:
+                    bar.print(f"step {step:,}: asked to stop by SIGTERM; saved")
+                    break
+    rows = read_metrics(workdir) if primary else []
     if rows:
         plot_loss({config.model.rule: rows}, workdir / "loss.png")
     finals = [row[_VALIDATION] for row in rows if row["step"] == config.steps and _VALIDATION in row]
@@ -146,8 +189,39 @@ def train(config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None
         step=int(state.step),
         parameters=parameters,
         bits_per_byte=finals[-1] if finals else None,
-        tokens_per_second=clock.rate((end - start - 1) * tokens_per_step),
+        tokens_per_second=clock.rate((step - start - 1) * tokens_per_step),
     )
+
+
+def _next(batches: Iterator[Window]) -> Window:
+    try:
+        return next(batches)
+    except (ValueError, OSError) as error:
+        raise DataError(f"cannot read on: {error}") from error
+
+
+def _placed(batches: Iterable[Window], layout: Layout, watchdog: Watchdog) -> Iterator[Any]:
+    for batch in batches:
+        watchdog.beat()
+        yield layout.batch(batch)
+
+
+def _make_statistics(apply: Any, mixer: Any, layout: Layout) -> Any:
+    """(parameters, window) -> {metric: number} of the preconditioners over its first tokens; {} without any."""
+    if getattr(mixer, "preconditioner", "none") == "none":
+        return lambda parameters, window: {}
+    call = jax.jit(
+        lambda parameters, tokens, ids: apply(parameters, tokens, ids, method="preconditioners"),
+        out_shardings=layout.sharding(),
+    )
+    across: dict[str, Any] = {"mean": np.mean, "min": np.min, "max": np.max, "clipped": np.mean}
+
+    def statistics(parameters: Any, window: Window) -> dict[str, float]:
+        tokens, ids = (window[name][None, :_STATISTICS_TOKENS] for name in ("inputs", "segment_ids"))
+        blocks = call(parameters, tokens, ids)
+        return {f"preconditioner/{name}": float(across[name](np.asarray(x))) for name, x in blocks.items()}
+
+    return statistics
 
 
 def _numbers(
@@ -176,6 +250,7 @@ def _check(config: ConfigDict, stop_at: int | None) -> None:
         "validation.every": config.validation.every,
         "checkpoint.every": config.checkpoint.every,
         "checkpoint.keep": config.checkpoint.keep,
+        "checkpoint.keep_every": 1 if config.checkpoint.keep_every is None else config.checkpoint.keep_every,
         "stop_at": 1 if stop_at is None else stop_at,
     }
     for name, value in counts.items():
@@ -183,21 +258,14 @@ def _check(config: ConfigDict, stop_at: int | None) -> None:
             raise ValueError(f"{name}: got {value}, expected at least 1")
     if config.max_skipped_steps < 0:
         raise ValueError(f"max_skipped_steps: got {config.max_skipped_steps}, expected at least 0")
+    if config.hang_seconds < 0:
+        raise ValueError(f"hang_seconds: got {config.hang_seconds}, expected at least 0")
 
 
-def _spread(source: WindowSource, count: int, batch_size: int) -> ValidationBatches:
+def _spread(source: WindowSource, count: int, batch_size: int, **share: int) -> ValidationBatches:
     """Batches of count windows spread evenly over a source; all of it if count is 0 or more than there are."""
     total = len(source)
     if not 0 < count < total:
-        return validation_batches(source, batch_size=batch_size)
+        return validation_batches(source, batch_size=batch_size, **share)
     rows = [source[i * total // count] for i in range(count)]
-    return validation_batches(rows, batch_size=batch_size)
-
-
-def _announce(config: ConfigDict, parameters: int, text: str, start: int) -> None:
-    print(
-        f"{config.model.rule}: {parameters:,} parameters; {text}; "
-        f"{jax.device_count()} {jax.devices()[0].device_kind} device(s)"
-    )
-    if start:
-        print(f"going on from the checkpoint of step {start:,} of {config.steps:,}")
+    return validation_batches(rows, batch_size=batch_size, **share)

@@ -4,7 +4,7 @@ import contextlib
 import math
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -12,6 +12,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
+from osdn_jax.data import Window
 from osdn_jax.nn.sharding import MESH_AXES, RULES, parameter_spec, spec
 
 PyTree = Any
@@ -120,7 +121,7 @@ class Layout:
 
         return jax.tree_util.tree_map_with_path(one, state)
 
-    def batch(self, window: Mapping[str, np.ndarray]) -> Mapping[str, Any]:
+    def batch(self, window: Window) -> Window:
         """A batch over the mesh, of this process's `share` of its rows [B / count, T]."""
         if self.mesh is None:
             return window
@@ -134,7 +135,7 @@ class Layout:
 
             return jax.make_array_from_callback((total, *x.shape[1:]), self.sharding("batch", "time"), part)
 
-        return {name: place(np.asarray(x)) for name, x in window.items()}
+        return cast(Window, jax.tree.map(place, window))
 
 
 def _share(mesh: Mesh | None) -> tuple[int, int]:

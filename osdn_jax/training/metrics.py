@@ -6,7 +6,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 from tensorboardX import SummaryWriter
@@ -22,7 +22,9 @@ type Row = dict[str, Any]
 class MetricsWriter:
     """Appends rows to `workdir/metrics.jsonl` and `workdir/tensorboard`. Use as a context manager, or call `close`."""
 
-    def __init__(self, workdir: str | os.PathLike[str], *, resume_step: int | None = None) -> None:
+    def __init__(
+        self, workdir: str | os.PathLike[str], *, resume_step: int | None = None, enabled: bool = True
+    ) -> None:
         """Opens the files.
 
         Args:
@@ -30,10 +32,15 @@ class MetricsWriter:
           resume_step: the step of the checkpoint that training goes on from: later rows, which training will write
             again, are dropped, and so is a last line that a crash cut short. None is a start from the beginning: all
             rows are dropped.
+          enabled: False writes nothing at all, for all but one of the processes of a job.
 
         Raises:
           ValueError: metrics.jsonl is damaged elsewhere than in its last line.
         """
+        self._file: IO[str] | None = None
+        self._last: int | None = None
+        if not enabled:
+            return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
         path = workdir / METRICS_FILE
@@ -66,6 +73,8 @@ class MetricsWriter:
             raise ValueError("'step' is the row's own key and cannot be a metric")
         numbers = {name: _number(name, value) for name, value in values.items()}
         self._last = int(step)
+        if self._file is None:
+            return
         self._file.write(_line({"step": self._last} | numbers))
         self._file.flush()
         for name, number in numbers.items():
@@ -74,8 +83,9 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Closes the files."""
-        self._file.close()
-        self._board.close()
+        if self._file is not None:
+            self._file.close()
+            self._board.close()
 
     def __enter__(self) -> "MetricsWriter":
         return self

@@ -71,7 +71,9 @@ def test_the_rows_of_a_run():
     keys = {"step", "tokens", "train/bits_per_byte", "train/skipped_steps", "train/learning_rate"} | norms
     assert set(train_rows[0]) == keys  # nothing is known of the speed before the second step
     assert {frozenset(row) for row in train_rows[1:]} == {frozenset(keys | {"tokens_per_second"})}
-    assert {frozenset(row) for row in validation_rows} == {frozenset({"step", "tokens", "validation/bits_per_byte"})}
+    statistics = {f"preconditioner/{name}" for name in ("mean", "min", "max", "clipped")}
+    validated = {"step", "tokens", "validation/bits_per_byte"} | statistics
+    assert {frozenset(row) for row in validation_rows} == {frozenset(validated)}
     schedule = build_schedule(tiny_config(text()))
     for row in all_rows:
         assert row["tokens"] == row["step"] * 2 * 24
