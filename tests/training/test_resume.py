@@ -6,6 +6,7 @@ import signal
 import subprocess
 import time
 
+import numpy as np
 import pytest
 
 from osdn_jax.training import read_metrics, train
@@ -123,9 +124,9 @@ def reached(step):
     return moment
 
 
-def kill(workdir, moment):
+def kill(workdir, moment, *arguments):
     """Starts train.py and ends it by SIGKILL at a moment; returns the steps of checkpoints complete by then."""
-    line, keywords = command(workdir, EVERY_STEP)
+    line, keywords = command(workdir, EVERY_STEP, *arguments)
     process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **keywords)
     try:
         end = time.monotonic() + 90
@@ -159,3 +160,28 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_the_step_under_way(tmp_pa
     assert steps == list(range(1, 41))
     assert steps_kept(workdir) == [39, 40]
     assert not saving(workdir)  # what the dead left is cleared away
+
+
+def test_killed_twenty_times_at_random(tmp_path, capsys):
+    """Whatever the moment, the next start goes on from a complete checkpoint, no older than the last one saved."""
+    workdir, draw = tmp_path / "run", np.random.default_rng(0)
+    finished()
+    newest = 0
+    for _ in range(20):
+        wait = float(draw.uniform(0.0, 0.15))
+
+        def moment(folder, newest=newest, wait=wait):
+            if not reached(newest + 3)(folder):
+                return False
+            time.sleep(wait)
+            return True
+
+        kept = kill(workdir, moment, "--config.steps=2000")
+        seen = read_metrics(workdir)[-1]["step"]
+        assert kept[-1] >= max(newest, seen - 2)
+        newest = kept[-1]
+    train(tiny_config(text(), checkpoint__every=1, steps=2000), workdir, stop_at=newest + 1)
+    said = capsys.readouterr().out
+    assert f"going on from the checkpoint of step {newest:,} of 2,000" in said
+    assert "warning" not in said
+    assert [row["step"] for row in rows(workdir) if "train/bits_per_byte" in row] == list(range(1, newest + 2))
