@@ -3,6 +3,10 @@
 The same command again goes on where the last one stopped. Keys of the configuration are set as
 --config=configs/demo.py:rule=delta_net,seed=1 or --config.optimizer.learning_rate=1e-3; its docstring says what
 to expect.
+
+    python train.py --config=configs/lm_1b.py:rule=osdn --plan=8x8 --gpu=h200
+
+trains nothing: it compiles the step for 8 hosts of 8 GPUs that need not be here, and says what it needs of them.
 """
 
 from absl import flags, logging
@@ -17,7 +21,7 @@ from osdn_jax.training import (
     distributed,
     train,
 )
-from osdn_jax.training.config import run
+from osdn_jax.training.config import run, write_atomically
 from osdn_jax.training.profiling import parse_range
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, configs/NAME.py[:key=value,...].")
@@ -27,11 +31,19 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: h
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of several processes: which one this is, from 0.")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Of several processes: how many there are.")
 _STOP_AT = flags.DEFINE_integer("stop_at", None, "End after this step, with a checkpoint to go on from.", lower_bound=1)
+_PLAN = flags.DEFINE_string("plan", None, "Train nothing; say what a run needs on these devices: HOSTSxGPUS.")
+_GPU = flags.DEFINE_string("gpu", None, "Of the plan: h100 or h200.")
+_PLAN_JSON = flags.DEFINE_string("plan_json", None, "File that the plan's figures are written to.")
 
 
 def main(_: list[str]) -> None:
     """Runs the training that the command line names."""
     logging.set_verbosity(logging.WARNING)  # JAX reports the accelerators that it looked for and did not find
+    if _PLAN.value is not None:
+        return _plan()
+    for flag in (_GPU, _PLAN_JSON):
+        if flag.value is not None:
+            raise ConfigError(f"--{flag.name}: got {flag.value!r} without a plan, expected --plan=HOSTSxGPUS too")
     if _WORKDIR.value is None:
         raise ConfigError("give the run a directory: --workdir=runs/NAME")
     try:
@@ -46,6 +58,15 @@ def main(_: list[str]) -> None:
         print(f"stopped after step {result.step:,}; the same command goes on from there")
     else:
         print(f"{result.bits_per_byte:.4f} bits per byte on the held-out text; see {_WORKDIR.value}/loss.png")
+
+
+def _plan() -> None:
+    from osdn_jax import planning
+
+    plan = planning.plan(_CONFIG.value, _PLAN.value, _GPU.value)
+    print(planning.report(plan))
+    if _PLAN_JSON.value is not None:
+        write_atomically(_PLAN_JSON.value, planning.as_json(plan))
 
 
 if __name__ == "__main__":

@@ -71,11 +71,14 @@ def get_config(arg: str | None = None) -> ConfigDict:
     config.model.tied_embeddings = True
     config.model.output_gate = False
     config.model.dtype = "bfloat16"
+    config.model.remat = "blocks"
+    config.mesh.fsdp = -1
     config.optimizer.learning_rate = recipe["learning_rate"]
     config.optimizer.warmup_steps = recipe["warmup_steps"]
     config.optimizer.weight_decay = recipe["weight_decay"]
     config.validation.every = 1000
     config.validation.windows = 256
+    config.validation.batch_size = 64
     config.validation.sequence_length = recipe["context"]
     config.checkpoint.every = 1000
     return config

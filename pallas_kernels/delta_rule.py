@@ -15,7 +15,7 @@ from pallas_kernels.gradients import D_CUMULATIVE, D_END, Z_WRITE, gradients
 from pallas_kernels.pieces import first_memories, last_gradients, piece_count
 from pallas_kernels.prepare import Chunks, Static, prepare
 from pallas_kernels.recurrence import recur
-from pallas_kernels.tiles import CHUNK
+from pallas_kernels.tiles import CHUNK, alike
 
 DIMENSIONS = (64, 128, 256)
 _TYPES = (jnp.bfloat16, jnp.float16)
@@ -116,7 +116,7 @@ def delta_rule(
         documents=documents is not None,
         interpret=interpret,
     )
-    out, final = _delta_rule(inputs, documents, static)
+    out, final = _delta_rule(*alike((inputs, documents)), static)
     return out.reshape(batch, -1, heads, value_dim)[:, :length], final
 
 

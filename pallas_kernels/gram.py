@@ -18,6 +18,7 @@ from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, documents_of, 
 from pallas_kernels.prepare import Static, pair_decay
 from pallas_kernels.tiles import (
     CHUNK,
+    alike,
     along_rows,
     column_scale,
     indices,
@@ -101,7 +102,7 @@ def gram(
     documents = None if restarts is None else documents_of(fill(restarts))
     static = Static(scale=1.0, erase=False, decay=True, documents=documents is not None, interpret=interpret)
     options = _Options(squash, multiply, static)
-    out, final = _gram(fill(k), fill(log_decay), fill(gain), center, initial, documents, options)
+    out, final = _gram(*alike((fill(k), fill(log_decay), fill(gain), center, initial, documents)), options)
     return out[:, :length], final
 
 

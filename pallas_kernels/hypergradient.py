@@ -17,6 +17,7 @@ from pallas_kernels.hypergradient_finish import D_BETA, D_LOG_FORGET, D_STEP, fi
 from pallas_kernels.hypergradient_forward import walk
 from pallas_kernels.hypergradient_parts import Static, make_gates
 from pallas_kernels.hypergradient_prepare import prepare
+from pallas_kernels.tiles import alike
 
 _SIZES = (64, 128, 256)
 
@@ -87,7 +88,7 @@ def hypergradient(
     # The tokens that fill the last chunk have a step of 0 and forget nothing.
     k, step, beta, log_forget, starts = (fill(x) for x in (k, step, beta, log_forget, starts))
     states = (f32(initial), f32(restart_state), jnp.zeros_like(f32(initial)) if anchor is None else f32(anchor))
-    d, final = _hypergradient(k, step, beta, log_forget, starts, *states, static)
+    d, final = _hypergradient(*alike((k, step, beta, log_forget, starts, *states)), static)
     return d[:, :length], final
 
 
@@ -120,10 +121,7 @@ def _backward(static: Static, saved: Any, cotangents: Any) -> Any:
     r, after, initial, restart = walk_back(k, gates, prepared, redone, d, used, final, anchor, static)
     d_k, d_gates, *d_anchor = finish(k, gates, redone, d, used, r, after, anchor, static)
     d_tokens = (from_chunks(d_gates[:, :, :, row]) for row in (D_STEP, D_BETA, D_LOG_FORGET))
-    return (
-        *(d_k, *d_tokens, jnp.zeros(k.shape[:2], jnp.float32)),
-        *(initial, restart, jnp.sum(d_anchor[0], axis=2) if d_anchor else jnp.zeros_like(anchor)),
-    )
+    return d_k, *d_tokens, None, initial, restart, jnp.sum(d_anchor[0], axis=2) if d_anchor else None
 
 
 _hypergradient.defvjp(_forward, _backward)

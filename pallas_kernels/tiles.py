@@ -152,11 +152,19 @@ def launch(
         compiler_params=plgpu.CompilerParams(approx_math=False),
         **options,
     )
-    # Under shard_map the results vary over every mesh axis that an argument varies over, which a kernel does not say.
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
+    # Under shard_map the results vary over what the arguments do, which a kernel does not say.
+    return alike((*arguments, kernel(*arguments)))[-1]
+
+
+def alike(tree: Any) -> Any:
+    """The arrays, under shard_map as ones that vary over every mesh axis that any of them varies over.
+
+    A custom gradient needs it of its arguments: each cotangent must vary over the axes that its argument does.
+    """
+    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
 
     def vary(x: jax.Array) -> jax.Array:
         missing = axes - jax.typeof(x).manual_axis_type.varying
         return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
-    return jax.tree.map(vary, kernel(*arguments))
+    return jax.tree.map(vary, tree)

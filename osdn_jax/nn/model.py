@@ -1,6 +1,6 @@
 """The causal language model."""
 
-from collections.abc import Callable
+import functools
 from typing import Any
 
 import jax
@@ -118,8 +118,9 @@ class CausalLM(nnx.Module):
         after = []
         for i, block in enumerate(self.blocks):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
-            run = _rematerialized(block, self.config.remat)
-            x, state = run(x, None if states is None else states[i], segment_ids, key)
+            graph, parameters = nnx.split(block)
+            before = None if states is None else states[i]
+            x, state = _run(parameters, x, before, segment_ids, key, graph=graph, remat=self.config.remat)
             after.append(state)
         return self.norm(x), tuple(after)
 
@@ -148,9 +149,24 @@ class CausalLM(nnx.Module):
         return look_up(self.embedding.embedding[...].astype(self.embedding.dtype), tokens)
 
 
-def _rematerialized(block: Block, remat: str) -> Callable[..., tuple[jax.Array, State | None]]:
-    """The block, keeping for its gradient what ModelConfig.remat says and computing the rest again."""
-    if remat == "none":
-        return block
-    kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "blocks" else None
-    return jax.checkpoint(lambda *args: block(*args), policy=kept)
+# Blocks are alike: as a function of its parameters a block is traced and lowered once, however many there are.
+@functools.partial(jax.jit, static_argnames=("graph", "remat"))
+def _run(
+    parameters: Any,  # the state of `nnx.split`
+    x: jax.Array,
+    state: State | None,
+    segment_ids: jax.Array | None,
+    dropout_key: jax.Array | None,
+    *,
+    graph: nnx.GraphDef,
+    remat: str,
+) -> tuple[jax.Array, State | None]:
+    """A block, keeping for its gradient what ModelConfig.remat says and computing the rest again."""
+
+    def block(parameters: Any, *arguments: Any) -> tuple[jax.Array, State | None]:
+        return nnx.merge(graph, parameters)(*arguments)
+
+    if remat != "none":
+        kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "blocks" else None
+        block = jax.checkpoint(block, policy=kept)
+    return block(parameters, x, state, segment_ids, dropout_key)

@@ -25,14 +25,22 @@ def build_start(
         optimizer = build_optimizer(config, model)
         _, params = functional(model)
         return model, optimizer, _state(config, optimizer, params), None
+    model, optimizer, shapes = shapes_at_start(config, layout)
+    shardings = jax.tree.map(lambda x: x.sharding, shapes)
+    return model, optimizer, jax.jit(lambda: _create(config, optimizer), out_shardings=shardings)(), shardings
+
+
+def shapes_at_start(config: ConfigDict, layout: Layout) -> tuple[CausalLM, optax.GradientTransformation, TrainState]:
+    """(model, optimiser, state) before the first step over a mesh, with shapes and shardings in place of arrays."""
     model = nnx.eval_shape(lambda: build_model(config))
     optimizer = build_optimizer(config, model)
+    state = jax.eval_shape(lambda: _create(config, optimizer))
+    place = lambda x, sharding: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding)
+    return model, optimizer, jax.tree.map(place, state, layout.of_state(state))
 
-    def create() -> TrainState:
-        return _state(config, optimizer, functional(build_model(config))[1])
 
-    shardings = layout.of_state(jax.eval_shape(create))
-    return model, optimizer, jax.jit(create, out_shardings=shardings)(), shardings
+def _create(config: ConfigDict, optimizer: optax.GradientTransformation) -> TrainState:
+    return _state(config, optimizer, functional(build_model(config))[1])
 
 
 def _state(config: ConfigDict, optimizer: optax.GradientTransformation, params: dict[str, jax.Array]) -> TrainState:

@@ -20,9 +20,11 @@ from pallas_kernels.aot.cases import Case
 
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 _TARGETS = resources.files("pallas_kernels") / "targets"
+_COMPILER = {
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the plugin looks for a driver otherwise
+}
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cuda,cpu",
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the plugin looks for a driver otherwise
     "MOSAIC_GPU_DUMP_PTXAS": "1",
     "MOSAIC_GPU_DUMP_HOST_LLVM": "1",  # the only place that tells how much shared memory a launch asks for
     "TF_CPP_MIN_LOG_LEVEL": "2",
@@ -71,8 +73,14 @@ def has_plugin() -> bool:
 
 
 def prepare_environment() -> None:
-    """Sets what JAX, XLA and Mosaic GPU read, for this process and those that it starts."""
+    """Sets what JAX, XLA and Mosaic GPU read, for this process and those that it starts; they print what they do."""
     os.environ |= _ENVIRONMENT
+    prepare_compiler()
+
+
+def prepare_compiler() -> None:
+    """Sets what they need to compile for a GPU that is not here, before JAX starts."""
+    os.environ |= _COMPILER
     # Some releases of jaxlib run the first ptxas on PATH: that of this environment, whatever else is installed.
     for name in ("nvidia.cu13", "nvidia.cuda_nvcc"):
         spec = _found(name)
@@ -129,11 +137,17 @@ def _compile(case: Case, gpu: str) -> str:
 def _mesh(gpu: str) -> Any:
     import jax
     import numpy as np
+
+    return jax.sharding.Mesh(np.array(described_devices(gpu)), ("x",))
+
+
+def described_devices(gpu: str, hosts: int = 1, per_host: int = 1) -> list[Any]:
+    """GPUs of `targets` that need not be here, numbered host by host."""
     from jax.experimental import topologies
 
     description = (_TARGETS / f"{gpu}.txtpb").read_text(encoding="utf-8")
-    topology = topologies.get_topology_desc(platform="cuda", topology="1x1x1", target_config=description)
-    return jax.sharding.Mesh(np.array(topology.devices), ("x",))
+    shape = f"1x{hosts}x{per_host}"
+    return list(topologies.get_topology_desc(platform="cuda", topology=shape, target_config=description).devices)
 
 
 @contextlib.contextmanager

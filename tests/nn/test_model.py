@@ -1,5 +1,7 @@
 """The language model as a whole: how it starts, dropout, and the model as a function of its parameters."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +10,7 @@ from flax import nnx
 
 from osdn_jax.nn import CausalLM, HypergradientConfig, ModelConfig, mixer_config
 from osdn_jax.nn.functional import decays, functional
+from osdn_jax.nn.model import Block
 from osdn_jax.training import build_model, build_optimizer, default_config
 from support import jit
 from support.models import LENGTH, model_config, parameters_of, small_model, tokens
@@ -204,6 +207,17 @@ def test_dropout_acts_only_with_a_key():
         assert (np.abs(x - y) > 1e-3).mean() > 0.9
 
 
+def test_blocks_are_traced_once_however_many_there_are(monkeypatch):
+    traced = []
+    call = Block.__call__
+    monkeypatch.setattr(Block, "__call__", lambda *arguments: traced.append(1) or call(*arguments))
+    apply, parameters = parameters_of(model_config("delta_net", layers=4, norm_epsilon=2e-6))
+    gradient = jax.grad(lambda parameters: apply(parameters, jnp.asarray(tokens()))[0].sum())
+    program = jax.jit(gradient).lower(parameters).as_text()
+    assert len(traced) == 1
+    assert len(re.findall(r"func\.func private @_run", program)) <= 3  # forward, and for the gradient forward and back
+
+
 def test_dropout_draws_anew_for_each_layer_and_each_branch(monkeypatch):
     keys = []
 
@@ -213,7 +227,8 @@ def test_dropout_draws_anew_for_each_layer_and_each_branch(monkeypatch):
 
     monkeypatch.setattr("osdn_jax.nn.model.dropout", spy)
     apply, parameters = parameters_of(model_config("delta_net", layers=3, dropout=0.25))
-    apply(parameters, jnp.asarray(tokens()), dropout_key=jax.random.key(0))
+    with jax.disable_jit():  # numbers, not tracers
+        apply(parameters, jnp.asarray(tokens()), dropout_key=jax.random.key(0))
     assert {rate for rate, _ in keys} == {0.25}
     assert len(set(keys)) == len(keys) == 6
 
