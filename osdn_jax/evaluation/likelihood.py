@@ -11,6 +11,8 @@ from jaxtyping import Array, Float
 from osdn_jax.data import Window
 from osdn_jax.nn.cross_entropy import DEFAULT_CHUNKS, Chunks, cross_entropy
 from osdn_jax.nn.functional import Parameters
+from osdn_jax.nn.parallel import cross_entropy_over_mesh
+from osdn_jax.nn.sharding import ambient_mesh
 
 
 class LikelihoodSums(NamedTuple):
@@ -41,8 +43,9 @@ def likelihood_sums(
     hidden, _ = apply(
         parameters, batch["inputs"], segment_ids=batch["segment_ids"], dropout_key=dropout_key, method="features"
     )
-    unembedding = apply(parameters, method="unembedding")
-    nats, normalizers = cross_entropy(hidden, unembedding, jnp.asarray(batch["targets"]), chunks)
+    unembedding, targets = apply(parameters, method="unembedding"), jnp.asarray(batch["targets"])
+    of_tokens = cross_entropy if ambient_mesh() is None else cross_entropy_over_mesh
+    nats, normalizers = of_tokens(hidden, unembedding, targets, chunks)
     weights = jnp.asarray(batch["weights"])
 
     def weighted(x: jax.Array) -> jax.Array:

@@ -140,8 +140,7 @@ class CausalLM(nnx.Module):
 
     def unembedding(self) -> Float[Array, "Vocab D"]:
         """The matrix of the head, a row for each token of the vocabulary: logits are features @ unembedding.T."""
-        matrix = self.embedding.embedding[...] if self.head is None else self.head.kernel[...].T
-        return constrain(matrix, "vocabulary", None)  # whole rows: the products with them sum over the width
+        return self.embedding.embedding[...] if self.head is None else self.head.kernel[...].T
 
     def _embed(self, tokens: jax.Array) -> jax.Array:
         if ambient_mesh() is None:

@@ -12,7 +12,9 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from osdn_jax.nn.cross_entropy import DEFAULT_CHUNKS, Chunks, cross_entropy
 from osdn_jax.nn.sharding import parameter_axes, spec
+from osdn_jax.ops import collectives
 
 
 def over_mesh(
@@ -76,6 +78,24 @@ def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
 
     in_specs = (spec("vocabulary", "width"), spec("batch", "time"))
     return jax.shard_map(body, in_specs=in_specs, out_specs=spec("batch", "time", None))(table, tokens)
+
+
+def cross_entropy_over_mesh(
+    hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunks: Chunks = DEFAULT_CHUNKS
+) -> tuple[jax.Array, jax.Array]:
+    """`cross_entropy` over the mesh of `jax.set_mesh`: every device has tokens of its own, and the whole matrix.
+
+    The matrix's gradient is summed over the devices once, not in every chunk.
+    """
+
+    def body(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
+        unembedding = collectives.vary(unembedding, collectives.axes_of(hidden))
+        return cross_entropy(hidden, unembedding, targets, chunks)
+
+    tokens = spec("batch", "position")
+    in_specs = (spec("batch", "position", None), spec(None, None), tokens)
+    matrix = unembedding.astype(hidden.dtype)  # before it travels, as it is used
+    return jax.shard_map(body, in_specs=in_specs, out_specs=(tokens, tokens))(hidden, matrix, targets)
 
 
 def part_of(name: str, size: int, count: int) -> int:

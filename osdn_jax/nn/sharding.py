@@ -15,6 +15,7 @@ MESH_AXES = ("data", "fsdp", "tensor", "context")
 RULES: dict[str | None, Any] = {
     "batch": ("data", "fsdp"),  # rows: copies of the model, and devices that share one copy's parameters
     "time": "context",  # tokens of a sequence
+    "position": ("context", "tensor"),  # likewise, where every token is for itself: the loss
     "width": "fsdp",  # of the residual stream, in parameters
     "joined": ("fsdp", "tensor"),  # likewise, of matrices that make several kinds of heads or units at once
     "heads": "tensor",  # heads, and all that belongs to one head

@@ -13,12 +13,14 @@ from osdn_jax.data import ValidationBatches, Window, WindowSource, training_batc
 from osdn_jax.data.tokenizers import BYTES
 from osdn_jax.evaluation import make_evaluate
 from osdn_jax.nn import count_parameters
+from osdn_jax.nn.flops import per_token
 from osdn_jax.nn.functional import functional
 from osdn_jax.training import distributed
 from osdn_jax.training.build import build_schedule, build_step_config
 from osdn_jax.training.checkpoints import Checkpoints
 from osdn_jax.training.config import CHECKPOINT_FOLDER, ConfigError, check_workdir
 from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
+from osdn_jax.training.gpus import peak_flops
 from osdn_jax.training.interruption import Stop, Watchdog
 from osdn_jax.training.mesh import Layout, build_mesh, describe
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
@@ -98,6 +100,8 @@ def train(
     evaluate = make_evaluate(apply, step_config.chunks)
     statistics = _make_statistics(apply, model.config.mixer, layout)
     parameters = count_parameters(model)
+    flops = per_token(model.config, state.params, config.sequence_length).training
+    peak = peak_flops(jax.devices()[0].device_kind)
     del model
 
     with (
@@ -165,7 +169,11 @@ def train(
                     if config.data.tokenizer != BYTES:
                         row["train/bits_per_token"] = bits_per_token
                     speed = clock.rate((step - start - 1) * tokens_per_step)
-                    metrics.write(step, tokens | row | ({} if speed is None else {"tokens_per_second": speed}))
+                    if speed is not None:
+                        row["tokens_per_second"] = speed
+                        if peak is not None:
+                            row["mfu"] = speed * flops / (peak * layout.devices)
+                    metrics.write(step, tokens | row)
                 with clock.paused():
                     if validates:
                         # Of a part it is an estimate: the part's tokens may be longer or shorter than all of them are.

@@ -61,7 +61,7 @@ def mesh_sizes(config: ConfigDict, devices: int) -> dict[str, int]:
 def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
     """Raises ValueError, naming the key, where a mesh of these sizes does not divide what lies on it."""
     rows = ("mesh.data × mesh.fsdp", sizes["data"] * sizes["fsdp"])
-    columns = ("mesh.context", sizes["context"])
+    columns = ("mesh.context × mesh.tensor", sizes["context"] * sizes["tensor"])
     width = ("mesh.fsdp × mesh.tensor", sizes["fsdp"] * sizes["tensor"])
     tensor = ("mesh.tensor", sizes["tensor"])
     model = config.model
@@ -95,6 +95,11 @@ class Layout:
         """mesh: of `build_mesh`. Raises ValueError where it gives processes unequal shares of a batch."""
         self.mesh = mesh
         self.share = _share(mesh)  # (index, count): which of so many equal blocks of rows this process reads
+
+    @property
+    def devices(self) -> int:
+        """How many there are."""
+        return 1 if self.mesh is None else self.mesh.size
 
     def active(self) -> AbstractContextManager[Any]:
         """A context in which models run over the mesh."""

@@ -11,6 +11,7 @@ from osdn_jax.data import PackedWindows, validation_batches
 from osdn_jax.evaluation import make_evaluate
 from osdn_jax.generate import generate
 from osdn_jax.nn import parameter_formula
+from osdn_jax.nn.flops import per_token
 from osdn_jax.nn.functional import functional
 from osdn_jax.training import (
     ConfigError,
@@ -26,6 +27,7 @@ from osdn_jax.training import (
     read_metrics,
     train,
 )
+from osdn_jax.training.gpus import peak_flops
 from support import assert_close
 from support.models import reference_logits
 from support.runs import assert_same_run, compiled_once, finished, rows, text, tiny_config, write_text
@@ -355,3 +357,21 @@ def test_a_directory_of_another_run_is_refused(tmp_path):
 def test_a_stop_below_one_is_refused(tmp_path):
     with pytest.raises(ConfigError, match="stop_at: got 0"):
         train(tiny_config(text()), tmp_path / "run", stop_at=0)
+
+
+def test_mfu_where_the_peak_is_known(tmp_path, monkeypatch):
+    """FLOPs by formula times the speed over the peak of all devices."""
+    monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e9)
+    config = tiny_config(text(), steps=6, validation__every=6, mesh__data=2)
+    train(config, tmp_path / "run")
+    model = build_model_config(config)
+    flops = per_token(model, functional(build_model(config))[1], config.sequence_length).training
+    measured = [row for row in read_metrics(tmp_path / "run") if "tokens_per_second" in row]
+    assert len(measured) == 5
+    for row in measured:
+        assert row["mfu"] == pytest.approx(row["tokens_per_second"] * flops / 2e9)
+
+
+def test_peaks_by_name():
+    assert peak_flops("NVIDIA H100 80GB HBM3") == peak_flops("NVIDIA H200") == 989.5e12
+    assert peak_flops("cpu") is None

@@ -1,4 +1,4 @@
-"""What a plan has to know of a GPU and of the links between GPUs."""
+"""What is to be known of a GPU and of the links between GPUs."""
 
 import dataclasses
 
@@ -24,6 +24,11 @@ GPUS = {
     "h100": GPU("NVIDIA H100", memory=80e9, flops=989.5e12, memory_bandwidth=3.35e12),
     "h200": GPU("NVIDIA H200", memory=141e9, flops=989.5e12, memory_bandwidth=4.8e12),
 }
+
+
+def peak_flops(device_kind: str) -> float | None:
+    """Of a device by JAX's name for it, such as "NVIDIA H100 80GB HBM3"; None where it is not known."""
+    return next((gpu.flops for gpu in GPUS.values() if device_kind.startswith(gpu.name)), None)
 
 
 def gpu(name: str) -> GPU:

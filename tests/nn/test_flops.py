@@ -6,8 +6,8 @@ import pytest
 from flax import nnx
 
 from osdn_jax.nn import CausalLM, ModelConfig, mixer_config
+from osdn_jax.nn.flops import per_token
 from osdn_jax.nn.functional import functional
-from osdn_jax.planning.flops import per_token
 
 WIDTH, HEADS, SIZE, MLP, LAYERS, WORDS = 64, 2, 32, 96, 3, 50
 

@@ -18,7 +18,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from osdn_jax.nn import AttentionConfig, ModelConfig
+from osdn_jax.nn.config import AttentionConfig, ModelConfig
 
 CHUNK = 64  # tokens, of the kernels
 
