@@ -52,7 +52,8 @@ def _in_a_job() -> bool:
     environment = os.environ
     if "JAX_COORDINATOR_ADDRESS" in environment:
         return True
-    if "SLURM_JOB_ID" in environment and int(environment.get("SLURM_NTASKS", "1")) > 1:
+    # Of the step, not of the job: one process in a job of many tasks, started by hand, is alone.
+    if "SLURM_PROCID" in environment and (_number("SLURM_STEP_NUM_TASKS") or 1) > 1:
         return True
     return "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
 

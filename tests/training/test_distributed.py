@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 
+import jax
 import numpy as np
 import pytest
 
@@ -169,6 +170,29 @@ def test_the_environment(monkeypatch):
     monkeypatch.setenv("JAX_PROCESS_ID", "two")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID: got 'two', expected a number"):
         start()
+
+
+@pytest.mark.parametrize(
+    ("environment", "together"),
+    [
+        ({}, False),
+        ({"JAX_COORDINATOR_ADDRESS": "a:1"}, True),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, False),
+        ({"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "1"}, False),
+        ({"SLURM_PROCID": "3", "SLURM_STEP_NUM_TASKS": "8"}, True),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1"}, False),
+        ({"KUBERNETES_SERVICE_HOST": "10.0.0.1", "JOB_COMPLETION_INDEX": "1"}, True),
+    ],
+)
+def test_who_is_alone(environment, together, monkeypatch):
+    for name in ("JAX_COORDINATOR_ADDRESS", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "KUBERNETES_SERVICE_HOST"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    joined = []
+    monkeypatch.setattr(jax.distributed, "initialize", lambda *args, **options: joined.append(options))
+    start()
+    assert bool(joined) == together
 
 
 @pytest.mark.parametrize("wrong", ["5", "5:4", "0:3", "a:b", "1:2:3", ""])

@@ -102,6 +102,20 @@ def test_a_truncated_checkpoint_is_said_and_passed_over(interrupted, capsys):
     gc.collect()
 
 
+def test_where_nothing_more_can_be_written_the_last_checkpoint_stays(interrupted):
+    """A limit on the size of files in place of a full disk: what writes a checkpoint's arrays fails likewise."""
+    line, keywords = command(interrupted, cached=False)
+    limited = ["bash", "-c", 'ulimit -f 20 && exec "$@"', "limited", *line]  # kilobytes
+    done = subprocess.run(limited, capture_output=True, timeout=120, check=False, **keywords)
+    assert done.returncode == 2
+    (error,) = (words for words in done.stderr.splitlines() if words.startswith("train.py: error: "))
+    assert "saving checkpoint 30 in" in error
+    assert "the newest complete checkpoint is step 20" in error
+    assert steps_kept(interrupted) == [10, 20]
+    train(tiny_config(text()), interrupted)
+    assert_same_run(interrupted, finished()[0])
+
+
 # Killed
 
 EVERY_STEP = "--config.checkpoint.every=1"
