@@ -139,7 +139,7 @@ def test_one_killed_ends_the_other_and_a_restart_goes_on(whole, tmp_path):
         np.testing.assert_array_equal(x, parameters(whole)[name], err_msg=name)
 
 
-def test_sigterm_to_one_saves_and_ends_all(whole, tmp_path):
+def test_sigterm_to_one_saves_and_ends_all_and_one_alone_goes_on(whole, tmp_path):
     workdir = tmp_path / "run"
     processes = launch(workdir)
     wait_for(workdir, 7, processes)
@@ -150,6 +150,10 @@ def test_sigterm_to_one_saves_and_ends_all(whole, tmp_path):
     step = read_metrics(workdir)[-1]["step"]
     assert (workdir / "checkpoints" / str(step)).is_dir()
     assert rows(workdir) == [row for row in rows(whole) if row["step"] <= step]
+    (result,) = finish(launch(workdir, processes=1, devices=8))
+    assert result[0] == 0, result[1]
+    assert f"going on from the checkpoint of step {step}" in result[1]
+    np.testing.assert_allclose(losses(workdir), losses(whole), rtol=1e-4)
 
 
 @pytest.mark.parametrize(
