@@ -76,7 +76,8 @@ def test_what_is_kept_for_the_gradient():
     halves = activations(build_program(small(model__remat="full", accumulate=2), jax.devices()))
     streams = 2 * 64 * 32 * 4  # of a device's two rows: what each of two blocks reads, and what follows them
     assert kept["full"] - halves >= 3 * streams / 2
-    assert kept["full"] < 8 * streams
+    head = 256 * 32 * 4  # whole on every device
+    assert kept["full"] < 8 * streams + head
 
 
 REMATS = ("none", "blocks", "full")
