@@ -15,7 +15,6 @@ from osdn_jax.training import (
     CheckpointError,
     CheckpointMismatchError,
     build_model,
-    build_model_config,
     build_tokenizer,
     load_config,
     load_parameters,
@@ -43,8 +42,8 @@ def generate(
         ImportError: the library of the tokenizer is missing.
     """
     config = load_config(workdir)
-    model = build_model_config(config)
-    apply, parameters = functional(build_model(config))
+    model = build_model(config)
+    apply, parameters = functional(model)
     key = "ema" if config.ema else "params"
     _, parameters = load_parameters(Path(workdir) / CHECKPOINT_FOLDER, parameters, key=key)
     tokenizer = build_tokenizer(config)
@@ -58,7 +57,7 @@ def generate(
         temperature=temperature,
         top_p=top_p,
         # The start of a document, and what a padded vocabulary has beyond the tokenizer's.
-        forbidden=(tokenizer.bos_id, *range(tokenizer.vocab_size, model.vocab_size)),
+        forbidden=(tokenizer.bos_id, *range(tokenizer.vocab_size, model.config.vocab_size)),
     )
 
     def pieces() -> Iterator[str]:

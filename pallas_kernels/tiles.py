@@ -13,6 +13,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.varying import axes_of, vary
+
 CHUNK = 64
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number per row of an accumulator
@@ -161,10 +163,4 @@ def alike(tree: Any) -> Any:
 
     A custom gradient needs it of its arguments: each cotangent must vary over the axes that its argument does.
     """
-    axes = frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
-
-    def vary(x: jax.Array) -> jax.Array:
-        missing = axes - jax.typeof(x).manual_axis_type.varying
-        return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
-
-    return jax.tree.map(vary, tree)
+    return vary(tree, axes_of(tree))

@@ -94,12 +94,11 @@ def accumulator_dtype(*arrays: jax.Array | None) -> Any:
 
 
 def varying_like(state: jax.Array, *arrays: jax.Array | None) -> jax.Array:
-    """state + 0, which under shard_map varies over every mesh axis that one of the arrays varies over.
+    """The state, under shard_map as one that varies over every mesh axis that one of the arrays varies over.
 
     A scan asks that of its carry. Zeros made here vary over none.
     """
-    zeros = [jnp.zeros_like(x, state.dtype, shape=()) for x in arrays if x is not None]
-    return state + sum(zeros[1:], zeros[0])
+    return collectives.vary(state, collectives.axes_of((state, *arrays)))
 
 
 def restarts(ids: jax.Array, context_axis: str | None = None) -> jax.Array:

@@ -12,6 +12,20 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.varying import axes_of, vary
+
+__all__ = [
+    "axes_of",
+    "before",
+    "check_axis",
+    "entering",
+    "from_left",
+    "leaving_cotangent",
+    "matrix_after",
+    "of_last",
+    "vary",
+]
+
 PyTree = Any
 
 
@@ -28,21 +42,6 @@ def check_axis(axis: Any) -> str | None:
             f"context_axis: got {axis!r}, expected a mesh axis of the jax.shard_map that the call is inside of"
         ) from error
     return axis
-
-
-def vary(tree: PyTree, axes: frozenset[str]) -> PyTree:
-    """The arrays as ones that vary over mesh axes, whatever they varied over before."""
-
-    def one(x: jax.Array) -> jax.Array:
-        missing = axes - jax.typeof(x).manual_axis_type.varying
-        return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
-
-    return jax.tree.map(one, tree)
-
-
-def axes_of(tree: PyTree) -> frozenset[str]:
-    """The mesh axes that any of the arrays varies over."""
-    return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
 
 
 def from_left(x: jax.Array, axis: str) -> jax.Array:

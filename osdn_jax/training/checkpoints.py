@@ -302,8 +302,7 @@ def _read(
             partial_restore=partial,
         ),
     }
-    if iterator is not None:
-        _iterator_state(folder)
+    position = None if iterator is None else _iterator_state(folder)
     read = _reading(lambda: manager.restore(step, args=ocp.args.Composite(**items)))
     checksums = read.metadata.get("checksums", {})
     for path, checksum in _checksums(read.state).items():
@@ -311,7 +310,7 @@ def _read(
             raise _UnreadableError(f"the content of {path} is not what was saved")
     if iterator is not None:  # last, so that it keeps its position if the arrays cannot be read
         try:
-            iterator.set_state(_iterator_state(folder))
+            iterator.set_state(position)
         except (ValueError, KeyError, TypeError) as error:
             raise CheckpointMismatchError(
                 f"{folder} was saved with another data pipeline: {_one_line(error)}"
