@@ -2,7 +2,7 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,38 +14,42 @@ from pallas_kernels.tiles import CHUNK, products, read, row_scale, smem, split
 from pallas_kernels.walk import Chunk, tile_width, walk
 
 
-def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Static) -> list[jax.Array]:
-    """What has to be known from later chunks, of the loss's gradient.
+class Back(NamedTuple):
+    """What has to be known from later chunks, of the loss's gradient."""
 
-    Returns:
-        Z = (I + A)^-T dR, the gradient of beta (V - K S) [B, T, H, V]; that of v, beta Z [B, T, H, V];
-        that of the memory after each chunk [B, H, N, K, V]; that of the initial memory [B, H, K, V] float32.
+    d_v: jax.Array  # [B, T, H, V]
+    z: list[jax.Array]  # Z = (I + A)^-T dR, the gradient of beta (V - K S) [B, T, H, V], and with rests its rest
+    d_states: list[jax.Array]  # of the memory after each chunk [B, H, N, K, V], and with rests its rest
+    d_initial: jax.Array  # of the initial memory [B, H, K, V] float32
+
+
+def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Static, *, rests: bool = False) -> Back:
+    """The recurrence of the gradient.
 
     Args:
         chunks: as for `recur`, made for a gradient.
         d_out: gradient of the outputs [B, T, H, V].
         d_final: gradient of the final memory [B, H, K, V] float32.
         static: the options.
+        rests: whether to return also what rounding takes off z and d_states.
     """
     q, k, w, gates, carry, scores, solved, _ = chunks
     batch, length, heads, value_dim = d_out.shape
-    key_dim, dtype = q.shape[3], d_out.dtype
-    out = [
-        jax.ShapeDtypeStruct(d_out.shape, dtype),
-        jax.ShapeDtypeStruct(d_out.shape, dtype),
-        jax.ShapeDtypeStruct((batch, heads, length // CHUNK, key_dim, value_dim), dtype),
-        jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
-    ]
+    key_dim, dtype, halves = q.shape[3], d_out.dtype, 1 + rests
+    d_states = jax.ShapeDtypeStruct((batch, heads, length // CHUNK, key_dim, value_dim), dtype)
+    out = [jax.ShapeDtypeStruct(d_out.shape, dtype)] * (1 + halves) + [d_states] * halves
+    out += [jax.ShapeDtypeStruct(d_final.shape, jnp.float32)]
     inputs = {"q": q, "k": k, "w": w if solved is None else solved, "d_out": d_out, "gates": gates, "scores": scores}
     if solved is None:
         del inputs["k"]
 
     def step(chunk: Chunk, d_memory: jax.Array, out_refs: Sequence[Any], scratch: Sequence[Any]) -> jax.Array:
-        z_ref, d_v_ref, d_states_ref, _ = out_refs
-        state_s, r_s, x_s, d_v_s = scratch
+        d_v_ref, *z_refs = out_refs[: 1 + halves]
+        state_s, z_s, x_s, d_v_s = scratch
         split(d_memory, state_s.at[0], state_s.at[1])
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(state_s.at[0], d_states_ref.at[chunk.states])
+        for half, ref in enumerate(out_refs[1 + halves : -1]):
+            plgpu.copy_smem_to_gmem(state_s.at[half], ref.at[chunk.states])
         now, kept = chunk.arrive()
         gates_s = now["gates"]
         from_later, from_inside = products(
@@ -54,7 +58,10 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
         if static.gated and not static.erase:  # else the scale is in the write keys
             from_later = from_later * row_scale(gates_s.at[TO_END], from_later)
         z = from_later + from_inside
-        r_s[...] = z.astype(dtype)
+        if rests:
+            split(z, z_s.at[0], z_s.at[1])
+        else:
+            z_s[0, ...] = z.astype(dtype)
         d_v = z * row_scale(gates_s.at[BETA], z)
         d_v_s[...] = d_v.astype(dtype)
         read_gradient = read(now["d_out"]) * static.scale
@@ -65,7 +72,8 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
         if static.erase:
             x_s[1, ...] = (-d_v).astype(dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(r_s, z_ref.at[chunk.rows])
+        for half, ref in enumerate(z_refs):
+            plgpu.copy_smem_to_gmem(z_s.at[half], ref.at[chunk.rows])
         plgpu.copy_smem_to_gmem(d_v_s, d_v_ref.at[chunk.rows])
         pairs = [(now["q"].T, x_s.at[0])]
         if static.erase:
@@ -78,5 +86,6 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
 
     width = tile_width(key_dim)
     tile = functools.partial(smem, dtype=dtype, swizzle=2 * width)
-    scratch = [tile(2, key_dim, width), tile(CHUNK, width), tile(2, CHUNK, width), tile(CHUNK, width)]
-    return walk("delta_rule_recur_back", inputs, carry, d_final, out, scratch, step, static, reverse=True)
+    scratch = [tile(2, key_dim, width), tile(halves, CHUNK, width), tile(2, CHUNK, width), tile(CHUNK, width)]
+    results = walk("delta_rule_recur_back", inputs, carry, d_final, out, scratch, step, static, reverse=True)
+    return Back(results[0], results[1 : 1 + halves], results[1 + halves : -1], results[-1])

@@ -155,15 +155,17 @@ def _delta_rule_bwd(static: Static, saved: Any, cotangents: Any) -> Any:
     batch, pieces = initial.shape[0], inputs.q.shape[0] // initial.shape[0]
     if pieces > 1:
         initial, through = first_memories(chunks, inputs.v, initial, static)
-        *_, own = recur_back(chunks, d_out, jnp.zeros_like(initial), static)
+        own = recur_back(chunks, d_out, jnp.zeros_like(initial), static).d_initial
         d_final = last_gradients(through, own, d_final)
+    # Shared memory holds what rounding takes away for V up to 128 only.
+    rests, log_decay = inputs.v.shape[3] <= 128, inputs.log_decay
     write, states, rest = recur(chunks, inputs.v, initial, static, keep="states")
-    z, d_v, d_states, d_initial = recur_back(chunks, d_out, d_final, static)
-    d_initial = d_initial.reshape(batch, pieces, *d_initial.shape[1:])[:, 0]
-    results = gradients(chunks, d_out, write, rest, z, states, d_states, static)
+    back = recur_back(chunks, d_out, d_final, static, rests=rests and log_decay is not None)
+    d_initial = back.d_initial.reshape(batch, pieces, *back.d_initial.shape[1:])[:, 0]
+    results = gradients(chunks, d_out, [write, rest] if rests else [write], back, states, static)
     keys, (rows, keep, *pairs) = results[: 2 + static.erase], results[2 + static.erase :]
     gates = chunks.gates
-    q, k, log_decay = inputs.q, inputs.k, inputs.log_decay
+    q, k = inputs.q, inputs.k
     w = k if inputs.w is None else inputs.w
     d_log_decay = None
     if static.decay:
@@ -178,8 +180,8 @@ def _delta_rule_bwd(static: Static, saved: Any, cotangents: Any) -> Any:
     d_k = _per_key_head(keys[1], k) if static.erase else jnp.zeros_like(k)
     d_beta = from_chunks(rows[..., 0, Z_WRITE, :] / gates[..., BETA, :])
     if inputs.w is None:
-        return Inputs(d_q, d_k + d_w, None, d_v, d_beta, d_log_decay, d_initial), None
-    return Inputs(d_q, d_k, d_w, d_v, d_beta, d_log_decay, d_initial), None
+        return Inputs(d_q, d_k + d_w, None, back.d_v, d_beta, d_log_decay, d_initial), None
+    return Inputs(d_q, d_k, d_w, back.d_v, d_beta, d_log_decay, d_initial), None
 
 
 def _per_key_head(gradient: jax.Array, x: jax.Array) -> jax.Array:

@@ -1,6 +1,8 @@
 """Gradients of keys, queries and gates inside each chunk, once both recurrences have run. Parallel over all chunks."""
 
 import functools
+import itertools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -9,9 +11,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.adjoint import Back
 from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
 from pallas_kernels.prepare import Chunks, Static, pair_decay
-from pallas_kernels.tiles import CHUNK, indices, launch, product, products, read, row_scale, smem, split
+from pallas_kernels.tiles import CHUNK, indices, launch, products, read, row_scale, smem, split, split_terms, zero_rows
 
 # Rows of the sums over key channels that it returns, [SUMS, 64] float32.
 D_CUMULATIVE, D_END, Z_WRITE = range(3)
@@ -21,14 +24,7 @@ PART = 64  # key channels of one block
 
 
 def gradients(
-    chunks: Chunks,
-    d_out: jax.Array,
-    write: jax.Array,
-    rest: jax.Array,
-    z: jax.Array,
-    states: jax.Array,
-    d_states: jax.Array,
-    static: Static,
+    chunks: Chunks, d_out: jax.Array, write: list[jax.Array], back: Back, states: jax.Array, static: Static
 ) -> list[jax.Array]:
     """Gradients by value head, and sums over parts of 64 key channels, which the caller adds up.
 
@@ -38,16 +34,17 @@ def gradients(
 
     Returns:
         dq, dk, dw [B, T, H, K] (without erase no dk), in the type of q, or float32 where several value heads share a
-        key head; sums over key channels [B, H, N, K / 64, SUMS, 64] float32: D_BETA of <k, dk> / beta, D_CUMULATIVE of
-        <q, dq> + <k, dk> - <w, dw>, D_END of the part of <w, dw> that reaches later chunks; sums of S dS over values,
-        the gradient of what a chunk keeps, [B, H, N, K] float32.
+        key head; sums over key channels [B, H, N, K / 64, SUMS, 64] float32: D_CUMULATIVE of <q, dq> + <k, dk> -
+        <w, dw>, D_END of the part of <w, dw> that reaches later chunks, and Z_WRITE of Z R over values; sums of S dS
+        over values, the gradient of what a chunk keeps, [B, H, N, K] float32.
 
     Args:
         chunks: what the recurrences read.
         d_out: gradient of the outputs [B, T, H, V].
-        write, states, rest: what `recur` kept. What R rounds away is used for V up to 128, for as much as shared memory
-            holds: beside near-parallel keys R alternates, and sums of it are far smaller than its terms.
-        z, d_states: of `recur_back`.
+        write: R, of `recur`, and where it is given what rounding takes off it: beside near-parallel keys R alternates,
+            and sums of it are far smaller than its terms. So do the matrices of `back` that come in two halves.
+        back: of `recur_back`.
+        states: of `recur`.
         static: the options.
     """
     q, k, w, gates, carry, *_ = chunks
@@ -61,28 +58,30 @@ def gradients(
     out += [jax.ShapeDtypeStruct((batch, heads, count, key_dim), jnp.float32)]
     pair_results = 0 if inside else 1 + static.erase
     out += [jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), dtype)] * pair_results
-    inputs = {"q": q, "k": k, "w": w, "d_out": d_out, "write": write, "z": z, "states": states, "d_states": d_states}
-    keys, values = smem(CHUNK, PART, dtype=dtype), smem(CHUNK, value_dim, dtype=dtype)
-    tiles = dict.fromkeys(("q", "k", "w"), keys) | dict.fromkeys(("d_out", "write", "z", "states", "d_states"), values)
+    # By name a matrix, or the halves that it is the sum of.
+    inputs = {"q": [q], "k": [k], "w": [w], "d_out": [d_out], "write": write, "z": back.z}
+    inputs |= {"states": [states], "d_states": back.d_states}
     if not static.erase:
-        del inputs["k"], tiles["k"]
-    if value_dim <= 128:
-        inputs["rest"], tiles["rest"] = rest, values
+        del inputs["k"]
+    flat = [x for halves in inputs.values() for x in halves]
 
     def body(*refs: Any) -> None:
-        source = dict(zip(inputs, refs, strict=False))
-        gates_ref, *out_refs = refs[len(inputs) : len(inputs) + 1 + len(out)]
-        *tile_refs, p_s, a_s, out_s, gates_s, again_s, sums_s, keep_s, loaded = refs[len(inputs) + 1 + len(out) :]
-        tile = dict(zip(tiles, tile_refs, strict=True))
+        left = iter(refs)
+        source = {name: [next(left) for _ in halves] for name, halves in inputs.items()}
+        gates_ref, *out_refs = itertools.islice(left, 1 + len(out))
+        tiles = {name: [next(left) for _ in halves] for name, halves in inputs.items()}
+        p_s, a_s, out_s, gates_s, again_s, sums_s, keep_s, loaded = left
+        tile = {name: halves[0] for name, halves in tiles.items()}
         b, h, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk", "part"))
         rows, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(c * PART, PART)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
         where: dict[str, tuple[Any, ...]] = {"w": (b, rows, write_head, channels)}
         where |= dict.fromkeys(("q", "k"), (b, rows, key_head, channels))
-        where |= dict.fromkeys(("d_out", "write", "rest", "z"), (b, rows, h))
+        where |= dict.fromkeys(("d_out", "write", "z"), (b, rows, h))
         where |= dict.fromkeys(("states", "d_states"), (b, h, n, channels))
-        for name, ref in source.items():
-            plgpu.copy_gmem_to_smem(ref.at[where[name]], tile[name], loaded)
+        for name, halves in source.items():
+            for ref, target in zip(halves, tiles[name], strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[where[name]], target, loaded)
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], again_s, loaded)
         plgpu.barrier_wait(loaded)
@@ -99,75 +98,80 @@ def gradients(
         def scaled(x: jax.Array, gate: int) -> jax.Array:
             return x * row_scale(gates_s.at[gate], x) if static.gated else x
 
-        def with_write(name: str) -> jax.Array:
-            return products([(tile[name], tile[half].T) for half in ("write", "rest") if half in tile])[0]
+        def times(a: str, b: str) -> jax.Array:
+            """a b^T."""
+            return products([(x, y.T) for x, y in split_terms(tiles[a], tiles[b])])[0]
 
-        # Inside the chunk: p is the gradient of P's products <q, w>, a that of A's <k, w>. Rounded once, they reach
-        # both factors alike, so that in the gradient of a decay the pairs on one side of it cancel.
+        # Inside the chunk: p is the gradient of P's products <q, w>, a that of A's <k, w>. In two halves, since in the
+        # gradient of a decay large terms of both signs meet. The same numbers reach both factors, so that the pairs on
+        # one side of a decay cancel in it.
         decay = pair_decay(gates_s, again_s, static)
-        split(with_write("d_out") * (decay * static.scale), p_s.at[0], p_s.at[1])
+        split(times("d_out", "write") * (decay * static.scale), p_s.at[0], p_s.at[1])
         if static.erase:
             i, j = indices((CHUNK, CHUNK))
-            d_lower = with_write("z") * jnp.where(i > j, -decay, 0.0)
-            a_s[...] = (d_lower * row_scale(gates_s.at[BETA], d_lower)).astype(dtype)
+            d_lower = times("z", "write") * jnp.where(i > j, -decay, 0.0)
+            split(d_lower * row_scale(gates_s.at[BETA], d_lower), a_s.at[0], a_s.at[1])
         plgpu.commit_smem()
         sums_ref, keep_ref, *pairs_refs = out_refs[2 + static.erase :]
         if not inside:
 
             @pl.when(c == 0)
             def _() -> None:
-                for pairs_s, ref in zip((p_s.at[0], a_s), pairs_refs, strict=False):
+                for pairs_s, ref in zip((p_s.at[0], a_s.at[0]), pairs_refs, strict=False):
                     plgpu.copy_smem_to_gmem(pairs_s, ref.at[b, h, n])
 
-        d_q = scaled(product(tile["d_out"], tile["states"].T) * static.scale, FROM_START)
+        d_q = scaled(times("d_out", "states") * static.scale, FROM_START)
         if inside:
             d_q = d_q + products([(p_s.at[half], tile["w"]) for half in (0, 1)])[0]
         write_out(d_q, out_refs[0])
         cumulative = jnp.sum(read(tile["q"]) * d_q, axis=1)
 
         if static.erase:
-            d_k = -scaled(product(tile["z"], tile["states"].T), FROM_START)
+            d_k = -scaled(times("z", "states"), FROM_START)
             d_k = d_k * row_scale(gates_s.at[BETA], d_k)
             if inside:
-                d_k = d_k + product(a_s, tile["w"])
+                d_k = d_k + products([(a_s.at[half], tile["w"]) for half in (0, 1)])[0]
             write_out(d_k, out_refs[1])
             cumulative = cumulative + jnp.sum(read(tile["k"]) * d_k, axis=1)
 
-        z_write = [_row_products(tile["z"], tile[half]) for half in ("write", "rest") if half in tile]
-        sums_s[Z_WRITE, ...] = functools.reduce(jnp.add, z_write)
-        d_w = scaled(product(tile["write"], tile["d_states"].T), TO_END)
+        sums_s[Z_WRITE, ...] = _row_products(tiles["z"], tiles["write"])
+        d_w = scaled(times("write", "d_states"), TO_END)
         sums_s[D_END, ...] = jnp.sum(read(tile["w"]) * d_w, axis=1)
         if inside:
             pairs = [(p_s.at[half].T, tile["q"]) for half in (0, 1)]
             if static.erase:
-                pairs += [(a_s.T, tile["k"])]
+                pairs += [(a_s.at[half].T, tile["k"]) for half in (0, 1)]
             d_w = d_w + products(pairs)[0]
         write_out(d_w, out_refs[1 + static.erase])
         sums_s[D_CUMULATIVE, ...] = cumulative - jnp.sum(read(tile["w"]) * d_w, axis=1)
-        keep_s[...] = _row_products(tile["states"], tile["d_states"])
+        keep_s[...] = _row_products(tiles["states"], tiles["d_states"])
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(sums_s, sums_ref.at[b, h, n, c])
         plgpu.copy_smem_to_gmem(keep_s, keep_ref.at[b, h, n, channels])
         plgpu.wait_smem_to_gmem(0)
 
+    keys, values = smem(CHUNK, PART, dtype=dtype), smem(CHUNK, value_dim, dtype=dtype)
     scratch = [
-        *tiles.values(),
-        smem(2, CHUNK, CHUNK, dtype=dtype),
-        smem(CHUNK, CHUNK, dtype=dtype),
+        *(keys if name in ("q", "k", "w") else values for name, halves in inputs.items() for _ in halves),
+        *[smem(2, CHUNK, CHUNK, dtype=dtype)] * 2,
         smem(CHUNK, PART, dtype=dtype),
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
         plgpu.SMEM((SUMS, CHUNK), jnp.float32),
         plgpu.SMEM((PART,), jnp.float32),
-        plgpu.Barrier(num_arrivals=len(tiles) + 2),
+        plgpu.Barrier(num_arrivals=len(flat) + 2),
     ]
     grid = {"part": key_dim // PART, "chunk": count, "head": heads, "batch": batch}
-    arguments = [*inputs.values(), gates]
+    arguments = [*flat, gates]
     return launch(body, "delta_rule_gradients", out, grid, scratch, static.interpret, arguments)
 
 
-def _row_products(a: Any, b: Any) -> jax.Array:
-    """Sums over columns of a * b, 64 columns at a time: all of them would not fit in the registers."""
-    pieces = [pl.ds(start, 64) for start in range(0, a.shape[1], 64)]
-    sums = [jnp.sum(read(a.at[:, piece]) * read(b.at[:, piece]), axis=1) for piece in pieces]
-    return functools.reduce(jnp.add, sums)
+def _row_products(a: Sequence[Any], b: Sequence[Any]) -> jax.Array:
+    """Sums over columns of a * b, each the sum of its halves, 64 columns at a time: all would not fit in registers."""
+
+    def add(piece: Any, sums: jax.Array) -> jax.Array:
+        columns = pl.ds(piece * 64, 64)
+        x, y = (functools.reduce(jnp.add, [read(half.at[:, columns]) for half in halves]) for halves in (a, b))
+        return sums + jnp.sum(x * y, axis=1)
+
+    return lax.fori_loop(0, a[0].shape[1] // 64, add, zero_rows(a[0].shape[0]))

@@ -10,7 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gates import BETA, FROM_START, TO_END
 from pallas_kernels.prepare import Chunks, Static
-from pallas_kernels.tiles import CHUNK, products, read, row_scale, smem, split
+from pallas_kernels.tiles import CHUNK, products, read, row_scale, smem, split, split_terms
 from pallas_kernels.walk import Chunk, tile_width, walk
 
 
@@ -22,7 +22,7 @@ def recur(
     Returns:
         "outputs": outputs [B, T, H, V] and the final memory [B, H, K, V] float32; "final": the latter alone; "states",
         for the gradient: R = (I + A)^-1 beta (V - K S) [B, T, H, V], which is what each token writes under its key, in
-        the type of v; the memory before each chunk [B, H, N, K, V]; what the rounding of R takes away.
+        the type of v; the memory before each chunk [B, H, N, K, V]; what rounding takes off R.
 
     Args:
         chunks: of `prepare` or `prepare_channel`.
@@ -43,11 +43,12 @@ def recur(
         inputs |= {"q": q, "scores": scores}
     if static.erase:
         inputs["k"] = k
-    if keep == "states":
-        inputs |= zip(("inverse", "rest"), inverse, strict=False)
+    solve = keep == "states" and static.erase
+    if solve:
+        inputs |= zip(("inverse", "rest"), inverse, strict=True)
 
     def step(chunk: Chunk, memory: jax.Array, out_refs: Sequence[Any], scratch: Sequence[Any]) -> jax.Array:
-        state_s, residual_s, write_s, out_s, rest_s = scratch
+        state_s, residual_s, fine_s, write_s, out_s, rest_s = scratch
         state_s[...] = memory.astype(dtype)
         plgpu.commit_smem()
         if keep == "states":
@@ -62,7 +63,10 @@ def recur(
         if static.erase:
             residual = residual - held["k"]
         residual = residual * row_scale(gates_s.at[BETA], residual)
-        residual_s[...] = residual.astype(dtype)
+        if solve:
+            split(residual, residual_s, fine_s)
+        else:
+            residual_s[...] = residual.astype(dtype)
         # With erase the scale to the end of the chunk is in the write keys.
         scaled_s = residual_s
         if static.gated and not static.erase:
@@ -72,8 +76,8 @@ def recur(
         terms = {"w": [(now["w"].T, scaled_s)]}
         if keep == "outputs":
             terms["out"] = [(now["scores"], residual_s)]
-        elif keep == "states" and static.erase:
-            terms["write"] = [(now["inverse"], residual_s), (now["rest"], residual_s)]
+        elif solve:
+            terms["write"] = split_terms((now["inverse"], now["rest"]), (residual_s, fine_s))
         results = _products(terms)
         if keep == "outputs":
             out_s[...] = (held["q"] * static.scale + results["out"]).astype(dtype)
@@ -91,7 +95,7 @@ def recur(
 
     width = tile_width(key_dim)
     tile = functools.partial(smem, dtype=dtype, swizzle=2 * width)
-    scratch = [tile(key_dim, width), *[tile(CHUNK, width)] * 4]
+    scratch = [tile(key_dim, width), *[tile(CHUNK, width)] * 5]
     return walk("delta_rule_recur", inputs, carry, initial, out, scratch, step, static, returns=keep != "states")
 
 

@@ -84,8 +84,12 @@ def split(value: jax.Array, high: Any, low: Any) -> None:
 
 
 def split_terms(a: Sequence[Any], b: Sequence[Any], *, short: bool = False) -> list[tuple[Any, Any]]:
-    """The products of tiles that make a @ b of two matrices, each split in two; short: the low half of a is 0."""
-    return [(a[0], b[0]), (a[0], b[1])] + ([] if short else [(a[1], b[0])])
+    """The products of tiles that make a @ b of two matrices, each in one or two halves; short: the low half of a is 0.
+
+    That of both low halves is below the rounding of the others.
+    """
+    a = a[:1] if short else a
+    return [(x, y) for i, x in enumerate(a) for j, y in enumerate(b) if i + j < 2]
 
 
 def read_rows(vector: Any) -> jax.Array:
@@ -96,6 +100,11 @@ def read_rows(vector: Any) -> jax.Array:
 def read_columns(vector: Any) -> jax.Array:
     """A vector in shared memory as registers, one number per column of an accumulator."""
     return plgpu.load(vector, layout=_COLUMNS)
+
+
+def zero_rows(size: int) -> jax.Array:
+    """Float32 zeros, one per row of an accumulator."""
+    return plgpu.layout_cast(jnp.zeros((size,), jnp.float32), _ROWS)
 
 
 def zero_columns(size: int) -> jax.Array:
