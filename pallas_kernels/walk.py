@@ -112,6 +112,8 @@ def walk(
         def chunk(i: Any, memory: jax.Array) -> jax.Array:
             n, slot = number(i), lax.rem(i, jnp.int32(stages))
             if stages == 1:
+                # Were it known, all addresses of tiles would be computed before the loop, too many for the registers.
+                slot = lax.optimization_barrier(slot)
                 load(n, slot)
             else:
                 pl.when(i + 1 < count)(lambda: load(number(i + 1), 1 - slot))
