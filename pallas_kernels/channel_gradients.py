@@ -1,6 +1,6 @@
 """Gradients of keys, queries and decays inside each chunk under a decay per channel. Parallel over all chunks."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +13,7 @@ from pallas_kernels.prepare import Static
 from pallas_kernels.tiles import (
     CHUNK,
     along_columns,
+    anew,
     indices,
     launch,
     product,
@@ -25,6 +26,20 @@ from pallas_kernels.tiles import (
 )
 
 _Q, _K, _W, _DECAY = range(4)
+
+
+class _Operands(NamedTuple):
+    """Shared memory that products read."""
+
+    keys: Any  # q, k and w under a decay
+    pairs: Any  # gradients of the pairs that a level joins
+    decay: Any  # two halves of log_decay
+    exponent: Any  # two halves of the gradient of an exponent
+
+    @staticmethod
+    def types(dtype: Any) -> list[Any]:
+        half = smem(2, CHUNK, PART, dtype=jnp.bfloat16)
+        return [smem(3, CHUNK, PART, dtype=dtype), smem(2, CHUNK, CHUNK, dtype=dtype), half, half]
 
 
 def channel_gradients(
@@ -65,7 +80,7 @@ def channel_gradients(
             refs[len(kinds) :][:4],
             refs[len(kinds) + 4 :],
         )
-        keys_s, given_s, pairs_s, joined_s, x_s, decay_s, e_s, mask_s, sums_s, loaded = refs
+        (keys_s, given_s, pairs_s, mask_s, sums_s, loaded), operands = refs[:6], _Operands(*refs[6:])
         b, h, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk", "part"))
         rows, part = pl.ds(n * CHUNK, CHUNK), pl.ds(c * PART, PART)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
@@ -75,33 +90,33 @@ def channel_gradients(
             plgpu.copy_gmem_to_smem(ref.at[b, rows, h, part], given_s.at[slot], loaded)
         for slot, ref in enumerate(pairs_refs):
             plgpu.copy_gmem_to_smem(ref.at[b, h, n], pairs_s.at[slot], loaded)
-        split(read_global(decay_ref.at[b, rows, h, part]), decay_s.at[0], decay_s.at[1])
+        split(read_global(decay_ref.at[b, rows, h, part]), operands.decay.at[0], operands.decay.at[1])
         plgpu.barrier_wait(loaded)
 
-        def decay_under(mask: jax.Array, *slots: int) -> jax.Array:
-            """The decay under a mask, and in x_s the keys that it multiplies, rounded as in the forward pass."""
+        def decay_under(mask: jax.Array, tiles: _Operands, *slots: int) -> jax.Array:
+            """The decay under a mask, and in tiles.keys those that it multiplies, rounded as in the forward pass."""
             mask_s[...] = mask.astype(jnp.bfloat16)
             plgpu.commit_smem()
-            factor = jnp.exp(summed(mask_s, decay_s))
+            factor = jnp.exp(summed(mask_s, tiles.decay))
             for slot in slots:
-                x_s[slot, ...] = (read(keys_s.at[slot]) * factor).astype(dtype)
+                tiles.keys[slot, ...] = (read(keys_s.at[slot]) * factor).astype(dtype)
             return factor
 
-        def to_tokens(exponent: jax.Array) -> jax.Array:
-            split(exponent, e_s.at[0], e_s.at[1])
+        def to_tokens(exponent: jax.Array, tiles: _Operands) -> jax.Array:
+            split(exponent, tiles.exponent.at[0], tiles.exponent.at[1])
             plgpu.commit_smem()
-            return summed(mask_s, e_s, transpose=True)
+            return summed(mask_s, tiles.exponent, transpose=True)
 
         # Through the memories at the two ends of the chunk.
         sums_s[_DECAY, ...] = zeros(CHUNK, PART)
         for mask, slots in ((from_start_mask(), kinds[:-1]), (to_end_mask(), (_W,))):
-            factor = decay_under(mask, *slots)
+            factor = decay_under(mask, operands, *slots)
             exponent = zeros(CHUNK, PART)
             for slot in slots:
                 given = read(given_s.at[slot])
                 sums_s[slot, ...] = factor * given
-                exponent = exponent + read(x_s.at[slot]) * given
-            sums_s[_DECAY, ...] = read(sums_s.at[_DECAY]) + to_tokens(exponent)
+                exponent = exponent + read(operands.keys.at[slot]) * given
+            sums_s[_DECAY, ...] = read(sums_s.at[_DECAY]) + to_tokens(exponent, operands)
 
         # Of each token with itself, which no decay comes between.
         i, j = indices((CHUNK, CHUNK))
@@ -111,20 +126,21 @@ def channel_gradients(
 
         @pl.loop(0, LEVELS)
         def _(level: Any) -> None:
-            factor = decay_under(level_mask(level), *kinds)
+            tiles = _Operands(*anew(*operands))
+            factor = decay_under(level_mask(level), tiles, *kinds)
             for slot in range(len(pairs)):
-                joined_s[slot, ...] = jnp.where(corners(level), read(pairs_s.at[slot]), 0.0).astype(dtype)
+                tiles.pairs[slot, ...] = jnp.where(corners(level), read(pairs_s.at[slot]), 0.0).astype(dtype)
             plgpu.commit_smem()
             exponent = zeros(CHUNK, PART)
             # What queries and read keys receive, then what write keys do from both.
             for slot in kinds:
                 if slot == _W:
-                    (d_x,) = products([(joined_s.at[kind].T, x_s.at[kind]) for kind in range(len(pairs))])
+                    (d_x,) = products([(tiles.pairs.at[kind].T, tiles.keys.at[kind]) for kind in range(len(pairs))])
                 else:
-                    d_x = product(joined_s.at[slot], x_s.at[_W])
+                    d_x = product(tiles.pairs.at[slot], tiles.keys.at[_W])
                 sums_s[slot, ...] = read(sums_s.at[slot]) + factor * d_x
-                exponent = exponent + read(x_s.at[slot]) * d_x
-            sums_s[_DECAY, ...] = read(sums_s.at[_DECAY]) + to_tokens(exponent)
+                exponent = exponent + read(tiles.keys.at[slot]) * d_x
+            sums_s[_DECAY, ...] = read(sums_s.at[_DECAY]) + to_tokens(exponent, tiles)
 
         log_decay_ref[b, rows, h, part] = read(sums_s.at[_DECAY])
         for slot, ref in enumerate(out_refs):
@@ -132,24 +148,21 @@ def channel_gradients(
             if result.dtype == jnp.float32:
                 ref[b, rows, h, part] = value
             else:
-                x_s[slot, ...] = value.astype(dtype)
+                operands.keys[slot, ...] = value.astype(dtype)
         if result.dtype != jnp.float32:
             plgpu.commit_smem()
             for slot, ref in enumerate(out_refs):
-                plgpu.copy_smem_to_gmem(x_s.at[slot], ref.at[b, rows, h, part])
+                plgpu.copy_smem_to_gmem(operands.keys.at[slot], ref.at[b, rows, h, part])
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
         smem(3, CHUNK, PART, dtype=dtype),
         smem(3, CHUNK, PART, dtype=dtype),
         smem(2, CHUNK, CHUNK, dtype=dtype),
-        smem(2, CHUNK, CHUNK, dtype=dtype),
-        smem(3, CHUNK, PART, dtype=dtype),
-        smem(2, CHUNK, PART, dtype=jnp.bfloat16),
-        smem(2, CHUNK, PART, dtype=jnp.bfloat16),
         smem(CHUNK, CHUNK, dtype=jnp.bfloat16),
         smem(4, CHUNK, PART, dtype=jnp.float32),
         plgpu.Barrier(num_arrivals=3 + len(kinds) + len(pairs)),
+        *_Operands.types(dtype),
     ]
     grid = {"part": key_dim // PART, "chunk": count, "head": heads, "batch": batch}
     return launch(body, "delta_rule_channel_gradients", out, grid, scratch, static.interpret, arguments)

@@ -20,6 +20,7 @@ from pallas_kernels.tiles import (
     CHUNK,
     alike,
     along_rows,
+    anew,
     column_scale,
     indices,
     launch,
@@ -261,7 +262,7 @@ def _walk_back(
     ) -> None:  # fmt: skip
         k_s, d_out_s, gates_s, again_s, start_s, decay_s, value_s, d_k_s, before_s, d_key_s, sums_s, loaded = refs
         b, h, c = (lax.axis_index(name) for name in ("batch", "head", "part"))
-        channels, tiles = pl.ds(c * PART, PART), _Tiles(decay_s, value_s)
+        channels = pl.ds(c * PART, PART)
 
         def load(n: Any, slot: Any) -> None:
             rows = pl.ds(n * CHUNK, CHUNK)
@@ -274,6 +275,7 @@ def _walk_back(
         def chunk(step: Any, d_after: jax.Array) -> jax.Array:
             n = count - 1 - step
             slot = lax.rem(step, jnp.int32(2))
+            tiles = _Tiles(*anew(decay_s, value_s))
             pl.when(n > 0)(lambda: load(n - 1, 1 - slot))
             plgpu.barrier_wait(loaded.at[slot])
             gates = gates_s.at[slot]
@@ -284,8 +286,8 @@ def _walk_back(
 
             # What is needed again is read or formed again: the registers hold no more.
             decay = _before(gates, again_s.at[slot], static)
-            split(decay, decay_s.at[0], decay_s.at[1])
-            split(added(), value_s.at[0], value_s.at[1])
+            split(decay, tiles.decay.at[0], tiles.decay.at[1])
+            split(added(), tiles.value.at[0], tiles.value.at[1])
             plgpu.commit_smem()
             before = _summed(tiles)  # will be exp(log_decay) times A of the last token
             before = before + row_scale(gates.at[FROM_START], before) * column_scale(start_s.at[slot], before)
@@ -300,7 +302,7 @@ def _walk_back(
             sums_s[_D_CENTER, ...] = -jnp.sum(d_r, axis=1)
             d_running = d_r / (running + _EPSILON)
             kept = gates[FROM_START, CHUNK - 1]
-            split(d_running, value_s.at[0], value_s.at[1])
+            split(d_running, tiles.value.at[0], tiles.value.at[1])
             d_before = kept * d_after + jnp.sum(row_scale(gates.at[FROM_START], d_running) * d_running, axis=0)
             plgpu.commit_smem()
             # The whole gradient of A at each token, which is also that of what the token adds.

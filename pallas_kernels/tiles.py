@@ -173,3 +173,13 @@ def alike(tree: Any) -> Any:
     A custom gradient needs it of its arguments: each cotangent must vary over the axes that its argument does.
     """
     return vary(tree, axes_of(tree))
+
+
+def anew(*tiles: Any) -> list[Any]:
+    """The same tiles, each with a leading axis, at addresses that the compiler takes for new ones.
+
+    In a loop it then forms addresses, and descriptors of products, where they are used. Those that it knows not to
+    change it forms before the loop, and spills what the registers do not hold of them.
+    """
+    first = lax.optimization_barrier(jnp.int32(0))
+    return [tile.at[pl.ds(first, tile.shape[0])] for tile in tiles]
