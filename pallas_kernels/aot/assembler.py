@@ -1,14 +1,17 @@
 """Reads what the assembler and Mosaic print of each kernel while it is compiled."""
 
+import math
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+
+from pallas_kernels.aot import occupancy
 
 _ENTRY = re.compile(r"Compiling entry function '(\w+?)(?:_mosaic_gpu_kernel)?' for")
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"ptxas info\s*: Used (\d+) registers(?:, used (\d+) barriers)?")
 _LAUNCH = re.compile(r"call .*@mosaic_gpu_(?:build_kernel_spec|launch_kernel)\(ptr %\w+((?:, i32 -?\d+)+), ptr")
-_SHARED_MEMORY = 9  # of the launch's numbers: after three each of grid, cluster and block
+_BLOCK, _SHARED_MEMORY = slice(6, 9), 9  # of the launch's numbers: first three each of grid, cluster and block
 _REMARK = re.compile(r"(?:ptxas )?(?:.*; )?(?:warning|info)\s*: (.*)")
 _REMARKS = re.compile(r"\bwarning\s*:|\(C\d+\)|Potential ")
 _CALL = re.compile(r'custom_call_target="mosaic_gpu_v2".*?op_name="([^"]*)".*?kernel_hash = "((?:[^"\\]|\\.)*)"')
@@ -24,6 +27,7 @@ class Kernel:
         registers: per thread.
         stack, spill_stores, spill_loads: bytes per thread.
         barriers: named barriers per block.
+        threads: per block; None where no launch was printed.
         shared_memory: bytes per block that its launch asks for; None where no launch was printed.
         remarks: the assembler's warnings (C7514, say: products on the tensor cores that wait for each other).
     """
@@ -34,6 +38,7 @@ class Kernel:
     spill_stores: int = 0
     spill_loads: int = 0
     barriers: int = 0
+    threads: int | None = None
     shared_memory: int | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -41,6 +46,13 @@ class Kernel:
     def spill(self) -> int:
         """Bytes per thread that have no place in registers: the larger of stores and loads."""
         return max(self.spill_stores, self.spill_loads)
+
+    @property
+    def blocks(self) -> int | None:
+        """Blocks that one multiprocessor holds at once; None where no launch was printed."""
+        if self.threads is None or self.shared_memory is None:
+            return None
+        return occupancy.blocks(self.registers, self.threads, self.shared_memory)
 
 
 def parse(text: str) -> list[Kernel]:
@@ -101,4 +113,5 @@ def _read(line: str, kernel: Kernel) -> None:
     elif found := _USED.search(line):
         kernel.registers, kernel.barriers = int(found[1]), int(found[2] or 0)
     elif found := _LAUNCH.search(line):
-        kernel.shared_memory = [int(number) for number in re.findall(r"i32 (-?\d+)", found[1])][_SHARED_MEMORY]
+        numbers = [int(number) for number in re.findall(r"i32 (-?\d+)", found[1])]
+        kernel.threads, kernel.shared_memory = math.prod(numbers[_BLOCK]), numbers[_SHARED_MEMORY]

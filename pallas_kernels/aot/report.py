@@ -11,14 +11,18 @@ from rich.table import Table
 from pallas_kernels.aot.compiler import Outcome
 from pallas_kernels.aot.record import Record
 
-COLUMNS = ("kernel", "registers", "spill stores", "spill loads", "shared memory", "barriers", "remarks")
+COLUMNS = ("kernel", "registers", "spill stores", "spill loads", "shared memory", "blocks", "barriers", "remarks")
 
 _LINES = 12  # of an exception's message
 
 
 def as_data(outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> dict[str, Any]:
     """What --json writes."""
-    return {**about, "cases": [dataclasses.asdict(outcome) for outcome in outcomes]}
+    cases = [dataclasses.asdict(outcome) for outcome in outcomes]
+    for case, outcome in zip(cases, outcomes, strict=True):
+        for data, kernel in zip(case["kernels"], outcome.kernels, strict=True):
+            data["blocks"] = kernel.blocks
+    return {**about, "cases": cases}
 
 
 def show(console: Console, outcomes: Sequence[Outcome], record: Record, title: str) -> None:
@@ -61,7 +65,7 @@ def as_markdown(outcomes: Sequence[Outcome], record: Record, about: Mapping[str,
         f"{about['date']}, {_list(about['versions'])}:",
         f"`{about['command']}`.",
         "Compiled without a GPU. Registers and spills (in bytes) are per thread, shared memory (in bytes) and named",
-        "barriers per block.",
+        "barriers per block; blocks are those that one multiprocessor holds at once.",
         "",
         "| case | " + " | ".join(COLUMNS) + " | result |",
         "| --- | --- |" + " ---: |" * (len(COLUMNS) - 1) + " --- |",
@@ -81,7 +85,9 @@ def _rows(outcome: Outcome) -> list[tuple[str, ...]]:
     for kernel in outcome.kernels:
         numbers = (kernel.registers, kernel.spill_stores, kernel.spill_loads)
         shared = "?" if kernel.shared_memory is None else f"{kernel.shared_memory:,}"
-        rows.append((kernel.name, *map(str, numbers), shared, str(kernel.barriers), str(len(kernel.remarks) or "")))
+        blocks = "?" if kernel.blocks is None else str(kernel.blocks)
+        rest = (str(kernel.barriers), str(len(kernel.remarks) or ""))
+        rows.append((kernel.name, *map(str, numbers), shared, blocks, *rest))
     return rows
 
 

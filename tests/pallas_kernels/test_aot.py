@@ -5,6 +5,7 @@ import dataclasses
 import fnmatch
 import json
 import os
+import re
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from importlib import resources
@@ -14,7 +15,7 @@ import jax
 import pytest
 
 from pallas_kernels.aot import __main__ as command
-from pallas_kernels.aot import compiler, record, workers
+from pallas_kernels.aot import compiler, occupancy, record, workers
 from pallas_kernels.aot.assembler import Kernel, of_program, parse
 from pallas_kernels.aot.cases import Case, all_cases, matching
 from pallas_kernels.aot.compiler import Outcome, compile_case
@@ -63,7 +64,7 @@ NAME = "delta_rule/gradient/scalar/K128V128/bfloat16"
 
 def test_the_assembler_of_the_path_is_read():
     recur, back = parse(PTXAS)
-    assert recur == Kernel("delta_rule_recur", registers=222, barriers=2, shared_memory=183312)
+    assert recur == Kernel("delta_rule_recur", registers=222, barriers=2, threads=128, shared_memory=183312)
     assert back == Kernel(
         "delta_rule_recur_back",
         registers=255,
@@ -74,16 +75,41 @@ def test_the_assembler_of_the_path_is_read():
         remarks=[BOUNDS, SERIAL],
     )
     assert back.spill == 244
+    assert (recur.blocks, back.blocks) == (1, None)  # nothing tells how the second is launched
 
 
 def test_the_assembler_in_jaxlib_is_read():
     (kernel,) = parse(NVJITLINK)
-    assert kernel == Kernel("a", 255, 264, 260, 260, barriers=2, shared_memory=126984, remarks=[BOUNDS])
+    assert kernel == Kernel("a", 255, 264, 260, 260, barriers=2, threads=128, shared_memory=126984, remarks=[BOUNDS])
 
 
 def test_a_remark_belongs_to_the_next_kernel_once_one_is_launched():
     first, second = parse(NVJITLINK + f"ptxas info : {SERIAL}" + NVJITLINK.replace("'a_", "'b_"))
     assert (first.remarks, second.remarks) == ([BOUNDS], [SERIAL, BOUNDS])
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared_memory", "expected"),
+    [
+        (255, 128, 66576, 2),  # the registers decide
+        (168, 128, 0, 3),
+        (169, 128, 0, 2),  # given out in eights
+        (200, 32, 0, 8),  # ten warps' worth, but only two in each of four partitions
+        (64, 128, 77832, 2),  # shared memory decides
+        (64, 128, 115712, 2),
+        (64, 128, 115713, 1),
+        (64, 128, 232448, 1),
+        (64, 128, 232449, 0),  # more than a block may have
+        (32, 1024, 0, 2),  # as many warps as there may be
+        (32, 65, 0, 21),
+        (32, 32, 0, 32),  # as many blocks
+        (255, 1024, 0, 0),
+    ],
+)
+def test_blocks_of_a_multiprocessor(registers, threads, shared_memory, expected):
+    assert occupancy.blocks(registers, threads, shared_memory) == expected
+    kernel = Kernel("a", registers=registers, threads=threads, shared_memory=shared_memory)
+    assert kernel.blocks == expected
 
 
 def test_nothing_is_read_from_nothing():
@@ -221,7 +247,7 @@ def test_a_compiler_that_dies_takes_one_case_with_it(monkeypatch, jobs):
 
 
 def _outcome(*spills, status="compiled", message=""):
-    kernels = [Kernel("a", registers=9, spill_stores=spill, shared_memory=1024) for spill in spills]
+    kernels = [Kernel("a", registers=9, spill_stores=spill, threads=128, shared_memory=1024) for spill in spills]
     return Outcome(NAME, status, kernels=kernels, message=message)
 
 
@@ -291,14 +317,12 @@ def test_a_run_that_is_as_recorded(run):
     assert "H100" in out
     assert "1 cases, 1 kernels: all as recorded." in out
     (row,) = [line.split() for line in out.splitlines() if "1,024" in line]
-    assert [word for word in row if word != "│"] == ["a", "9", "8", "0", "1,024", "0"]
-    assert (data["gpu"], data["versions"], data["cases"][0]["kernels"][0]["spill_stores"]) == (
-        "h100",
-        {"jax": "1.2.3"},
-        8,
-    )
+    assert [word for word in row if word != "│"] == ["a", "9", "8", "0", "1,024", "16", "0"]
+    assert (data["gpu"], data["versions"]) == ("h100", {"jax": "1.2.3"})
+    (kernel,) = data["cases"][0]["kernels"]
+    assert (kernel["spill_stores"], kernel["threads"], kernel["blocks"]) == (8, 128, 16)
     assert data["command"].startswith("python -m pallas_kernels.aot --json ")
-    assert f"| {NAME} | a | 9 | 8 | 0 | 1,024 | 0 |  | ok |" in page
+    assert f"| {NAME} | a | 9 | 8 | 0 | 1,024 | 16 | 0 |  | ok |" in page
 
 
 @pytest.mark.parametrize(
@@ -389,6 +413,12 @@ def test_the_descriptions_are_of_the_gpus_that_they_are_named_after():
         assert f'device_description_str: "NVIDIA {name.upper()}' in text
         assert "cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }" in text
         assert text.count("{") == text.count("}")
+        limits = dict(re.findall(r"(\w+): (\d+)\n", text))
+        assert occupancy.WARP == int(limits["threads_per_warp"])
+        assert occupancy.WARPS * occupancy.WARP == int(limits["threads_per_core_limit"])
+        assert occupancy.REGISTERS == int(limits["registers_per_core_limit"])
+        assert occupancy.SHARED_MEMORY == int(limits["shared_memory_per_core"])
+        assert occupancy.SHARED_MEMORY - occupancy.RESERVED == int(limits["shared_memory_per_block_optin"])
 
 
 def test_an_installed_package_has_its_data():
