@@ -1,8 +1,9 @@
 """The hypergradient preconditioner of OSDN on Hopper's tensor cores, forward and backward, with exact projection.
 
-Five kernels. Forward: `prepare` solves every chunk of 64 tokens in parallel, `walk` takes the state from chunk to chunk
-in closed form, and does a chunk again token by token where a value of it leaves the bounds or where a document starts
-inside of it. Backward: `prepare` once more, `walk_back` for the cotangent of the state, `finish` for all else.
+Six kernels. Forward: `prepare` solves every chunk of 64 tokens in parallel, `walk` takes the state from chunk to chunk
+in closed form, or token by token where a value of the chunk leaves the bounds or a document starts inside of it, and
+`expand` gives every token its d, in parallel. Backward: `prepare` once more, `walk_back` for the cotangent of the
+state, `finish` for all else.
 """
 
 import functools
@@ -13,6 +14,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.gates import fill, from_chunks
 from pallas_kernels.hypergradient_backward import walk_back
+from pallas_kernels.hypergradient_expand import expand
 from pallas_kernels.hypergradient_finish import D_BETA, D_LOG_FORGET, D_STEP, finish
 from pallas_kernels.hypergradient_forward import walk
 from pallas_kernels.hypergradient_parts import Static, make_gates
@@ -110,7 +112,8 @@ def _forward(
 ) -> tuple[Any, Any]:
     gates = make_gates(step, beta, log_forget, starts)
     (inverse,) = prepare(k, gates, None, static)
-    d, final, redone = walk(k, gates, inverse, initial, restart, anchor, static)
+    starts, feedback, final, redone = walk(k, gates, inverse, initial, restart, anchor, static)
+    d = expand(k, gates, starts, feedback, redone, restart, anchor, static)
     return (d, final), (k, gates, anchor, d, redone)
 
 

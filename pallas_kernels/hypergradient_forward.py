@@ -1,4 +1,8 @@
-"""The hypergradient preconditioner from chunk to chunk: one block per batch and head keeps its state."""
+"""The hypergradient preconditioner from chunk to chunk: one block per batch and head keeps its state.
+
+The chain from one chunk to the next is what takes time, so it holds no more than the next chunk needs: the feedback of
+every token and the state after the last, three products with a vector. `expand` does the rest, chunk-parallel.
+"""
 
 from typing import Any
 
@@ -22,22 +26,11 @@ from pallas_kernels.hypergradient_parts import (
     TO_END,
     Static,
 )
-from pallas_kernels.tiles import (
-    CHUNK,
-    along_columns,
-    column_scale,
-    indices,
-    launch,
-    products,
-    read_columns,
-    read_rows,
-    row_scale,
-    smem,
-    split,
-    split_terms,
-    zero_columns,
-    zeros,
-)
+from pallas_kernels.tiles import CHUNK, column_scale, indices, launch, read_rows, smem
+
+_WIDTH = 128  # channels that the chain holds in registers at once
+_ROUNDING = 2.0**-12  # far more than what `expand` makes of a sum of terms of one sign
+_LEFT = 2.0**-18  # and than what is made of what is left of the start
 
 
 def walk(
@@ -49,9 +42,10 @@ def walk(
     anchor: jax.Array,
     static: Static,
 ) -> list[jax.Array]:
-    """d [B, T, P, K], the final state [B, P, K], both float32, and which chunks were done token by token.
+    """The state before each chunk, the feedback of each token, the final state, and which chunks go token by token.
 
-    The last is [B, P, N] int32, all zeros where `static.exact` is False.
+    They are [B, P, N, K], [B, P, N, 64] and [B, P, K] float32, and [B, P, N] int32, all zeros where `static.exact` is
+    False. The feedback of a chunk that goes token by token means nothing.
 
     Args:
         k: [B, T, P, K], T a multiple of 64.
@@ -61,169 +55,168 @@ def walk(
         static: the options.
     """
     batch, length, heads, size = k.shape
-    count, pieces = length // CHUNK, size // PIECE
-    stages = 2 if size * k.dtype.itemsize <= 256 else 1
-    out = [
-        jax.ShapeDtypeStruct(k.shape, jnp.float32),
-        jax.ShapeDtypeStruct(initial.shape, jnp.float32),
-        jax.ShapeDtypeStruct((batch, heads, count), jnp.int32),
-    ]
+    count, width = length // CHUNK, min(size, _WIDTH)
+    steps = size // width
+    lead = (batch, heads, count)
+    shapes = [(*lead, size), (*lead, CHUNK), initial.shape]
+    out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes] + [jax.ShapeDtypeStruct(lead, jnp.int32)]
 
     def body(*refs: Any) -> None:
-        k_ref, gates_ref, inverse_ref, initial_ref, restart_ref, anchor_ref, d_ref, final_ref, redone_ref, *rest = refs
-        state_s, restart_s, anchor_s, after_s, tokens_s, d_s, block_s, *rest = rest
-        k_s, gates_s, again_s, inverse_s, ready, loaded, block_loaded, *rest = rest
-        u, weights = rest[0], parts.at(rest[1], 0)
+        k_ref, gates_ref, inverse_ref, initial_ref, restart_ref, anchor_ref, *rest = refs
+        starts_ref, feedback_ref, final_ref, redone_ref, *rest = rest
+        k_s, gates_s, inverse_s, state_s, feedback_s, tokens_s, restart_s, anchor_s, ready, loaded, *rest = rest
+        redo_scratch, test_scratch = rest[:2], rest[2:]
         b, p = (lax.axis_index(name) for name in ("batch", "head"))
 
+        def here(step: Any) -> Any:
+            return pl.ds(step * width, width)
+
         def load(n: Any, slot: Any) -> None:
-            for piece in range(pieces):
-                source = k_ref.at[b, pl.ds(n * CHUNK, CHUNK), p, parts.channels(piece)]
-                plgpu.copy_gmem_to_smem(source, k_s.at[slot, piece], loaded.at[slot])
+            for step in range(steps):
+                source = k_ref.at[b, pl.ds(n * CHUNK, CHUNK), p, here(step)]
+                plgpu.copy_gmem_to_smem(source, k_s.at[slot, step], loaded.at[slot])
             plgpu.copy_gmem_to_smem(gates_ref.at[b, p, n], gates_s.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(parts.sums_of(gates_ref.at[b, p, n]), again_s.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(inverse_ref.at[b, p, n], inverse_s.at[slot], loaded.at[slot])
 
-        def coefficients(slot: Any) -> jax.Array:
-            """c of every token; the squared keys by halves on the way."""
+        def solve(slot: Any) -> jax.Array:
+            """The feedback of every token."""
+            gates = gates_s.at[slot]
 
-            def step(piece: Any, carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                predicted, *drawn = carry
-                squares, part = parts.squares(k_s.at[slot, piece]), parts.channels(piece)
-                split(squares, *parts.at(u, piece))
-                start = column_scale(state_s.at[part], squares)
-                if static.anchored:
-                    anchored = column_scale(anchor_s.at[part], squares)
-                    start, drawn = start - anchored, [drawn[0] + squares * anchored]
-                return (predicted + squares * start, *drawn)
+            def recall(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                squares = parts.squares(k_s.at[slot, step])
+                start = column_scale(state_s.at[slot, here(step)], squares)
+                if not static.anchored:
+                    return (sums[0] + jnp.sum(squares * start, axis=1),)
+                drawn = column_scale(anchor_s.at[here(step)], squares)
+                start = start - drawn
+                return sums[0] + jnp.sum(squares * start, axis=1), sums[1] + jnp.sum(squares * drawn, axis=1)
 
-            predicted, *drawn = parts.over(pieces, step, (zeros(CHUNK, PIECE),) * (1 + static.anchored))
-            recalled = jnp.sum(predicted, axis=1)
+            recalled, *drawn = parts.over(steps, recall, (parts.zero_rows(CHUNK),) * (1 + static.anchored))
             if static.forget:
-                recalled = recalled * read_rows(gates_s.at[slot, LEAD])
+                recalled = recalled * read_rows(gates.at[LEAD])
             if static.anchored:
-                recalled = recalled + jnp.sum(drawn[0], axis=1)
-            tokens_s[...] = 1.0 - read_rows(gates_s.at[slot, BETA]) * recalled
+                recalled = recalled + drawn[0]
+            tokens_s[...] = 1.0 - read_rows(gates.at[BETA]) * recalled
             solved = plgpu.load(inverse_s.at[slot], layout=plgpu.Layout.WGMMA)
-            solved = solved * column_scale(tokens_s, solved)
-            return jnp.sum(solved, axis=1) * read_rows(gates_s.at[slot, STEP])
+            return jnp.sum(solved * column_scale(tokens_s, solved), axis=1)
 
-        def closed_form(slot: Any) -> Any:
-            """d before each token into d_s and after the last into after_s; how many values leave the bounds."""
-            coefficient = coefficients(slot)
-            tokens_s[...] = coefficient
-            left = parts.left_before(gates_s.at[slot], again_s.at[slot], static)
-            split(left * column_scale(tokens_s, left), *weights)
-            to_end = coefficient * read_rows(gates_s.at[slot, TO_END]) if static.forget else coefficient
+        def advance(slot: Any) -> Any:
+            """Takes the state past the chunk; above 0 where a value inside of it might leave the bounds.
+
+            What a token adds never grows afterwards. So no value lies below the lesser of the start and what is left of
+            it at the end, and all that is added with a negative sign; nor above the greater, and all of positive sign.
+            """
+            gates = gates_s.at[slot]
             lead = gates_s[slot, LEAD, CHUNK - 1] * gates_s[slot, FORGET, CHUNK - 1]
-            plgpu.commit_smem()
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            coefficient = parts.by_token(feedback_s.at[slot]) * parts.by_token(gates.at[STEP])
+            to_end = coefficient * parts.by_token(gates.at[TO_END]) if static.forget else coefficient
+
+            def advance(step: Any, leaving: jax.Array) -> jax.Array:
+                squares = parts.squares_by_channel(k_s.at[slot, step])
+                start = parts.by_channel(state_s.at[slot, here(step)])
+                left, slack = start * lead if static.forget else start, jnp.abs(start) * _LEFT
+                if static.anchored:
+                    drawn = parts.by_channel(anchor_s.at[here(step)])
+                    left, slack = drawn + lead * (start - drawn), slack + jnp.abs(drawn) * _LEFT
+                if static.bounds is None:
+                    state_s[1 - slot, here(step)] = left + parts.over_tokens(squares, to_end)
+                    return leaving
+                up = parts.over_tokens(squares, jnp.maximum(coefficient, 0.0))
+                down = parts.over_tokens(squares, jnp.minimum(coefficient, 0.0))
+                added = parts.over_tokens(squares, to_end) if static.forget else up + down
+                state_s[1 - slot, here(step)] = left + added
+                least, most = jnp.minimum(start, left), jnp.maximum(start, left)
+                if static.anchored:
+                    least, most = least - slack, most + slack
+                elif static.forget:
+                    least, most = least - jnp.abs(least) * _LEFT, most + jnp.abs(most) * _LEFT
+                least, most = least + down * (1.0 + _ROUNDING), most + up * (1.0 + _ROUNDING)
+                infinite = jnp.where(up - down < jnp.inf, 0.0, 1.0)
+                return leaving + parts.outside(least, static) + parts.outside(most, static) + infinite
+
+            leaving = parts.over(steps, advance, parts.no_channels(width))
+            return 0.0 if static.bounds is None else jnp.sum(leaving)
+
+        def leaving(n: Any, slot: Any) -> Any:
+            """How many values of the chunk leave the bounds, of those that `expand` would write."""
+            again_s, u, weights, again_loaded = test_scratch
+            u, weights = parts.at(u, 0), parts.at(weights, 0)
+            plgpu.copy_gmem_to_smem(parts.sums_of(gates_ref.at[b, p, n]), again_s, again_loaded)
+            plgpu.barrier_wait(again_loaded)
+            parts.weigh(feedback_s.at[slot], gates_s.at[slot], again_s, weights, static)
             first = indices((CHUNK, PIECE))[0] == 0
 
-            def step(piece: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-                part = parts.channels(piece)
-                values = products(split_terms(weights, parts.at(u, piece)))[0]
-                start = column_scale(state_s.at[part], values)
-                after = read_columns(state_s.at[part])
-                if static.anchored:
-                    start = start - column_scale(anchor_s.at[part], values)
-                    after = after - read_columns(anchor_s.at[part])
-                if static.forget:
-                    start, after = start * row_scale(gates_s.at[slot, LEAD], values), after * lead
-                added = parts.squares(k_s.at[slot, piece])
-                values, after = values + start, after + jnp.sum(added * along_columns(to_end, added), axis=0)
-                if static.anchored:
-                    values = values + column_scale(anchor_s.at[part], values)
-                    after = after + read_columns(anchor_s.at[part])
-                d_s[piece] = values
-                after_s[part] = after
-                if static.bounds is None:
-                    return carry
-                leaving = jnp.where(first, 0.0, parts.outside(values, static))
-                return carry[0] + leaving, carry[1] + parts.outside(after, static)
+            def test(step: Any, leaving: jax.Array) -> jax.Array:
+                for begin in range(0, width, PIECE):
+                    channels = pl.ds(step * width + begin, PIECE)
+                    keys = k_s.at[slot, step, :, pl.ds(begin, PIECE)]
+                    states = state_s.at[slot, channels], anchor_s.at[channels]
+                    values = parts.closed_form(keys, *states, gates_s.at[slot], u, weights, static)
+                    leaving = leaving + jnp.sum(jnp.where(first, 0.0, parts.outside(values, static)), axis=1)
+                return leaving
 
-            leaving, leaving_after = parts.over(pieces, step, (zeros(CHUNK, PIECE), zero_columns(PIECE)))
-            if static.bounds is None:
-                return 0.0
-            tokens_s[...] = jnp.sum(leaving, axis=1)
-            return jnp.sum(leaving_after) + jnp.sum(read_columns(tokens_s))
-
-        def accept(n: Any) -> None:
-            plgpu.commit_smem()
-            for piece in range(pieces):
-                target = d_ref.at[b, pl.ds(n * CHUNK, CHUNK), p, parts.channels(piece)]
-                plgpu.copy_smem_to_gmem(d_s.at[piece], target)
-            state_s[...] = parts.load_row(after_s)
+            tokens_s[...] = parts.over(steps, test, parts.zero_rows(CHUNK))
+            after = parts.outside(parts.load_row(state_s.at[1 - slot]), static)
+            return jnp.sum(parts.load_row(tokens_s)) + jnp.sum(after)
 
         def redo(n: Any, slot: Any) -> None:
-            def block(m: Any, d: jax.Array) -> jax.Array:
-                begin = n * CHUNK + m * BLOCK
-                plgpu.commit_smem()  # all have read the rows of the block before
-                plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(begin, BLOCK), p], block_s, block_loaded)
-                plgpu.barrier_wait(block_loaded)
-
-                def token(i: Any, d: jax.Array) -> jax.Array:
-                    gate = lambda row: gates_s[slot, row, m * BLOCK + i]
-                    if static.documents:
-                        d = parts.restarted(gate(RESTART), restart_s, d)
-                    d_ref[b, begin + i, p] = d
-                    after, _, _ = parts.update(d, parts.square_row(block_s.at[i]), gate, anchor_s, static)
-                    return parts.project(after, static)
-
-                return lax.fori_loop(0, BLOCK, token, d)
-
-            state_s[...] = lax.fori_loop(0, CHUNK // BLOCK, block, parts.load_row(state_s))
+            rows = lambda first: k_ref.at[b, pl.ds(n * CHUNK + first, BLOCK), p]
+            start, states = parts.load_row(state_s.at[slot]), (restart_s, anchor_s)
+            state_s[1 - slot] = parts.token_by_token(start, rows, gates_s.at[slot], *states, *redo_scratch, static)
 
         def chunk(n: Any, _: Any) -> None:
-            slot = lax.rem(n, jnp.int32(stages))
-            if stages == 1:
-                load(n, slot)
-            else:
-                pl.when(n + 1 < count)(lambda: load(n + 1, 1 - slot))
+            slot = lax.rem(n, jnp.int32(2))
+            pl.when(n + 1 < count)(lambda: load(n + 1, 1 - slot))
             plgpu.barrier_wait(loaded.at[slot])
             if static.documents:
 
                 @pl.when(gates_s[slot, RESTART, 0] > 0.0)
                 def _start() -> None:
-                    state_s[...] = parts.load_row(restart_s)
+                    state_s[slot] = parts.load_row(restart_s)
+                    plgpu.commit_smem()
 
-            leaving = closed_form(slot)
+            plgpu.copy_smem_to_gmem(state_s.at[slot], starts_ref.at[b, p, n])
+            feedback = solve(slot)
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # of what is written now: two chunks ago, and one
+            feedback_s[slot] = feedback
+            again = advance(slot)
             if static.exact:
-                again = (leaving + gates_s[slot, FORCED, 0]) > 0.0
+                forced = gates_s[slot, FORCED, 0]
+                if static.bounds is not None:
+                    again = lax.cond((again > 0.0) & (forced == 0.0), lambda: leaving(n, slot), lambda: 0.0)
+                again = (again + forced) > 0.0
                 redone_ref[b, p, n] = again.astype(jnp.int32)
                 pl.when(again)(lambda: redo(n, slot))
-                pl.when(jnp.logical_not(again))(lambda: accept(n))
             else:
                 redone_ref[b, p, n] = jnp.int32(0)
-                accept(n)
             plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(feedback_s.at[slot], feedback_ref.at[b, p, n])
 
-        states = [(initial_ref, state_s), (restart_ref, restart_s), (anchor_ref, anchor_s)]
-        for source, target in states:
+        for source, target in [(initial_ref, state_s.at[0]), (restart_ref, restart_s), (anchor_ref, anchor_s)]:
             plgpu.copy_gmem_to_smem(source.at[b, p], target, ready)
-        if stages > 1:
-            load(0, 0)
+        load(0, 0)
         plgpu.barrier_wait(ready)
         lax.fori_loop(0, count, chunk, None)
-        plgpu.copy_smem_to_gmem(state_s, final_ref.at[b, p])
+        plgpu.copy_smem_to_gmem(state_s.at[count % 2], final_ref.at[b, p])
         plgpu.wait_smem_to_gmem(0)
 
-    row, tokens = plgpu.SMEM((size,), jnp.float32), plgpu.SMEM((CHUNK,), jnp.float32)
+    row = plgpu.SMEM((size,), jnp.float32)
     scratch = [
-        *[row] * 4,
-        tokens,
-        smem(pieces, CHUNK, PIECE, dtype=jnp.float32),
-        plgpu.SMEM((BLOCK, size), k.dtype),
-        smem(stages, pieces, CHUNK, PIECE, dtype=k.dtype),
-        plgpu.SMEM((stages, GATES, CHUNK), jnp.float32),
-        parts.again_tile(stages),
-        smem(stages, CHUNK, CHUNK, dtype=jnp.float32),
+        smem(2, steps, CHUNK, width, dtype=k.dtype),
+        plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
+        smem(2, CHUNK, CHUNK, dtype=jnp.float32),
+        plgpu.SMEM((2, size), jnp.float32),
+        plgpu.SMEM((2, CHUNK), jnp.float32),
+        plgpu.SMEM((CHUNK,), jnp.float32),
+        row,
+        row,
         plgpu.Barrier(num_arrivals=3),
-        plgpu.Barrier(num_arrivals=pieces + 3, num_barriers=stages),
-        plgpu.Barrier(),
-        parts.halves(pieces),
-        parts.halves(1),
+        plgpu.Barrier(num_arrivals=steps + 2, num_barriers=2),
     ]
+    if static.exact:
+        scratch += [plgpu.SMEM((BLOCK, size), k.dtype), plgpu.Barrier()]
+    if static.bounds is not None:
+        scratch += [parts.again_tile(), *[parts.halves(1)] * 2, plgpu.Barrier()]
     grid = {"head": heads, "batch": batch}
     arguments = [k, gates, inverse, initial, restart, anchor]
     return list(launch(body, "hypergradient_walk", out, grid, scratch, static.interpret, arguments))

@@ -18,7 +18,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gates import to_chunks
-from pallas_kernels.tiles import CHUNK, column_scale, indices, read, row_scale, smem
+from pallas_kernels.tiles import CHUNK, column_scale, indices, products, read, row_scale, smem, split, split_terms
 
 # Rows of the gates of a chunk, [GATES, 64] float32. The sums of log_forget are each kept as two numbers, a multiple of
 # 1/256 and the rest: the first's differences are exact beside strong forgetting, and the second's are small.
@@ -29,6 +29,8 @@ GATES = 12
 
 PIECE = 64  # channels that a kernel holds in registers at once
 BLOCK = 16  # tokens whose rows lie in shared memory at once, token by token
+
+_TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
 
 
 class Static(NamedTuple):
@@ -130,6 +132,62 @@ def squares(tile: Any) -> jax.Array:
     return k * k
 
 
+def squares_by_channel(tile: Any) -> jax.Array:
+    """u of keys [64, channels] transposed, [channels, 64]: a sum over tokens stays inside of a warp."""
+    k = plgpu.load(tile.T, layout=_TRANSPOSED).astype(jnp.float32)
+    return k * k
+
+
+def by_channel(vector: Any) -> jax.Array:
+    """A vector in shared memory, one number per channel of `squares_by_channel`."""
+    return plgpu.load(vector, layout=_TRANSPOSED.reduce(1))
+
+
+def by_token(vector: Any) -> jax.Array:
+    """A vector in shared memory, one number per token of `squares_by_channel`."""
+    return plgpu.load(vector, layout=_TRANSPOSED.reduce(0))
+
+
+def no_channels(size: int) -> jax.Array:
+    """Zeros as `by_channel` has them."""
+    return plgpu.layout_cast(jnp.zeros((size,), jnp.float32), _TRANSPOSED.reduce(1))
+
+
+def over_tokens(squares: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum of `squares_by_channel` with a weight per token, for every channel."""
+    weights = plgpu.layout_cast(lax.broadcast_in_dim(weights, squares.shape, [1]), _TRANSPOSED)
+    return jnp.sum(squares * weights, axis=1)
+
+
+def weigh(feedback: Any, gates: Any, again: Any, weights: Any, static: Static) -> None:
+    """Writes E_ij c_j by halves into weights."""
+    left = left_before(gates, again, static)
+    left = left * column_scale(feedback, left) * column_scale(gates.at[STEP], left)
+    split(left, *weights)
+
+
+def closed_form(keys: Any, start: Any, anchor: Any, gates: Any, u: Any, weights: Any, static: Static) -> jax.Array:
+    """d before every token of a chunk [64, 64] for a piece of keys, without the projection; u takes their squares.
+
+    What another kernel has tested for the bounds is to have the same digits here: both call this.
+    """
+    split(squares(keys), *u)
+    plgpu.commit_smem()
+    values = products(split_terms(weights, u))[0]
+    origin = column_scale(start, values)
+    if static.anchored:
+        origin = origin - column_scale(anchor, values)
+    if static.forget:
+        origin = origin * row_scale(gates.at[LEAD], values)
+    values = values + origin
+    return values + column_scale(anchor, values) if static.anchored else values
+
+
+def zero_rows(size: int) -> jax.Array:
+    """Float32 zeros, one per row of an accumulator."""
+    return plgpu.layout_cast(jnp.zeros((size,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
 def load_row(ref: Any) -> jax.Array:
     """All channels [K] as float32, over the lanes of every warp: each warp has them all and sums without a barrier."""
     return plgpu.load(ref, layout=_row(ref.shape[0])).astype(jnp.float32)
@@ -168,6 +226,49 @@ def update(d: jax.Array, u: jax.Array, gate: Any, anchor: Any, static: Static) -
         if static.anchored:
             after = after + gate(DRAW) * load_row(anchor)
     return after + (gate(STEP) * feedback) * u, predicted, feedback
+
+
+def token_by_token(
+    d: jax.Array,
+    rows: Any,
+    gates: Any,
+    restart: Any,
+    anchor: Any,
+    block: Any,
+    loaded: Any,
+    static: Static,
+    write: Any = None,
+) -> jax.Array:
+    """Takes a row d [K] through the tokens of a chunk, with the projection.
+
+    Args:
+        d: before the first.
+        rows: the place of the first row -> the reference to the keys of `BLOCK` tokens.
+        gates: of the chunk.
+        restart, anchor: [K], in shared memory.
+        block: shared memory for the keys of `BLOCK` tokens.
+        loaded: a barrier for them.
+        static: the options.
+        write: is given the place of each token, its key and the d that it uses, both [K].
+    """
+
+    def tokens(m: Any, d: jax.Array) -> jax.Array:
+        plgpu.commit_smem()  # all have read the rows of the block before
+        plgpu.copy_gmem_to_smem(rows(m * BLOCK), block, loaded)
+        plgpu.barrier_wait(loaded)
+
+        def token(i: Any, d: jax.Array) -> jax.Array:
+            gate = lambda row: gates[row, m * BLOCK + i]
+            if static.documents:
+                d = restarted(gate(RESTART), restart, d)
+            key = load_row(block.at[i])
+            if write is not None:
+                write(m * BLOCK + i, key, d)
+            return project(update(d, key * key, gate, anchor, static)[0], static)
+
+        return lax.fori_loop(0, BLOCK, token, d)
+
+    return lax.fori_loop(0, CHUNK // BLOCK, tokens, d)
 
 
 def restarted(starts: Any, state: Any, d: jax.Array) -> jax.Array:

@@ -9,6 +9,10 @@ import pytest
 
 from osdn_jax import ops
 from pallas_kernels.hypergradient import hypergradient
+from pallas_kernels.hypergradient_expand import expand
+from pallas_kernels.hypergradient_forward import walk
+from pallas_kernels.hypergradient_parts import Static, make_gates
+from pallas_kernels.hypergradient_prepare import prepare
 from support import assert_close, jit, random_like, value_and_gradient
 from support.interpreter import assert_no_races
 
@@ -153,6 +157,56 @@ def test_values_and_gradients(name):
     if expected is not None:
         d, final = want[0]
         np.testing.assert_array_equal(leaves(d, final, options["bounds"]), np.array(expected, bool))
+
+
+def beside_a_bound(falling, forget):
+    """A chunk of heads, each a little further on toward a bound, where d falls to it or rises."""
+    x = base(CHUNK, heads=5)
+    squared = np.random.default_rng(1).uniform(*((0.5, 2.5) if falling else (0.2, 2)), size=x["beta"].shape)
+    x["k"] *= np.sqrt(squared)[..., None]
+    x["initial"] += np.linspace(0, 0.3, 5)[:, None] * (-1 if falling else 1)
+    return x if forget else without(x, "log_forget", "anchor")
+
+
+def reach(x):
+    """How far a chunk's values get, and might get as the kernel estimates it: least and most of each head."""
+    d, final = (np.asarray(y[0]) for y in jit(reference)(x))
+    u, d = np.square(x["k"][0]), np.concatenate([d, final[None]])
+    coefficient = ETA * x["beta"][0] * (1 - x["beta"][0] * np.sum(d[:-1] * u, axis=-1))
+    added = coefficient[..., None] * u
+    left = d[0]
+    if "log_forget" in x:
+        left = x["anchor"] + np.exp(np.sum(x["log_forget"][0], axis=0))[:, None] * (left - x["anchor"])
+    least = np.minimum(d[0], left) + np.sum(np.minimum(added, 0), axis=0)
+    most = np.maximum(d[0], left) + np.sum(np.maximum(added, 0), axis=0)
+    return [np.stack([y.min(-1), z.max(-1)]) for y, z in ((d[1:].min(0), d[1:].max(0)), (least, most))]
+
+
+def one_chunk(x, bounds):
+    """((d, the final d) of a chunk without documents, which heads did it token by token)."""
+    forget = "log_forget" in x
+    static = Static(bounds=bounds, forget=forget, anchored=forget, documents=False, interpret=True)
+    zeros = jnp.zeros_like(x["beta"])
+    gates = make_gates(ETA * x["beta"], x["beta"], x.get("log_forget", zeros), zeros[:, :, 0])
+    (inverse,) = prepare(x["k"], gates, None, static)
+    states = x["restart"], jnp.broadcast_to(x.get("anchor", 0.0), x["initial"].shape)
+    starts, feedback, final, redone = walk(x["k"], gates, inverse, x["initial"], *states, static)
+    return (expand(x["k"], gates, starts, feedback, redone, *states, static), final), redone[0, :, 0]
+
+
+@pytest.mark.parametrize(("falling", "forget"), [(False, False), (True, True)])
+def test_a_chunk_goes_token_by_token_where_a_value_leaves_the_bounds_and_only_there(falling, forget):
+    x = as_arrays(beside_a_bound(falling, forget))
+    exact, estimate = (y[0 if falling else 1] for y in reach(x))
+    bound = float(exact[2] + estimate[2]) / 2
+    sign = -1 if falling else 1
+    leaves, might = sign * exact > sign * bound, sign * estimate > sign * bound
+    assert {(bool(a), bool(b)) for a, b in zip(leaves, might, strict=True)} == {(0, 0), (0, 1), (1, 1)}
+    bounds = (bound, np.inf) if falling else (-np.inf, bound)
+    with assert_no_races():
+        got, redone = jit(functools.partial(one_chunk, bounds=bounds))(x)
+    np.testing.assert_array_equal(redone, leaves)
+    assert_close(got, jit(functools.partial(reference, bounds=bounds))(x), TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
