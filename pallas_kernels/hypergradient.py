@@ -1,9 +1,9 @@
 """The hypergradient preconditioner of OSDN on Hopper's tensor cores, forward and backward, with exact projection.
 
-Six kernels. Forward: `prepare` solves every chunk of 64 tokens in parallel, `walk` takes the state from chunk to chunk
+Five kernels. Forward: `prepare` solves every chunk of 64 tokens in parallel, `walk` takes the state from chunk to chunk
 in closed form, or token by token where a value of the chunk leaves the bounds or a document starts inside of it, and
-`expand` gives every token its d, in parallel. Backward: `prepare` once more, `walk_back` for the cotangent of the
-state, `finish` for all else.
+`expand` gives every token its d, or its write key at once, in parallel. Backward: `prepare` once more, `expand` for the
+chunks that go token by token, `walk_back` for the cotangent of the state, `finish` for all else.
 """
 
 import functools
@@ -45,9 +45,10 @@ def hypergradient(
     anchor: jax.Array | None,
     bounds: tuple[float, float] | None,
     *,
+    multiply: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """d before each token [B, T, P, K] and after the last [B, P, K], float32.
+    """d before each token, or the write keys d k, [B, T, P, K], and d after the last token [B, P, K].
 
         d_{t+1} = clip(g_t d_t + (1 - g_t) anchor + step_t (1 - beta_t <d_t, u_t>) u_t),  g_t = exp(log_forget_t)
 
@@ -62,7 +63,11 @@ def hypergradient(
         initial, restart_state: [B, P, K].
         anchor: [B, P, K]; None is 0.
         bounds: (lo, hi) of every update, or None; either may be infinite.
+        multiply: return the write keys d k, in the type of k, and not d, in float32.
         interpret: run on any machine, in the interpreter, with races detected.
+
+    Returns:
+        (d or d k [B, T, P, K], d after the last token [B, P, K] float32).
 
     Raises:
         NotImplementedError: the kernels do not serve these keys; see `limitation`.
@@ -72,13 +77,14 @@ def hypergradient(
     if reason is not None:
         raise NotImplementedError(reason)
     if length == 0:
-        return jnp.zeros(k.shape, jnp.float32), initial.astype(jnp.float32)
+        return jnp.zeros(k.shape, k.dtype if multiply else jnp.float32), initial.astype(jnp.float32)
     f32 = lambda x: jnp.asarray(x, jnp.float32)
     static = Static(
         bounds=None if bounds is None else (float(bounds[0]), float(bounds[1])),
         forget=log_forget is not None,
         anchored=anchor is not None and log_forget is not None,  # without forgetting nothing is drawn anywhere
         documents=restart is not None,
+        multiply=multiply,
         interpret=interpret,
     )
     step, beta, log_forget = (
@@ -90,8 +96,8 @@ def hypergradient(
     # The tokens that fill the last chunk have a step of 0 and forget nothing.
     k, step, beta, log_forget, starts = (fill(x) for x in (k, step, beta, log_forget, starts))
     states = (f32(initial), f32(restart_state), jnp.zeros_like(f32(initial)) if anchor is None else f32(anchor))
-    d, final = _hypergradient(*alike((k, step, beta, log_forget, starts, *states)), static)
-    return d[:, :length], final
+    out, final = _hypergradient(*alike((k, step, beta, log_forget, starts, *states)), static)
+    return out[:, :length], final
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
@@ -112,17 +118,18 @@ def _forward(
 ) -> tuple[Any, Any]:
     gates = make_gates(step, beta, log_forget, starts)
     (inverse,) = prepare(k, gates, None, static)
-    starts, feedback, final, redone = walk(k, gates, inverse, initial, restart, anchor, static)
-    d = expand(k, gates, starts, feedback, redone, restart, anchor, static)
-    return (d, final), (k, gates, anchor, d, redone)
+    befores, feedback, final, redone = walk(k, gates, inverse, initial, restart, anchor, static)
+    walked = (k, gates, befores, feedback, redone, restart, anchor)
+    return (expand(*walked, static=static, multiply=static.multiply), final), walked
 
 
-def _backward(static: Static, saved: Any, cotangents: Any) -> Any:
-    k, gates, anchor, d, redone = saved
+def _backward(static: Static, walked: Any, cotangents: Any) -> Any:
+    k, gates, befores, feedback, redone, _, anchor = walked
     used, final = cotangents
     prepared = prepare(k, gates, used, static)
+    d = expand(*walked, static=static, multiply=False, redone_only=True) if static.exact else None
     r, after, initial, restart = walk_back(k, gates, prepared, redone, d, used, final, anchor, static)
-    d_k, d_gates, *d_anchor = finish(k, gates, redone, d, used, r, after, anchor, static)
+    d_k, d_gates, *d_anchor = finish(k, gates, befores, feedback, redone, d, used, r, after, anchor, static)
     d_tokens = (from_chunks(d_gates[:, :, :, row]) for row in (D_STEP, D_BETA, D_LOG_FORGET))
     return d_k, *d_tokens, None, initial, restart, jnp.sum(d_anchor[0], axis=2) if d_anchor else None
 

@@ -17,17 +17,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hypergradient_parts as parts
-from pallas_kernels.hypergradient_parts import BETA, BLOCK, FORGET, GATES, LEAD, PIECE, RESTART, STEP, TO_END, Static
-from pallas_kernels.tiles import (
-    CHUNK,
-    along_columns,
-    column_scale,
-    launch,
-    read_columns,
-    read_rows,
-    smem,
-    zeros,
-)
+from pallas_kernels.hypergradient_parts import BETA, BLOCK, FORGET, GATES, LEAD, RESTART, STEP, TO_END, WIDTH, Static
+from pallas_kernels.tiles import CHUNK, column_scale, launch, read_rows, smem
 
 
 def walk_back(
@@ -35,8 +26,8 @@ def walk_back(
     gates: jax.Array,
     prepared: list[jax.Array],
     redone: jax.Array,
-    d: jax.Array,
-    used: jax.Array,
+    d: jax.Array | None,
+    cotangent: jax.Array,
     final: jax.Array,
     anchor: jax.Array,
     static: Static,
@@ -48,29 +39,35 @@ def walk_back(
         gates: [B, P, N, GATES, 64].
         prepared: of `prepare`, with cotangents.
         redone: [B, P, N], of `walk`.
-        d: [B, T, P, K] float32, of `walk`.
-        used: the cotangents of d.
+        d: [B, T, P, K] float32, of `expand`; read where a chunk goes token by token. None where none does.
+        cotangent: of d, or with `static.multiply` of d k.
         final: that of the final state [B, P, K].
         anchor: [B, P, K].
         static: the options.
     """
     batch, length, heads, size = k.shape
-    count, pieces = length // CHUNK, size // PIECE
-    inputs = [k, gates, *prepared, redone, d, used, final, anchor]
+    count, width = length // CHUNK, min(size, WIDTH)
+    steps = size // width
+    inputs = [k, gates, *prepared, redone, final, anchor]
+    if d is not None:
+        inputs += [d, cotangent]
     shapes = [(batch, heads, count, CHUNK), (batch, heads, count, size), final.shape, final.shape]
     out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
     def body(*refs: Any) -> None:
-        k_ref, gates_ref, inverse_ref, adds_ref, state_adds_ref, redone_ref, d_ref, used_ref, *rest = refs
-        final_ref, anchor_ref, r_ref, after_ref, initial_ref, restart_ref, *rest = rest
-        state_s, restart_s, anchor_s, tokens_s, block_s, d_block_s, used_block_s, *rest = rest
-        k_s, gates_s, inverse_s, adds_s, state_adds_s, ready, loaded, block_loaded = rest
+        ins, (r_ref, after_ref, initial_ref, restart_ref, *rest) = refs[: len(inputs)], refs[len(inputs) :]
+        k_ref, gates_ref, inverse_ref, adds_ref, state_adds_ref, redone_ref, final_ref, anchor_ref, *token_refs = ins
+        k_s, gates_s, inverse_s, adds_s, state_adds_s, state_s, r_s, tokens_s, restart_s, anchor_s, *rest = rest
+        ready, loaded, token_scratch = rest
         b, p = (lax.axis_index(name) for name in ("batch", "head"))
 
+        def here(step: Any) -> Any:
+            return pl.ds(step * width, width)
+
         def load(n: Any, slot: Any) -> None:
-            for piece in range(pieces):
-                source = k_ref.at[b, pl.ds(n * CHUNK, CHUNK), p, parts.channels(piece)]
-                plgpu.copy_gmem_to_smem(source, k_s.at[slot, piece], loaded.at[slot])
+            for step in range(steps):
+                source = k_ref.at[b, pl.ds(n * CHUNK, CHUNK), p, here(step)]
+                plgpu.copy_gmem_to_smem(source, k_s.at[slot, step], loaded.at[slot])
             for ref, target in [
                 (gates_ref, gates_s),
                 (inverse_ref, inverse_s),
@@ -79,101 +76,106 @@ def walk_back(
             ]:
                 plgpu.copy_gmem_to_smem(ref.at[b, p, n], target.at[slot], loaded.at[slot])
 
-        def closed_form(n: Any, slot: Any) -> None:
-            def recall(piece: Any, recalled: jax.Array) -> jax.Array:
-                squares = parts.squares(k_s.at[slot, piece])
-                return recalled + squares * column_scale(state_s.at[parts.channels(piece)], squares)
+        def closed_form(slot: Any) -> None:
+            gates = gates_s.at[slot]
 
-            recalled = jnp.sum(parts.over(pieces, recall, zeros(CHUNK, PIECE)), axis=1)
+            def recall(step: Any, recalled: jax.Array) -> jax.Array:
+                squares = parts.squares(k_s.at[slot, step])
+                return recalled + jnp.sum(squares * column_scale(state_s.at[slot, here(step)], squares), axis=1)
+
+            recalled = parts.over(steps, recall, parts.zero_rows(CHUNK))
             if static.forget:
-                recalled = recalled * read_rows(gates_s.at[slot, TO_END])
-            right = (recalled + read_rows(adds_s.at[slot])) * read_rows(gates_s.at[slot, STEP])
-            inverse = plgpu.load(inverse_s.at[slot], layout=plgpu.Layout.WGMMA)
-            tokens_s[...] = jnp.sum(inverse * along_columns(right, inverse), axis=0)
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(tokens_s, r_ref.at[b, p, n])
-            taken = read_rows(tokens_s) * read_rows(gates_s.at[slot, BETA])
+                recalled = recalled * read_rows(gates.at[TO_END])
+            tokens_s[...] = (recalled + read_rows(adds_s.at[slot])) * read_rows(gates.at[STEP])
+            r_s[slot] = parts.over_tokens(parts.transposed(inverse_s.at[slot]), parts.by_token(tokens_s))
+            taken = parts.by_token(r_s.at[slot]) * parts.by_token(gates.at[BETA])
             if static.forget:
-                taken = taken * read_rows(gates_s.at[slot, LEAD])
+                taken = taken * parts.by_token(gates.at[LEAD])
             lead = gates_s[slot, LEAD, CHUNK - 1] * gates_s[slot, FORGET, CHUNK - 1]
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            def carry_back(piece: Any, _: Any) -> None:
-                part = parts.channels(piece)
-                squares = parts.squares(k_s.at[slot, piece])
-                state = read_columns(state_s.at[part])
+            def carry_back(step: Any, _: Any) -> None:
+                state = parts.by_channel(state_s.at[slot, here(step)])
                 if static.forget:
                     state = state * lead
-                state = state + read_columns(state_adds_s.at[slot, part])
-                state_s[part] = state - jnp.sum(squares * along_columns(taken, squares), axis=0)
+                state = state + parts.by_channel(state_adds_s.at[slot, here(step)])
+                state_s[1 - slot, here(step)] = state - parts.over_tokens(
+                    parts.squares_by_channel(k_s.at[slot, step]), taken
+                )
 
-            parts.over(pieces, carry_back, None)
+            parts.over(steps, carry_back, None)
 
         def token_by_token(n: Any, slot: Any) -> None:
+            *blocks, block_loaded = token_scratch
+
             def rows(first: Any) -> list[Any]:
-                block = pl.ds(n * CHUNK + first, BLOCK)
-                return [ref.at[b, block, p] for ref in (k_ref, d_ref, used_ref)]
+                return [ref.at[b, pl.ds(n * CHUNK + first, BLOCK), p] for ref in (k_ref, *token_refs)]
 
             def step(t: Any, token: list[Any], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 gate = lambda row: gates_s[slot, row, t]
-                u, d, used = parts.square_row(token[0]), parts.load_row(token[1]), parts.load_row(token[2])
-                state = parts.pull(carry[0], used, d, u, gate, anchor_s, static).before
+                key, d, used = (parts.load_row(ref) for ref in token)
+                if static.multiply:
+                    used = used * key
+                state = parts.pull(carry[0], used, d, key * key, gate, anchor_s, static).before
                 if not static.documents:
                     return (state,)
                 before, start = parts.stopped(gate(RESTART), state)
                 return before, carry[1] + start
 
-            blocks = [block_s, d_block_s, used_block_s]
-            start = [state_s, restart_s] if static.documents else [state_s]
-            ends = parts.reversed_tokens(rows, blocks, block_loaded, step, tuple(map(parts.load_row, start)))
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            for target, end in zip(start, ends, strict=True):
-                target[...] = end
+            state = parts.load_row(state_s.at[slot])
+            start = (state, parts.load_row(restart_s)) if static.documents else (state,)
+            ends = parts.reversed_tokens(rows, blocks, block_loaded, step, start)
+            state_s[1 - slot] = ends[0]
+            if static.documents:
+                restart_s[...] = ends[1]
 
         def chunk(reverse: Any, _: Any) -> None:
             n, slot = count - 1 - reverse, lax.rem(reverse, jnp.int32(2))
             pl.when(n > 0)(lambda: load(n - 1, 1 - slot))
-            plgpu.copy_smem_to_gmem(state_s, after_ref.at[b, p, n])
-            again = redone_ref[b, p, n] > 0
+            plgpu.copy_smem_to_gmem(state_s.at[slot], after_ref.at[b, p, n])
             plgpu.barrier_wait(loaded.at[slot])
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # of what is written now: two chunks ago, and one
             if static.exact:
+                again = redone_ref[b, p, n] > 0
                 pl.when(again)(lambda: token_by_token(n, slot))
-                pl.when(jnp.logical_not(again))(lambda: closed_form(n, slot))
+                pl.when(jnp.logical_not(again))(lambda: closed_form(slot))
             else:
-                closed_form(n, slot)
+                closed_form(slot)
             if static.documents:
 
                 @pl.when(gates_s[slot, RESTART, 0] > 0.0)
                 def _start() -> None:
-                    restart_s[...] = parts.load_row(restart_s) + parts.load_row(state_s)
-                    state_s[...] = parts.no_row(size)
+                    restart_s[...] = parts.load_row(restart_s) + parts.load_row(state_s.at[1 - slot])
+                    state_s[1 - slot] = parts.no_row(size)
 
             plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(r_s.at[slot], r_ref.at[b, p, n])  # nobody reads it where it was not made
 
         restart_s[...] = parts.no_row(size)
-        plgpu.copy_gmem_to_smem(final_ref.at[b, p], state_s, ready)
+        plgpu.copy_gmem_to_smem(final_ref.at[b, p], state_s.at[0], ready)
         plgpu.copy_gmem_to_smem(anchor_ref.at[b, p], anchor_s, ready)
         load(count - 1, 0)
         plgpu.barrier_wait(ready)
         lax.fori_loop(0, count, chunk, None)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(state_s, initial_ref.at[b, p])
+        plgpu.copy_smem_to_gmem(state_s.at[count % 2], initial_ref.at[b, p])
         plgpu.copy_smem_to_gmem(restart_s, restart_ref.at[b, p])
         plgpu.wait_smem_to_gmem(0)
 
     row = plgpu.SMEM((size,), jnp.float32)
     scratch = [
-        *[row] * 3,
-        plgpu.SMEM((CHUNK,), jnp.float32),
-        *[plgpu.SMEM((BLOCK, size), dtype) for dtype in (k.dtype, jnp.float32, jnp.float32)],
-        smem(2, pieces, CHUNK, PIECE, dtype=k.dtype),
+        smem(2, steps, CHUNK, width, dtype=k.dtype),
         plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
         smem(2, CHUNK, CHUNK, dtype=jnp.float32),
         plgpu.SMEM((2, CHUNK), jnp.float32),
         plgpu.SMEM((2, size), jnp.float32),
+        plgpu.SMEM((2, size), jnp.float32),
+        plgpu.SMEM((2, CHUNK), jnp.float32),
+        plgpu.SMEM((CHUNK,), jnp.float32),
+        row,
+        row,
         plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(num_arrivals=pieces + 4, num_barriers=2),
-        plgpu.Barrier(num_arrivals=3),
+        plgpu.Barrier(num_arrivals=steps + 4, num_barriers=2),
+        [*parts.blocks(size, k.dtype, cotangent.dtype), plgpu.Barrier(num_arrivals=3)] if static.exact else [],
     ]
     grid = {"head": heads, "batch": batch}
     return list(launch(body, "hypergradient_walk_back", out, grid, scratch, static.interpret, inputs))

@@ -28,9 +28,8 @@ from pallas_kernels.hypergradient_parts import (
 )
 from pallas_kernels.tiles import CHUNK, column_scale, indices, launch, read_rows, smem
 
-_WIDTH = 128  # channels that the chain holds in registers at once
-_ROUNDING = 2.0**-12  # far more than what `expand` makes of a sum of terms of one sign
-_LEFT = 2.0**-18  # and than what is made of what is left of the start
+# Relative errors far above those of `expand`: in a sum of terms of one sign, and in what is left of the start.
+_ROUNDING, _LEFT = 2.0**-12, 2.0**-18
 
 
 def walk(
@@ -55,7 +54,7 @@ def walk(
         static: the options.
     """
     batch, length, heads, size = k.shape
-    count, width = length // CHUNK, min(size, _WIDTH)
+    count, width = length // CHUNK, min(size, parts.WIDTH)
     steps = size // width
     lead = (batch, heads, count)
     shapes = [(*lead, size), (*lead, CHUNK), initial.shape]
@@ -65,7 +64,7 @@ def walk(
         k_ref, gates_ref, inverse_ref, initial_ref, restart_ref, anchor_ref, *rest = refs
         starts_ref, feedback_ref, final_ref, redone_ref, *rest = rest
         k_s, gates_s, inverse_s, state_s, feedback_s, tokens_s, restart_s, anchor_s, ready, loaded, *rest = rest
-        redo_scratch, test_scratch = rest[:2], rest[2:]
+        token_scratch, test_scratch = rest
         b, p = (lax.axis_index(name) for name in ("batch", "head"))
 
         def here(step: Any) -> Any:
@@ -111,13 +110,13 @@ def walk(
             coefficient = parts.by_token(feedback_s.at[slot]) * parts.by_token(gates.at[STEP])
             to_end = coefficient * parts.by_token(gates.at[TO_END]) if static.forget else coefficient
 
-            def advance(step: Any, leaving: jax.Array) -> jax.Array:
+            def add(step: Any, leaving: jax.Array) -> jax.Array:
                 squares = parts.squares_by_channel(k_s.at[slot, step])
                 start = parts.by_channel(state_s.at[slot, here(step)])
-                left, slack = start * lead if static.forget else start, jnp.abs(start) * _LEFT
+                left = start * lead if static.forget else start
                 if static.anchored:
                     drawn = parts.by_channel(anchor_s.at[here(step)])
-                    left, slack = drawn + lead * (start - drawn), slack + jnp.abs(drawn) * _LEFT
+                    left = drawn + lead * (start - drawn)
                 if static.bounds is None:
                     state_s[1 - slot, here(step)] = left + parts.over_tokens(squares, to_end)
                     return leaving
@@ -127,17 +126,18 @@ def walk(
                 state_s[1 - slot, here(step)] = left + added
                 least, most = jnp.minimum(start, left), jnp.maximum(start, left)
                 if static.anchored:
-                    least, most = least - slack, most + slack
-                elif static.forget:
+                    rounded = (jnp.abs(start) + jnp.abs(drawn)) * _LEFT
+                    least, most = least - rounded, most + rounded
+                elif static.forget:  # keeps its sign, and so zero as a bound, however little is left
                     least, most = least - jnp.abs(least) * _LEFT, most + jnp.abs(most) * _LEFT
                 least, most = least + down * (1.0 + _ROUNDING), most + up * (1.0 + _ROUNDING)
                 infinite = jnp.where(up - down < jnp.inf, 0.0, 1.0)
                 return leaving + parts.outside(least, static) + parts.outside(most, static) + infinite
 
-            leaving = parts.over(steps, advance, parts.no_channels(width))
+            leaving = parts.over(steps, add, parts.no_channels(width))
             return 0.0 if static.bounds is None else jnp.sum(leaving)
 
-        def leaving(n: Any, slot: Any) -> Any:
+        def test(n: Any, slot: Any) -> Any:
             """How many values of the chunk leave the bounds, of those that `expand` would write."""
             again_s, u, weights, again_loaded = test_scratch
             u, weights = parts.at(u, 0), parts.at(weights, 0)
@@ -146,7 +146,7 @@ def walk(
             parts.weigh(feedback_s.at[slot], gates_s.at[slot], again_s, weights, static)
             first = indices((CHUNK, PIECE))[0] == 0
 
-            def test(step: Any, leaving: jax.Array) -> jax.Array:
+            def count_leaving(step: Any, leaving: jax.Array) -> jax.Array:
                 for begin in range(0, width, PIECE):
                     channels = pl.ds(step * width + begin, PIECE)
                     keys = k_s.at[slot, step, :, pl.ds(begin, PIECE)]
@@ -155,14 +155,14 @@ def walk(
                     leaving = leaving + jnp.sum(jnp.where(first, 0.0, parts.outside(values, static)), axis=1)
                 return leaving
 
-            tokens_s[...] = parts.over(steps, test, parts.zero_rows(CHUNK))
+            tokens_s[...] = parts.over(steps, count_leaving, parts.zero_rows(CHUNK))
             after = parts.outside(parts.load_row(state_s.at[1 - slot]), static)
             return jnp.sum(parts.load_row(tokens_s)) + jnp.sum(after)
 
         def redo(n: Any, slot: Any) -> None:
             rows = lambda first: k_ref.at[b, pl.ds(n * CHUNK + first, BLOCK), p]
-            start, states = parts.load_row(state_s.at[slot]), (restart_s, anchor_s)
-            state_s[1 - slot] = parts.token_by_token(start, rows, gates_s.at[slot], *states, *redo_scratch, static)
+            start, memory = parts.load_row(state_s.at[slot]), (restart_s, anchor_s, *token_scratch)
+            state_s[1 - slot] = parts.token_by_token(start, rows, gates_s.at[slot], *memory, static=static)
 
         def chunk(n: Any, _: Any) -> None:
             slot = lax.rem(n, jnp.int32(2))
@@ -183,7 +183,7 @@ def walk(
             if static.exact:
                 forced = gates_s[slot, FORCED, 0]
                 if static.bounds is not None:
-                    again = lax.cond((again > 0.0) & (forced == 0.0), lambda: leaving(n, slot), lambda: 0.0)
+                    again = lax.cond((again > 0.0) & (forced == 0.0), lambda: test(n, slot), lambda: 0.0)
                 again = (again + forced) > 0.0
                 redone_ref[b, p, n] = again.astype(jnp.int32)
                 pl.when(again)(lambda: redo(n, slot))
@@ -212,11 +212,9 @@ def walk(
         row,
         plgpu.Barrier(num_arrivals=3),
         plgpu.Barrier(num_arrivals=steps + 2, num_barriers=2),
+        [plgpu.SMEM((BLOCK, size), k.dtype), plgpu.Barrier()] if static.exact else [],
+        [parts.again_tile(), *[parts.halves(1)] * 2, plgpu.Barrier()] if static.bounds is not None else [],
     ]
-    if static.exact:
-        scratch += [plgpu.SMEM((BLOCK, size), k.dtype), plgpu.Barrier()]
-    if static.bounds is not None:
-        scratch += [parts.again_tile(), *[parts.halves(1)] * 2, plgpu.Barrier()]
     grid = {"head": heads, "batch": batch}
     arguments = [k, gates, inverse, initial, restart, anchor]
     return list(launch(body, "hypergradient_walk", out, grid, scratch, static.interpret, arguments))

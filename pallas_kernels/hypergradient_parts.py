@@ -28,6 +28,7 @@ COARSE, FINE, COARSE_BEFORE, FINE_BEFORE = SUMS
 GATES = 12
 
 PIECE = 64  # channels that a kernel holds in registers at once
+WIDTH = 128  # and those that take the state from chunk to chunk
 BLOCK = 16  # tokens whose rows lie in shared memory at once, token by token
 
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED
@@ -40,6 +41,7 @@ class Static(NamedTuple):
     forget: bool
     anchored: bool
     documents: bool
+    multiply: bool  # whether the result is write keys d k, in the type of k, or d in float32
     interpret: bool
 
     @property
@@ -132,19 +134,24 @@ def squares(tile: Any) -> jax.Array:
     return k * k
 
 
+def transposed(tile: Any) -> jax.Array:
+    """A tile [64, channels] as float32 registers [channels, 64]: a sum over tokens stays inside of a warp."""
+    return plgpu.load(tile.T, layout=_TRANSPOSED).astype(jnp.float32)
+
+
 def squares_by_channel(tile: Any) -> jax.Array:
-    """u of keys [64, channels] transposed, [channels, 64]: a sum over tokens stays inside of a warp."""
-    k = plgpu.load(tile.T, layout=_TRANSPOSED).astype(jnp.float32)
+    """u of keys [64, channels], [channels, 64] as `transposed` has it."""
+    k = transposed(tile)
     return k * k
 
 
 def by_channel(vector: Any) -> jax.Array:
-    """A vector in shared memory, one number per channel of `squares_by_channel`."""
+    """A vector in shared memory, one number per row of a `transposed` tile."""
     return plgpu.load(vector, layout=_TRANSPOSED.reduce(1))
 
 
 def by_token(vector: Any) -> jax.Array:
-    """A vector in shared memory, one number per token of `squares_by_channel`."""
+    """A vector in shared memory, one number per column of a `transposed` tile."""
     return plgpu.load(vector, layout=_TRANSPOSED.reduce(0))
 
 
@@ -153,10 +160,10 @@ def no_channels(size: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((size,), jnp.float32), _TRANSPOSED.reduce(1))
 
 
-def over_tokens(squares: jax.Array, weights: jax.Array) -> jax.Array:
-    """The sum of `squares_by_channel` with a weight per token, for every channel."""
-    weights = plgpu.layout_cast(lax.broadcast_in_dim(weights, squares.shape, [1]), _TRANSPOSED)
-    return jnp.sum(squares * weights, axis=1)
+def over_tokens(matrix: jax.Array, weights: jax.Array) -> jax.Array:
+    """The sum along the rows of a `transposed` tile, with a weight per token."""
+    weights = plgpu.layout_cast(lax.broadcast_in_dim(weights, matrix.shape, [1]), _TRANSPOSED)
+    return jnp.sum(matrix * weights, axis=1)
 
 
 def weigh(feedback: Any, gates: Any, again: Any, weights: Any, static: Static) -> None:
@@ -204,12 +211,6 @@ def _row(size: int) -> Any:
     return plgpu.Layout.TILED(tiling, warp_dims=(plgpu.Replicated(4),), lane_dims=(-2,), vector_dim=-1)
 
 
-def square_row(ref: Any) -> jax.Array:
-    """u of one token, [K]."""
-    k = load_row(ref)
-    return k * k
-
-
 def outside(d: jax.Array, static: Static) -> jax.Array:
     """1 where a value leaves the bounds or is none, else 0."""
     lo, hi = static.bounds or (-jnp.inf, jnp.inf)
@@ -236,6 +237,7 @@ def token_by_token(
     anchor: Any,
     block: Any,
     loaded: Any,
+    *,
     static: Static,
     write: Any = None,
 ) -> jax.Array:
@@ -318,6 +320,11 @@ def pull(
     before = gate(FORGET) * after if static.forget else after
     before = before + used - (gate(BETA) * gate(STEP) * coefficient) * u
     return Pulled(before, after, coefficient, predicted, feedback)
+
+
+def blocks(size: int, key: Any, cotangent: Any) -> list[Any]:
+    """Shared memory for rows of k, d and what comes in, of `BLOCK` tokens."""
+    return [plgpu.SMEM((BLOCK, size), dtype) for dtype in (key, jnp.float32, cotangent)]
 
 
 def reversed_tokens(rows: Any, blocks: Any, loaded: Any, step: Any, carry: Any) -> Any:

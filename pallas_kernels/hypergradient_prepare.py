@@ -22,7 +22,6 @@ from pallas_kernels.tiles import (
     smem,
     split,
     split_terms,
-    zeros,
 )
 
 
@@ -35,7 +34,7 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
     Args:
         k: [B, T, P, K], T a multiple of 64.
         gates: [B, P, N, GATES, 64].
-        cotangent: of d, [B, T, P, K] float32, or None.
+        cotangent: of d, [B, T, P, K] float32, or with `static.multiply` of d k, in the type of k; or None.
         static: the options.
     """
     batch, _, heads, size = k.shape
@@ -52,6 +51,8 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
         rows = pl.ds(n * CHUNK, CHUNK)
         for piece in range(pieces):
             plgpu.copy_gmem_to_smem(ins[0].at[b, rows, p, parts.channels(piece)], k_s.at[piece], loaded)
+            if backward:
+                plgpu.copy_gmem_to_smem(ins[2].at[b, rows, p, parts.channels(piece)], g_s.at[piece], g_loaded)
         plgpu.copy_gmem_to_smem(ins[1].at[b, p, n], gates_s, loaded)
         plgpu.copy_gmem_to_smem(parts.sums_of(ins[1].at[b, p, n]), again_s, loaded)
         plgpu.barrier_wait(loaded)
@@ -72,36 +73,37 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
             # And the inverse has served: E transposed and the cotangents take its place.
             left, g = scratch[0:2], scratch[2:4]
             split(parts.left_after(gates_s, again_s, static), *left)
-            adds = zeros(CHUNK, PIECE)
-            for piece in range(pieces):
-                source = ins[2].at[b, rows, p, parts.channels(piece)]
-                plgpu.copy_gmem_to_smem(source, g_s, g_loaded)
-                plgpu.barrier_wait(g_loaded)
-                cotangents = read(g_s)
+            plgpu.barrier_wait(g_loaded)
+
+            def add(piece: Any, adds: jax.Array) -> jax.Array:
+                cotangents = read(g_s.at[piece])
+                if static.multiply:
+                    cotangents = cotangents * read(k_s.at[piece])
                 split(cotangents, *g)
-                plgpu.commit_smem()
-                adds = adds + products(split_terms(left, g, short=not static.forget))[0] * parts.squares(k_s.at[piece])
                 if static.forget:
                     cotangents = cotangents * row_scale(gates_s.at[LEAD], cotangents)
                 state_s[parts.channels(piece)] = jnp.sum(cotangents, axis=0)
-            adds_s[...] = jnp.sum(adds, axis=1)
+                plgpu.commit_smem()
+                added = products(split_terms(left, g, short=not static.forget))[0]
+                return adds + jnp.sum(added * parts.squares(k_s.at[piece]), axis=1)
+
+            adds_s[...] = parts.over(pieces, add, parts.zero_rows(CHUNK))
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(adds_s, outs[1].at[b, p, n])
             plgpu.copy_smem_to_gmem(state_s, outs[2].at[b, p, n])
         plgpu.wait_smem_to_gmem(0)
 
-    square = smem(CHUNK, CHUNK, dtype=jnp.float32)
     scratch: Sequence[Any] = [
         smem(pieces, CHUNK, PIECE, dtype=k.dtype),
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
         parts.again_tile(),
-        square,
+        smem(CHUNK, CHUNK, dtype=jnp.float32),
         plgpu.SMEM((CHUNK,), jnp.float32),
         plgpu.SMEM((size,), jnp.float32),
         plgpu.Barrier(num_arrivals=pieces + 2),
-        plgpu.Barrier(),
+        plgpu.Barrier(num_arrivals=pieces),
         parts.halves(pieces),
-        square if backward else plgpu.SMEM((1,), jnp.float32),
+        plgpu.SMEM((1,), jnp.float32) if cotangent is None else smem(pieces, CHUNK, PIECE, dtype=cotangent.dtype),
         *SCRATCH[2 * pieces :],
     ]
     grid = {"chunk": count, "head": heads, "batch": batch}

@@ -12,8 +12,7 @@ from osdn_jax import ops
 from osdn_jax.comparison import Shape, draw_cotangents, draw_inputs, value_and_gradient
 from osdn_jax.comparison.inputs import Arrays
 from osdn_jax.comparison.measure import relative_error
-from osdn_jax.ops.gram import IMPLEMENTATIONS as GRAM
-from osdn_jax.ops.hypergradient import IMPLEMENTATIONS as HYPERGRADIENT
+from osdn_jax.ops import gram, hypergradient
 
 KEYS = ("random", "near-parallel")
 LIMIT, GATE_LIMIT = 1e-2, 2e-2
@@ -38,6 +37,7 @@ class Case:
     strong: bool = False  # a third of the decays is 1, a third e^-20
     preset: str | None = None
     beta_aware: bool = False
+    multiply: bool = False  # a preconditioner's write keys, as the rules take them, and not its multipliers
 
     @property
     def shape(self) -> Shape:
@@ -67,7 +67,9 @@ CASES = {
     "channel decay, D 256": _square(256, batch=1, decay="channel"),
     "hypergradient, paper": Case(preset="paper"),
     "hypergradient, trust, beta, documents": Case(preset="trust", beta_aware=True, documents=True),
+    "hypergradient, paper, write keys": Case(preset="paper", multiply=True),
     "Gram, documents": Case(preset="gram", documents=True),
+    "Gram, write keys": Case(preset="gram", multiply=True),
 }
 _TINY: dict[str, Any] = {"batch": 1, "length": 40, "heads": 1, "key_heads": 1}
 DRY_CASES = {
@@ -110,12 +112,12 @@ def outputs(case: Case, x: Arrays, segment_ids: jax.Array | None, implementation
         o, memory = ops.delta_rule(**x, erase=case.erase, **options)
         return {"o": o, "memory": memory}
     if case.preset == "gram":
-        multiplier, final = ops.gram_preconditioner(**x, **options)
-        return {"multiplier": multiplier, "final": final}
+        out, final = gram.preconditioned(**x, multiply=case.multiply, **options)
+        return {"multiplier": out, "final": final}
     preset = {name: value for name, value in ops.hypergradient_preset(case.preset).items() if name != "initial"}
     anchor = 1.0 if case.preset == "trust" else 0.0
-    d, final = ops.hypergradient_preconditioner(**x, **preset, anchor=anchor, **options)
-    return {"d": d, "final": final}
+    out, final = hypergradient.preconditioned(**x, **preset, anchor=anchor, multiply=case.multiply, **options)
+    return {"multiplier": out, "final": final}
 
 
 def both(case: Case, implementation: str) -> Callable[..., dict[str, np.ndarray]]:
@@ -167,7 +169,7 @@ def job(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
     kernel, scan = both(case, spec["implementation"]), both(case, "scan")
     for keys in KEYS:
         key = {"section": "check", "case": spec["case"], "keys": keys}
-        known = GRAM if case.preset == "gram" else HYPERGRADIENT
+        known = (gram if case.preset == "gram" else hypergradient).IMPLEMENTATIONS
         if case.preset and spec["implementation"] not in known:
             reason = f"the preconditioner has no implementation {spec['implementation']!r}"
             emit({**key, "status": "absent", "reason": reason})

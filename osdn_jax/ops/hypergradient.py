@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.ops import checks, collectives, hypergradient_chunk, hypergradient_context, mosaic_gpu
+from osdn_jax.ops.gram import write_key
 from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
 from osdn_jax.ops.selection import on_cpu
 from osdn_jax.ops.tiling import fitting_chunk, from_chunks, to_chunks
@@ -38,6 +39,7 @@ def _chunk(
 
 
 # A new kernel joins here: (k, Tokens, Start, bounds, chunk_size) -> (d before each token [B, T, P, K], final d).
+# Those of Mosaic GPU take multiply=True, too, for write keys and not d.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "scan": _scan,
     "chunk": _chunk,
@@ -115,6 +117,42 @@ def hypergradient_preconditioner(
         TypeError: an argument is not of the expected kind.
         NotImplementedError: the named implementation does not serve these types, shapes or this device.
     """
+    return preconditioned(
+        k,
+        beta,
+        eta=eta,
+        log_forget=log_forget,
+        initial=initial,
+        anchor=anchor,
+        bounds=bounds,
+        normalize=normalize,
+        restart=restart,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        context_axis=context_axis,
+        multiply=False,
+    )
+
+
+def preconditioned(
+    k: jax.Array,
+    beta: jax.Array | None = None,
+    *,
+    eta: float,
+    log_forget: jax.Array | None = None,
+    initial: jax.Array | float | None = None,
+    anchor: jax.Array | float = 0.0,
+    bounds: tuple[float, float] | None = None,
+    normalize: bool = False,
+    restart: jax.Array | float | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    context_axis: str | None = None,
+    multiply: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """`hypergradient_preconditioner`, or with multiply the write keys, in the type of k, which kernels make at once."""
     checks.implementation(implementation, IMPLEMENTATIONS)
     chunk_size = checks.chunk_size(chunk_size)
     context_axis = collectives.check_axis(context_axis)
@@ -161,10 +199,15 @@ def hypergradient_preconditioner(
         anchor=full(arrays["anchor"]) if anchored else None,
     )
     name = implementation or _fastest(k, tokens, chunk_size)
+    run = IMPLEMENTATIONS[name]
     if context_axis is not None:
-        run = functools.partial(IMPLEMENTATIONS[name], chunk_size=chunk_size)
-        return hypergradient_context.split_over(run, k, tokens, start, bounds, context_axis)
-    return IMPLEMENTATIONS[name](k, tokens, start, bounds, chunk_size)
+        run = functools.partial(run, chunk_size=chunk_size)
+        d, final = hypergradient_context.split_over(run, k, tokens, start, bounds, context_axis)
+    elif multiply and name.startswith("mosaic_gpu"):
+        return run(k, tokens, start, bounds, chunk_size, multiply=True)
+    else:
+        d, final = run(k, tokens, start, bounds, chunk_size)
+    return (write_key(d, k) if multiply else d), final
 
 
 def _fastest(k: jax.Array, tokens: Tokens, chunk_size: int | None) -> str:

@@ -52,9 +52,16 @@ def hypergradient_limitation(k: jax.Array, tokens: Tokens, chunk_size: int | Non
 
 
 def hypergradient(
-    k: jax.Array, tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None, *, interpret: bool = False
+    k: jax.Array,
+    tokens: Tokens,
+    start: Start,
+    bounds: Bounds,
+    chunk_size: int | None,
+    *,
+    multiply: bool = False,
+    interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The hypergradient preconditioner by kernels; raises as `delta_rule` does."""
+    """The hypergradient preconditioner by kernels, its d or its write keys; raises as `delta_rule` does."""
     _refuse(hypergradient_limitation(k, tokens, chunk_size), interpret)
     return hypergradient_kernels.hypergradient(
         k,
@@ -66,6 +73,7 @@ def hypergradient(
         start.restart,
         start.anchor,
         bounds,
+        multiply=multiply,
         interpret=interpret,
     )
 

@@ -15,7 +15,6 @@ from jaxtyping import Array, Float, Int
 from osdn_jax.ops import checks, gram, hypergradient
 from osdn_jax.ops.delta_rule import delta_rule
 from osdn_jax.ops.gram import exact_gram_write_key, write_key
-from osdn_jax.ops.hypergradient import hypergradient_preconditioner
 from osdn_jax.ops.recurrence import per_value_head
 
 Queries = Float[Array, "B T Hk K"]
@@ -267,10 +266,14 @@ def _hypergradient(
         v = checks.floating_array("v", v, 4, "[B, T, H, V]")
         if k.shape[2] and v.shape[2] % k.shape[2] == 0:
             keys = per_value_head(k, v.shape[2], axis=2)
-    d, final = hypergradient_preconditioner(
-        keys, beta if beta_aware else None, **own, **_shared(options, hypergradient.IMPLEMENTATIONS)
+    written, final = hypergradient.preconditioned(
+        keys,
+        beta if beta_aware else None,
+        **own,
+        **_shared(options, hypergradient.IMPLEMENTATIONS),
+        multiply=True,
     )
-    o, after = _run(q, k, v, beta, options, write_key=write_key(d, keys), log_decay=log_decay)
+    o, after = _run(q, k, v, beta, options, write_key=written, log_decay=log_decay)
     return o, after._replace(preconditioner=final)
 
 

@@ -57,17 +57,19 @@ def _delta_rule(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
 def _hypergradient(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     from pallas_kernels.hypergradient import hypergradient
 
+    dtype, multiply = jnp.dtype(case.dtype), "multiply" in case.options
     keys, tokens = (BATCH, LENGTH, HEADS, case.key_dim), _array(BATCH, LENGTH, HEADS)
     state = _array(BATCH, HEADS, case.key_dim)
-    arrays = {"k": _array(*keys, dtype=jnp.dtype(case.dtype)), "step": tokens, "beta": tokens}
+    arrays = {"k": _array(*keys, dtype=dtype), "step": tokens, "beta": tokens}
     arrays |= {"initial": state, "restart_state": state}
     if "forget" in case.options:
         arrays |= {"log_forget": tokens, "anchor": state}
     if "documents" in case.options:
         arrays["restart"] = _array(BATCH, LENGTH, dtype=bool)
     absent = dict.fromkeys(("log_forget", "restart", "anchor"))
-    bounds = (0.0, 2.0) if "bounds" in case.options else None
-    return arrays, (_array(*keys), state), lambda given: hypergradient(**(absent | given), bounds=bounds)
+    options: dict[str, Any] = {"bounds": (0.0, 2.0) if "bounds" in case.options else None, "multiply": multiply}
+    out = _array(*keys, dtype=dtype if multiply else jnp.float32)
+    return arrays, (out, state), lambda given: hypergradient(**(absent | given), **options)
 
 
 def _gram(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:

@@ -7,7 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from osdn_jax import ops
+from osdn_jax.ops.gram import write_key
+from osdn_jax.ops.hypergradient import preconditioned
 from pallas_kernels.hypergradient import hypergradient
 from pallas_kernels.hypergradient_expand import expand
 from pallas_kernels.hypergradient_forward import walk
@@ -80,12 +81,12 @@ def strong_forgetting():
 CASES = {
     "no bounds, no beta, no forgetting": (without(base(57), "beta", "log_forget", "anchor"), {}, None),
     "no bounds, forgetting, normalised": (without(base(65), "anchor"), {"normalize": True}, None),
-    "no bounds, strong forgetting": (strong_forgetting(), {}, None),
+    "write keys, no bounds, strong forgetting": (strong_forgetting(), {"multiply": True}, None),
     "bounds that never bind, two pieces of channels": (base(65, size=128), {"bounds": BOUNDS}, [[0, 0]]),
-    "bounds that bind once": (one_token(), {"bounds": BOUNDS}, [[1, 0], [0, 1]]),
+    "write keys, bounds that bind once": (one_token(), {"bounds": BOUNDS, "multiply": True}, [[1, 0], [0, 1]]),
     "bounds that bind almost always": (almost_always(), {"bounds": BOUNDS}, [[1, 1]]),
     "an update that overflows": (overflow(), {"bounds": BOUNDS}, [[1]]),
-    "documents": (base(70), {"bounds": BOUNDS, "starts": (30, 31, 64)}, [[0, 0]]),
+    "write keys, documents": (base(70), {"bounds": BOUNDS, "starts": (30, 31, 64), "multiply": True}, [[0, 0]]),
 }
 
 
@@ -98,9 +99,9 @@ def segments(x, starts):
     return jnp.asarray(ids)
 
 
-def reference(x, *, bounds=None, starts=(), normalize=False):
+def reference(x, *, bounds=None, starts=(), normalize=False, multiply=False):
     named = {name: x.get(name) for name in ("beta", "log_forget", "initial", "restart")}
-    return ops.hypergradient_preconditioner(
+    return preconditioned(
         x["k"],
         **named,
         eta=ETA,
@@ -109,10 +110,11 @@ def reference(x, *, bounds=None, starts=(), normalize=False):
         normalize=normalize,
         segment_ids=segments(x, starts),
         implementation="scan",
+        multiply=multiply,
     )
 
 
-def kernel(x, *, bounds=None, starts=(), normalize=False):
+def kernel(x, *, bounds=None, starts=(), normalize=False, multiply=False):
     beta, anchor = x.get("beta"), x.get("anchor")
     step = jnp.full(x["k"].shape[:3], ETA) if beta is None else ETA * beta
     if normalize:
@@ -123,6 +125,7 @@ def kernel(x, *, bounds=None, starts=(), normalize=False):
     anchor = None if anchor is None else jnp.broadcast_to(anchor, x["initial"].shape)
     return hypergradient(
         *(x["k"], step, beta, x.get("log_forget"), restart, x["initial"], x["restart"], anchor, bounds),
+        multiply=multiply,
         interpret=True,
     )
 
@@ -155,17 +158,19 @@ def test_values_and_gradients(name):
     got, want = compute(as_arrays(x), options)
     assert_close(got, want, TOLERANCE)
     if expected is not None:
-        d, final = want[0]
+        d, final = jit(functools.partial(reference, **options | {"multiply": False}))(as_arrays(x))
         np.testing.assert_array_equal(leaves(d, final, options["bounds"]), np.array(expected, bool))
 
 
-def beside_a_bound(falling, forget):
-    """A chunk of heads, each a little further on toward a bound, where d falls to it or rises."""
+def toward_a_bound(falling):
+    """A chunk in which d rises, or falls and is drawn down, each head from a little further on."""
     x = base(CHUNK, heads=5)
     squared = np.random.default_rng(1).uniform(*((0.5, 2.5) if falling else (0.2, 2)), size=x["beta"].shape)
     x["k"] *= np.sqrt(squared)[..., None]
-    x["initial"] += np.linspace(0, 0.3, 5)[:, None] * (-1 if falling else 1)
-    return x if forget else without(x, "log_forget", "anchor")
+    further = np.linspace(0, 0.2, 5)
+    x["initial"][...] = (1 - further if falling else 0.7 + further)[:, None]
+    x["anchor"] -= 0.5
+    return x if falling else without(x, "log_forget", "anchor")
 
 
 def reach(x):
@@ -185,23 +190,23 @@ def reach(x):
 def one_chunk(x, bounds):
     """((d, the final d) of a chunk without documents, which heads did it token by token)."""
     forget = "log_forget" in x
-    static = Static(bounds=bounds, forget=forget, anchored=forget, documents=False, interpret=True)
+    static = Static(bounds=bounds, forget=forget, anchored=forget, documents=False, multiply=False, interpret=True)
     zeros = jnp.zeros_like(x["beta"])
     gates = make_gates(ETA * x["beta"], x["beta"], x.get("log_forget", zeros), zeros[:, :, 0])
     (inverse,) = prepare(x["k"], gates, None, static)
     states = x["restart"], jnp.broadcast_to(x.get("anchor", 0.0), x["initial"].shape)
     starts, feedback, final, redone = walk(x["k"], gates, inverse, x["initial"], *states, static)
-    return (expand(x["k"], gates, starts, feedback, redone, *states, static), final), redone[0, :, 0]
+    d = expand(x["k"], gates, starts, feedback, redone, *states, static=static, multiply=False)
+    return (d, final), redone[0, :, 0]
 
 
-@pytest.mark.parametrize(("falling", "forget"), [(False, False), (True, True)])
-def test_a_chunk_goes_token_by_token_where_a_value_leaves_the_bounds_and_only_there(falling, forget):
-    x = as_arrays(beside_a_bound(falling, forget))
-    exact, estimate = (y[0 if falling else 1] for y in reach(x))
-    bound = float(exact[2] + estimate[2]) / 2
+@pytest.mark.parametrize(("falling", "bound"), [(False, 0.956), (True, 0.535)])
+def test_a_chunk_goes_token_by_token_where_a_value_leaves_the_bounds_and_only_there(falling, bound):
+    x = as_arrays(toward_a_bound(falling))
     sign = -1 if falling else 1
-    leaves, might = sign * exact > sign * bound, sign * estimate > sign * bound
+    leaves, might = (sign * y[0 if falling else 1] > sign * bound for y in reach(x))
     assert {(bool(a), bool(b)) for a, b in zip(leaves, might, strict=True)} == {(0, 0), (0, 1), (1, 1)}
+    assert np.all(sign * x["initial"] < sign * bound)
     bounds = (bound, np.inf) if falling else (-np.inf, bound)
     with assert_no_races():
         got, redone = jit(functools.partial(one_chunk, bounds=bounds))(x)
@@ -209,13 +214,24 @@ def test_a_chunk_goes_token_by_token_where_a_value_leaves_the_bounds_and_only_th
     assert_close(got, jit(functools.partial(reference, bounds=bounds))(x), TOLERANCE)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision(dtype):
+@pytest.mark.parametrize(("dtype", "multiply"), [(jnp.bfloat16, True), (jnp.float16, False)])
+def test_half_precision(dtype, multiply):
     x = as_arrays(base(57), dtype)
-    got, want = compute(x, {"bounds": BOUNDS})
-    # Keys of 16 bits are squared in float32: nothing is rounded to them but the gradient of k.
+    got, want = compute(x, {"bounds": BOUNDS, "multiply": multiply})
+    # Keys of 16 bits are squared in float32: nothing is rounded to them but the gradient of k, and write keys.
+    assert got[0][0].dtype == (dtype if multiply else jnp.float32)
+    assert_close(got[0][0].astype(jnp.float32), want[0][0].astype(jnp.float32), 3e-4)
     assert_close(got[1].pop("k").astype(jnp.float32), want[1].pop("k").astype(jnp.float32), 3e-3)
-    assert_close(got, want, TOLERANCE)
+    assert_close((got[0][1], got[1]), (want[0][1], want[1]), TOLERANCE)
+
+
+def test_write_keys_are_d_times_k_rounded_once():
+    x = base(70)
+    x["k"][0, 66] *= 10
+    x = as_arrays(x, jnp.bfloat16)
+    (written, _), (d, _) = (jit(functools.partial(kernel, bounds=BOUNDS, multiply=m))(x) for m in (True, False))
+    np.testing.assert_array_equal(leaves(d, d[:, -1], BOUNDS), [[False, True]])
+    np.testing.assert_array_equal(written, write_key(d, x["k"]))
 
 
 def test_vmap():

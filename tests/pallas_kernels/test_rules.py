@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from osdn_jax import ops
-from osdn_jax.ops import mosaic_gpu
+from osdn_jax.ops import gram, hypergradient, mosaic_gpu
 from support import assert_close, random_like, value_and_gradient
 from support.interpreter import assert_no_races
 
@@ -51,6 +51,18 @@ def test_rules_by_kernels(rule):
     with assert_no_races():
         got = value_and_gradient(program(rule, KERNEL))(x, cotangents)
     assert_close(got, jax.jit(value_and_gradient(scan))(x, cotangents), 2e-2)
+
+
+@pytest.mark.parametrize("rule", ["osdn", "os_gdn", "pgdn"])
+def test_write_keys_come_from_the_kernels(rule, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("a multiplier has left the kernels")
+
+    for module in (gram, hypergradient):
+        monkeypatch.setattr(module, "write_key", refuse)
+    jax.eval_shape(program(rule, KERNEL), inputs(rule))
+    with pytest.raises(AssertionError, match="has left the kernels"):
+        jax.eval_shape(program(rule, "scan"), inputs(rule))
 
 
 def keys(size, dtype):
