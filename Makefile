@@ -14,7 +14,7 @@ demo: venv ## train a small model and show what it does
 	@$(BIN)/python -m osdn_jax.demo $(ARGS)
 
 test: venv ## run the tests (ARGS="-k ops" for some of them)
-	@$(BIN)/python -m pytest -n 2 $(ARGS)
+	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 lint: venv ## check format, lint rules and types
 	@$(BIN)/python -m ruff format --check --quiet . || { echo "Run 'make format'; it would change:"; \

@@ -1,5 +1,9 @@
 """Strict JAX, eight CPU devices, shapes checked at run time: before anything imports the package."""
 
+import atexit
+import os
+import tempfile
+
 import jax
 import jaxtyping
 import matplotlib
@@ -13,6 +17,21 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_num_cpu_devices", 8)
 matplotlib.use("Agg")
+
+# Compiling is most of what the tests do. Machine code is optimised little, and each program compiled once for all
+# processes of a run: pytest-xdist's workers and what tests start find the directory in the environment.
+if "OSDN_TESTS_PROGRAMS" not in os.environ:
+    programs = tempfile.TemporaryDirectory(prefix="osdn-programs-")
+    atexit.register(programs.cleanup)
+    os.environ["OSDN_TESTS_PROGRAMS"] = programs.name
+for name, value in {
+    "jax_disable_most_optimizations": True,
+    "jax_compilation_cache_dir": os.environ["OSDN_TESTS_PROGRAMS"],
+    "jax_persistent_cache_min_compile_time_secs": 0,
+}.items():
+    jax.config.update(name, value)
+    os.environ[name.upper()] = str(value)
+
 # Only the packages with arrays in their signatures: the others' arguments are plain, and checked by themselves.
 jaxtyping.install_import_hook(["osdn_jax.ops", "osdn_jax.nn"], "support.typechecking.check")
 

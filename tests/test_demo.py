@@ -7,7 +7,7 @@ import pytest
 
 from osdn_jax import demo
 from osdn_jax.training import ConfigError
-from support.runs import compiled_once, text
+from support.runs import text
 
 CONFIG = """
 from osdn_jax.training import parse_arg
@@ -24,8 +24,7 @@ def configured(tmp_path, monkeypatch):
     monkeypatch.setattr(demo, "_CONFIG", tmp_path / "demo.py")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
-    with compiled_once():
-        yield tmp_path
+    return tmp_path
 
 
 def parts(out):

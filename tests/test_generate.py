@@ -8,15 +8,14 @@ import pytest
 from osdn_jax import generate as module
 from osdn_jax.generate import generate
 from osdn_jax.training import CheckpointMismatchError
-from support.runs import compiled_once, finished
+from support.runs import finished
 
 OPTIONS = {"tokens": 30, "seed": 1}
 
 
 @pytest.fixture(scope="module")
 def run():
-    with compiled_once():
-        yield finished()[0]
+    return finished()[0]
 
 
 @pytest.fixture

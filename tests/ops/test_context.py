@@ -51,13 +51,8 @@ def test_values_and_gradients(case):
     assert_close(got, case.by_scan, TOLERANCE)
 
 
-# Above binds in tokens in the middle only, the others from the first on.
-BOUNDS = {
-    "nowhere": (-9.0, 9.0),
-    "below": (0.72, 9.0),
-    "above": (-9.0, 0.95),
-    "both": (0.71, 0.8),
-}
+# Above binds in tokens in the middle only, both from the first on.
+BOUNDS = {"nowhere": (-9.0, 9.0), "above": (-9.0, 0.95), "both": (0.71, 0.8)}
 
 
 @pytest.mark.parametrize(
@@ -65,23 +60,27 @@ BOUNDS = {
 )
 def test_projection_in_order(name, implementation):
     case = hypergradient(
-        name, length=48, **TRUST | {"bounds": BOUNDS[name], "initial": ("batch", 0.69, 0.71)}, anchor=0.6, batch=1
+        name,
+        length=48,
+        **TRUST | {"bounds": BOUNDS[name], "initial": ("batch", 0.69, 0.71)},
+        anchor=0.6,
+        batch=1,
+        chunk_size=8,
     )
     free = case.by_oracle(**case.arrays)["d"]
-    lo, hi = BOUNDS[name]
-    bound = np.isclose(free, lo) | np.isclose(free, hi)
-    assert bool(bound.any()) == (name != "nowhere")
-    got = jit(value_and_gradient(split(case, implementation, count=6)))(case.arrays, case.cotangents)
+    binds = {bool(np.isclose(free, bound).any()) for bound in BOUNDS[name]}
+    assert binds == {"nowhere": {False}, "above": {False, True}, "both": {True}}[name]
+    got = jit(value_and_gradient(split(case, implementation, count=3)))(case.arrays, case.cotangents)
     assert_close(got, case.by_scan, TOLERANCE)
 
 
 def test_a_bound_that_binds_in_one_place_only():
     """The devices before it are done, those after it begin with what it leaves; other groups of devices join in."""
-    case = hypergradient("one place", length=64, **TRUST | {"bounds": (-9.0, 9.0)}, batch=2)
+    case = hypergradient("one place", length=63, **TRUST | {"bounds": (-9.0, 9.0)}, batch=2)
     x = case.arrays | {"k": case.arrays["k"].copy()}
     x["k"][1, 40] *= 9.0  # one token of one row throws d far out
     run = functools.partial(ops.hypergradient_preconditioner, eta=0.5, bounds=(-9.0, 9.0), chunk_size=8)
-    mesh = jax.make_mesh((2, 4), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
+    mesh = jax.make_mesh((2, 3), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
     specs = {name: P("data", "context") if name in TOKENS else P("data") for name in x}
 
     def local(x):

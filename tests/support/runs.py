@@ -1,7 +1,6 @@
 """Training runs small enough for a test, in this process and in others."""
 
 import atexit
-import contextlib
 import functools
 import os
 import subprocess
@@ -13,7 +12,6 @@ from pathlib import Path
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from jax.experimental.compilation_cache import compilation_cache
 
 from osdn_jax.training import default_config, read_metrics, train
 
@@ -76,47 +74,22 @@ def text():
     return write_text(scratch() / "text.txt")
 
 
-@contextlib.contextmanager
-def compiled_once():
-    """Programs are compiled once and then read from a directory: every run would compile its own otherwise."""
-    settings = {
-        "jax_compilation_cache_dir": str(scratch() / "programs"),
-        "jax_persistent_cache_min_compile_time_secs": 0.0,
-        "jax_persistent_cache_min_entry_size_bytes": 0,
-    }
-    before = {name: getattr(jax.config, name) for name in settings}
-    for name, value in settings.items():
-        jax.config.update(name, value)
-    compilation_cache.reset_cache()
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            jax.config.update(name, value)
-        compilation_cache.reset_cache()
-
-
 @functools.cache
 def finished():
     """(directory, result) of the run of `tiny_config(text())` in this process, uninterrupted. Leave it as it is."""
     workdir = scratch() / "finished"
-    with compiled_once():
-        return workdir, train(tiny_config(text()), workdir)
+    return workdir, train(tiny_config(text()), workdir)
 
 
 def command(workdir, *arguments, config=None, cached=True):
     """(arguments, keyword arguments) of subprocess.run for train.py on the configuration of `tiny_config(text())`."""
     file = scratch() / "tiny.py"
     file.write_text(CONFIG_FILE)
-    # Eight devices, as here: a program is looked up by what it is compiled for.
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
-    if cached:
-        environment |= {
-            "JAX_NUM_CPU_DEVICES": "8",
-            "JAX_COMPILATION_CACHE_DIR": str(scratch() / "programs"),
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "0",
-        }
+    if cached:  # eight devices, as here: a program is looked up by what it is compiled for
+        environment["JAX_NUM_CPU_DEVICES"] = "8"
+    else:
+        environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
     line = [sys.executable, str(ROOT / "train.py"), f"--config={config or f'{file}:{text()}'}"]
     if workdir is not None:
         line.append(f"--workdir={workdir}")

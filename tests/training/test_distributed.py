@@ -1,10 +1,7 @@
 """Two processes of four devices are one of eight; a dead or hung one ends the job; SIGTERM saves."""
 
-import os
 import signal
 import socket
-import subprocess
-import sys
 import time
 
 import jax
@@ -12,10 +9,11 @@ import numpy as np
 import pytest
 
 from osdn_jax.nn.functional import functional
-from osdn_jax.training import build_model, load_parameters, read_metrics
+from osdn_jax.training import build_model, load_parameters, read_metrics, train
 from osdn_jax.training.distributed import start
 from osdn_jax.training.profiling import parse_range
-from support.runs import ROOT, rows, scratch, text, tiny_config
+from support.forks import Forks
+from support.runs import command, rows, scratch, text, tiny_config
 
 SETTINGS = {
     "steps": 24,
@@ -38,62 +36,57 @@ def get_config(arg=None):
 """
 
 
-def launch(workdir, *arguments, processes=2, devices=4):
-    """train.py in several processes on this machine."""
+@pytest.fixture(scope="module")
+def both():
+    """Where the two processes of a job start."""
     (scratch() / "mesh.py").write_text(CONFIG)
-    environment = os.environ | {
-        "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-        "JAX_PLATFORMS": "cpu",
-        "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_COMPILATION_CACHE_DIR": str(scratch() / f"programs-{processes}"),
-        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    environment = command(None)[1]["env"] | {
+        "JAX_NUM_CPU_DEVICES": "4",
+        "JAX_COMPILATION_CACHE_DIR": str(scratch() / "programs-of-two"),
     }
+    with Forks(env=environment, cwd=scratch()) as first, Forks(env=environment, cwd=scratch()) as second:
+        yield first, second
+
+
+def launch(both, workdir):
+    """train.py in two processes on this machine."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    line = [sys.executable, str(ROOT / "train.py"), f"--config={scratch() / 'mesh.py'}:{text()}"]
-    line += [f"--workdir={workdir}", *arguments]
-    several = [f"--coordinator=127.0.0.1:{port}", f"--process_count={processes}"]
-    return [
-        subprocess.Popen(
-            [*line, *(several + [f"--process_id={i}"] if processes > 1 else [])],
-            env=environment,
-            cwd=scratch(),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-        )
-        for i in range(processes)
-    ]
+    line, _ = command(workdir, f"--coordinator=127.0.0.1:{port}", config=f"{scratch() / 'mesh.py'}:{text()}")
+    for i, process in enumerate(both):
+        said = scratch() / f"said-{i}"
+        process.start([*line[1:], "--process_count=2", f"--process_id={i}"], out=said, err=said)
 
 
-def finish(processes, timeout=240):
-    """[(exit status, output)], all of them ended."""
-    try:
-        return [(process.communicate(timeout=timeout)[0], process.returncode)[::-1] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+def finish(both, timeout=240):
+    """[(exit status, output)], both of them ended."""
+    return [(process.wait(timeout), (scratch() / f"said-{i}").read_text()) for i, process in enumerate(both)]
 
 
-def wait_for(workdir, step, processes, seconds=180):
+def wait_for(both, workdir, step, seconds=180):
     end = time.monotonic() + seconds
-    while time.monotonic() < end and all(process.poll() is None for process in processes):
+    while time.monotonic() < end and all(process.running() for process in both):
         try:
             if read_metrics(workdir)[-1]["step"] >= step:
                 return
         except (FileNotFoundError, IndexError):
             pass
         time.sleep(0.01)
-    pytest.fail(f"step {step} was not reached: {[p.communicate()[0] for p in processes if p.poll() is not None]}")
+    pytest.fail(f"step {step} was not reached: {finish(both, 0)}")
+
+
+def alone(workdir):
+    """The same run in this process, which has all eight devices."""
+    assert train(tiny_config(text(), **SETTINGS), workdir).step == SETTINGS["steps"]
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory):
+def whole(both, tmp_path_factory):
     """The directory of a run in two processes."""
     workdir = tmp_path_factory.mktemp("two") / "run"
-    results = finish(launch(workdir))
+    launch(both, workdir)
+    results = finish(both)
     assert [status for status, _ in results] == [0, 0], results
     assert "8 cpu devices (2 data x 4 context)" in results[0][1]
     assert "bits per byte on the held-out text" in results[0][1]
@@ -114,24 +107,24 @@ def parameters(workdir):
 
 
 def test_two_processes_are_one(whole, tmp_path):
-    (result,) = finish(launch(tmp_path / "run", processes=1, devices=8))
-    assert result[0] == 0, result[1]
+    alone(tmp_path / "run")
     np.testing.assert_allclose(losses(whole), losses(tmp_path / "run"), rtol=1e-5)
     want = parameters(tmp_path / "run")
     for name, x in parameters(whole).items():
         assert np.linalg.norm(x - want[name]) <= 1e-3 * max(np.linalg.norm(want[name]), 1e-3), name
 
 
-def test_one_killed_ends_the_other_and_a_restart_goes_on(whole, tmp_path):
+def test_one_killed_ends_the_other_and_a_restart_goes_on(both, whole, tmp_path):
     workdir = tmp_path / "run"
-    processes = launch(workdir)
-    wait_for(workdir, 10, processes)
-    processes[1].send_signal(signal.SIGKILL)
+    launch(both, workdir)
+    wait_for(both, workdir, 10)
+    both[1].signal(signal.SIGKILL)
     began = time.monotonic()
-    (status, said), _ = finish(processes, timeout=60)
+    (status, said), _ = finish(both, timeout=60)
     assert time.monotonic() - began < 60
     assert status not in (0, -signal.SIGKILL), said
-    results = finish(launch(workdir))
+    launch(both, workdir)
+    results = finish(both)
     assert [status for status, _ in results] == [0, 0], results
     assert "going on from the checkpoint of step" in results[0][1]
     assert rows(workdir) == rows(whole)
@@ -139,20 +132,19 @@ def test_one_killed_ends_the_other_and_a_restart_goes_on(whole, tmp_path):
         np.testing.assert_array_equal(x, parameters(whole)[name], err_msg=name)
 
 
-def test_sigterm_to_one_saves_and_ends_all_and_one_alone_goes_on(whole, tmp_path):
+def test_sigterm_to_one_saves_and_ends_all_and_one_alone_goes_on(both, whole, tmp_path, capsys):
     workdir = tmp_path / "run"
-    processes = launch(workdir)
-    wait_for(workdir, 7, processes)
-    processes[1].send_signal(signal.SIGTERM)
-    results = finish(processes)
+    launch(both, workdir)
+    wait_for(both, workdir, 7)
+    both[1].signal(signal.SIGTERM)
+    results = finish(both)
     assert [status for status, _ in results] == [0, 0], results
     assert "asked to stop by SIGTERM; saved" in results[0][1]
     step = read_metrics(workdir)[-1]["step"]
     assert (workdir / "checkpoints" / str(step)).is_dir()
     assert rows(workdir) == [row for row in rows(whole) if row["step"] <= step]
-    (result,) = finish(launch(workdir, processes=1, devices=8))
-    assert result[0] == 0, result[1]
-    assert f"going on from the checkpoint of step {step}" in result[1]
+    alone(workdir)
+    assert f"going on from the checkpoint of step {step}" in capsys.readouterr().out
     np.testing.assert_allclose(losses(workdir), losses(whole), rtol=1e-4)
 
 

@@ -6,11 +6,9 @@ import subprocess
 import sys
 import time
 
-import pytest
-
 from osdn_jax.training import read_metrics
 from osdn_jax.training.interruption import Stop, Watchdog
-from support.runs import ROOT, assert_same_run, command, compiled_once, finished, run
+from support.runs import ROOT, assert_same_run, command, finished, run
 
 HANGS = """
 import time
@@ -51,13 +49,6 @@ def test_stop_listens_and_puts_back_what_was():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-@pytest.fixture
-def _compiled():
-    with compiled_once():
-        yield
-
-
-@pytest.mark.usefixtures("_compiled")
 def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     finished()
     line, keywords = command(tmp_path / "run")
@@ -80,7 +71,6 @@ def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
     assert_same_run(tmp_path / "run", finished()[0])
 
 
-@pytest.mark.usefixtures("_compiled")
 def test_a_trace_of_some_steps(tmp_path):
     done = run(tmp_path / "run", "--profile=3:4", "--stop_at=6")
     assert (done.returncode, done.stderr) == (0, "")

@@ -30,14 +30,7 @@ from osdn_jax.training import (
 from osdn_jax.training.gpus import peak_flops
 from support import assert_close
 from support.models import reference_logits
-from support.runs import assert_same_run, compiled_once, finished, rows, text, tiny_config, write_text
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once():
-    with compiled_once():
-        yield
-
+from support.runs import assert_same_run, finished, rows, text, tiny_config, write_text
 
 # What a run writes
 

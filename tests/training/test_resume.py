@@ -1,6 +1,7 @@
 """A run that was interrupted, killed or damaged comes to the same end, bit for bit, as one that was not."""
 
 import gc
+import json
 import shutil
 import signal
 import subprocess
@@ -10,11 +11,11 @@ import numpy as np
 import pytest
 
 from osdn_jax.training import read_metrics, train
+from support.forks import Forks
 from support.runs import (
     arrays,
     assert_same_run,
     command,
-    compiled_once,
     finished,
     position,
     rows,
@@ -22,12 +23,6 @@ from support.runs import (
     text,
     tiny_config,
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once():
-    with compiled_once():
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -121,47 +116,47 @@ def test_where_nothing_more_can_be_written_the_last_checkpoint_stays(interrupted
 EVERY_STEP = "--config.checkpoint.every=1"
 
 
+@pytest.fixture
+def forks():
+    keywords = command(None)[1]
+    with Forks(env=keywords["env"], cwd=keywords["cwd"]) as forks:
+        yield forks
+
+
 def saving(workdir):
     """Whether a checkpoint is being written, as one sees it from outside."""
     return any((workdir / "checkpoints").glob("*tmp*"))
 
 
-def reached(step):
-    """Whether the rows of the run have come to a step."""
-
-    def moment(workdir):
-        try:
-            return read_metrics(workdir)[-1]["step"] >= step
-        except (FileNotFoundError, IndexError):
-            return False
-
-    return moment
-
-
-def kill(workdir, moment, *arguments):
-    """Starts train.py and ends it by SIGKILL at a moment; returns the steps of checkpoints complete by then."""
-    line, keywords = command(workdir, EVERY_STEP, *arguments)
-    process = subprocess.Popen(line, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, **keywords)
+def last_step(workdir):
+    """The step of the last row; 0 before there is one. Quick, because it is asked again and again."""
     try:
-        end = time.monotonic() + 90
-        while time.monotonic() < end and process.poll() is None and not moment(workdir):
-            time.sleep(0.0005)
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL, "the run was over before it was killed"
-    finally:
-        process.kill()
-        process.wait()
+        complete = (workdir / "metrics.jsonl").read_bytes().rpartition(b"\n")[0]
+    except FileNotFoundError:
+        return 0
+    return json.loads(complete.rpartition(b"\n")[2])["step"] if complete else 0
+
+
+def kill(forks, workdir, moment, *arguments):
+    """Starts train.py and ends it by SIGKILL at a moment; returns the steps of checkpoints complete by then."""
+    forks.start(command(workdir, EVERY_STEP, *arguments)[0][1:])
+    end = time.monotonic() + 90
+    while time.monotonic() < end and forks.running() and not moment(workdir):
+        time.sleep(0.002)
+    assert forks.running(), "the run was over before it was killed"
+    forks.signal(signal.SIGKILL)
+    assert forks.wait() == -signal.SIGKILL
     return steps_kept(workdir)
 
 
-def test_killed_at_any_moment_a_run_loses_no_more_than_the_step_under_way(tmp_path, capsys):
+def test_killed_at_any_moment_a_run_loses_no_more_than_the_step_under_way(forks, tmp_path, capsys):
     workdir = tmp_path / "run"
     finished()  # its programs are compiled by now
     for moment in (
         lambda folder: saving(folder) and steps_kept(folder),  # while a checkpoint is written
-        reached(14),  # between two of them, or wherever it was
+        lambda folder: last_step(folder) >= 14,  # between two of them, or wherever it was
     ):
-        before = kill(workdir, moment)
+        before = kill(forks, workdir, moment)
         seen = rows(workdir)[-1]["step"]
         assert before[-1] < 40
         assert before[-1] >= seen - 2  # the save of the step before the last row may still have been under way
@@ -176,25 +171,25 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_the_step_under_way(tmp_pa
     assert not saving(workdir)  # what the dead left is cleared away
 
 
-def test_killed_twenty_times_at_random(tmp_path, capsys):
+def test_killed_twenty_times_at_random(forks, tmp_path, capsys):
     """Whatever the moment, the next start goes on from a complete checkpoint, no older than the last one saved."""
     workdir, draw = tmp_path / "run", np.random.default_rng(0)
-    finished()
     newest = 0
     for _ in range(20):
         wait = float(draw.uniform(0.0, 0.15))
 
         def moment(folder, newest=newest, wait=wait):
-            if not reached(newest + 3)(folder):
+            if last_step(folder) < newest + 3:
                 return False
             time.sleep(wait)
             return True
 
-        kept = kill(workdir, moment, "--config.steps=2000")
+        kept = kill(forks, workdir, moment, "--config.steps=2000", "--config.model.rule=linear_attention")
         seen = read_metrics(workdir)[-1]["step"]
         assert kept[-1] >= max(newest, seen - 2)
         newest = kept[-1]
-    train(tiny_config(text(), checkpoint__every=1, steps=2000), workdir, stop_at=newest + 1)
+    config = tiny_config(text(), checkpoint__every=1, steps=2000, model__rule="linear_attention")
+    train(config, workdir, stop_at=newest + 1)
     said = capsys.readouterr().out
     assert f"going on from the checkpoint of step {newest:,} of 2,000" in said
     assert "warning" not in said

@@ -32,7 +32,7 @@ from osdn_jax.training import (
 )
 from support.corpora import write_jsonl, write_parquet, write_sentencepiece, write_tokenizer
 from support.models import reference_logits
-from support.runs import compiled_once, rows, tiny_config, write_text
+from support.runs import rows, tiny_config, write_text
 
 LINES = 60
 
@@ -49,12 +49,6 @@ def corpus(tmp_path_factory):
     write_parquet(folder / "set" / "train.parquet", lines)
     prepare(folder / "rows.jsonl", folder / "prepared", tokenizer=folder / "tokenizer.json", shard_bytes=1500)
     return folder
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _compiled_once():
-    with compiled_once():
-        yield
 
 
 def config_of(corpus, data="rows.jsonl", tokenizer="tokenizer.json", **changes):

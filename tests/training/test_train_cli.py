@@ -1,44 +1,12 @@
 """The command line of train.py: a mistake ends in one clear line and status 2, whatever it is."""
 
 import json
-import subprocess
-import sys
-import textwrap
 
 import pytest
 
 from osdn_jax.training import train
-from support.runs import command, compiled_once, run, scratch, text, tiny_config, write_text
-
-# A process for each command line, forked from one that has imported everything: starting Python anew takes seconds.
-MANY = """
-    import json, os, pathlib, runpy, sys, tempfile, traceback
-    import osdn_jax.training
-
-    results = {}
-    for name, arguments in json.load(sys.stdin).items():
-        with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-            child = os.fork()
-            if not child:
-                os.dup2(out.fileno(), 1), os.dup2(err.fileno(), 2)
-                sys.argv, status = arguments, 0
-                try:
-                    runpy.run_path(arguments[0], run_name="__main__")
-                except SystemExit as end:
-                    status = end.code or 0
-                except BaseException:
-                    traceback.print_exc()
-                    status = 1
-                sys.stdout.flush(), sys.stderr.flush()
-                os._exit(status)
-            status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-            said = []
-            for file in (out, err):
-                file.seek(0)
-                said.append(file.read().decode())
-        results[name] = dict(zip(("status", "out", "err"), (status, *said)))
-    print(json.dumps(results))
-"""
+from support.forks import Forks
+from support.runs import command, run, scratch, text, tiny_config, write_text
 
 
 @pytest.fixture(scope="module")
@@ -46,8 +14,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("cli")
     (folder / "empty").mkdir()
     (folder / "binary.txt").write_bytes(bytes(range(256)))
-    with compiled_once():
-        train(tiny_config(text()), folder / "run", stop_at=1)
+    train(tiny_config(text()), folder / "run", stop_at=1)
     return folder
 
 
@@ -93,23 +60,18 @@ MISTAKES = {
 
 @pytest.fixture(scope="module")
 def answers(folder):
-    lines = {}
-    for name, (arguments, _) in MISTAKES.items():
-        line, keywords = command(None if arguments is None else folder / name)
-        given = [argument.format(folder=folder) for argument in arguments or []]
-        flags = {argument.split("=")[0] for argument in given}
-        line = [item for item in line if item.split("=")[0] not in flags]
-        lines[name] = [*line[1:], *given]
-    done = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(MANY)],
-        check=False,
-        input=json.dumps(lines),
-        capture_output=True,
-        timeout=120,
-        **keywords,
-    )
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    said = {}
+    environment = command(None)[1]
+    with Forks(env=environment["env"], cwd=environment["cwd"]) as forks:
+        for name, (arguments, _) in MISTAKES.items():
+            line = command(None if arguments is None else folder / name)[0]
+            given = [argument.format(folder=folder) for argument in arguments or []]
+            flags = {argument.split("=")[0] for argument in given}
+            line = [item for item in line[1:] if item.split("=")[0] not in flags]
+            out, err = (folder / f"{name}.{kind}" for kind in ("out", "err"))
+            forks.start([*line, *given], out=out, err=err)
+            said[name] = {"status": forks.wait(), "out": out.read_text(), "err": err.read_text()}
+    return said
 
 
 @pytest.mark.parametrize("name", MISTAKES)
@@ -130,8 +92,7 @@ def test_a_mistake_ends_in_one_line_that_names_it(name, answers, folder):
 
 
 def test_the_run_of_another_configuration_is_untouched(answers, folder):
-    with compiled_once():
-        assert train(tiny_config(text()), folder / "run", stop_at=1).step == 1
+    assert train(tiny_config(text()), folder / "run", stop_at=1).step == 1
 
 
 def test_a_process_of_its_own_ends_with_status_2(tmp_path):

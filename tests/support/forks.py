@@ -1,0 +1,73 @@
+"""Processes of Python scripts that start at once: forked from one that has imported everything, which takes seconds."""
+
+import contextlib
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+
+SERVER = """
+import json, os, runpy, sys, traceback
+import osdn_jax.training
+
+for line in sys.stdin:
+    arguments, out, err = json.loads(line)
+    child = os.fork()
+    if not child:
+        for number, path in ((1, out), (2, err)):
+            os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
+        sys.argv, status = arguments, 0
+        try:
+            runpy.run_path(arguments[0], run_name="__main__")
+        except SystemExit as end:
+            status = end.code or 0
+        except BaseException:
+            traceback.print_exc()
+            status = 1
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(status)
+    print(child, flush=True)
+    print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
+"""
+
+
+class Forks:
+    """Runs [script, *arguments] in processes of their own, one after the other. env and cwd are those of subprocess."""
+
+    def __init__(self, *, env, cwd):
+        pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
+        self._server = subprocess.Popen([sys.executable, "-c", SERVER], env=env, cwd=cwd, **pipes)
+        self._child = None
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL)
+        self._server.stdin.close()
+        self._server.wait()
+        self._server.stdout.close()
+
+    def start(self, line, *, out=os.devnull, err=os.devnull):
+        """Starts a process; what it says goes to two files, or to one."""
+        self._server.stdin.write(json.dumps([line, str(out), str(err)]).encode() + b"\n")
+        self._child = int(self._server.stdout.readline())
+
+    def running(self, seconds=0):
+        """Whether the process that was started has not ended, after so many seconds at most."""
+        return not select.select([self._server.stdout], [], [], seconds)[0]
+
+    def signal(self, number):
+        """Sends the process a signal."""
+        os.kill(self._child, number)
+
+    def wait(self, timeout=120):
+        """The process's exit status, as that of subprocess; it is killed where it takes longer."""
+        if self.running(timeout):
+            self.signal(signal.SIGKILL)
+        self._child = None
+        return int(self._server.stdout.readline())
