@@ -45,9 +45,9 @@ def pure(module):
 @pytest.mark.parametrize(
     ("rule", "mesh"),
     [
-        *((rule, "all") for rule in ("osdn", "os_gdn", "gdn2", "pkda", "mamba2", "transformer")),
+        *((rule, "all") for rule in ("osdn", "os_gdn", "gdn2", "pdn", "mamba2", "transformer")),
         ("gated_delta_net", "fsdp and tensor"),
-        ("os_kda", "data and context"),
+        ("kda", "data and context"),
     ],
 )
 def test_mixers(rule, mesh):
@@ -109,7 +109,8 @@ def test_every_parameter_has_axes():
 
 
 def test_gradients_lie_where_parameters_lie():
-    config = ModelConfig(vocab_size=8, layers=1, mixer=small_mixer("pkda"), mlp_dim=8)
+    mixer = small_mixer("pkda", implementation="scan")  # the smallest program of the rule with the most parameters
+    config = ModelConfig(vocab_size=8, layers=1, mixer=mixer, mlp_dim=8)
     apply, parameters = functional(CausalLM(config, rngs=nnx.Rngs(0)))
     tokens = jnp.asarray(np.random.default_rng(4).integers(8, size=(B, T)), jnp.int32)
     mesh = make_mesh(MESHES["fsdp and tensor"])

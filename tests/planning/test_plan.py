@@ -150,7 +150,7 @@ def test_mistakes(topology, gpu, changes, said):
 
 
 def test_one_device_needs_no_mesh():
-    made = planning.plan(small(mesh__fsdp=1), "1x1")
+    made = planning.plan(small(mesh__fsdp=1, model__layers=1), "1x1")
     assert (made.traffic, made.ceiling, made.fits) == ((), None, None)
     said = planning.report(made)
     assert "no collectives" in said

@@ -1,14 +1,14 @@
 """The command line and the record of a configuration in the working directory."""
 
 import runpy
-import subprocess
-import sys
 import textwrap
+from types import SimpleNamespace
 
 import pytest
 from ml_collections import ConfigDict, config_dict
 
 from osdn_jax.training import config as C
+from support.forks import Forks
 
 CONFIG = """
     from ml_collections import ConfigDict, config_dict
@@ -50,21 +50,18 @@ def script(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def command(script, monkeypatch, request):
-    def call(*args):
-        root = str(request.config.rootpath)
-        return subprocess.run(
-            [sys.executable, "train.py", *args],
-            check=False,
-            cwd=script,
-            env={"PYTHONPATH": root, "PATH": ""},
-            capture_output=True,
-            text=True,
-            timeout=60,
-        )
+@pytest.fixture(scope="module")
+def command(script, request):
+    with Forks(env={"PYTHONPATH": str(request.config.rootpath), "PATH": ""}, cwd=script) as forks:
 
-    return call
+        def call(*args):
+            forks.start(["train.py", *args], out=script / "out", err=script / "err")
+            status = forks.wait(60)
+            return SimpleNamespace(
+                returncode=status, stdout=(script / "out").read_text(), stderr=(script / "err").read_text()
+            )
+
+        yield call
 
 
 # parse_arg

@@ -355,7 +355,7 @@ def test_a_stop_below_one_is_refused(tmp_path):
 def test_mfu_where_the_peak_is_known(tmp_path, monkeypatch):
     """FLOPs by formula times the speed over the peak of all devices."""
     monkeypatch.setattr(loop, "peak_flops", lambda kind: 1e9)
-    config = tiny_config(text(), steps=6, validation__every=6, mesh__data=2)
+    config = tiny_config(text(), steps=6, validation__every=6, mesh__data=2, model__rule="linear_attention")
     train(config, tmp_path / "run")
     model = build_model_config(config)
     flops = per_token(model, functional(build_model(config))[1], config.sequence_length).training
