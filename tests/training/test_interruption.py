@@ -8,7 +8,7 @@ import time
 
 from osdn_jax.training import read_metrics
 from osdn_jax.training.interruption import Stop, Watchdog
-from support.runs import ROOT, assert_same_run, command, finished, run
+from support.runs import ROOT, assert_same_run, command, finished
 
 HANGS = """
 import time
@@ -49,32 +49,29 @@ def test_stop_listens_and_puts_back_what_was():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(tmp_path):
+def test_sigterm_saves_and_the_same_command_goes_on(forks, tmp_path):
     finished()
-    line, keywords = command(tmp_path / "run")
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, **keywords)
-    try:
-        end = time.monotonic() + 90
-        while time.monotonic() < end and not (tmp_path / "run" / "metrics.jsonl").exists():
-            time.sleep(0.01)
-        process.send_signal(signal.SIGTERM)
-        said, errors = process.communicate(timeout=60)
-    finally:
-        process.kill()
-    assert (process.returncode, errors) == (0, "")
+    line = command(tmp_path / "run")[0][1:]
+    out, err = tmp_path / "out", tmp_path / "err"
+    forks.start(line, out=out, err=err)
+    end = time.monotonic() + 90
+    while time.monotonic() < end and forks.running() and not (tmp_path / "run" / "metrics.jsonl").exists():
+        time.sleep(0.01)
+    forks.signal(signal.SIGTERM)
+    assert (forks.wait(60), err.read_text()) == (0, "")
+    said = out.read_text()
     step = read_metrics(tmp_path / "run")[-1]["step"]
     assert 0 < step < 40
     assert f"step {step}: asked to stop by SIGTERM; saved" in said
     assert f"stopped after step {step}; the same command goes on from there" in said
     assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
-    assert run(tmp_path / "run").returncode == 0
+    forks.start(line)
+    assert forks.wait() == 0
     assert_same_run(tmp_path / "run", finished()[0])
 
 
-def test_a_trace_of_some_steps(tmp_path):
-    done = run(tmp_path / "run", "--profile=3:4", "--stop_at=6")
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_trace_of_some_steps(forks, tmp_path):
+    line = command(tmp_path / "run", "--profile=3:4", "--stop_at=6")[0][1:]
+    forks.start(line, err=tmp_path / "err")
+    assert (forks.wait(), (tmp_path / "err").read_text()) == (0, "")
     assert list((tmp_path / "run" / "profile").rglob("*.xplane.pb"))
-    done = run(tmp_path / "other", "--profile=4:3")
-    assert done.returncode == 2
-    assert "profile: got '4:3', expected FIRST:LAST" in done.stderr

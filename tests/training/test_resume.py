@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 
 from osdn_jax.training import read_metrics, train
-from support.forks import Forks
 from support.runs import (
     arrays,
     assert_same_run,
@@ -114,13 +113,6 @@ def test_where_nothing_more_can_be_written_the_last_checkpoint_stays(interrupted
 # Killed
 
 EVERY_STEP = "--config.checkpoint.every=1"
-
-
-@pytest.fixture
-def forks():
-    keywords = command(None)[1]
-    with Forks(env=keywords["env"], cwd=keywords["cwd"]) as forks:
-        yield forks
 
 
 def saving(workdir):

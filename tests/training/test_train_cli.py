@@ -5,7 +5,6 @@ import json
 import pytest
 
 from osdn_jax.training import train
-from support.forks import Forks
 from support.runs import command, run, scratch, text, tiny_config, write_text
 
 
@@ -37,6 +36,7 @@ MISTAKES = {
     "steps": (["--config.steps=0"], ["steps: got 0, expected at least 1"]),
     "warm-up": (["--config.steps=4"], ["optimizer.warmup_steps: got 4, expected from 0 to below steps = 4"]),
     "stop_at": (["--stop_at=0"], ["stop_at"]),
+    "profile": (["--profile=4:3"], ["profile: got '4:3', expected FIRST:LAST"]),
     "argument": (["steps=3"], ["unexpected argument 'steps=3'"]),
     "another run": (
         ["--workdir={folder}/run", "--config.seed=1"],
@@ -59,18 +59,16 @@ MISTAKES = {
 
 
 @pytest.fixture(scope="module")
-def answers(folder):
+def answers(forks, folder):
     said = {}
-    environment = command(None)[1]
-    with Forks(env=environment["env"], cwd=environment["cwd"]) as forks:
-        for name, (arguments, _) in MISTAKES.items():
-            line = command(None if arguments is None else folder / name)[0]
-            given = [argument.format(folder=folder) for argument in arguments or []]
-            flags = {argument.split("=")[0] for argument in given}
-            line = [item for item in line[1:] if item.split("=")[0] not in flags]
-            out, err = (folder / f"{name}.{kind}" for kind in ("out", "err"))
-            forks.start([*line, *given], out=out, err=err)
-            said[name] = {"status": forks.wait(), "out": out.read_text(), "err": err.read_text()}
+    for name, (arguments, _) in MISTAKES.items():
+        line, _ = command(None if arguments is None else folder / name)
+        given = [argument.format(folder=folder) for argument in arguments or []]
+        flags = {argument.split("=")[0] for argument in given}
+        line = [item for item in line[1:] if item.split("=")[0] not in flags]
+        out, err = (folder / f"{name}.{kind}" for kind in ("out", "err"))
+        forks.start([*line, *given], out=out, err=err)
+        said[name] = {"status": forks.wait(), "out": out.read_text(), "err": err.read_text()}
     return said
 
 
