@@ -45,17 +45,23 @@ class Forks:
         return self
 
     def __exit__(self, *_):
-        if self._child is not None:
-            with contextlib.suppress(ProcessLookupError):
-                self.signal(signal.SIGKILL)
+        self._end()
         self._server.stdin.close()
         self._server.wait()
         self._server.stdout.close()
 
     def start(self, line, *, out=os.devnull, err=os.devnull):
         """Starts a process; what it says goes to two files, or to one."""
+        self._end()
         self._server.stdin.write(json.dumps([line, str(out), str(err)]).encode() + b"\n")
         self._child = int(self._server.stdout.readline())
+
+    def _end(self):
+        """Of a process that nobody has waited for, because a test failed."""
+        if self._child is not None:
+            with contextlib.suppress(ProcessLookupError):
+                self.signal(signal.SIGKILL)
+            self.wait()
 
     def running(self, seconds=0):
         """Whether the process that was started has not ended, after so many seconds at most."""
