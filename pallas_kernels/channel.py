@@ -6,6 +6,7 @@ and read keys decay from the middle and its write keys up to it, so that no fact
 differences.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -15,17 +16,18 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
-from pallas_kernels.inverse import SCRATCH, times_inverse, unit_lower_inverse
+from pallas_kernels.inverse import SCRATCH as INVERSE
+from pallas_kernels.inverse import times_inverse, unit_lower_inverse
 from pallas_kernels.prepare import Chunks, Static, pair_decay
 from pallas_kernels.tiles import (
     CHUNK,
     along_columns,
+    anew,
     indices,
     launch,
     product,
     products,
     read,
-    read_global,
     row_scale,
     smem,
     split,
@@ -92,110 +94,105 @@ def prepare_channel(
 
     def body(q_ref: Any, k_ref: Any, w_ref: Any, decay_ref: Any, gates_ref: Any, *refs: Any) -> None:
         decayed_refs, (scores_ref, *solution_refs), refs = refs[:3], refs[3 : len(out)], refs[len(out) :]
-        q_s, k_s, w_s, x_s, decay_s, mask_s, p_s, inverse_s, gates_s, again_s, *spare, loaded = refs
+        w_s, shared, gates_s, again_s, loaded, keys_loaded = refs
+        (keys_s, x_s, log_decay_s, decay_s, mask_s), inverse_s, (p_s, halves_s, solved_s) = shared
         b, h, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
         rows = pl.ds(n * CHUNK, CHUNK)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
-        for c in range(parts):
-            part = pl.ds(c * PART, PART)
-            plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head, part], q_s.at[c], loaded)
-            plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head, part], k_s.at[c], loaded)
-            plgpu.copy_gmem_to_smem(w_ref.at[b, rows, write_head, part], w_s.at[c], loaded)
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], again_s, loaded)
 
-        @pl.loop(0, parts)
-        def _(c: Any) -> None:
-            decay = read_global(decay_ref.at[b, rows, h, pl.ds(c * PART, PART)])
-            split(decay, decay_s.at[c, 0], decay_s.at[c, 1])
-
-        plgpu.barrier_wait(loaded)
+        def channels(c: Any) -> Any:
+            return pl.ds(c * PART, PART)
 
         def set_mask(mask: jax.Array) -> None:
             mask_s[...] = mask.astype(jnp.bfloat16)
             plgpu.commit_smem()
 
-        def decayed(c: Any, *keys: tuple[Any, int]) -> None:
-            """Writes one part of keys, multiplied by their decay under the mask, to x_s: pairs of (tile, where to)."""
-            factor = jnp.exp(summed(mask_s, decay_s.at[c]))
-            for source, slot in keys:
-                x_s[slot, ...] = (read(source.at[c]) * factor).astype(dtype)
+        def decayed(keys: Sequence[Any], targets: Sequence[Any]) -> None:
+            """Writes keys, multiplied by their decay under the mask."""
+            factor = jnp.exp(summed(mask_s, decay_s))
+            for source, target in zip(keys, targets, strict=True):
+                target[...] = (read(source) * factor).astype(dtype)
             plgpu.commit_smem()
 
-        set_mask(from_start_mask())
-
-        @pl.loop(0, parts)
-        def _(c: Any) -> None:
-            decayed(c, (q_s, _Q), (k_s, _K))
+        def part(c: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            """Adds the products of 64 channels to <q, w> and <k, w>, and writes them decayed to the chunk's ends."""
+            scores, lower = carry
+            keys = [keys_s.at[_Q], keys_s.at[_K], w_s.at[c]]
+            for ref, head, target in zip((q_ref, k_ref, w_ref), (key_head, key_head, write_head), keys, strict=True):
+                plgpu.copy_gmem_to_smem(ref.at[b, rows, head, channels(c)], target, keys_loaded)
+            plgpu.copy_gmem_to_smem(decay_ref.at[b, rows, h, channels(c)], log_decay_s, keys_loaded)
+            plgpu.barrier_wait(keys_loaded)
+            split(read(log_decay_s), decay_s.at[0], decay_s.at[1])
+            set_mask(from_start_mask())
+            x = [x_s.at[slot] for slot in (_Q, _K)]
+            decayed(keys[:2], x)
             for slot in (_Q, _K):
-                plgpu.copy_smem_to_gmem(x_s.at[slot], decayed_refs[slot].at[b, rows, h, pl.ds(c * PART, PART)])
+                plgpu.copy_smem_to_gmem(x[slot], decayed_refs[slot].at[b, rows, h, channels(c)])
+            i, j = indices((CHUNK, CHUNK))
+            own = along_columns(jnp.sum(read(keys[_Q]) * read(keys[_W]), axis=1), scores)
+            scores = scores + jnp.where(i == j, own, 0.0)
             plgpu.wait_smem_to_gmem(0)
 
-        def own(c: Any, scores: jax.Array) -> jax.Array:
-            i, j = indices((CHUNK, CHUNK))
-            diagonal = jnp.sum(read(q_s.at[c]) * read(w_s.at[c]), axis=1)
-            return scores + jnp.where(i == j, along_columns(diagonal, scores), 0.0)
-
-        def join(level: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-            set_mask(level_mask(level))
-
-            def add(c: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+            def join(level: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 scores, lower = carry
-                decayed(c, (q_s, _Q), (k_s, _K), (w_s, _W))
-                scores = scores + jnp.where(corners(level), product(x_s.at[_Q], x_s.at[_W].T), 0.0)
+                new_x_s, new_keys_s, new_w_s = anew(x_s, keys_s, w_s)
+                x = [new_x_s.at[slot] for slot in (_Q, _K, _W)]
+                set_mask(level_mask(level))
+                decayed([new_keys_s.at[_Q], new_keys_s.at[_K], new_w_s.at[c]], x)
+                scores = scores + jnp.where(corners(level), product(x[_Q], x[_W].T), 0.0)
                 if static.erase:
-                    lower = lower + jnp.where(corners(level), product(x_s.at[_K], x_s.at[_W].T), 0.0)
+                    lower = lower + jnp.where(corners(level), product(x[_K], x[_W].T), 0.0)
                 return scores, lower
 
-            return lax.fori_loop(0, parts, add, carry)
+            scores, lower = lax.fori_loop(0, LEVELS, join, (scores, lower))
+            # From here on w_s holds the write keys decayed to the end of the chunk.
+            set_mask(to_end_mask())
+            decayed([w_s.at[c]], [w_s.at[c]])
+            plgpu.copy_smem_to_gmem(w_s.at[c], decayed_refs[_W].at[b, rows, h, channels(c)])
+            return scores, lower
 
-        start = lax.fori_loop(0, parts, own, zeros(CHUNK, CHUNK)), zeros(CHUNK, CHUNK)
-        scores, lower = lax.fori_loop(0, LEVELS, join, start)
-        # From here on w_s holds the write keys decayed to the end of the chunk.
-        set_mask(to_end_mask())
-
-        @pl.loop(0, parts)
-        def _(c: Any) -> None:
-            decayed(c, (w_s, _W))
-            w_s[c, ...] = x_s[_W, ...]
-            plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(w_s.at[c], decayed_refs[_W].at[b, rows, h, pl.ds(c * PART, PART)])
-
+        scores, lower = lax.fori_loop(0, parts, part, (zeros(CHUNK, CHUNK), zeros(CHUNK, CHUNK)))
+        plgpu.barrier_wait(loaded)
         same = pair_decay(gates_s, again_s, static)
         scores = scores * (same * static.scale)
         if static.erase:
             lower = lower * same
-            tiles = [*(decay_s.at[c, half] for c in range(parts) for half in (0, 1)), *spare]
-            inverse = unit_lower_inverse(lower * row_scale(gates_s.at[BETA], lower), tiles)
-            scores = times_inverse(scores, inverse, tiles)
+            inverse = unit_lower_inverse(lower * row_scale(gates_s.at[BETA], lower), inverse_s)
+            scores = times_inverse(scores, inverse_s)
             until_end = inverse * row_scale(gates_s.at[TO_END], inverse) if static.gated else inverse
-            split(until_end, inverse_s.at[0], inverse_s.at[1])
-            plgpu.commit_smem()
-
-            @pl.loop(0, parts)
-            def _(c: Any) -> None:
-                (solved,) = products([(inverse_s.at[0].T, w_s.at[c]), (inverse_s.at[1].T, w_s.at[c])])
-                plgpu.wait_smem_to_gmem(0)
-                x_s[0, ...] = solved.astype(dtype)
-                plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(x_s.at[0], solution_refs[0].at[b, rows, h, pl.ds(c * PART, PART)])
-
-        if invert:
-            split(inverse, inverse_s.at[0], inverse_s.at[1])
+            plgpu.commit_smem()  # the inverse's memory has served
+            split(until_end, halves_s.at[0], halves_s.at[1])
         p_s[...] = scores.astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(p_s, scores_ref.at[b, h, n])
+        if static.erase:
+
+            @pl.loop(0, parts)
+            def _(c: Any) -> None:
+                (solved,) = products([(halves_s.at[half].T, w_s.at[c]) for half in (0, 1)])
+                plgpu.wait_smem_to_gmem(0)
+                solved_s[...] = solved.astype(dtype)
+                plgpu.commit_smem()
+                plgpu.copy_smem_to_gmem(solved_s, solution_refs[0].at[b, rows, h, channels(c)])
+
+        if invert:
+            plgpu.commit_smem()
+            split(inverse, halves_s.at[0], halves_s.at[1])
+            plgpu.commit_smem()
         for half in range(2 * invert):
-            plgpu.copy_smem_to_gmem(inverse_s.at[half], solution_refs[1 + half].at[b, h, n])
+            plgpu.copy_smem_to_gmem(halves_s.at[half], solution_refs[1 + half].at[b, h, n])
         plgpu.wait_smem_to_gmem(0)
 
-    spare = max(0, len(SCRATCH) - 2 * parts) if static.erase else 0  # the inverse takes over the decays' tiles
-    scratch = [smem(parts, CHUNK, PART, dtype=dtype)] * 3
-    scratch += [smem(3, CHUNK, PART, dtype=dtype), smem(parts, 2, CHUNK, PART, dtype=jnp.bfloat16)]
-    scratch += [smem(CHUNK, CHUNK, dtype=jnp.bfloat16)]
-    scratch += [smem(CHUNK, CHUNK, dtype=dtype), smem(2, CHUNK, CHUNK, dtype=dtype)]
-    scratch += [plgpu.SMEM((GATES, CHUNK), jnp.float32)] * 2
-    scratch += [*SCRATCH[:spare], plgpu.Barrier(num_arrivals=3 * parts + 2)]
+    tile, square = smem(CHUNK, PART, dtype=dtype), smem(CHUNK, CHUNK, dtype=dtype)
+    gates_tile = plgpu.SMEM((GATES, CHUNK), jnp.float32)
+    # One after the other: what a part works in, what the inverse does, what is written. So an H200 holds two blocks.
+    working = [smem(count, CHUNK, PART, dtype=dtype) for count in (2, 3)] + [smem(CHUNK, PART, dtype=jnp.float32)]
+    working += [smem(2, CHUNK, PART, dtype=jnp.bfloat16), smem(CHUNK, CHUNK, dtype=jnp.bfloat16)]
+    shared = plgpu.RefUnion(working, INVERSE, [square, smem(2, CHUNK, CHUNK, dtype=dtype), tile])
+    scratch = [smem(parts, CHUNK, PART, dtype=dtype), shared, gates_tile, gates_tile]
+    scratch += [plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=4)]
     grid = {"chunk": count, "head": heads, "batch": batch}
     arguments = [q, k, w, log_decay, gates]
     results = launch(body, "delta_rule_prepare_channel", out, grid, scratch, static.interpret, arguments)

@@ -105,7 +105,9 @@ def channel_gradients(
         def to_tokens(exponent: jax.Array, tiles: _Operands) -> jax.Array:
             split(exponent, tiles.exponent.at[0], tiles.exponent.at[1])
             plgpu.commit_smem()
-            return summed(mask_s, tiles.exponent, transpose=True)
+            at_tokens = summed(mask_s, tiles.exponent, transpose=True)
+            plgpu.commit_smem()  # the mask has served
+            return at_tokens
 
         # Through the memories at the two ends of the chunk.
         sums_s[_DECAY, ...] = zeros(CHUNK, PART)

@@ -178,4 +178,5 @@ def walk_back(
         [*parts.blocks(size, k.dtype, cotangent.dtype), plgpu.Barrier(num_arrivals=3)] if static.exact else [],
     ]
     grid = {"head": heads, "batch": batch}
-    return list(launch(body, "hypergradient_walk_back", out, grid, scratch, static.interpret, inputs))
+    run = (body, "hypergradient_walk_back", out, grid, scratch, static.interpret, inputs)
+    return list(launch(*run, automatic_barriers=True))

@@ -118,4 +118,4 @@ def expand(
         [] if redone_only else of_a_chunk,  # blocks that need less of the memory leave room for others
     ]
     grid = {"chunk": count, "head": heads, "batch": batch}
-    return launch(body, "hypergradient_expand", out, grid, scratch, static.interpret, inputs)
+    return launch(body, "hypergradient_expand", out, grid, scratch, static.interpret, inputs, automatic_barriers=True)

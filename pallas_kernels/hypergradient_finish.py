@@ -186,4 +186,5 @@ def finish(
         plgpu.Barrier(num_arrivals=3),
     ]
     grid = {"chunk": count, "head": heads, "batch": batch}
-    return list(launch(body, "hypergradient_finish", out, grid, scratch, static.interpret, inputs))
+    run = (body, "hypergradient_finish", out, grid, scratch, static.interpret, inputs)
+    return list(launch(*run, automatic_barriers=True))

@@ -217,4 +217,5 @@ def walk(
     ]
     grid = {"head": heads, "batch": batch}
     arguments = [k, gates, inverse, initial, restart, anchor]
-    return list(launch(body, "hypergradient_walk", out, grid, scratch, static.interpret, arguments))
+    run = (body, "hypergradient_walk", out, grid, scratch, static.interpret, arguments)
+    return list(launch(*run, automatic_barriers=True))

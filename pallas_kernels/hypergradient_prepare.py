@@ -46,7 +46,9 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
 
     def body(*refs: Any) -> None:
         ins, outs, scoped = refs[: len(inputs)], refs[len(inputs) :][: len(out)], refs[len(inputs) + len(out) :]
-        k_s, gates_s, again_s, x_s, adds_s, state_s, loaded, g_loaded, u, g_s, *more = scoped
+        k_s, gates_s, again_s, adds_s, state_s, loaded, g_loaded, g_s, shared = scoped
+        (u,), inverse_s, (x_s, left, g) = shared
+        left, g = parts.at(left, 0), parts.at(g, 0)
         b, p, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
         rows = pl.ds(n * CHUNK, CHUNK)
         for piece in range(pieces):
@@ -64,14 +66,13 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
             pairs += [(a, b.T) for a, b in split_terms(parts.at(u, piece), parts.at(u, piece))]
         lower = products(pairs)[0] * parts.left_before(gates_s, again_s, static)
         lower = lower * row_scale(gates_s.at[BETA], lower) * column_scale(gates_s.at[STEP], lower)
-        # The squared keys have served: the inverse works in their memory.
-        scratch = [half for piece in range(pieces) for half in parts.at(u, piece)] + list(more)
-        x_s[...] = unit_lower_inverse(lower, scratch[: len(SCRATCH)])
+        plgpu.commit_smem()  # the squared keys have served
+        inverse = unit_lower_inverse(lower, inverse_s)
+        plgpu.commit_smem()  # so has the inverse's memory
+        x_s[...] = inverse
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(x_s, outs[0].at[b, p, n])
         if backward:
-            # And the inverse has served: E transposed and the cotangents take its place.
-            left, g = scratch[0:2], scratch[2:4]
             split(parts.left_after(gates_s, again_s, static), *left)
             plgpu.barrier_wait(g_loaded)
 
@@ -85,6 +86,7 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
                 state_s[parts.channels(piece)] = jnp.sum(cotangents, axis=0)
                 plgpu.commit_smem()
                 added = products(split_terms(left, g, short=not static.forget))[0]
+                plgpu.commit_smem()  # the operands have served
                 return adds + jnp.sum(added * parts.squares(k_s.at[piece]), axis=1)
 
             adds_s[...] = parts.over(pieces, add, parts.zero_rows(CHUNK))
@@ -93,18 +95,19 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
             plgpu.copy_smem_to_gmem(state_s, outs[2].at[b, p, n])
         plgpu.wait_smem_to_gmem(0)
 
+    half = parts.halves(1)
+    # One after the other: what the inverse is of, what it works in, what is written and what the cotangents work in.
+    shared = plgpu.RefUnion([parts.halves(pieces)], SCRATCH, [smem(CHUNK, CHUNK, dtype=jnp.float32), half, half])
     scratch: Sequence[Any] = [
         smem(pieces, CHUNK, PIECE, dtype=k.dtype),
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
         parts.again_tile(),
-        smem(CHUNK, CHUNK, dtype=jnp.float32),
         plgpu.SMEM((CHUNK,), jnp.float32),
         plgpu.SMEM((size,), jnp.float32),
         plgpu.Barrier(num_arrivals=pieces + 2),
         plgpu.Barrier(num_arrivals=pieces),
-        parts.halves(pieces),
         plgpu.SMEM((1,), jnp.float32) if cotangent is None else smem(pieces, CHUNK, PIECE, dtype=cotangent.dtype),
-        *SCRATCH[2 * pieces :],
+        shared,
     ]
     grid = {"chunk": count, "head": heads, "batch": batch}
     return list(launch(body, "hypergradient_prepare", out, grid, scratch, static.interpret, inputs))

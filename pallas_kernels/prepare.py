@@ -9,7 +9,8 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.gates import BETA, CUMULATIVE, DOCUMENT, GATES, TO_END
-from pallas_kernels.inverse import SCRATCH, times_inverse, unit_lower_inverse
+from pallas_kernels.inverse import SCRATCH as INVERSE
+from pallas_kernels.inverse import times_inverse, unit_lower_inverse
 from pallas_kernels.tiles import CHUNK, column_scale, indices, launch, product, products, row_scale, smem, split
 
 
@@ -82,7 +83,8 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
 
     def body(q_ref: Any, k_ref: Any, w_ref: Any, gates_ref: Any, *refs: Any) -> None:
         (scores_ref, *solution_refs), refs = refs[: len(out)], refs[len(out) :]
-        q_s, k_s, w_s, gates_s, again_s, p_s, x_s, loaded, *scratch = refs
+        w_s, shared, gates_s, again_s, loaded = refs
+        (q_s, k_s), inverse_s, (p_s, x_s) = shared
         b, h, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
         rows = pl.ds(n * CHUNK, CHUNK)
         key_head, write_head = lax.div(h, heads // key_heads), lax.div(h, heads // w.shape[2])
@@ -95,34 +97,39 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
         plgpu.barrier_wait(loaded)
         decay = pair_decay(gates_s, again_s, static)
         if static.erase:
-            lower = product(k_s, w_s.T) * decay
-            inverse = unit_lower_inverse(lower * row_scale(gates_s.at[BETA], lower), scratch)
-        scores = product(q_s, w_s.T) * (decay * static.scale)
-        if static.erase:
-            scores = times_inverse(scores, inverse, scratch)
+            scores, lower = products([(q_s, w_s.T)], [(k_s, w_s.T)])
+            lower = lower * decay
+            scores = scores * (decay * static.scale)
+            plgpu.commit_smem()  # queries and read keys have served
+            inverse = unit_lower_inverse(lower * row_scale(gates_s.at[BETA], lower), inverse_s)
+            scores = times_inverse(scores, inverse_s)
             # The scale goes on the inverse's rows, in float32, and not on those of w.
             until_end = inverse * row_scale(gates_s.at[TO_END], inverse) if static.gated else inverse
+            plgpu.commit_smem()  # the inverse's memory has served
             split(until_end, x_s.at[0], x_s.at[1])
+        else:
+            scores = product(q_s, w_s.T) * (decay * static.scale)
             plgpu.commit_smem()
-            (solved,) = products([(x_s.at[0].T, w_s), (x_s.at[1].T, w_s)])
-            q_s[...] = solved.astype(q.dtype)
-            if invert:
-                split(inverse, x_s.at[0], x_s.at[1])
         p_s[...] = scores.astype(q.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(p_s, scores_ref.at[b, h, n])
         if static.erase:
-            plgpu.copy_smem_to_gmem(q_s, solution_refs[0].at[b, rows, h])
+            (solved,) = products([(x_s.at[0].T, w_s), (x_s.at[1].T, w_s)])
+            plgpu.commit_smem()  # so have write keys
+            w_s[...] = solved.astype(q.dtype)
+            if invert:
+                split(inverse, x_s.at[0], x_s.at[1])
+            plgpu.commit_smem()
+            plgpu.copy_smem_to_gmem(w_s, solution_refs[0].at[b, rows, h])
         for half in range(2 * invert):
             plgpu.copy_smem_to_gmem(x_s.at[half], solution_refs[1 + half].at[b, h, n])
         plgpu.wait_smem_to_gmem(0)
 
-    scratch = [smem(CHUNK, key_dim, dtype=q.dtype)] * 3
-    scratch += [plgpu.SMEM((GATES, CHUNK), jnp.float32)] * 2
-    scratch += [smem(CHUNK, CHUNK, dtype=q.dtype), smem(2, CHUNK, CHUNK, dtype=q.dtype)]
-    scratch += [plgpu.Barrier(num_arrivals=4 + static.erase)]
-    if static.erase:
-        scratch += SCRATCH
+    keys, square = smem(CHUNK, key_dim, dtype=q.dtype), smem(CHUNK, CHUNK, dtype=q.dtype)
+    gates_tile = plgpu.SMEM((GATES, CHUNK), jnp.float32)
+    # One after the other: what is read, what the inverse works in, what is written. So an H200 holds three blocks.
+    shared = plgpu.RefUnion([keys, keys], INVERSE, [square, smem(2, CHUNK, CHUNK, dtype=q.dtype)])
+    scratch = [keys, shared, gates_tile, gates_tile, plgpu.Barrier(num_arrivals=4 + static.erase)]
     grid = {"chunk": count, "head": heads, "batch": batch}
     results = launch(body, "delta_rule_prepare", out, grid, scratch, static.interpret, [q, k, w, gates])
     scores, solved = (*results, None)[:2]

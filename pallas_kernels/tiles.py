@@ -78,9 +78,14 @@ def read_global_columns(vector: Any) -> jax.Array:
 
 def split(value: jax.Array, high: Any, low: Any) -> None:
     """Writes float32 registers as the sum of two 16-bit tiles, which holds twice the digits of one."""
-    rounded = value.astype(high.dtype)
-    high[...] = rounded
-    low[...] = (value - rounded.astype(jnp.float32)).astype(low.dtype)
+    if high.dtype == jnp.bfloat16:
+        # In integers, since a conversion to bfloat16 and back takes instructions of a quarter of the rate.
+        bits = lax.bitcast_convert_type(value, jnp.int32) + 0x8000
+        rounded = lax.bitcast_convert_type(bits & -0x10000, jnp.float32)
+    else:
+        rounded = value.astype(high.dtype).astype(jnp.float32)
+    high[...] = rounded.astype(high.dtype)
+    low[...] = (value - rounded).astype(low.dtype)
 
 
 def split_terms(a: Sequence[Any], b: Sequence[Any], *, short: bool = False) -> list[tuple[Any, Any]]:
@@ -146,8 +151,15 @@ def launch(
     scratch: Sequence[Any],
     interpret: bool,
     arguments: Sequence[jax.Array],
+    *,
+    automatic_barriers: bool = False,
 ) -> Any:
-    """Runs body(*inputs, *outputs, *scratch) over the grid, one warpgroup each, or interprets it on any machine."""
+    """Runs body(*inputs, *outputs, *scratch) over the grid, one warpgroup each, or interprets it on any machine.
+
+    With automatic_barriers Pallas puts barriers around every store to shared memory and before every copy into it.
+    Without, only those of the body are there: one, `commit_smem`, must come between any two accesses to overlapping
+    shared memory of which one is a write. `tests/support/barriers.py` checks a kernel for it; the interpreter cannot.
+    """
     count = len(arguments) + len(jax.tree.leaves(out))
 
     def entry(*refs: Any) -> None:
@@ -160,7 +172,7 @@ def launch(
         grid=tuple(grid.values()),
         grid_names=tuple(grid),
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(approx_math=False),
+        compiler_params=plgpu.CompilerParams(approx_math=False, unsafe_no_auto_barriers=not automatic_barriers),
         **options,
     )
     # Under shard_map the results vary over what the arguments do, which a kernel does not say.

@@ -1,0 +1,178 @@
+"""The kernels' own barriers are enough, and the check that says so sees where they are not."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.delta_rule import delta_rule
+from pallas_kernels.gram import gram
+from pallas_kernels.hypergradient import hypergradient
+from pallas_kernels.tiles import launch, product, read, smem
+from support.barriers import faults
+
+B, T, H = 1, 128, 1
+PER_TOKEN = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
+RESTARTS = jnp.zeros((B, T), bool)
+
+
+def keys(size, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct((B, T, H, size), dtype)
+
+
+def state(*shape):
+    return jax.ShapeDtypeStruct((B, H, *shape), jnp.float32)
+
+
+def check(names, function, *arguments):
+    """Follows the kernels of a function and of its gradient; names are those that place their own barriers."""
+
+    def both(*arguments):
+        value, gradient = jax.vjp(function, *arguments)
+        return gradient(value)
+
+    found, seen = faults(both, *arguments)
+    assert seen == set(names.split())
+    assert found == []
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("erase", [True, False])
+@pytest.mark.parametrize("decay", [None, "scalar", "channel"])
+def test_delta_rule(decay, erase, size):
+    rule = functools.partial(delta_rule, erase=erase, scale=1.0, pieces=2, restarts=RESTARTS)
+    q, memory = keys(size), state(size, size)
+    names = "delta_rule_recur delta_rule_recur_back delta_rule_gradients "
+    names += "delta_rule_prepare_channel delta_rule_channel_gradients" if decay == "channel" else "delta_rule_prepare"
+    if decay is None:
+        run = lambda q, k, v, beta, memory: rule(q, k, v, beta, initial_state=memory)
+        check(names, run, q, q, q, PER_TOKEN, memory)
+        return
+    log_decay = PER_TOKEN if decay == "scalar" else keys(size, jnp.float32)
+    run = lambda q, k, v, beta, g, memory: rule(q, k, v, beta, log_decay=g, initial_state=memory)
+    check(names, run, q, q, q, PER_TOKEN, log_decay, memory)
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("multiply", [True, False])
+def test_gram(multiply, size):
+    run = lambda k, decay, gain, center, start: gram(k, decay, gain, center, 1.5, start, RESTARTS, multiply=multiply)
+    center = jax.ShapeDtypeStruct((H,), jnp.float32)
+    check("gram gram_back", run, keys(size), PER_TOKEN, PER_TOKEN, center, state(size))
+
+
+@pytest.mark.parametrize("size", [64, 256])
+@pytest.mark.parametrize("multiply", [True, False])
+@pytest.mark.parametrize("forget", [False, True])
+def test_hypergradient(forget, multiply, size):
+    """Those kernels that go from token to token leave their barriers to Pallas."""
+
+    def run(k, step, beta, log_forget, start):
+        log_forget = log_forget if forget else None
+        return hypergradient(k, step, beta, log_forget, None, start, start, start, None, multiply=multiply)
+
+    check("hypergradient_prepare", run, keys(size), PER_TOKEN, PER_TOKEN, PER_TOKEN, state(size))
+
+
+def tile():
+    return smem(64, 64, dtype=jnp.bfloat16)
+
+
+def kernel(body, *scratch):
+    """Runs body(input, output, *scratch) as a kernel on a matrix of bfloat16."""
+    out = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
+    return lambda x: launch(body, "probe", out, {"block": 1}, scratch, False, [x])
+
+
+def of(body, *scratch):
+    return faults(kernel(body, *scratch), jax.ShapeDtypeStruct((64, 64), jnp.bfloat16))[0]
+
+
+def arrive(x, x_s, loaded):
+    plgpu.copy_gmem_to_smem(x, x_s, loaded)
+    plgpu.barrier_wait(loaded)
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_a_product_of_what_was_just_written(commit):
+    def body(x, out, x_s, y_s, loaded):
+        arrive(x, x_s, loaded)
+        y_s[...] = (read(x_s) * 2.0).astype(jnp.bfloat16)
+        if commit:
+            plgpu.commit_smem()
+        out[...] = product(x_s, y_s).astype(jnp.bfloat16)
+
+    assert bool(of(body, tile(), tile(), plgpu.Barrier())) is not commit
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_an_operand_that_is_written_over(commit):
+    def body(x, out, x_s, loaded):
+        arrive(x, x_s, loaded)
+        squared = product(x_s, x_s)
+        if commit:
+            plgpu.commit_smem()
+        x_s[...] = squared.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(x_s, out)
+        plgpu.wait_smem_to_gmem(0)
+
+    assert bool(of(body, tile(), plgpu.Barrier())) is not commit
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_an_operand_that_the_next_pass_of_a_loop_loads_over(commit):
+    def body(x, out, x_s, loaded):
+        def step(_, total):
+            arrive(x, x_s, loaded)
+            total = total + product(x_s, x_s)
+            if commit:
+                plgpu.commit_smem()
+            return total
+
+        out[...] = jax.lax.fori_loop(0, 3, step, read(x)).astype(jnp.bfloat16)
+
+    assert bool(of(body, tile(), plgpu.Barrier())) is not commit
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_a_vector_that_is_read_as_others_wrote_it(commit):
+    def body(x, out, x_s, sums_s, loaded):
+        arrive(x, x_s, loaded)
+        sums_s[...] = jnp.sum(read(x_s), axis=1)
+        if commit:
+            plgpu.commit_smem()
+        columns = plgpu.load(sums_s, layout=plgpu.Layout.WGMMA.reduce(0))
+        wide = jax.lax.broadcast_in_dim(columns, (64, 64), [1])
+        out[...] = plgpu.layout_cast(wide, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
+
+    assert bool(of(body, tile(), plgpu.SMEM((64,), jnp.float32), plgpu.Barrier())) is not commit
+
+
+@pytest.mark.parametrize("commit", [True, False])
+def test_two_uses_of_the_same_memory(commit):
+    def body(x, out, shared, loaded):
+        first_s, second_s = shared
+        arrive(x, first_s, loaded)
+        value = read(first_s)
+        if commit:
+            plgpu.commit_smem()
+        second_s[...] = value.astype(jnp.float16)
+        plgpu.commit_smem()
+        out[...] = read(second_s).astype(jnp.bfloat16)
+
+    shared = plgpu.RefUnion(tile(), smem(64, 64, dtype=jnp.float16))
+    assert bool(of(body, shared, plgpu.Barrier())) is not commit
+
+
+def test_a_thread_may_write_what_it_has_read():
+    def body(x, out, x_s, loaded):
+        arrive(x, x_s, loaded)
+        x_s[...] = (read(x_s) * 2.0).astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(x_s, out)
+        plgpu.wait_smem_to_gmem(0)
+
+    assert of(body, tile(), plgpu.Barrier()) == []

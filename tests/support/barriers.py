@@ -1,0 +1,216 @@
+"""Whether the barriers of a kernel are enough: what the interpreter, which runs a warpgroup as one thread, cannot see.
+
+The kernels turn off the barriers that Pallas would put around every store and copy, and place their own. Between
+barriers the four warps of a block run as they like, so that of any two accesses to overlapping shared memory, one of
+them a write, a barrier must come between. A write and what the tensor cores or a copy then read of it need a
+`commit_smem`, which is a fence too. That copies have arrived before they are read is the interpreter's to see.
+
+The check follows a kernel's jaxpr in order, loops twice and branches one by one. A place that depends on a variable may
+be anywhere. A thread that writes the numbers of a matrix that it has itself read needs no barrier.
+"""
+
+import dataclasses
+import math
+from typing import Any
+
+import jax
+
+FENCED, UNFENCED = "fenced", "unfenced"
+
+
+@dataclasses.dataclass(frozen=True)
+class Place:
+    """A part of an allocation in shared memory."""
+
+    root: Any
+    member: tuple  # of a union of allocations: type, shape and (first, after the last) byte; () where there is none
+    key: tuple  # equal for the same part, seen from the same iteration of a loop
+    intervals: tuple  # (start, stop) along every axis of the allocation; None where unknown
+    matrix: bool
+
+    def overlaps(self, other):
+        if self.root is not other.root:
+            return False
+        if self.member != other.member:
+            (a, b), (c, d) = self.member[-1], other.member[-1]
+            return a < d and c < b
+        if self.intervals is None or other.intervals is None:
+            return True
+        return all(a < d and c < b for (a, b), (c, d) in zip(self.intervals, other.intervals, strict=True))
+
+    def is_own(self, other):
+        """Whether each thread has the same numbers of both."""
+        return self.matrix and self.root is other.root and (self.member, self.key) == (other.member, other.key)
+
+
+class Checker:
+    def __init__(self, kernel):
+        self.kernel, self.faults = kernel, []
+        self.reads, self.writes = {}, {}  # since the last barrier: {place: by what}; writes that want a fence stay
+
+    def check(self, kind, place, others, *, own=True):
+        for other, by in others.items():
+            if place.overlaps(other) and not (own and by == "registers" and place.is_own(other)):
+                self.faults.append(f"{self.where}: {kind} of {place.root.aval} {place.intervals} after {by}")
+
+    def read(self, place):
+        self.check("read", place, {p: by for p, by in self.writes.items() if by != UNFENCED})
+        self.reads[place] = "registers"
+
+    def write(self, place):
+        self.check("write", place, self.reads)
+        self.check("write", place, {p: by for p, by in self.writes.items() if by != UNFENCED})
+        self.writes[place] = "registers"
+
+    def proxy_read(self, place, by):
+        """By the tensor cores or a copy."""
+        self.check(by, place, self.writes, own=False)
+        if by == "product":
+            self.reads[place] = by
+
+    def arrive(self, place):
+        self.check("copy into", place, self.reads, own=False)
+        self.check("copy into", place, self.writes, own=False)
+
+    def barrier(self, *, fence):
+        self.reads = {}
+        self.writes = {} if fence else dict.fromkeys(self.writes, UNFENCED)
+
+    def state(self):
+        return dict(self.reads), dict(self.writes)
+
+    def run(self, jaxpr, env):
+        for eqn in jaxpr.eqns:
+            self.step(eqn, env)
+
+    def step(self, eqn, env):
+        self.where = f"{self.kernel}, {line_of(eqn)}"
+        name, params, args = eqn.primitive.name, eqn.params, eqn.invars
+        if name in ("get", "load"):
+            self.each(self.read, place(env, args[0], params["tree"], args[1:]))
+        elif name in ("swap", "store"):
+            self.each(self.write, place(env, args[0], params["tree"], args[2:]))
+        elif name == "wgmma_ref":
+            trees = [params[f"{x}_transforms_tree"] for x in ("acc", "a", "b")]
+            for ref, tree, leaves in zip(args[:3], trees, leaves_of(args[3:], trees), strict=True):
+                self.each(lambda x: self.proxy_read(x, "product"), place(env, ref, tree, leaves))
+        elif name in ("copy_gmem_to_smem", "copy_smem_to_gmem"):
+            into = name == "copy_gmem_to_smem"
+            kinds = ("src", "dst", "barrier") if into else ("src", "dst")
+            trees = [params[f"{x}_transforms_treedef"] for x in kinds]
+            leaves, which = leaves_of(args[len(kinds) :], trees), int(into)
+            at = place(env, args[which], trees[which], leaves[which])
+            self.each(self.arrive if into else lambda x: self.proxy_read(x, "copy out"), at)
+        elif name == "commit_smem":
+            self.barrier(fence=True)
+        elif name == "wait_smem_to_gmem":
+            self.barrier(fence=False)
+        elif name == "cond":
+            before, after = self.state(), ({}, {})
+            for branch in params["branches"]:
+                self.reads, self.writes = (dict(x) for x in before)
+                self.run(branch.jaxpr, inner(branch.jaxpr.invars, args[1:], env))
+                after = tuple(x | y for x, y in zip(after, self.state(), strict=True))
+            self.reads, self.writes = after
+        elif name == "while":
+            skip = params["cond_nconsts"]
+            for _ in range(2):
+                self.run(params["body_jaxpr"].jaxpr, inner(params["body_jaxpr"].jaxpr.invars, args[skip:], env))
+        elif name == "run_scoped":
+            self.run(params["jaxpr"], inner(params["jaxpr"].constvars, args, env))
+        else:
+            for value in params.values():
+                body = getattr(value, "jaxpr", value)
+                if hasattr(body, "eqns"):
+                    for _ in range(2 if name == "scan" else 1):
+                        self.run(body, inner(body.invars, args, env))
+
+    def each(self, do, at):
+        if at is not None:
+            do(at)
+
+
+def line_of(eqn):
+    """The lines of the kernels that an equation comes from, the innermost first."""
+    frames = eqn.source_info.traceback.frames if eqn.source_info.traceback else []
+    lines = [f"{f.file_name.rsplit('/', 1)[-1]}:{f.line_num}" for f in frames if "/pallas_kernels/" in f.file_name]
+    return " < ".join(line for line in lines[:3])
+
+
+def inner(variables, values, env):
+    """The environment of a jaxpr inside another, as far as its variables are known."""
+    known = zip(variables, values, strict=False)
+    return {a: env.get(b, b) if hashable(b) else b for a, b in known}
+
+
+def hashable(x):
+    return not hasattr(x, "val")  # literals are not
+
+
+def leaves_of(flat, trees):
+    flat, parts = list(flat), []
+    for tree in trees:
+        count = 0 if tree is None else tree.num_leaves
+        parts.append(flat[:count])
+        flat = flat[count:]
+    return parts
+
+
+def place(env, ref, tree, leaves):
+    """Where an access goes; None where it is not in shared memory."""
+    kind = str(ref.aval)
+    if not kind.startswith("Ref<smem>") or "barrier" in kind:
+        return None
+    leaves = [leaf if hasattr(leaf, "val") else env.get(leaf, leaf) for leaf in leaves]
+    transforms = () if tree is None else jax.tree.unflatten(tree, leaves)
+    member, axes, intervals, key = (), None, None, []
+    for transform in transforms:
+        name = type(transform).__name__
+        if name == "ExtractAliasedRef":
+            size = math.prod(transform.shape) * transform.dtype.itemsize
+            member = (str(transform.dtype), transform.shape, (transform.offset, transform.offset + size))
+        elif name == "NDIndexer":
+            if axes is None:
+                intervals = [(0, size) for size in transform.shape]
+                axes = list(range(len(transform.shape)))
+            left = []
+            for axis, index in zip(axes, transform.indices, strict=True):
+                start, size, stays = (index.start, index.size, True) if hasattr(index, "size") else (index, 1, False)
+                start = getattr(start, "val", start)
+                start = int(start) if hasattr(start, "item") else start
+                key.append((axis, start if isinstance(start, int) else id(start), size))
+                if isinstance(start, int):
+                    low = intervals[axis][0]
+                    intervals[axis] = (low + start, low + start + size)
+                left += [axis] * stays
+            axes = left
+    shape = member[1] if member else ref.aval.shape
+    matrix = len(shape) > 1 and (axes is None or len(axes) > 1)
+    return Place(env.get(ref, ref), member, tuple(key), intervals and tuple(intervals), matrix)
+
+
+def kernels_of(jaxpr):
+    """(name, jaxpr, whether its barriers are its own) of every kernel in a jaxpr."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "mpmd_map":
+            own = eqn.params["compiler_params"].unsafe_no_auto_barriers
+            for body in eqn.params["jaxprs"]:
+                yield eqn.params["name"], getattr(body, "jaxpr", body), own
+            continue
+        for value in eqn.params.values():
+            for body in value if isinstance(value, tuple | list) else [value]:
+                body = getattr(body, "jaxpr", body)
+                if hasattr(body, "eqns"):
+                    yield from kernels_of(body)
+
+
+def faults(function, *arguments):
+    """What is wrong with the barriers of the kernels that a function calls; the names of those that place their own."""
+    found, names = [], set()
+    for name, jaxpr, own in kernels_of(jax.make_jaxpr(function)(*arguments).jaxpr):
+        if own:
+            checker = Checker(name)
+            checker.run(jaxpr, {})
+            found += checker.faults
+            names.add(name)
+    return list(dict.fromkeys(found)), names
