@@ -46,6 +46,7 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
     def step(chunk: Chunk, d_memory: jax.Array, out_refs: Sequence[Any], scratch: Sequence[Any]) -> jax.Array:
         d_v_ref, *z_refs = out_refs[: 1 + halves]
         state_s, z_s, x_s, d_v_s = scratch
+        plgpu.wait_smem_to_gmem(halves + 1, wait_read_only=True)  # the chunk after's memory, but not z and d_v
         split(d_memory, state_s.at[0], state_s.at[1])
         plgpu.commit_smem()
         for half, ref in enumerate(out_refs[1 + halves : -1]):
@@ -58,6 +59,7 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
         if static.gated and not static.erase:  # else the scale is in the write keys
             from_later = from_later * row_scale(gates_s.at[TO_END], from_later)
         z = from_later + from_inside
+        plgpu.wait_smem_to_gmem(halves, wait_read_only=True)  # all else of the chunk after
         if rests:
             split(z, z_s.at[0], z_s.at[1])
         else:
@@ -79,9 +81,9 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
         if static.erase:
             pairs += [(now["k"].T, x_s.at[1])]
         (added,) = products(pairs)
+        plgpu.commit_smem()  # the tiles have served: those of the next chunk but one may take their place
         if kept is not None:
             d_memory = d_memory * kept
-        plgpu.wait_smem_to_gmem(0)
         return d_memory + added
 
     width = tile_width(key_dim)

@@ -193,6 +193,7 @@ def _walk(
         def chunk(n: Any, start: jax.Array) -> jax.Array:
             slot = lax.rem(n, jnp.int32(2))
             pl.when(n + 1 < count)(lambda: load(n + 1, 1 - slot))
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # the chunk before's start, but not its results
             start_s[...] = start
             plgpu.barrier_wait(loaded.at[slot])
             gates, key = gates_s.at[slot], read(k_s.at[slot])
@@ -207,15 +208,15 @@ def _walk(
             plgpu.copy_smem_to_gmem(start_s, starts_ref.at[b, h, n, channels])
             running = _summed(tiles) + lead * along_rows(start, key) + added
             _, multiplier = _multiplier(running, center_ref[h], options)
+            plgpu.wait_smem_to_gmem(1, wait_read_only=True)
             out_s[...] = (multiplier * key if options.multiply else multiplier).astype(result)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(out_s, out_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, channels])
-            after = kept * start + jnp.sum(until_end * added, axis=0)
-            plgpu.wait_smem_to_gmem(0)
-            return after
+            return kept * start + jnp.sum(until_end * added, axis=0)
 
         load(0, 0)
         final_ref[b, h, channels] = lax.fori_loop(0, count, chunk, read_global_columns(initial_ref.at[b, h, channels]))
+        plgpu.wait_smem_to_gmem(0)
 
     scratch = [
         smem(2, CHUNK, PART, dtype=k.dtype),
@@ -299,6 +300,7 @@ def _walk_back(
                 d_key_s[...] = d_multiplier * multiplier
                 d_multiplier = d_multiplier * read(k_s.at[slot])
             d_r = d_multiplier * multiplier * (-math.log(options.squash)) / jnp.square(1.0 + jnp.abs(r))
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)  # the results of the chunk after
             sums_s[_D_CENTER, ...] = -jnp.sum(d_r, axis=1)
             d_running = d_r / (running + _EPSILON)
             kept = gates[FROM_START, CHUNK - 1]
@@ -318,13 +320,13 @@ def _walk_back(
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(d_k_s, d_k_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, channels])
             plgpu.copy_smem_to_gmem(sums_s, sums_ref.at[b, h, n, c])
-            plgpu.wait_smem_to_gmem(0)
             return d_before
 
         load(count - 1, 0)
         d_initial_ref[b, h, channels] = lax.fori_loop(
             0, count, chunk, read_global_columns(d_final_ref.at[b, h, channels])
         )
+        plgpu.wait_smem_to_gmem(0)
 
     scratch = [
         smem(2, CHUNK, PART, dtype=k.dtype),

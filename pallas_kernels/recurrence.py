@@ -49,6 +49,8 @@ def recur(
 
     def step(chunk: Chunk, memory: jax.Array, out_refs: Sequence[Any], scratch: Sequence[Any]) -> jax.Array:
         state_s, residual_s, fine_s, write_s, out_s, rest_s = scratch
+        if keep == "states":
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # the chunk before's memory, but not what it wrote
         state_s[...] = memory.astype(dtype)
         plgpu.commit_smem()
         if keep == "states":
@@ -79,6 +81,7 @@ def recur(
         elif solve:
             terms["write"] = split_terms((now["inverse"], now["rest"]), (residual_s, fine_s))
         results = _products(terms)
+        plgpu.wait_smem_to_gmem(int(keep == "states"), wait_read_only=True)  # all else of the chunk before
         if keep == "outputs":
             out_s[...] = (held["q"] * static.scale + results["out"]).astype(dtype)
         elif keep == "states":
@@ -90,7 +93,6 @@ def recur(
             plgpu.copy_smem_to_gmem(rest_s, out_refs[2].at[chunk.rows])
         if kept is not None:
             memory = memory * kept
-        plgpu.wait_smem_to_gmem(0)
         return memory + results["w"]
 
     width = tile_width(key_dim)

@@ -69,7 +69,7 @@ def walk(
         initial: what the walk starts from [B, H, K, V] float32.
         out: results that the steps write, and last, if it returns one, the memory after the walk.
         scratch: shared memory for the steps.
-        step: returns the memory after the chunk.
+        step: returns the memory after the chunk; the walk waits for the copies that it starts at its end only.
         static: the options.
         returns: whether the memory after the walk is a result.
         reverse: from the last chunk to the first.
@@ -132,6 +132,7 @@ def walk(
         memory = lax.fori_loop(0, count, chunk, read_global(initial_ref.at[b, h, :, columns]))
         if returns:
             out_refs[-1][b, h, :, columns] = memory
+        plgpu.wait_smem_to_gmem(0)
 
     barrier = plgpu.Barrier(num_arrivals=len(inputs), num_barriers=stages)
     grid = {"values": value_dim // width, "head": heads, "batch": values.shape[0]}
