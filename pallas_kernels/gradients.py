@@ -70,8 +70,10 @@ def gradients(
         source = {name: [next(left) for _ in halves] for name, halves in inputs.items()}
         gates_ref, *out_refs = itertools.islice(left, 1 + len(out))
         tiles = {name: [next(left) for _ in halves] for name, halves in inputs.items()}
-        p_s, a_s, out_s, gates_s, again_s, sums_s, keep_s, loaded = left
+        p_s, a_s, gates_s, again_s, sums_s, keep_s, loaded = left
         tile = {name: halves[0] for name, halves in tiles.items()}
+        tile["d_out"], out_s = tile["d_out"]
+        tiles["d_out"] = [tile["d_out"]]
         b, h, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk", "part"))
         rows, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(c * PART, PART)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
@@ -151,10 +153,11 @@ def gradients(
         plgpu.wait_smem_to_gmem(0)
 
     keys, values = smem(CHUNK, PART, dtype=dtype), smem(CHUNK, value_dim, dtype=dtype)
+    # When the first result is there, the gradients of the outputs have served.
+    kinds = {"q": keys, "k": keys, "w": keys, "d_out": plgpu.RefUnion(values, keys)}
     scratch = [
-        *(keys if name in ("q", "k", "w") else values for name, halves in inputs.items() for _ in halves),
+        *(kinds.get(name, values) for name, halves in inputs.items() for _ in halves),
         *[smem(2, CHUNK, CHUNK, dtype=dtype)] * 2,
-        smem(CHUNK, PART, dtype=dtype),
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
         plgpu.SMEM((SUMS, CHUNK), jnp.float32),
