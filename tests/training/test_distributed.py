@@ -1,5 +1,6 @@
 """Two processes of four devices are one of eight; a dead or hung one ends the job; SIGTERM saves."""
 
+import re
 import signal
 import socket
 import time
@@ -28,6 +29,8 @@ SETTINGS = {
     "mesh__data": 2,
     "mesh__context": 4,
 }
+# What the collectives say of themselves, from several threads, so that pieces of it may come in any order.
+GLOO = re.compile(r"\[Gloo\] Rank|\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : ")
 CONFIG = f"""
 from support.runs import tiny_config
 
@@ -90,7 +93,7 @@ def whole(both, tmp_path_factory):
     assert [status for status, _ in results] == [0, 0], results
     assert "8 cpu devices (2 data x 4 context)" in results[0][1]
     assert "bits per byte on the held-out text" in results[0][1]
-    assert not [line for line in results[1][1].splitlines() if not line.startswith("[Gloo]")]  # it leaves that to one
+    assert not GLOO.sub("", results[1][1]).split()  # it leaves that to one
     return workdir
 
 
