@@ -167,6 +167,36 @@ def test_two_uses_of_the_same_memory(commit):
     assert bool(of(body, shared, plgpu.Barrier())) is not commit
 
 
+@pytest.mark.parametrize("commit", [True, False])
+def test_an_operand_that_is_also_read_and_then_written_over(commit):
+    def body(x, out, x_s, loaded):
+        arrive(x, x_s, loaded)
+        squared = product(x_s, x_s) + read(x_s)
+        if commit:
+            plgpu.commit_smem()
+        x_s[...] = squared.astype(jnp.bfloat16)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(x_s, out)
+        plgpu.wait_smem_to_gmem(0)
+
+    assert bool(of(body, tile(), plgpu.Barrier())) is not commit
+
+
+@pytest.mark.parametrize("fence", [True, False])
+def test_a_barrier_without_a_fence_is_not_enough_for_a_copy(fence):
+    def body(x, out, x_s, loaded):
+        arrive(x, x_s, loaded)
+        x_s[...] = (read(x_s) * 2.0).astype(jnp.bfloat16)
+        if fence:
+            plgpu.commit_smem()
+        else:
+            plgpu.wait_smem_to_gmem(0)
+        plgpu.copy_smem_to_gmem(x_s, out)
+        plgpu.wait_smem_to_gmem(0)
+
+    assert bool(of(body, tile(), plgpu.Barrier())) is not fence
+
+
 def test_a_thread_may_write_what_it_has_read():
     def body(x, out, x_s, loaded):
         arrive(x, x_s, loaded)

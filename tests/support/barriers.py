@@ -15,7 +15,7 @@ from typing import Any
 
 import jax
 
-FENCED, UNFENCED = "fenced", "unfenced"
+REGISTERS, PRODUCT, UNFENCED = "registers", "product", "registers, without a fence"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,38 +46,32 @@ class Place:
 class Checker:
     def __init__(self, kernel):
         self.kernel, self.faults = kernel, []
-        self.reads, self.writes = {}, {}  # since the last barrier: {place: by what}; writes that want a fence stay
+        self.reads, self.writes = set(), set()  # since the last barrier: (place, by what); writes also without a fence
 
     def check(self, kind, place, others, *, own=True):
-        for other, by in others.items():
-            if place.overlaps(other) and not (own and by == "registers" and place.is_own(other)):
+        for other, by in others:
+            if place.overlaps(other) and not (own and by == REGISTERS and place.is_own(other)):
                 self.faults.append(f"{self.where}: {kind} of {place.root.aval} {place.intervals} after {by}")
 
     def read(self, place):
-        self.check("read", place, {p: by for p, by in self.writes.items() if by != UNFENCED})
-        self.reads[place] = "registers"
+        self.check("read", place, {write for write in self.writes if write[1] != UNFENCED})
+        self.reads.add((place, REGISTERS))
 
     def write(self, place):
-        self.check("write", place, self.reads)
-        self.check("write", place, {p: by for p, by in self.writes.items() if by != UNFENCED})
-        self.writes[place] = "registers"
+        self.check("write", place, self.reads | {write for write in self.writes if write[1] != UNFENCED})
+        self.writes.add((place, REGISTERS))
 
     def proxy_read(self, place, by):
         """By the tensor cores or a copy."""
         self.check(by, place, self.writes, own=False)
-        if by == "product":
-            self.reads[place] = by
+        if by == PRODUCT:
+            self.reads.add((place, by))
 
     def arrive(self, place):
-        self.check("copy into", place, self.reads, own=False)
-        self.check("copy into", place, self.writes, own=False)
+        self.check("copy into", place, self.reads | self.writes, own=False)
 
     def barrier(self, *, fence):
-        self.reads = {}
-        self.writes = {} if fence else dict.fromkeys(self.writes, UNFENCED)
-
-    def state(self):
-        return dict(self.reads), dict(self.writes)
+        self.reads, self.writes = set(), set() if fence else {(place, UNFENCED) for place, _ in self.writes}
 
     def run(self, jaxpr, env):
         for eqn in jaxpr.eqns:
@@ -93,7 +87,7 @@ class Checker:
         elif name == "wgmma_ref":
             trees = [params[f"{x}_transforms_tree"] for x in ("acc", "a", "b")]
             for ref, tree, leaves in zip(args[:3], trees, leaves_of(args[3:], trees), strict=True):
-                self.each(lambda x: self.proxy_read(x, "product"), place(env, ref, tree, leaves))
+                self.each(lambda x: self.proxy_read(x, PRODUCT), place(env, ref, tree, leaves))
         elif name in ("copy_gmem_to_smem", "copy_smem_to_gmem"):
             into = name == "copy_gmem_to_smem"
             kinds = ("src", "dst", "barrier") if into else ("src", "dst")
@@ -106,11 +100,11 @@ class Checker:
         elif name == "wait_smem_to_gmem":
             self.barrier(fence=False)
         elif name == "cond":
-            before, after = self.state(), ({}, {})
+            before, after = (self.reads, self.writes), (set(), set())
             for branch in params["branches"]:
-                self.reads, self.writes = (dict(x) for x in before)
+                self.reads, self.writes = (set(x) for x in before)
                 self.run(branch.jaxpr, inner(branch.jaxpr.invars, args[1:], env))
-                after = tuple(x | y for x, y in zip(after, self.state(), strict=True))
+                after = after[0] | self.reads, after[1] | self.writes
             self.reads, self.writes = after
         elif name == "while":
             skip = params["cond_nconsts"]
