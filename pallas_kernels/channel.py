@@ -187,7 +187,8 @@ def prepare_channel(
 
     tile, square = smem(CHUNK, PART, dtype=dtype), smem(CHUNK, CHUNK, dtype=dtype)
     gates_tile = plgpu.SMEM((GATES, CHUNK), jnp.float32)
-    # One after the other: what a part works in, what the inverse does, what is written. So an H200 holds two blocks.
+    # One after the other: what a part works in, what the inverse does, what is written. So an H200 holds two blocks, up
+    # to K = 128.
     working = [smem(count, CHUNK, PART, dtype=dtype) for count in (2, 3)] + [smem(CHUNK, PART, dtype=jnp.float32)]
     working += [smem(2, CHUNK, PART, dtype=jnp.bfloat16), smem(CHUNK, CHUNK, dtype=jnp.bfloat16)]
     shared = plgpu.RefUnion(working, INVERSE, [square, smem(2, CHUNK, CHUNK, dtype=dtype), tile])

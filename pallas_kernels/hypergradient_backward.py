@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels import hypergradient_parts as parts
 from pallas_kernels.hypergradient_parts import BETA, BLOCK, FORGET, GATES, LEAD, RESTART, STEP, TO_END, WIDTH, Static
-from pallas_kernels.tiles import CHUNK, column_scale, launch, read_rows, smem
+from pallas_kernels.tiles import CHUNK, column_scale, launch, read_rows, smem, zero_rows
 
 
 def walk_back(
@@ -83,7 +83,7 @@ def walk_back(
                 squares = parts.squares(k_s.at[slot, step])
                 return recalled + jnp.sum(squares * column_scale(state_s.at[slot, here(step)], squares), axis=1)
 
-            recalled = parts.over(steps, recall, parts.zero_rows(CHUNK))
+            recalled = parts.over(steps, recall, zero_rows(CHUNK))
             if static.forget:
                 recalled = recalled * read_rows(gates.at[TO_END])
             tokens_s[...] = (recalled + read_rows(adds_s.at[slot])) * read_rows(gates.at[STEP])

@@ -22,6 +22,7 @@ from pallas_kernels.tiles import (
     smem,
     split,
     split_terms,
+    zero_rows,
 )
 
 # Rows of the gradients of the gates of a chunk.
@@ -114,7 +115,7 @@ def finish(
                     d_anchor_s[part] = jnp.sum(after * row_scale(gates_s.at[DRAW], after), axis=0)
                 return (*sums[:2], sums[2] + jnp.sum(after * d, axis=1)) if static.forget else sums
 
-            sums = parts.over(pieces, step, (parts.zero_rows(CHUNK),) * (2 + static.forget))
+            sums = parts.over(pieces, step, (zero_rows(CHUNK),) * (2 + static.forget))
             d_gates_s[D_BETA] = -(read_rows(r_s) * sums[0])
             d_gates_s[D_STEP] = sums[1] * read_rows(feedback_s)
             if static.forget:

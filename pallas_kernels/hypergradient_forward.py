@@ -26,7 +26,7 @@ from pallas_kernels.hypergradient_parts import (
     TO_END,
     Static,
 )
-from pallas_kernels.tiles import CHUNK, column_scale, indices, launch, read_rows, smem
+from pallas_kernels.tiles import CHUNK, column_scale, indices, launch, read_rows, smem, zero_rows
 
 # Relative errors far above those of `expand`: in a sum of terms of one sign, and in what is left of the start.
 _ROUNDING, _LEFT = 2.0**-12, 2.0**-18
@@ -90,7 +90,7 @@ def walk(
                 start = start - drawn
                 return sums[0] + jnp.sum(squares * start, axis=1), sums[1] + jnp.sum(squares * drawn, axis=1)
 
-            recalled, *drawn = parts.over(steps, recall, (parts.zero_rows(CHUNK),) * (1 + static.anchored))
+            recalled, *drawn = parts.over(steps, recall, (zero_rows(CHUNK),) * (1 + static.anchored))
             if static.forget:
                 recalled = recalled * read_rows(gates.at[LEAD])
             if static.anchored:
@@ -155,7 +155,7 @@ def walk(
                     leaving = leaving + jnp.sum(jnp.where(first, 0.0, parts.outside(values, static)), axis=1)
                 return leaving
 
-            tokens_s[...] = parts.over(steps, count_leaving, parts.zero_rows(CHUNK))
+            tokens_s[...] = parts.over(steps, count_leaving, zero_rows(CHUNK))
             after = parts.outside(parts.load_row(state_s.at[1 - slot]), static)
             return jnp.sum(parts.load_row(tokens_s)) + jnp.sum(after)
 

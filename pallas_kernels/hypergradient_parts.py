@@ -190,11 +190,6 @@ def closed_form(keys: Any, start: Any, anchor: Any, gates: Any, u: Any, weights:
     return values + column_scale(anchor, values) if static.anchored else values
 
 
-def zero_rows(size: int) -> jax.Array:
-    """Float32 zeros, one per row of an accumulator."""
-    return plgpu.layout_cast(jnp.zeros((size,), jnp.float32), plgpu.Layout.WGMMA.reduce(1))
-
-
 def load_row(ref: Any) -> jax.Array:
     """All channels [K] as float32, over the lanes of every warp: each warp has them all and sums without a barrier."""
     return plgpu.load(ref, layout=_row(ref.shape[0])).astype(jnp.float32)

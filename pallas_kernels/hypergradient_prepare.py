@@ -22,6 +22,7 @@ from pallas_kernels.tiles import (
     smem,
     split,
     split_terms,
+    zero_rows,
 )
 
 
@@ -89,7 +90,7 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
                 plgpu.commit_smem()  # the operands have served
                 return adds + jnp.sum(added * parts.squares(k_s.at[piece]), axis=1)
 
-            adds_s[...] = parts.over(pieces, add, parts.zero_rows(CHUNK))
+            adds_s[...] = parts.over(pieces, add, zero_rows(CHUNK))
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(adds_s, outs[1].at[b, p, n])
             plgpu.copy_smem_to_gmem(state_s, outs[2].at[b, p, n])

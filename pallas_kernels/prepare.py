@@ -127,7 +127,7 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
 
     keys, square = smem(CHUNK, key_dim, dtype=q.dtype), smem(CHUNK, CHUNK, dtype=q.dtype)
     gates_tile = plgpu.SMEM((GATES, CHUNK), jnp.float32)
-    # One after the other: what is read, what the inverse works in, what is written. So an H200 holds three blocks.
+    # One after the other: what is read, what the inverse works in, what is written. So an H200 holds two blocks.
     shared = plgpu.RefUnion([keys, keys], INVERSE, [square, smem(2, CHUNK, CHUNK, dtype=q.dtype)])
     scratch = [keys, shared, gates_tile, gates_tile, plgpu.Barrier(num_arrivals=4 + static.erase)]
     grid = {"chunk": count, "head": heads, "batch": batch}
