@@ -107,7 +107,17 @@ def test_float16(decay):
 @pytest.mark.parametrize("decay", [None, "scalar", "channel"])
 def test_near_parallel_keys(decay):
     """With a cotangent on the final memory, gradients of gates are small differences of large numbers."""
-    check(kernel_case("near-parallel", length=128, decay=decay, change=near_parallel), jnp.bfloat16, 1e-2, 1e-2)
+    check(kernel_case("near-parallel", length=193, decay=decay, change=near_parallel), jnp.bfloat16, 1e-2, 1e-2)
+
+
+def test_near_parallel_keys_without_a_cotangent_on_the_memory():
+    """With one, the last strength has nearly all of the norm, and its gradient is a small difference itself."""
+    case = kernel_case("near-parallel", length=193, initial=False, change=near_parallel)
+    x = rounded(case.arrays)
+    cotangents = cotangents_of(case, x)
+    cotangents["memory"] = jnp.zeros_like(cotangents["memory"])
+    _, gradient = by_kernel(case, x, cotangents)
+    assert_close(gradient, by_scan(case, x, cotangents)[1], 1e-2)
 
 
 def test_two_calls_with_a_carried_state_equal_one():
@@ -130,10 +140,10 @@ def test_shared_key_heads_equal_repeated_ones():
     jax.tree.map(np.testing.assert_array_equal, ops.delta_rule(**repeated, implementation=KERNEL), shared)
 
 
-@pytest.mark.parametrize(("decay", "batch"), [("scalar", 2), ("channel", 1)])
-def test_pieces_that_run_at_once_equal_the_sequence(decay, batch):
-    case = delta("pieces", length=70, batch=batch, key_heads=1, heads=1, key_dim=64, value_dim=64, decay=decay)
-    x, restarts = rounded(case.arrays), jnp.zeros((batch, 70), bool).at[0, 65].set(True)
+@pytest.mark.parametrize(("decay", "batch", "length"), [("scalar", 2, 130), ("channel", 1, 70)])
+def test_pieces_that_run_at_once_equal_the_sequence(decay, batch, length):
+    case = delta("pieces", length=length, batch=batch, key_heads=1, heads=1, key_dim=64, value_dim=64, decay=decay)
+    x, restarts = rounded(case.arrays), jnp.zeros((batch, length), bool).at[0, length - 5].set(True)
 
     def in_pieces(x):
         o, memory = kernels.delta_rule(**x, scale=0.125, restarts=restarts, pieces=2, interpret=True)
@@ -147,7 +157,7 @@ def test_pieces_that_run_at_once_equal_the_sequence(decay, batch):
     cotangents = cotangents_of(case, x)
     with assert_no_races():
         got = value_and_gradient(in_pieces)(x, cotangents)
-    assert_close(got, jax.jit(value_and_gradient(by_scan))(floats(x), floats(cotangents)), 1e-2)
+    assert_close(got, jax.jit(value_and_gradient(by_scan))(floats(x), floats(cotangents)), 5e-3)
 
 
 @pytest.mark.parametrize(
