@@ -134,8 +134,7 @@ def delta_rule(
     scale = resolve_scale(scale, call.q.shape[-1])
     run = _fastest if implementation is None else IMPLEMENTATIONS[implementation]
     options = Options(erase, scale, chunk_size, context_axis)
-    run = functools.partial(_run, run, options)
-    out, state = over_shards(run, call, call_axes(call), ("bthv", "bhkv"), call_names(call))
+    out, state = over_shards(_run, (run, options), call, call_axes(call), ("bthv", "bhkv"), call_names(call))
     return out.astype(call.v.dtype), state
 
 

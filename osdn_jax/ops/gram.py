@@ -123,7 +123,7 @@ def preconditioned(
     options = Options(name, squash, chunk_size, context_axis, multiply=by_kernel)
     axes = Call("bthk", "bth", "bth", "h", "bhk", None if restarts is None else "bt")  # type: ignore[arg-type]
     names = [field for field, x in zip(_NAMES, call, strict=True) if x is not None]
-    out, final = over_shards(functools.partial(_run, options), call, axes, ("bthk", "bhk"), names)
+    out, final = over_shards(_run, (options,), call, axes, ("bthk", "bhk"), names)
     return (write_key(out, k) if multiply and not by_kernel else out), final
 
 
@@ -294,10 +294,8 @@ def exact_gram_write_key(
     if initial is None:
         initial = jnp.broadcast_to(jnp.eye(key_dim, dtype=k.dtype) / ridge, shape)
     initial = checks.shaped_array("initial", initial, shape, "[B, Hk, K, K]").astype(k.dtype)
-    write, final = over_shards(
-        _exact, (checks.varying_like(initial, k), k), ("bhkk", "bthk"), ("bthk", "bhkk"), ("initial", "k")
-    )
-    return write, final
+    arrays, axes = (checks.varying_like(initial, k), k), ("bhkk", "bthk")
+    return over_shards(_exact, (), arrays, axes, ("bthk", "bhkk"), ("initial", "k"))
 
 
 @jax.jit

@@ -248,8 +248,8 @@ def preconditioned(
     name = implementation or _fastest(k, tokens, chunk_size)
     by_kernel = multiply and name.startswith("mosaic_gpu") and context_axis is None
     call, options = Call(k, tokens, start), Options(bounds, chunk_size, context_axis, multiply=by_kernel)
-    run = functools.partial(_run, IMPLEMENTATIONS[name], options)
-    out, final = over_shards(run, call, _axes(call), ("bthk", "bhk"), _names(call))
+    static = (IMPLEMENTATIONS[name], options)
+    out, final = over_shards(_run, static, call, _axes(call), ("bthk", "bhk"), _names(call))
     return (write_key(out, k) if multiply and not by_kernel else out), final
 
 

@@ -41,8 +41,8 @@ def delta_rule_step(
         TypeError: an argument is not a floating-point array, or scale is no static number.
     """
     call = check_call(q, k, v, beta, write_key, log_decay, state, None, time=False)
-    step = functools.partial(_step, checks.flag("erase", erase), resolve_scale(scale, call.q.shape[-1]))
-    out, memory = over_shards(step, call, call_axes(call), ("bhv", "bhkv"), call_names(call))
+    static = (checks.flag("erase", erase), resolve_scale(scale, call.q.shape[-1]))
+    out, memory = over_shards(_step, static, call, call_axes(call), ("bhv", "bhkv"), call_names(call))
     return out.astype(call.v.dtype), memory
 
 

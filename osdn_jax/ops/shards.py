@@ -4,6 +4,7 @@ Rows of a batch and heads do not depend on each other, so every device runs its 
 travels. With Auto axes the types say nothing, and the compiler finds the same split.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,16 +24,22 @@ _NAMES = {"b": "batch", "h": "heads", "g": "heads"}
 
 
 def over_shards(
-    run: Callable[[PyTree], PyTree], arrays: PyTree, axes: PyTree, results: PyTree, names: Sequence[str] | None = None
+    run: Callable[..., PyTree],
+    static: tuple[Any, ...],
+    arrays: PyTree,
+    axes: PyTree,
+    results: PyTree,
+    names: Sequence[str],
 ) -> PyTree:
-    """run(arrays), on each device for its rows and heads where the arrays' types are split over an Explicit mesh.
+    """run(*static, arrays), on each device for its rows and heads where the arrays' types are split over a mesh.
 
     Args:
         run: a pure function of the arrays that treats every row and head for itself.
+        static: hashable arguments of run.
         arrays: a NamedTuple or another pytree; parts may be None.
         axes: the same with a letter for each axis of each array, such as "bthv".
         results: likewise for what run returns.
-        names: of the arrays' leaves, for messages; default: their places in the tree.
+        names: of the arrays' leaves, for messages.
 
     Raises:
         ValueError: an axis other than batch or heads is split, or two arrays are split in different ways.
@@ -40,32 +47,46 @@ def over_shards(
     treedef: Any = jax.tree.structure(arrays)
     leaves = jax.tree.leaves(arrays)
     letters = treedef.flatten_up_to(axes)
-    names = names or [jax.tree_util.keystr(path, simple=True) for path, _ in jax.tree.leaves_with_path(arrays)]
     mesh = _explicit_mesh(leaves)
     if mesh is None:
-        return run(arrays)
+        return run(*static, arrays)
     split = _split(leaves, letters, names)
-    heads = {
-        letter: [x.shape[axes.index(letter)] for x, axes in zip(leaves, letters, strict=True) if letter in axes]
-        for letter in "gh"
-    }
-    parts = _size(mesh, split["heads"])
-    if heads["g"] and heads["g"][0] % parts:
+    sizes = {letter: x.shape[i] for x, axes in zip(leaves, letters, strict=True) for i, letter in enumerate(axes)}
+    if sizes.get("g", 0) % _size(mesh, split["heads"]):
         # Fewer key heads than devices: every value head gets a copy of its own.
-        leaves = [_per_value_head(x, axes, heads["h"][0]) for x, axes in zip(leaves, letters, strict=True)]
+        leaves = [_per_value_head(x, axes, sizes["h"]) for x, axes in zip(leaves, letters, strict=True)]
 
     def spec(axes: str) -> P:
         return P(*(split[_NAMES[letter]] or None if letter in _NAMES else None for letter in axes))
 
-    def body(*leaves: jax.Array) -> PyTree:
-        everywhere = frozenset(split["batch"] + split["heads"])
-        return run(treedef.unflatten(collectives.vary(list(leaves), everywhere)))
+    in_specs, out_specs = tuple(spec(axes) for axes in letters), tuple(spec(axes) for axes in results)
+    return _program(run, static, treedef, mesh, in_specs, out_specs)(*leaves)
 
-    in_specs = tuple(spec(axes) for axes in letters)
-    leaves = [jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(leaves, in_specs, strict=True)]
+
+@functools.lru_cache(maxsize=256)
+def _program(
+    run: Callable[..., PyTree],
+    static: tuple[Any, ...],
+    treedef: Any,
+    mesh: jax.sharding.AbstractMesh,
+    in_specs: tuple[P, ...],
+    out_specs: tuple[P, ...],
+) -> Callable[..., PyTree]:
+    """The jitted function of the arrays' leaves; the same for equal calls, so that they compile once."""
+    used = {axis for spec in in_specs for entry in spec for axis in _axes_of(entry)}
     manual = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
-    out_specs = jax.tree.map(spec, results)
-    return jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=manual)(*leaves)
+
+    def body(*leaves: jax.Array) -> PyTree:
+        return run(*static, treedef.unflatten(collectives.vary(list(leaves), frozenset(used))))
+
+    sharded = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=manual)
+
+    @jax.jit
+    def program(*leaves: jax.Array) -> PyTree:
+        placed = (jax.sharding.reshard(x, NamedSharding(mesh, s)) for x, s in zip(leaves, in_specs, strict=True))
+        return sharded(*placed)
+
+    return program
 
 
 def _explicit_mesh(leaves: list[jax.Array]) -> jax.sharding.AbstractMesh | None:
@@ -82,7 +103,7 @@ def _split(leaves: list[jax.Array], letters: list[str], names: Sequence[str]) ->
     found: dict[str, tuple[str, MeshAxes]] = {}
     for x, axes, name in zip(leaves, letters, names, strict=True):
         for letter, entry in zip(axes, jax.typeof(x).sharding.spec, strict=True):
-            mesh_axes = (entry,) if isinstance(entry, str) else tuple(entry or ())
+            mesh_axes = _axes_of(entry)
             if not mesh_axes:
                 continue
             if letter not in _NAMES:
@@ -104,6 +125,11 @@ def _split(leaves: list[jax.Array], letters: list[str], names: Sequence[str]) ->
             f"{found['batch'][0]}; expected other ones"
         )
     return split
+
+
+def _axes_of(entry: Any) -> MeshAxes:
+    """The mesh axes of an entry of a PartitionSpec."""
+    return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 
 def _size(mesh: jax.sharding.AbstractMesh, axes: MeshAxes) -> int:
