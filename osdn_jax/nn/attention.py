@@ -241,7 +241,7 @@ def _attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, la
 @jax.checkpoint
 def _attend_query(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
     """`_attend_chunk` of one query, to which keys and values that it does not see are zeros."""
-    visible = _visible(k.shape[1], first, last)[:, 0, :, None, None]
+    visible = jnp.any(_visible(k.shape[1], first, last), axis=1)[..., None, None]
     k, v = (jnp.where(visible, x, jnp.zeros_like(x)) for x in (k, v))
     return _attend_chunk(q, k, v, first, last)
 

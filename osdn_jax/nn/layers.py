@@ -55,7 +55,9 @@ class ShortConvolution(nnx.Module):
         if window is None:
             window = jnp.zeros(shape, x.dtype)
         elif window.shape != shape:
-            raise ValueError(f"window: got shape {window.shape}, expected {shape}, as this batch and layer have it")
+            raise ValueError(
+                f"window: got shape {window.shape}, expected {shape}; the state is of another batch or model"
+            )
         if segment_ids is not None:
             segment_ids = checks.segment_ids(segment_ids, x.shape[:2])
         window = window.astype(x.dtype)

@@ -93,24 +93,15 @@ class DeltaMixer(nnx.Module):
             ValueError: a state of another batch or config; segment_ids of another shape than x.
             TypeError: a state of another mixer; segment_ids that are no integers.
         """
-        window, carried = (None, None) if state is None else self._checked(state, x.shape[0])
+        if not isinstance(state, MixerState | None):
+            raise TypeError(f"state: got a {type(state).__name__}, expected the MixerState of such a mixer or None")
+        window, carried = (None, None) if state is None else state
         q, k, v, window = self._heads(x, window, segment_ids, context_axis)
         out, rule = self._rule(x, q, k, v, carried, segment_ids, context_axis)
         out = self.norm(out)
         if self.gate is not None:
             out = out * jax.nn.silu(self.gate(x)).reshape(out.shape)
         return self.output(out.reshape(*x.shape[:2], self.values)), MixerState(window, rule)
-
-    def _checked(self, state: MixerState, batch: int) -> MixerState:
-        if not isinstance(state, MixerState):
-            raise TypeError(f"state: got a {type(state).__name__}, expected the MixerState of such a mixer or None")
-        channels = 2 * self.keys + self.values
-        if state.window.shape != (batch, self.config.conv_size - 1, channels):
-            raise ValueError(
-                f"state: got a window of shape {state.window.shape}, expected "
-                f"{(batch, self.config.conv_size - 1, channels)}, the inputs before this batch"
-            )
-        return state
 
     def multipliers(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None

@@ -134,12 +134,14 @@ def delta_rule(
     scale = resolve_scale(scale, call.q.shape[-1])
     run = _fastest if implementation is None else IMPLEMENTATIONS[implementation]
     options = Options(erase, scale, chunk_size, context_axis)
-    out, state = over_shards(_run, (run, options), call, call_axes(call), ("bthv", "bhkv"), call_names(call))
+    out, state = over_shards(
+        _by_implementation, (run, options), call, call_axes(call), ("bthv", "bhkv"), call_names(call)
+    )
     return out.astype(call.v.dtype), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(run: Implementation, options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
+def _by_implementation(run: Implementation, options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
     """Compiles once for equal calls, also where nothing around it is under jit."""
     run = functools.partial(run, erase=options.erase, scale=options.scale, chunk_size=options.chunk_size)
     return run(call) if options.context_axis is None else context.delta_rule(run, call, options.context_axis)

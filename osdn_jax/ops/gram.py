@@ -123,7 +123,7 @@ def preconditioned(
     options = Options(name, squash, chunk_size, context_axis, multiply=by_kernel)
     axes = Call("bthk", "bth", "bth", "h", "bhk", None if restarts is None else "bt")  # type: ignore[arg-type]
     names = [field for field, x in zip(_NAMES, call, strict=True) if x is not None]
-    out, final = over_shards(_run, (options,), call, axes, ("bthk", "bhk"), names)
+    out, final = over_shards(_by_implementation, (options,), call, axes, ("bthk", "bhk"), names)
     return (write_key(out, k) if multiply and not by_kernel else out), final
 
 
@@ -158,7 +158,7 @@ _NAMES = ("k", "log_decay", "gain", "center", "initial", "segment_ids")
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _run(options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
+def _by_implementation(options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
     """Compiles once for equal calls, also where nothing around it is under jit."""
     axis = options.context_axis
     if axis is not None:

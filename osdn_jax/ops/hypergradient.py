@@ -249,12 +249,12 @@ def preconditioned(
     by_kernel = multiply and name.startswith("mosaic_gpu") and context_axis is None
     call, options = Call(k, tokens, start), Options(bounds, chunk_size, context_axis, multiply=by_kernel)
     static = (IMPLEMENTATIONS[name], options)
-    out, final = over_shards(_run, static, call, _axes(call), ("bthk", "bhk"), _names(call))
+    out, final = over_shards(_by_implementation, static, call, _axes(call), ("bthk", "bhk"), _names(call))
     return (write_key(out, k) if multiply and not by_kernel else out), final
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))
-def _run(run: Implementation, options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
+def _by_implementation(run: Implementation, options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
     """Compiles once for equal calls, also where nothing around it is under jit."""
     if options.context_axis is not None:
         run = functools.partial(run, chunk_size=options.chunk_size)
