@@ -189,8 +189,9 @@ class CausalLM(nnx.Module):
         return embed(table, tokens) if ambient_mesh() is None else look_up(table, tokens)
 
     def _check_states(self, states: Any) -> None:
-        if not isinstance(states, (tuple, list)) or len(states) != self.config.layers:
-            got = f"{len(states)} of them" if isinstance(states, (tuple, list)) else type(states).__name__
+        several = isinstance(states, (tuple, list)) and not isinstance(states, State)
+        if not several or len(states) != self.config.layers:
+            got = f"{len(states)} of them" if several else f"a {type(states).__name__}"
             raise ValueError(f"states: got {got}, expected a tuple of {self.config.layers}, one per block, or None")
 
 

@@ -63,7 +63,8 @@ def indices(name: str, value: Any, shape: Shape, layout: str, size: int) -> jax.
     So nothing outside comes back inside: neither by a cut to 32 bits nor by counting from the end.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
-        value = np.where((value >= 0) & (value < size), value, -1).astype(np.int32)  # before JAX cuts 64 bits to 32
+        inside = (value >= 0) & (value < size)
+        value = np.where(inside, value.astype(np.int32), -1)  # here, since JAX would cut 64 bits to 32
     array = integer_array(name, value, shape, layout)
     if array.dtype.itemsize < 4:
         array = array.astype(jnp.int32)  # size may be no number of its type
