@@ -244,7 +244,7 @@ def test_float16_has_lower_limits():
 
 @pytest.mark.parametrize("case", check.CASES.values(), ids=check.CASES)
 def test_near_parallel_keys_are_near(case):
-    short = dataclasses.replace(case, length=min(case.length, 400))
+    short = dataclasses.replace(case, batch=1, length=min(case.length, 400))
     arrays, ids = check.draw(short, "near-parallel", 0)
     k = arrays["k"].astype(np.float64)
     assert np.einsum("btk,btk->bt", k[:, :-1, 0], k[:, 1:, 0]).min(initial=1.0) > 0.95
@@ -326,6 +326,25 @@ def test_peaked_keys_leave_the_bounds_nearly_leave_them_and_stay_far(keys):
     assert all({"kept", "again"} <= one[2] for one in found)  # a head that goes from one to the other
     smoke = cases.SMOKE["hypergradient, token by token, gradient"]
     assert set().union(*ways(smoke, "random", 0).values()) == {"far", "kept", "again"}
+
+
+@pytest.mark.parametrize("section", ["smoke", "check"])
+def test_every_case_names_its_kernel_which_serves_it(section):
+    """Without a GPU it is refused for that reason alone, and nothing else runs in its place."""
+    for case in cases.cases(section, dry=False).values():
+        arrays, ids = check.draw(dataclasses.replace(case, length=1, batch=1), "random", 0)
+        with pytest.raises(NotImplementedError, match="'mosaic_gpu': got a cpu, the kernels need a GPU"):
+            jax.eval_shape(lambda x, i, case=case: cases.outputs(case, x, i, "mosaic_gpu"), arrays, ids)
+
+
+@pytest.mark.parametrize("rule", plan.RULES)
+def test_every_rule_to_time_names_its_kernels_which_serve_it(rule):
+    for shape in plan.SHAPES:
+        arguments = timing.abstract(rule, parse_shapes(shape)[0])
+        with pytest.raises(NotImplementedError, match="'mosaic_gpu': got a cpu, the kernels need a GPU"):
+            jax.eval_shape(timing.program_of(rule, "mosaic_gpu", False), arguments)
+    jobs = [job for stage in plan.STAGES for job in plan.plan(stage, [], REQUEST).jobs]
+    assert {job.spec["implementation"] for job in jobs} == {"mosaic_gpu"}
 
 
 def test_the_cases_reach_pieces_waves_types_and_lengths():
@@ -537,15 +556,14 @@ def suite(out, *arguments):
 def test_a_wrong_kernel_fails_and_one_that_hangs_is_ended(tmp_path, monkeypatch, capsys):
     (tmp_path / "odd_kernels.py").write_text(ODD)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    options = ("--implementation", "odd", "--import", "odd_kernels", "--cases", "* decay,*[dy]", "--slots", "4")
-    options += ("--patience", "30")
-    code, rows, _ = suite(tmp_path, "--stage", "smoke", "check", *options)
+    options = ("--implementation", "odd", "--import", "odd_kernels")
+    forward = "channel decay, forward"
+    code, rows, _ = suite(tmp_path, "--stage", "smoke", "--cases", forward, "--patience", "3", *options)
+    assert (code, rows["smoke", forward, "random"]["status"]) == (1, "hung")
+    assert rows["smoke", forward, "random"]["reason"].startswith("no sign of life for 3 s")
+    capsys.readouterr()
+    code, rows, _ = suite(tmp_path, "--stage", "check", "--cases", "*decay, tiny*", *options)
     assert code == 1
-    assert {case: row["status"] for (section, case, _), row in rows.items() if section == "smoke"} == {
-        "no decay, forward": "pass",
-        "scalar decay, forward": "pass",
-        "channel decay, forward": "hung",
-    }
     wrong = rows["check", "scalar decay, tiny", "random"]
     assert (wrong["status"], wrong["worst"]) == ("fail", "d_beta")
     assert wrong["error"] == pytest.approx(0.05, abs=5e-3)
@@ -638,6 +656,7 @@ def test_the_sources_are_those_of_the_kernels(tmp_path, monkeypatch):
     [
         ([], "the suite needs a GPU; --dry shows on any machine"),
         (["--dry", "--from", "nowhere.json"], "--from: nowhere.json is not there"),
+        (["--dry", "--cases", "none*"], "--cases: no case matches 'none*'"),
         (["--dry", "--out", "file"], "--out: cannot make file: "),
         (["--dry", "--out", "broken"], "broken/gpu-dry.json: cannot be read as results of this suite"),
         (["--dry", "--out", "other"], "other/gpu-dry.json: its results are of device a TPU (here cpu)"),
