@@ -65,7 +65,7 @@ class Running:
         self.rows: list[Row] = []
         self.began = time.time()
         self.signs, self.last = 0, self.began
-        self.prepared = False
+        self.prepared = self.ended = False
         self._file, self._log = folder / f"{number}.jsonl", folder / f"{number}.log"
         self._read = 0
         spec = {**job.spec, **times}
@@ -113,12 +113,15 @@ class Running:
 
     def end(self) -> None:
         """Ends it where it still runs."""
+        if self.ended:
+            return
+        self.ended = True
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()  # type: ignore[union-attr]
         with contextlib.suppress(subprocess.TimeoutExpired):  # the driver holds it: nobody can do more
-            self.process.wait(10)
+            self.process.wait(2)
 
     def last_words(self) -> str:
         """The exit status and the last line of the log."""
