@@ -2,11 +2,11 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import NoReturn
-
-from rich.console import Console
 
 USAGE_ERROR = 2  # the exit status that shells and argparse give a wrong command line
 INTERRUPTED = 130  # that of a command ended by Ctrl-C
@@ -22,22 +22,24 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(USAGE_ERROR)
 
 
-class PipedConsole(Console):
-    """A console whose reader may leave: that is a BrokenPipeError, which `run` ends with, as it is for `print`."""
-
-    def on_broken_pipe(self) -> None:
-        """Instead of exit status 1, which may mean something else to the command."""
-        raise BrokenPipeError
+def start() -> None:
+    """Lets Ctrl-C end the process without a traceback until `run` is called, while modules are imported for seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls a command and ends the process with the exit status that it returns; None is 0.
 
     Ctrl-C ends it with 130, and a reader of its output that has ended, such as `head`, with 141; both without a word.
+    Output that cannot be written, to a full disk say, is one line and status 2.
     """
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status: int | str | None
     try:
         try:
-            status = main() or 0
+            status = main()
         except SystemExit as end:
             status = end.code
         if sys.stdout is not None:
@@ -45,7 +47,19 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         status = INTERRUPTED
     except BrokenPipeError:
-        # What is still to be written when Python ends goes nowhere; it would be reported otherwise.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
         status = READER_LEFT
+    except OSError as error:
+        place = "" if error.filename else "standard output: "
+        print(f"{Path(sys.argv[0]).name}: error: {place}{error}", file=sys.stderr)
+        status = USAGE_ERROR
+    _give_up_output()
     sys.exit(status)
+
+
+def _give_up_output() -> None:
+    """What cannot be written goes nowhere: when Python ends it would be reported once more."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -13,6 +13,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from osdn_jax import command
+
+if __name__ == "__main__":
+    command.start()
+
 from osdn_jax.nn.functional import functional
 from osdn_jax.sampling import sample
 from osdn_jax.training import (
