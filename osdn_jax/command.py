@@ -22,6 +22,22 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(USAGE_ERROR)
 
 
+def output_file(flag: str, value: str, *, replaced: bool = False) -> Path:
+    """The file that a flag names, to be written when all is done.
+
+    Raises ValueError, naming the flag, where it is a folder, or in none: at the end what was measured would be lost.
+    So it does for a device or a pipe if another file is to take its place (`replaced`).
+    """
+    path = Path(os.path.expanduser(value))
+    if not path.name or path.is_dir() or (replaced and path.exists() and not path.is_file()):
+        raise ValueError(f"--{flag}: got {value!r}, expected a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"--{flag}: got {value!r}, but there is no folder {str(path.parent)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--{flag}: got {value!r}, which may not be written")
+    return path
+
+
 def start() -> None:
     """Lets Ctrl-C end the process without a traceback until `run` is called, while modules are imported for seconds."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:

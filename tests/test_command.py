@@ -1,6 +1,7 @@
 """How command lines end: as processes, without JAX."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,3 +91,34 @@ def test_errors_of_the_program_keep_their_traceback():
     status, _, err = ended("command.run(lambda: fail(ZeroDivisionError()))")
     assert status == 1
     assert "Traceback" in err
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_to_write_is_checked_before_the_work(tmp_path, monkeypatch, replaced):
+    (tmp_path / "there").write_text("old")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in (f"{tmp_path}/new", f"{tmp_path}/there", "~/new"):
+        path = command.output_file("json", value, replaced=replaced)
+        assert path.parent == tmp_path
+    for value, said in (
+        ("", "got '', expected a file"),
+        (".", "got '.', expected a file"),
+        (str(tmp_path), f"got '{tmp_path}', expected a file"),
+        (f"{tmp_path}/no/new", f"got '{tmp_path}/no/new', but there is no folder '{tmp_path}/no'"),
+        (f"{tmp_path}/there/new", f"but there is no folder '{tmp_path}/there'"),
+    ):
+        with pytest.raises(ValueError, match=f"^--json: .*{re.escape(said)}"):
+            command.output_file("json", value, replaced=replaced)
+    assert sorted(os.listdir(tmp_path)) == ["there"]
+
+
+def test_a_device_takes_what_is_written_but_is_not_replaced():
+    assert command.output_file("json", os.devnull) == Path(os.devnull)
+    with pytest.raises(ValueError, match="expected a file"):
+        command.output_file("plan_json", os.devnull, replaced=True)
+
+
+def test_a_file_that_may_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match="--json: got .*new', which may not be written"):
+        command.output_file("json", str(tmp_path / "new"))
