@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -35,6 +36,17 @@ def output_file(flag: str, value: str, *, replaced: bool = False) -> Path:
         raise ValueError(f"--{flag}: got {value!r}, but there is no folder {str(path.parent)!r}")
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"--{flag}: got {value!r}, which may not be written")
+    return path
+
+
+def directory(flag: str, value: str) -> Path:
+    """The directory that a flag names, which need not exist. Raises ValueError, naming the flag, for what is none."""
+    if not value or re.match(r"\w+://", value):
+        raise ValueError(f"--{flag}: got {value!r}, expected a directory of this machine")
+    path = Path(os.path.expanduser(value))
+    files = [place for place in (path, *path.parents) if place.exists() and not place.is_dir()]
+    if files:
+        raise ValueError(f"--{flag}: got {value!r}, but {files[0]} is no directory")
     return path
 
 

@@ -6,8 +6,6 @@ token costs the same time and memory, however long the text.
 
 import contextlib
 import io
-import os
-import re
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -89,11 +87,9 @@ def main() -> None:
     parser.add_argument("--top_p", type=float, default=0.95, help="share of the distribution kept (default 0.95)")
     parser.add_argument("--seed", type=int, default=0, help="of the draws, 0 to 2^64 - 1 (default 0)")
     given = parser.parse_args()
-    if not given.workdir or re.match(r"\w+://", given.workdir):
-        parser.error(f"--workdir: got {given.workdir!r}, expected a directory of this machine")
     try:
         pieces = generate(
-            os.path.expanduser(given.workdir),
+            command.directory("workdir", given.workdir),
             given.prompt,
             tokens=given.tokens,
             temperature=given.temperature,

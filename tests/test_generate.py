@@ -98,9 +98,7 @@ def test_a_number_out_of_range_is_one_line(run, command, arguments, said):
 def test_what_is_no_directory_is_one_line(command, workdir):
     status, out, err = command("--workdir", workdir)
     assert (status, out) == (2, "")
-    assert (
-        err == f"python -m osdn_jax.generate: error: --workdir: got {workdir!r}, expected a directory of this machine\n"
-    )
+    assert err == f"generate: error: --workdir: got {workdir!r}, expected a directory of this machine\n"
 
 
 def test_the_home_directory_may_be_abbreviated(run, command, monkeypatch):
