@@ -143,6 +143,17 @@ def test_the_report_of_what_does_not_fit(made):
         ("2x8", None, {}, "plan: got 2x8, expected at most 8 devices"),
         ("999999x999999", None, {}, "plan: got 999999x999999, 999,998,000,001 devices, expected at most 2,048"),
         ("1x8", None, {"model__rule": "osnd"}, "osnd"),
+        ("1x8", None, {"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ("1x8", None, {"sequence_length": -64}, "sequence_length: got -64, expected at least 1"),
+        ("1x8", None, {"accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        (
+            "1x1",
+            None,
+            {"mesh__fsdp": 1, "batch_size": 2**31},
+            "got 2147483648 x 64 tokens a step, expected fewer than 2,",
+        ),
+        ("1x1", None, {"mesh__fsdp": 1, "sequence_length": 2**32}, "got 16 x 4294967296 tokens a step, expected fewer"),
+        ("1x1", None, {"mesh__fsdp": 1, "model__width": 10**9}, "this configuration cannot be compiled: .*overflow"),
     ],
 )
 def test_mistakes(topology, gpu, changes, said):
