@@ -98,7 +98,7 @@ def check_call(
         write_key,
         v,
         beta.astype(dtype),
-        None if log_decay is None else checks.bounded_log(log_decay.astype(dtype)),
+        None if log_decay is None else log_decay.astype(dtype),
         restarts,
     )
 

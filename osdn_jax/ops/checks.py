@@ -126,6 +126,7 @@ def bounded_log(x: jax.Array) -> jax.Array:
     """The log of a decay, cut where the decay has long been zero, so that sums of logs stay finite and exact.
 
     exp(-746) is 0 in float64 and exp(-104) in float32. A full reset (-inf) so becomes a finite number, and NaN stays.
+    A product of decays, as the scans form it, needs no such bound.
     """
     return jnp.where(x < _LOG_OF_NOTHING, jnp.asarray(_LOG_OF_NOTHING, x.dtype), x)
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from osdn_jax.ops.arguments import Call
+from osdn_jax.ops.checks import bounded_log
 from osdn_jax.ops.recurrence import per_value_head
 from osdn_jax.ops.scores import channel_scores, inclusive_sum, pair_decay, suffix_sum
 from osdn_jax.ops.selection import default_chunk, on_cpu
@@ -99,23 +100,24 @@ def prepare(inputs: Inputs, options: Options) -> Prepared:
         x.astype(dtype).swapaxes(-2, -3) for x in (inputs.q, inputs.k, inputs.k if inputs.w is None else inputs.w)
     )
     q = q * options.scale
+    log_decay = None if inputs.log_decay is None else bounded_log(inputs.log_decay)
     v = jnp.moveaxis(inputs.v.astype(dtype), -4, -2)
     beta = jnp.moveaxis(inputs.beta, -3, -1)
 
     x = jnp.stack([k, q], axis=-3) if options.erase else q[..., None, :, :]
     from_start = to_end = carry = None
-    if options.channel_decay and inputs.log_decay is not None:
-        g = inputs.log_decay.swapaxes(-2, -3)
+    if options.channel_decay and log_decay is not None:
+        g = log_decay.swapaxes(-2, -3)
         scores = channel_scores(x, w, g)[..., None, :, :]  # [..., G, M, 1, C, C]
         decay = jnp.exp(inclusive_sum(g))
         q, k, w = q * decay, k * decay, w * jnp.exp(suffix_sum(g))
         carry = decay[..., None, -1, :, None]
     else:
         scores = jnp.einsum("...mik,...jk->...mij", x, w)[..., None, :, :]
-        if inputs.log_decay is None:
+        if log_decay is None:
             scores = jnp.tril(scores)
         else:
-            g = jnp.moveaxis(inputs.log_decay, -3, -1)
+            g = jnp.moveaxis(log_decay, -3, -1)
             scores = scores * pair_decay(g)[..., None, :, :, :]
             from_start = jnp.exp(inclusive_sum(g[..., None])[..., 0])
             to_end = jnp.exp(suffix_sum(g[..., None])[..., 0])
