@@ -23,6 +23,7 @@ from osdn_jax.training.config import CHECKPOINT_FOLDER, ConfigError, check_workd
 from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
 from osdn_jax.training.gpus import peak_flops
 from osdn_jax.training.interruption import Interrupted, Stop, Watchdog
+from osdn_jax.training.limits import check_memory, out_of_memory
 from osdn_jax.training.lock import WorkdirLock
 from osdn_jax.training.mesh import Layout, build_mesh, describe
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
@@ -83,8 +84,14 @@ def train(
         CheckpointMismatchError: the checkpoints are of another model, text or tokenizer.
         OSError: something cannot be written, such as on a full disk; names the file.
     """
-    with contextlib.ExitStack() as held:
-        return _train(config, workdir, stop_at, profile, held)
+    try:
+        with contextlib.ExitStack() as held:
+            return _train(config, workdir, stop_at, profile, held)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        said = out_of_memory(error)
+        if said is None:
+            raise
+        raise ConfigError(said) from error
 
 
 def _train(
@@ -99,6 +106,7 @@ def _train(
     try:
         _check(config, stop_at)
         layout = Layout(build_mesh(config))
+        check_memory(config)
         model, optimizer, state, shardings = build_start(config, layout)
         step_config = build_step_config(config)
         schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
