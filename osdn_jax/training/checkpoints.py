@@ -100,6 +100,8 @@ class Checkpoints:
         self._directory = Path(directory).absolute()
         self._fingerprints = dict(fingerprints or {})
         self._moved = _move_impostors_aside(self._directory) if distributed.is_primary() else []
+        for warning in self._moved:
+            log.warning("%s", warning)
         distributed.meet("links are moved")
         self._manager = _manager(
             self._directory,
@@ -191,7 +193,7 @@ class Checkpoints:
         if unreadable:
             distributed.meet("moved")
             self._manager.reload()
-        return Restored(step, found.state, found.record["metadata"], tuple(warnings))
+        return Restored(step, found.state, found.record.get("metadata", {}), tuple(warnings))
 
     def wait(self) -> None:
         """Waits until the save under way is complete. Raises CheckpointError if it failed."""
@@ -330,7 +332,9 @@ def _read(
     step = int(folder.name)
     alone = ocp.args.Composite(metadata=ocp.args.JsonRestore())
     record = _reading(lambda: manager.restore(step, args=alone)).metadata
-    if not isinstance(record, dict) or not isinstance(record.get("metadata"), dict):
+    if not isinstance(record, dict) or not all(
+        isinstance(record.get(name, {}), dict) for name in ("metadata", "checksums", "fingerprints")
+    ):
         raise _UnreadableError("the record beside its arrays is missing or damaged")
     if record.get("step", step) != step:
         raise _UnreadableError(f"it is a copy of checkpoint {record['step']}")

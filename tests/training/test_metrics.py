@@ -299,6 +299,18 @@ def test_progress_speaks_every_so_many_seconds_and_knows_the_speed(monkeypatch):
     assert lines[1].split("  ")[1:] == ["2 k tokens/s", "1 h 21 min left"]
 
 
+def test_progress_that_cannot_be_shown_is_one_warning(caplog):
+    class Full(io.StringIO):
+        def write(self, text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with ProgressBar(3, every=0, console=Console(file=Full())) as bar:
+        for step in range(1, 4):
+            bar.update(step, tokens=1)
+    (record,) = caplog.records
+    assert record.getMessage().endswith("standard output: [Errno 28] No space left on device")
+
+
 @pytest.mark.parametrize("terminal", [True, False])
 def test_an_exception_passes_and_the_terminal_is_left_in_order(terminal, monkeypatch):
     monkeypatch.setenv("TERM", "xterm")

@@ -105,6 +105,14 @@ def test_the_run_of_another_configuration_is_untouched(answers, folder):
     assert train(tiny_config(text()), folder / "run", stop_at=1).step == 1
 
 
+def test_a_log_on_a_full_disk_does_not_stop_training(forks, tmp_path):
+    forks.start(command(tmp_path / "run", "--stop_at=4")[0][1:], out="/dev/full", err=tmp_path / "err")
+    assert forks.wait() == 0
+    (warning,) = (tmp_path / "err").read_text().splitlines()
+    assert "no more progress is shown: standard output: [Errno 28] No space left on device" in warning
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
 def test_a_process_of_its_own_ends_with_status_2(tmp_path):
     done = run(tmp_path / "run", "--config.model.widht=8")
     assert (done.returncode, done.stdout) == (2, "")
