@@ -27,6 +27,7 @@ try:
     from osdn_jax.training.config import checked_workdir, run, write_atomically
     from osdn_jax.training.interruption import INTERRUPTED
     from osdn_jax.training.profiling import parse_range
+    from osdn_jax.training.progress import say
 except KeyboardInterrupt:  # while all of JAX is imported
     raise SystemExit(130) from None
 
@@ -66,9 +67,9 @@ def main(_: list[str]) -> int | None:
     if not distributed.is_primary():
         return status
     if result.bits_per_byte is None:
-        print(f"stopped after step {result.step:,}; the same command goes on from there")
+        say(f"stopped after step {result.step:,}; the same command goes on from there")
     else:
-        print(f"{result.bits_per_byte:.4f} bits per byte on the held-out text; see {workdir}/loss.png")
+        say(f"{result.bits_per_byte:.4f} bits per byte on the held-out text; see {workdir}/loss.png")
     return status
 
 

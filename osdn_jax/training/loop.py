@@ -29,7 +29,7 @@ from osdn_jax.training.mesh import Layout, build_mesh, describe
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
-from osdn_jax.training.progress import ProgressBar
+from osdn_jax.training.progress import ProgressBar, say
 from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.sources import build_data
 from osdn_jax.training.start import build_start
@@ -152,10 +152,10 @@ def _train(
             raise CheckpointError(f"{folder} is a checkpoint of step {start} under another name; rename or remove it")
         if primary:
             for warning in () if restored is None else restored.warnings:
-                print(f"warning: {warning}")
-            print(f"{config.model.rule}: {parameters:,} parameters; {data.summary}; {describe(layout.mesh)}")
+                say(f"warning: {warning}")
+            say(f"{config.model.rule}: {parameters:,} parameters; {data.summary}; {describe(layout.mesh)}")
             if start:
-                print(f"going on from the checkpoint of step {start:,} of {config.steps:,}")
+                say(f"going on from the checkpoint of step {start:,} of {config.steps:,}")
         end = config.steps if stop_at is None else min(stop_at, config.steps)
         clock = Stopwatch()
         tokens_per_step = config.batch_size * config.sequence_length

@@ -74,9 +74,7 @@ class ProgressBar:
         try:
             self._console.print(line, markup=False, highlight=False, soft_wrap=True)
         except OSError as error:
-            log.warning("no more progress is shown: standard output: %s", error)
-            if self._console.file is sys.stdout:
-                _discard_output()
+            _stop_showing(error, self._console.file is sys.stdout)
             self._console = Console(quiet=True)
 
     def _words(self, bits_per_byte: float | None) -> str:
@@ -102,10 +100,20 @@ class ProgressBar:
             self._bar.stop()
 
 
-def _discard_output() -> None:
-    """Leads standard output nowhere, as Python would fail at its end to write what is still in memory."""
-    with contextlib.suppress(OSError), open(os.devnull, "wb") as nothing:
-        os.dup2(nothing.fileno(), sys.stdout.fileno())
+def say(line: str) -> None:
+    """Prints a line of a run. Where it cannot be written, that is a warning, as for `ProgressBar`."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        _stop_showing(error, True)
+
+
+def _stop_showing(error: OSError, standard_output: bool) -> None:
+    """Warns. Leads standard output nowhere, or Python would fail at its end to write what is still in memory."""
+    log.warning("no more progress is shown: standard output: %s", error)
+    if standard_output:
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _short(number: float) -> str:
