@@ -1,4 +1,7 @@
-"""The configuration of a training run, with every key that it may have; files in `configs/` change some of them."""
+"""The configuration of a training run, with every key that it may have; files in `configs/` change some of them.
+
+What each number may be is in `ranges.py`.
+"""
 
 from ml_collections import ConfigDict
 from ml_collections.config_dict import placeholder
@@ -70,7 +73,7 @@ def default_config() -> ConfigDict:
     config.optimizer.weight_decay = 0.1
     config.optimizer.beta1 = 0.9
     config.optimizer.beta2 = 0.95
-    config.optimizer.clip_norm = 1.0  # of the gradient over all parameters
+    config.optimizer.clip_norm = 1.0  # of the gradient over all parameters; inf: no clipping
 
     config.validation = ConfigDict()
     config.validation.every = 250  # steps

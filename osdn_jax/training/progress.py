@@ -1,5 +1,8 @@
 """What a training run shows while it works."""
 
+import contextlib
+import logging
+import os
 import sys
 import time
 from collections import deque
@@ -8,13 +11,16 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+log = logging.getLogger(__name__)
+
 SPEED_WINDOW = 20  # updates that the speed is averaged over
 
 
 class ProgressBar:
     """A bar on a terminal; elsewhere, as in the log of a CI job, a plain line every `every` seconds.
 
-    Use as a context manager: it leaves the terminal in order whatever happens inside.
+    Use as a context manager: it leaves the terminal in order whatever happens inside. Where nobody reads any more, or
+    the disk of a log is full, that is one warning and the rest is not shown: training does not depend on it.
     """
 
     def __init__(
@@ -65,7 +71,11 @@ class ProgressBar:
 
     def print(self, line: str) -> None:
         """Writes a line, above the bar if there is one."""
-        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        try:
+            self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+        except OSError as error:
+            _stop_showing(error, self._console.file is sys.stdout)
+            self._console = Console(quiet=True)
 
     def _words(self, bits_per_byte: float | None) -> str:
         """Loss, speed and time left in words."""
@@ -88,6 +98,22 @@ class ProgressBar:
     ) -> None:
         if self._bar is not None:
             self._bar.stop()
+
+
+def say(line: str) -> None:
+    """Prints a line of a run. Where it cannot be written, that is a warning, as for `ProgressBar`."""
+    try:
+        print(line, flush=True)
+    except OSError as error:
+        _stop_showing(error, True)
+
+
+def _stop_showing(error: OSError, standard_output: bool) -> None:
+    """Warns. Leads standard output nowhere, or Python would fail at its end to write what is still in memory."""
+    log.warning("no more progress is shown: standard output: %s", error)
+    if standard_output:
+        with contextlib.suppress(OSError), open(os.devnull, "wb") as nothing:
+            os.dup2(nothing.fileno(), sys.stdout.fileno())
 
 
 def _short(number: float) -> str:

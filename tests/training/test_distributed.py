@@ -151,6 +151,19 @@ def test_sigterm_to_one_saves_and_ends_all_and_one_alone_goes_on(both, whole, tm
     np.testing.assert_allclose(losses(workdir), losses(whole), rtol=1e-4)
 
 
+def test_an_interrupt_of_one_saves_and_ends_all(both, whole, tmp_path):
+    workdir = tmp_path / "run"
+    launch(both, workdir)
+    wait_for(both, workdir, 7)
+    both[1].signal(signal.SIGINT)
+    results = finish(both)
+    assert [status for status, _ in results] == [0, 130], results
+    assert not [said for _, said in results if "Traceback" in said]
+    step = read_metrics(workdir)[-1]["step"]
+    assert (workdir / "checkpoints" / str(step)).is_dir()
+    assert rows(workdir) == [row for row in rows(whole) if row["step"] <= step]
+
+
 @pytest.mark.parametrize(
     ("given", "words"),
     [
