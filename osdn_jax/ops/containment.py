@@ -39,13 +39,13 @@ def contained(fast: Run, exact: Run, inputs: PyTree, starts: PyTree) -> PyTree:
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _contained(fast: Run, exact: Run, inputs: PyTree, starts: PyTree) -> PyTree:
     results = fast(inputs, starts)
-    return lax.cond(all_finite(results), lambda: results, lambda: _typed_as(results, exact(inputs, starts)))
+    return _unless(all_finite(results), results, exact, (inputs, starts))
 
 
 def _contained_fwd(fast: Run, exact: Run, inputs: PyTree, starts: PyTree) -> tuple[PyTree, Any]:
     results, pull = jax.vjp(lambda x: fast(x, starts), inputs)
     finite = all_finite(results)
-    results = lax.cond(finite, lambda: results, lambda: _typed_as(results, exact(inputs, starts)))
+    results = _unless(finite, results, exact, (inputs, starts))
     return results, (pull, finite, inputs, starts)
 
 
@@ -53,14 +53,30 @@ def _contained_bwd(fast: Run, exact: Run, saved: Any, cotangents: PyTree) -> tup
     pull, finite, inputs, starts = saved
     (gradients,) = pull(cotangents)
 
-    def again() -> PyTree:
+    def again(inputs: PyTree, starts: PyTree, cotangents: PyTree) -> PyTree:
         _, pull = jax.vjp(lambda x: _typed_as(cotangents, exact(x, starts)), inputs)
         return pull(cotangents)[0]
 
-    return lax.cond(finite & all_finite(gradients), lambda: gradients, again), None
+    finite &= all_finite(gradients)
+    return _unless(finite, gradients, again, (inputs, starts, cotangents)), None
 
 
 _contained.defvjp(_contained_fwd, _contained_bwd)
+
+
+def _unless(finite: jax.Array, results: PyTree, again: Callable[..., PyTree], arguments: tuple[PyTree, ...]) -> PyTree:
+    """The results where they are finite, else again(*arguments): a loop of at most one turn.
+
+    XLA keeps what a loop carries where it is; what the branches of a `lax.cond` hand on it would copy.
+    """
+
+    def turn(carry: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
+        finite, results = carry
+        # Nothing else here changes from turn to turn, and XLA would compute it before the loop, needed or not.
+        finite, now = lax.optimization_barrier((finite, arguments))
+        return ~finite, _typed_as(results, again(*now))
+
+    return lax.while_loop(lambda carry: ~carry[0], turn, (finite, results))[1]
 
 
 def _typed_as(like: PyTree, results: PyTree) -> PyTree:
