@@ -18,6 +18,7 @@ from osdn_jax.training import (
     ConfigError,
     DataError,
     DivergedError,
+    agreement,
     distributed,
     train,
 )
@@ -70,4 +71,8 @@ def _plan() -> None:
 
 
 if __name__ == "__main__":
-    run(main, errors=(ConfigError, DataError, DivergedError, CheckpointError, CheckpointMismatchError, OSError))
+    run(
+        main,
+        errors=(ConfigError, DataError, DivergedError, CheckpointError, CheckpointMismatchError, OSError),
+        tell=agreement.tell,
+    )

@@ -195,8 +195,13 @@ def check_overrides(argv: Sequence[str], name: str = "config") -> None:
                 raise ConfigError(f"--{name}.{key}={value}: {error}, such as {default}") from error
 
 
-def parse_flags(argv: Sequence[str], name: str = "config") -> list[str]:
-    """Reads the command line into absl's flags; ends the process with one line and status 2 on a mistake in it."""
+def parse_flags(
+    argv: Sequence[str], name: str = "config", tell: Callable[[Exception, Sequence[str]], Exception] | None = None
+) -> list[str]:
+    """Reads the command line into absl's flags; ends the process with one line and status 2 on a mistake in it.
+
+    tell: as in `run`.
+    """
     try:
         check_overrides(flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False), name)
         rest = flags.FLAGS(list(argv))
@@ -205,7 +210,7 @@ def parse_flags(argv: Sequence[str], name: str = "config") -> list[str]:
         if len(rest) > 1:
             raise ConfigError(f"unexpected argument {rest[1]!r}{_did_you_mean(rest[1], list(flags.FLAGS))}")
     except (ConfigError, flags.Error) as error:
-        fail(error)
+        fail(error if tell is None else tell(error, argv))
     return rest
 
 
@@ -215,21 +220,27 @@ def fail(error: Exception) -> None:
     raise SystemExit(USAGE_ERROR)
 
 
-def run(main: Callable[[list[str]], Any], *, errors: tuple[type[Exception], ...] = (ConfigError,)) -> None:
+def run(
+    main: Callable[[list[str]], Any],
+    *,
+    errors: tuple[type[Exception], ...] = (ConfigError,),
+    tell: Callable[[Exception, Sequence[str]], Exception] | None = None,
+) -> None:
     """`absl.app.run` for a script with a `--config` flag: a user's mistake ends in one clear message, status 2.
 
     Args:
       main: called with [program name].
       errors: exceptions out of `main` whose message is for the user; any other keeps its traceback.
+      tell: called with such an error and the command line before the process ends with what it returns.
     """
 
     def guarded(argv: list[str]) -> Any:
         try:
             return main(argv)
         except errors as error:
-            return fail(error)
+            return fail(error if tell is None else tell(error, argv))
 
-    app.run(guarded, flags_parser=parse_flags)
+    app.run(guarded, flags_parser=lambda argv: parse_flags(argv, tell=tell))
 
 
 # Comparing and recording configurations

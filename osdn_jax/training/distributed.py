@@ -1,15 +1,24 @@
 """Several processes as one job, on JAX's own runtime."""
 
+import argparse
+import contextlib
+import math
 import os
-from typing import Any
+from collections.abc import Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from osdn_jax.training.rendezvous import gather, parse_address
+from osdn_jax.training.reports import check_same, software
+
 _START = 300  # seconds that processes wait for each other at the start
 _HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead, and ends the job
 _SHUTDOWN = 20
+
+_state: Literal["apart", "joining", "joined"] = "apart"  # of this process, which tries once
 
 
 def start(coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None) -> None:
@@ -24,28 +33,78 @@ def start(coordinator: str | None = None, process_id: int | None = None, process
         process_count: of all.
 
     Raises:
-        ValueError: only some of the three are given, or the id is not below the count.
-        RuntimeError: the others did not come in time.
+        ValueError: only some of the three are given, one of them is out of its range, or the processes were told
+            different counts or run different versions of the software.
+        RuntimeError: the coordinator's address cannot be used, or the others did not come in time.
     """
+    global _state
+    _state = "joining"
     given = {"coordinator": coordinator, "process_id": process_id, "process_count": process_count}
     missing = [name for name, value in given.items() if value is None]
-    limits: dict[str, Any] = {
-        "initialization_timeout": _START,
-        "heartbeat_timeout_seconds": _HEARTBEAT,
-        "shutdown_timeout_seconds": _SHUTDOWN,
-    }
     if len(missing) == 3:
         if _in_a_job():
-            jax.distributed.initialize(
-                num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"), **limits
+            _join(
+                os.environ.get("JAX_COORDINATOR_ADDRESS"),
+                _number("JAX_PROCESS_ID"),
+                _number("JAX_NUM_PROCESSES"),
+                ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES"),
             )
-        return
-    if missing:
+    elif missing:
         present = ", ".join(f"--{name}" for name in given if name not in missing)
         raise ValueError(f"{present}: expected --{' and --'.join(missing)} beside it")
-    if process_id is not None and process_count is not None and not 0 <= process_id < process_count:
-        raise ValueError(f"process_id: got {process_id}, expected from 0 to below process_count = {process_count}")
-    jax.distributed.initialize(coordinator, process_count, process_id, **limits)
+    else:
+        _join(coordinator, process_id, process_count, ("coordinator", "process_id", "process_count"))
+    _state = "joined"
+
+
+def _join(
+    coordinator: str | None, process_id: int | None, process_count: int | None, names: tuple[str, str, str]
+) -> None:
+    """names: what the user calls the three. One that is None is for JAX to find."""
+    if process_count is not None and process_count < 1:
+        raise ValueError(f"{names[2]}: got {process_count}, expected at least 1")
+    if process_id is not None and not 0 <= process_id < (process_count or math.inf):
+        below = "" if process_count is None else f" to below {names[2]} = {process_count}"
+        raise ValueError(f"{names[1]}: got {process_id}, expected from 0{below}")
+    address = None if coordinator is None else parse_address(coordinator, names[0])
+    if address is not None and process_id is not None and process_count is not None and process_count > 1:
+        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+        listen = None if bind is None else parse_address(bind, "JAX_COORDINATOR_BIND_ADDRESS")
+        check_same(gather(address, process_id, process_count, software(), seconds=_START, bind=listen))
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            process_count,
+            process_id,
+            initialization_timeout=_START,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_SHUTDOWN,
+        )
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(f"cannot join the other processes: {reason}") from error
+
+
+def join_to_fail(arguments: Sequence[str]) -> bool:
+    """Whether this process is one of several that have joined; joins them where it has not tried to.
+
+    arguments: its command line, of which nothing is expected but the three flags that `start` takes.
+    """
+    if _state == "apart":
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        for name, kind in (("coordinator", str), ("process_id", int), ("process_count", int)):
+            parser.add_argument(f"--{name}", f"-{name}", type=kind)
+        try:
+            start(**vars(parser.parse_known_args(list(arguments))[0]))
+        except (argparse.ArgumentError, ValueError, RuntimeError):
+            return False
+    return _state == "joined" and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def leave() -> None:
+    """Ends this process's part in the job, when all the others do: the first to go would take them with it."""
+    with contextlib.suppress(RuntimeError):
+        jax.distributed.shutdown()
 
 
 def _in_a_job() -> bool:

@@ -1,6 +1,7 @@
 """The ends of a run that do not come from the run itself: a signal to stop, and a process that hangs."""
 
 import faulthandler
+import os
 import signal
 import sys
 import threading
@@ -10,18 +11,21 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
+_INTERRUPTED = 128 + signal.SIGINT  # the exit status
+
 
 class Stop:
     """Whether the run was asked to end by SIGTERM, as schedulers do before they kill. Use as a context manager.
 
-    Of several processes any one may be asked, and all of them learn it at the same step. What SIGTERM did before is put
-    back at the end.
+    Of several processes any one may be asked, by SIGINT too, and all of them learn it at the same step. What the
+    signals did before is put back at the end.
     """
 
     def __init__(self) -> None:
         """Listens from `__enter__` on."""
         self._asked = False
         self._before: Any = None
+        self._before_sigint: Any = None
 
     def reached(self, step: int) -> bool:
         """Whether to save and end after this step; every process has to ask at every step."""
@@ -36,6 +40,8 @@ class Stop:
         # JAX listens itself where there are several processes; and only a main thread may.
         if jax.process_count() == 1 and threading.current_thread() is threading.main_thread():
             self._before = signal.signal(signal.SIGTERM, self._listen)
+        if jax.process_count() > 1 and threading.current_thread() is threading.main_thread():
+            self._before_sigint = signal.signal(signal.SIGINT, _pass_on)
         return self
 
     def __exit__(
@@ -43,6 +49,14 @@ class Stop:
     ) -> None:
         if self._before is not None:
             signal.signal(signal.SIGTERM, self._before)
+        if self._before_sigint is not None:
+            signal.signal(signal.SIGINT, self._before_sigint)
+
+
+def _pass_on(number: int, frame: FrameType | None) -> None:
+    """SIGINT in one of several processes becomes SIGTERM, which JAX listens to, and tells the others; once."""
+    signal.signal(signal.SIGINT, lambda number, frame: os._exit(_INTERRUPTED))
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 class Watchdog:

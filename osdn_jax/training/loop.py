@@ -15,10 +15,10 @@ from osdn_jax.evaluation import make_evaluate
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.flops import per_token
 from osdn_jax.nn.functional import functional
-from osdn_jax.training import distributed
+from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
 from osdn_jax.training.checkpoints import Checkpoints
-from osdn_jax.training.config import CHECKPOINT_FOLDER, ConfigError, check_workdir
+from osdn_jax.training.config import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir
 from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
 from osdn_jax.training.gpus import peak_flops
 from osdn_jax.training.interruption import Stop, Watchdog
@@ -28,7 +28,7 @@ from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
 from osdn_jax.training.progress import ProgressBar
 from osdn_jax.training.sources import build_data
-from osdn_jax.training.start import build_start
+from osdn_jax.training.start import plan_start
 from osdn_jax.training.step import make_train_step
 from osdn_jax.training.stopwatch import Stopwatch
 
@@ -79,7 +79,7 @@ def train(
     try:
         _check(config, stop_at)
         layout = Layout(build_mesh(config))
-        model, optimizer, state, shardings = build_start(config, layout)
+        model, optimizer, create = plan_start(config, layout)
         step_config = build_step_config(config)
         schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
         data = build_data(config)
@@ -89,28 +89,28 @@ def train(
         rows_here = config.validation.batch_size // count
         everything = validation_batches(data.held_out, batch_size=rows_here, **share)
         some = _spread(data.held_out, config.validation.windows, rows_here, **share)
-    except (ValueError, TypeError, OSError, ImportError) as error:
-        raise ConfigError(str(error)) from error
-    if primary:
-        check_workdir(workdir, config, may_differ=MAY_CHANGE_ON_RESUME)
-    distributed.meet("the directory is there")
+    except BaseException as error:  # noqa: BLE001 (whatever it is, the other processes must not wait for it)
+        agreement.fail(error)
+    agreement.agree(agreement.describe(config, workdir=str(workdir.absolute()), stop_at=stop_at, text=data.summary))
+    agreement.by_first(lambda: check_workdir(workdir, config, may_differ=MAY_CHANGE_ON_RESUME), workdir / CONFIG_FILE)
 
     apply, _ = functional(model)
-    train_step = make_train_step(apply, optimizer, step_config, shardings=shardings)
     evaluate = make_evaluate(apply, step_config.chunks)
     statistics = _make_statistics(apply, model.config.mixer, layout)
     parameters = count_parameters(model)
-    flops = per_token(model.config, state.params, config.sequence_length).training
     peak = peak_flops(jax.devices()[0].device_kind)
-    del model
 
     with (
+        Stop() as stop,  # first: from here on, a process that is interrupted takes the others with it
         Checkpoints(
             workdir / CHECKPOINT_FOLDER, max_to_keep=config.checkpoint.keep, keep_period=config.checkpoint.keep_every
         ) as checkpoints,
         Watchdog(config.hang_seconds) as watchdog,
-        Stop() as stop,
     ):
+        state, shardings = create()
+        train_step = make_train_step(apply, optimizer, step_config, shardings=shardings)
+        flops = per_token(model.config, state.params, config.sequence_length).training
+        del model, create
         restored = checkpoints.restore(state, batches)
         if restored is not None:
             state = restored.state
