@@ -7,20 +7,23 @@ or train a model that nobody asked for. So each says what it is about to do, or 
 import collections
 import json
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NoReturn
 
 import jax
 import numpy as np
+from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
 from osdn_jax.training import distributed
-from osdn_jax.training.config import ConfigError, flatten
+from osdn_jax.training.config import USAGE_ERROR, ConfigError, flatten, print_error
 from osdn_jax.training.reports import check_same, failures, software
 
-USER_ERRORS = (ValueError, TypeError, OSError, ImportError)  # whose message is for the user as it is
+# Whose message is for the user as it is.
+_USER_ERRORS = (ValueError, TypeError, OverflowError, OSError, ImportError, flags.Error)
 _BLOCK = 1 << 12  # bytes; reports travel in whole blocks, so that few programs are compiled for them
 _PATIENCE = 15.0  # seconds until a file that another process has written is here
 
@@ -40,19 +43,23 @@ def agree(description: Mapping[str, Any]) -> None:
 
 def fail(error: BaseException) -> NoReturn:
     """Tells the processes that wait in `agree`, then raises: ConfigError, or what is no fault of the user as it is."""
-    users, together = isinstance(error, USER_ERRORS), jax.process_count() > 1
-    kind = type(error) if isinstance(error, ConfigError) else ConfigError
-    told = str(error)
-    if together:
-        try:
-            _settle({}, told if users else "interrupted" if isinstance(error, KeyboardInterrupt) else repr(error))
-        except ConfigError as of_all:
-            told = str(of_all)
-    if users:
-        raise kind(told) from error
+    together = jax.process_count() > 1
+    told = _inform(error) if together else str(error)
+    if isinstance(error, _USER_ERRORS):
+        raise (type(error) if isinstance(error, ConfigError) else ConfigError)(told) from error
     if together:
         distributed.leave()  # the others do, and this process may end in a way that leaves no time for it
     raise error
+
+
+def _inform(error: BaseException) -> str:
+    """What all processes say of this one's error, and of others that failed too."""
+    reason = str(error) if isinstance(error, _USER_ERRORS) else repr(error)
+    try:
+        _settle({}, "interrupted" if isinstance(error, KeyboardInterrupt) else reason)
+    except ConfigError as of_all:
+        reason = str(of_all)
+    return reason
 
 
 def by_first(call: Callable[[], object], file: Path) -> None:
@@ -80,15 +87,25 @@ def _see(file: Path) -> None:
 def tell(error: Exception, arguments: Sequence[str]) -> Exception:
     """The error that a process with this command line ends with, after it has told the others.
 
-    Where it has not joined them yet, it does so first, if the command line or the environment says how.
+    Where it has not joined them yet, it does so first, if the command line or the environment says how. Raises
+    SystemExit if it has had to speak before.
     """
-    if _outcome is None and distributed.join_to_fail(arguments):
-        try:
-            fail(ConfigError(str(error)))
-        except ConfigError as told:
-            error = told
+    users, spoke = isinstance(error, _USER_ERRORS), []
+
+    def last_words() -> None:
+        spoke.append(error)
+        if users:
+            print_error(error)
+        else:
+            traceback.print_exception(error)
+
+    if _outcome is None and distributed.join_to_fail(arguments, last_words):
+        told = _inform(error)
+        error = ConfigError(told) if users else error
     if _outcome == "failed":
         distributed.leave()  # together: a process that goes alone takes the others with it
+    if spoke:
+        raise SystemExit(USAGE_ERROR if users else 1)
     return error
 
 

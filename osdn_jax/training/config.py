@@ -216,8 +216,13 @@ def parse_flags(
 
 def fail(error: Exception) -> None:
     """Prints the first line of `error` and what follows it to stderr and exits with status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    print_error(error)
     raise SystemExit(USAGE_ERROR)
+
+
+def print_error(error: Exception) -> None:
+    """Prints an error of the user's to stderr."""
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
 
 
 def run(
@@ -231,7 +236,7 @@ def run(
     Args:
       main: called with [program name].
       errors: exceptions out of `main` whose message is for the user; any other keeps its traceback.
-      tell: called with such an error and the command line before the process ends with what it returns.
+      tell: called with an error and the command line before the process ends, with what it returns for the user.
     """
 
     def guarded(argv: list[str]) -> Any:
@@ -240,7 +245,12 @@ def run(
         except errors as error:
             return fail(error if tell is None else tell(error, argv))
 
-    app.run(guarded, flags_parser=lambda argv: parse_flags(argv, tell=tell))
+    try:
+        app.run(guarded, flags_parser=lambda argv: parse_flags(argv, tell=tell))
+    except Exception as error:
+        if tell is not None:
+            tell(error, sys.argv)
+        raise
 
 
 # Comparing and recording configurations

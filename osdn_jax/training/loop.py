@@ -69,7 +69,8 @@ def train(
         profile: first and last step of a trace, which goes to workdir/profile.
 
     Raises:
-        ConfigError: the configuration, the data or the directory cannot be used; the message says why.
+        ConfigError: the configuration, the data or the directory cannot be used; the message says why. Of several
+            processes, one of them has failed, or was told something else; each raises it.
         DataError: the data cannot be read any further.
         DivergedError: more than config.max_skipped_steps steps in a row had no finite loss, gradient or update; names
             the last of them. Checkpoints stay as they were.

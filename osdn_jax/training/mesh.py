@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from osdn_jax.data import Window
+from osdn_jax.nn.config import TRANSFORMER
 from osdn_jax.nn.sharding import MESH_AXES, RULES, parameter_spec, spec
 
 PyTree = Any
@@ -81,6 +82,18 @@ def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
     for key, value, (name, size) in wanted:
         if value % size:
             raise ValueError(f"{key}: got {value}, expected a multiple of {name} = {size}")
+    if model.rule == TRANSFORMER or sizes["context"] == 1:
+        return
+    needed = (model.conv_size - 1) * sizes["context"]
+    for key, value in (
+        ("sequence_length", config.sequence_length),
+        ("validation.sequence_length", config.validation.sequence_length),
+    ):
+        if value < needed:
+            raise ValueError(
+                f"{key}: got {value}, expected at least {needed} over mesh.context = {sizes['context']}: the "
+                f"convolution reads model.conv_size - 1 = {model.conv_size - 1} tokens of the device before"
+            )
 
 
 def describe(mesh: Mesh | None) -> str:

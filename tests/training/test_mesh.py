@@ -184,6 +184,7 @@ def test_what_passes_divides_every_array(rule):
         ({"mesh__fsdp": 4, "mesh__tensor": 2, "model__width": 12}, "model.width: got 12, expected a multiple of"),
         (THIRDS, "model.vocab_size: got 256 of data.tokenizer, expected a multiple of mesh.tensor = 3, such as 258"),
         (THIRDS | {"model__vocab_size": 257}, "model.vocab_size: got 257, expected a multiple of mesh.tensor = 3"),
+        ({"mesh__context": 8, "sequence_length": 16}, "sequence_length: got 16, expected at least 24 over mesh"),
         ({"mesh__data": 8, "accumulate": 0}, "accumulate: got 0, expected at least 1"),
         ({"mesh__tensor": -2}, "mesh.tensor: got -2, expected at least 1, or -1"),
         ({"hang_seconds": -1}, "hang_seconds: got -1, expected at least 0"),
