@@ -9,6 +9,8 @@ to expect.
 trains nothing: it compiles the step for 8 hosts of 8 GPUs that need not be here, and says what it needs of them.
 """
 
+from collections.abc import Sequence
+
 from absl import flags, logging
 from ml_collections import config_flags
 
@@ -70,9 +72,15 @@ def _plan() -> None:
         write_atomically(_PLAN_JSON.value, planning.as_json(plan))
 
 
+def _tell(error: Exception, arguments: Sequence[str]) -> Exception:
+    """As `agreement.tell`, but for a plan, which no other process takes part in."""
+    planned = any(argument.lstrip("-").startswith("plan") for argument in arguments[1:])
+    return error if planned else agreement.tell(error, arguments)
+
+
 if __name__ == "__main__":
     run(
         main,
         errors=(ConfigError, DataError, DivergedError, CheckpointError, CheckpointMismatchError, OSError),
-        tell=agreement.tell,
+        tell=_tell,
     )
