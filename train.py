@@ -11,21 +11,27 @@ trains nothing: it compiles the step for 8 hosts of 8 GPUs that need not be here
 
 from collections.abc import Sequence
 
-from absl import flags, logging
-from ml_collections import config_flags
+try:
+    from absl import flags, logging
+    from ml_collections import config_flags
 
-from osdn_jax.training import (
-    CheckpointError,
-    CheckpointMismatchError,
-    ConfigError,
-    DataError,
-    DivergedError,
-    agreement,
-    distributed,
-    train,
-)
-from osdn_jax.training.config import run, write_atomically
-from osdn_jax.training.profiling import parse_range
+    from osdn_jax.training import (
+        CheckpointError,
+        CheckpointMismatchError,
+        ConfigError,
+        DataError,
+        DivergedError,
+        Interrupted,
+        agreement,
+        check_ranges,
+        distributed,
+        train,
+    )
+    from osdn_jax.training.config import checked_workdir, run, write_atomically
+    from osdn_jax.training.interruption import INTERRUPTED
+    from osdn_jax.training.profiling import parse_range
+except KeyboardInterrupt:  # while all of JAX is imported
+    raise SystemExit(130) from None
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, configs/NAME.py[:key=value,...].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, picture.")
@@ -39,33 +45,43 @@ _GPU = flags.DEFINE_string("gpu", None, "Of the plan: h100 or h200.")
 _PLAN_JSON = flags.DEFINE_string("plan_json", None, "File that the plan's figures are written to.")
 
 
-def main(_: list[str]) -> None:
-    """Runs the training that the command line names."""
+def main(_: list[str]) -> int | None:
+    """Runs the training that the command line names; returns the exit status."""
     logging.set_verbosity(logging.WARNING)  # JAX reports the accelerators that it looked for and did not find
     if _PLAN.value is not None:
-        return _plan()
+        _plan()
+        return 0
     for flag in (_GPU, _PLAN_JSON):
         if flag.value is not None:
             raise ConfigError(f"--{flag.name}: got {flag.value!r} without a plan, expected --plan=HOSTSxGPUS too")
     if _WORKDIR.value is None:
         raise ConfigError("give the run a directory: --workdir=runs/NAME")
+    workdir, status = checked_workdir(_WORKDIR.value), 0
     try:
         distributed.start(_COORDINATOR.value, _PROCESS_ID.value, _PROCESS_COUNT.value)
         profile = None if _PROFILE.value is None else parse_range(_PROFILE.value)
     except (ValueError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
-    result = train(_CONFIG.value, _WORKDIR.value, stop_at=_STOP_AT.value, profile=profile)
+    try:
+        result = train(_CONFIG.value, workdir, stop_at=_STOP_AT.value, profile=profile)
+    except Interrupted as interrupted:
+        result, status = interrupted.result, INTERRUPTED
     if not distributed.is_primary():
-        return
+        return status
     if result.bits_per_byte is None:
         print(f"stopped after step {result.step:,}; the same command goes on from there")
     else:
-        print(f"{result.bits_per_byte:.4f} bits per byte on the held-out text; see {_WORKDIR.value}/loss.png")
+        print(f"{result.bits_per_byte:.4f} bits per byte on the held-out text; see {workdir}/loss.png")
+    return status
 
 
 def _plan() -> None:
     from osdn_jax import planning
 
+    try:
+        check_ranges(_CONFIG.value)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     plan = planning.plan(_CONFIG.value, _PLAN.value, _GPU.value)
     print(planning.report(plan))
     if _PLAN_JSON.value is not None:

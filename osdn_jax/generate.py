@@ -9,17 +9,9 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
-from osdn_jax.nn.functional import functional
 from osdn_jax.sampling import sample
-from osdn_jax.training import (
-    CheckpointError,
-    CheckpointMismatchError,
-    build_model,
-    build_tokenizer,
-    load_config,
-    load_parameters,
-)
-from osdn_jax.training.config import CHECKPOINT_FOLDER, fail
+from osdn_jax.training import CheckpointError, CheckpointMismatchError, load_trained
+from osdn_jax.training.config import fail
 
 
 def generate(
@@ -37,27 +29,24 @@ def generate(
 
     Raises:
         FileNotFoundError: workdir holds no run, or no checkpoint.
-        CheckpointError, CheckpointMismatchError: no checkpoint can be read, or it is of another model.
+        CheckpointError: no checkpoint can be read.
+        CheckpointMismatchError: it is of another model, or was trained with another tokenizer.
         ValueError: temperature, top_p or tokens out of range, or a prompt that the tokenizer cannot encode.
         ImportError: the library of the tokenizer is missing.
     """
-    config = load_config(workdir)
-    model = build_model(config)
-    apply, parameters = functional(model)
-    key = "ema" if config.ema else "params"
-    _, parameters = load_parameters(Path(workdir) / CHECKPOINT_FOLDER, parameters, key=key)
-    tokenizer = build_tokenizer(config)
+    run = load_trained(workdir)
+    tokenizer = run.tokenizer
     ids = tokenizer.encode(prompt, bos=True)
     drawn = sample(
-        apply,
-        parameters,
+        run.apply,
+        run.parameters,
         ids,
         tokens=tokens,
         seed=seed,
         temperature=temperature,
         top_p=top_p,
         # The start of a document, and what a padded vocabulary has beyond the tokenizer's.
-        forbidden=(tokenizer.bos_id, *range(tokenizer.vocab_size, model.config.vocab_size)),
+        forbidden=(tokenizer.bos_id, *range(tokenizer.vocab_size, run.model.vocab_size)),
     )
 
     def pieces() -> Iterator[str]:

@@ -3,6 +3,7 @@
 import dataclasses
 import operator
 from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import grain
 import grain.experimental
@@ -59,8 +60,14 @@ def training_batches(
     windows = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, mixture.weights)
     # Sharding comes after the shuffle, so that shards do not depend on how the corpus is ordered, and after the
     # repetition, so that no window is dropped where the count does not divide the corpus.
-    batches = windows[shard_index::shard_count].batch(batch_size)
+    share_of_windows = windows[shard_index::shard_count]
+    # The length of a repeated source is the largest there is; batch() computes a length one too large of that by 1.
+    batches = share_of_windows.map(_row) if batch_size == 1 else share_of_windows.batch(batch_size)
     return iter(batches.to_iter_dataset(_reading(stored)))
+
+
+def _row(window: Window) -> Window:
+    return cast(Window, {name: x[None] for name, x in cast(dict[str, Any], window).items()})
 
 
 def _reading(sources: Sequence[WindowSource]) -> grain.ReadOptions:

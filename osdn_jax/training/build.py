@@ -1,7 +1,6 @@
 """What a configuration stands for: its model, text and optimiser."""
 
 import dataclasses
-import math
 
 import jax
 import optax
@@ -13,6 +12,7 @@ from osdn_jax.data import load_tokenizer
 from osdn_jax.nn import CausalLM, Chunks, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
 from osdn_jax.nn.config import TRANSFORMER
 from osdn_jax.nn.functional import block_matrices, decays
+from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.step import StepConfig
 
 
@@ -24,9 +24,10 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
             do not divide the width where key_dim or value_dim is not given.
         ValueError, FileNotFoundError, ImportError: as `load_tokenizer`, where model.vocab_size is not given.
     """
+    check_ranges(config, "model.")
     model = config.model
     for name in ("key_dim", "value_dim"):
-        if model[name] is None and (model.heads < 1 or model.width % model.heads):
+        if model[name] is None and model.width % model.heads:
             raise ValueError(
                 f"model.heads: got {model.heads}, expected a divisor of model.width = {model.width}; "
                 f"or give model.{name}, the size of each head"
@@ -82,13 +83,12 @@ def build_schedule(config: ConfigDict, peak: str = "learning_rate") -> optax.Sch
     peak is the key of config.optimizer that says how high. Raises ValueError where the warm-up leaves no step, or a
     number is out of range.
     """
+    check_ranges(config, "steps", "optimizer.")
     settings = config.optimizer
-    if not 0 <= settings.warmup_steps < config.steps:
+    if not settings.warmup_steps < config.steps:
         raise ValueError(
             f"optimizer.warmup_steps: got {settings.warmup_steps}, expected from 0 to below steps = {config.steps}"
         )
-    if not settings[peak] > 0:
-        raise ValueError(f"optimizer.{peak}: got {settings[peak]}, expected more than 0")
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
         peak_value=settings[peak],
@@ -107,16 +107,10 @@ def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransf
 
     Raises ValueError for an unknown optimiser or a number out of range.
     """
+    check_ranges(config, "optimizer.")
     settings = config.optimizer
     if settings.name not in ("adamw", "muon"):
         raise ValueError(f"optimizer.name: got {settings.name!r}, expected one of adamw, muon")
-    for name in ("beta1", "beta2", "muon_momentum"):
-        if not 0 <= settings[name] < 1:
-            raise ValueError(f"optimizer.{name}: got {settings[name]}, expected from 0 to below 1")
-    if not settings.weight_decay >= 0:
-        raise ValueError(f"optimizer.weight_decay: got {settings.weight_decay}, expected at least 0")
-    if not settings.clip_norm > 0:
-        raise ValueError(f"optimizer.clip_norm: got {settings.clip_norm}, expected more than 0")
     optimizer = optax.adamw(
         build_schedule(config),
         b1=settings.beta1,
@@ -137,19 +131,9 @@ def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransf
 
 def build_step_config(config: ConfigDict) -> StepConfig:
     """What a training step does besides the optimiser's. Raises ValueError for a number out of range."""
-    for name, value in {
-        "accumulate": config.accumulate,
-        "loss.sequence_chunk": config.loss.sequence_chunk,
-        "loss.vocabulary_chunk": config.loss.vocabulary_chunk,
-    }.items():
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
+    check_ranges(config, "batch_size", "accumulate", "loss.", "ema")
     if config.batch_size % config.accumulate:
         raise ValueError(f"accumulate: got {config.accumulate}, expected a divisor of batch_size = {config.batch_size}")
-    if not 0 <= config.loss.z_loss < math.inf:
-        raise ValueError(f"loss.z_loss: got {config.loss.z_loss}, expected a number of at least 0")
-    if not 0 <= config.ema < 1:
-        raise ValueError(f"ema: got {config.ema}, expected from 0 to below 1")
     return StepConfig(
         accumulate=config.accumulate,
         chunks=Chunks(config.loss.sequence_chunk, config.loss.vocabulary_chunk),

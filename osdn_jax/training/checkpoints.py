@@ -1,20 +1,24 @@
 """Checkpoints of a training run: orbax's CheckpointManager, with grain's iterator state and a way out of damaged files.
 
 A checkpoint is one folder named after its step. Orbax writes it in the background under another name and renames it
-when it is complete, so a killed process leaves the checkpoints before it whole. Three things are added here:
+when it is complete, so a killed process leaves the checkpoints before it whole. Five things are added here:
 
 * a checksum of every array, computed where the array lives and compared on reading. TensorStore notices a truncated or
   missing file, but not a flipped bit in an uncompressible chunk;
 * a newest checkpoint that cannot be read is moved aside, not deleted, and the one before it is used. It has to move:
   orbax quietly skips a save at or below the newest step it sees;
-* a checkpoint of another model is refused by the names of the arrays that differ.
+* a checkpoint of another model is refused by the names of the arrays that differ;
+* a checkpoint has fingerprints of the text and tokenizer that it was trained with, and is refused, by name, where they
+  have changed;
+* a link or a file that is named like a checkpoint, which orbax would take for one, is moved aside, and so is a copy of
+  a checkpoint under another step's name.
 """
 
 import json
 import logging
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple
@@ -39,7 +43,7 @@ class CheckpointError(RuntimeError):
 
 
 class CheckpointMismatchError(ValueError):
-    """A checkpoint is of another model (or optimiser, or data pipeline) than the one it is restored into."""
+    """A checkpoint is of another model (or optimiser, data pipeline, text or tokenizer) than it is restored into."""
 
 
 class _UnreadableError(Exception):
@@ -53,7 +57,8 @@ class Restored(NamedTuple):
       step: the checkpoint's step.
       state: the pytree, of the target's structure and shardings.
       metadata: the JSON dictionary that was saved with it.
-      warnings: one line for each newer checkpoint that could not be read, and where it is now.
+      warnings: one line for each newer checkpoint that could not be read, and where it is now; for each link that was
+        moved aside; and where the checkpoint has no fingerprints to compare.
     """
 
     step: int
@@ -66,7 +71,12 @@ class Checkpoints:
     """Saves and restores the checkpoints of one run. Use as a context manager, or call `close`."""
 
     def __init__(
-        self, directory: str | os.PathLike[str], *, max_to_keep: int | None = 3, keep_period: int | None = None
+        self,
+        directory: str | os.PathLike[str],
+        *,
+        max_to_keep: int | None = 3,
+        keep_period: int | None = None,
+        fingerprints: Mapping[str, str] | None = None,
     ) -> None:
         """Opens the folder, creating it if need be; removes what a killed process left unfinished in it.
 
@@ -74,9 +84,12 @@ class Checkpoints:
           directory: the folder of the checkpoints, used by one run at a time.
           max_to_keep: how many of the newest to keep; None keeps all.
           keep_period: also keep every checkpoint whose step is a multiple of this.
+          fingerprints: {what: fingerprint} of what training depends on besides its state, such as the text; saved with
+            each checkpoint and compared when one is restored.
 
         Raises:
           ValueError: max_to_keep or keep_period below 1.
+          CheckpointError: a checkpoint is a link to a folder elsewhere.
         """
         for name, value in (("max_to_keep", max_to_keep), ("keep_period", keep_period)):
             if value is not None and value < 1:
@@ -85,6 +98,9 @@ class Checkpoints:
         if keep_period is not None:
             keep.append(checkpoint_managers.EveryNSteps(keep_period))
         self._directory = Path(directory).absolute()
+        self._fingerprints = dict(fingerprints or {})
+        self._moved = _move_impostors_aside(self._directory) if distributed.is_primary() else []
+        distributed.meet("links are moved")
         self._manager = _manager(
             self._directory,
             cleanup_tmp_directories=True,
@@ -126,7 +142,9 @@ class Checkpoints:
         latest = self.latest_step
         if latest is not None and step <= latest:
             raise ValueError(f"cannot save step {step}: {self._directory} already holds step {latest}")
-        record = {"metadata": metadata or {}, "checksums": _checksums(state)}
+        record = {"metadata": metadata or {}, "checksums": _checksums(state), "step": step}
+        if self._fingerprints:
+            record["fingerprints"] = self._fingerprints
         json.dumps(record)  # a TypeError here is better than one from the background thread
         items = {"state": ocp.args.PyTreeSave(state), "metadata": ocp.args.JsonSave(record)}
         if iterator is not None:
@@ -147,17 +165,21 @@ class Checkpoints:
           iterator: set to the saved position, in place. Untouched unless a checkpoint is restored.
 
         Raises:
-          CheckpointMismatchError: the checkpoint is of another model, or of another data pipeline.
+          CheckpointMismatchError: the checkpoint is of another model or data pipeline, or has other fingerprints.
           CheckpointError: there are checkpoints, but none can be read. Nothing is renamed.
         """
         self.wait()
         target = _abstract(target)
-        step, (state, metadata), unreadable = _newest_readable(
-            self._manager, lambda step: _read(self._manager, self._directory / str(step), target, iterator=iterator)
+        step, found, unreadable = _newest_readable(
+            self._manager,
+            lambda step: _read(
+                self._manager, self._directory / str(step), target, iterator=iterator, fingerprints=self._fingerprints
+            ),
         )
-        if step is None:
+        if step is None or found is None:
             return None
-        warnings = []
+        warnings = [*self._moved, *_without_fingerprints(step, found.record, self._fingerprints)]
+        self._moved = []
         distributed.meet("read")  # before anything is moved
         for bad, reason in unreadable.items():
             moved = _name_aside(self._directory / str(bad))
@@ -169,7 +191,7 @@ class Checkpoints:
         if unreadable:
             distributed.meet("moved")
             self._manager.reload()
-        return Restored(step, state, metadata, tuple(warnings))
+        return Restored(step, found.state, found.record["metadata"], tuple(warnings))
 
     def wait(self) -> None:
         """Waits until the save under way is complete. Raises CheckpointError if it failed."""
@@ -207,7 +229,12 @@ class Checkpoints:
 
 
 def load_parameters(
-    directory: str | os.PathLike[str], target: PyTree, *, key: str = "params", step: int | None = None
+    directory: str | os.PathLike[str],
+    target: PyTree,
+    *,
+    key: str = "params",
+    step: int | None = None,
+    fingerprints: Mapping[str, str] | None = None,
 ) -> tuple[int, PyTree]:
     """Reads only the parameters of a checkpoint. Changes nothing in the folder.
 
@@ -216,13 +243,14 @@ def load_parameters(
       target: the parameters' pytree, of arrays or `jax.ShapeDtypeStruct`s (as for `Checkpoints.restore`).
       key: where in the saved state they are.
       step: which checkpoint; None is the newest that can be read, with a warning in the log for any newer one.
+      fingerprints: those of the checkpoint to compare, as for `Checkpoints`, such as the tokenizer's alone.
 
     Returns:
       (step, parameters).
 
     Raises:
       FileNotFoundError: no such folder, no checkpoint in it, or not this step.
-      CheckpointMismatchError: they are of another model.
+      CheckpointMismatchError: they are of another model, or a fingerprint is another.
       CheckpointError: no checkpoint can be read.
     """
     directory = Path(directory).absolute()
@@ -232,14 +260,18 @@ def load_parameters(
     with _manager(directory, read_only=True) as manager:
         if step is not None and step not in manager.all_steps():
             raise FileNotFoundError(f"no checkpoint {step} in {directory}; there are {sorted(manager.all_steps())}")
-        found, (state, _), unreadable = _newest_readable(
-            manager, lambda number: _read(manager, directory / str(number), target, partial=True), only=step
+        number, found, unreadable = _newest_readable(
+            manager,
+            lambda number: _read(manager, directory / str(number), target, partial=True, fingerprints=fingerprints),
+            only=step,
         )
-    if found is None:
+    if number is None or found is None:
         raise FileNotFoundError(f"no checkpoint in {directory}")
     for bad, reason in unreadable.items():
-        log.warning("checkpoint %d cannot be read (%s); using step %d", bad, reason, found)
-    return found, state[key]
+        log.warning("checkpoint %d cannot be read (%s); using step %d", bad, reason, number)
+    for warning in _without_fingerprints(number, found.record, fingerprints):
+        log.warning("%s", warning)
+    return number, found.state[key]
 
 
 # Reading
@@ -258,12 +290,17 @@ def _manager(directory: Path, **options: Any) -> ocp.CheckpointManager:
     )
 
 
+class _Found(NamedTuple):
+    """One checkpoint: the state, and the record that was saved beside it."""
+
+    state: PyTree
+    record: dict[str, Any]
+
+
 def _newest_readable(
-    manager: ocp.CheckpointManager,
-    read: Callable[[int], tuple[PyTree, dict[str, Any]]],
-    only: int | None = None,
-) -> tuple[int | None, tuple[PyTree, dict[str, Any]], dict[int, str]]:
-    """(step, (state, metadata), {unreadable newer step: why}); step None if there are none. Raises CheckpointError."""
+    manager: ocp.CheckpointManager, read: Callable[[int], _Found], only: int | None = None
+) -> tuple[int | None, _Found | None, dict[int, str]]:
+    """(step, what is there, {unreadable newer step: why}); step None if there are none. Raises CheckpointError."""
     unreadable: dict[int, str] = {}
     for step in sorted(manager.all_steps(), reverse=True) if only is None else [only]:
         found, fault = None, ""
@@ -277,7 +314,7 @@ def _newest_readable(
     if unreadable:
         reasons = "".join(f"\n  {step}: {reason}" for step, reason in unreadable.items())
         raise CheckpointError(f"no checkpoint in {manager.directory} can be read:{reasons}")
-    return None, (None, {}), {}
+    return None, None, {}
 
 
 def _read(
@@ -287,25 +324,30 @@ def _read(
     *,
     iterator: grain.DatasetIterator | None = None,
     partial: bool = False,
-) -> tuple[PyTree, dict[str, Any]]:
-    """(state, metadata) of one checkpoint. Raises _UnreadableError or CheckpointMismatchError."""
+    fingerprints: Mapping[str, str] | None = None,
+) -> _Found:
+    """One checkpoint. Raises _UnreadableError or CheckpointMismatchError."""
     step = int(folder.name)
+    alone = ocp.args.Composite(metadata=ocp.args.JsonRestore())
+    record = _reading(lambda: manager.restore(step, args=alone)).metadata
+    if not isinstance(record, dict) or not isinstance(record.get("metadata"), dict):
+        raise _UnreadableError("the record beside its arrays is missing or damaged")
+    if record.get("step", step) != step:
+        raise _UnreadableError(f"it is a copy of checkpoint {record['step']}")
+    _check_same_fingerprints(record, fingerprints, folder)
     saved = _reading(lambda: manager.item_metadata(step).state)
     if saved is None:
         raise _UnreadableError("the description of its arrays is missing")
     _check_same_arrays(saved.tree, target, folder, partial=partial)
-    items = {
-        "metadata": ocp.args.JsonRestore(),
-        "state": ocp.args.PyTreeRestore(
-            item=target,
-            restore_args=ocp.checkpoint_utils.construct_restore_args(target),
-            partial_restore=partial,
-        ),
-    }
+    arrays = ocp.args.PyTreeRestore(
+        item=target,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(target),
+        partial_restore=partial,
+    )
     position = None if iterator is None else _iterator_state(folder)
-    read = _reading(lambda: manager.restore(step, args=ocp.args.Composite(**items)))
-    checksums = read.metadata.get("checksums", {})
-    for path, checksum in _checksums(read.state).items():
+    state = _reading(lambda: manager.restore(step, args=ocp.args.Composite(state=arrays))).state
+    checksums = record.get("checksums", {})
+    for path, checksum in _checksums(state).items():
         if checksums.get(path) != checksum:
             raise _UnreadableError(f"the content of {path} is not what was saved")
     if iterator is not None:  # last, so that it keeps its position if the arrays cannot be read
@@ -315,7 +357,7 @@ def _read(
             raise CheckpointMismatchError(
                 f"{folder} was saved with another data pipeline: {_one_line(error)}"
             ) from error
-    return read.state, read.metadata["metadata"]
+    return _Found(state, record)
 
 
 def _reading[T](call: Callable[[], T]) -> T:
@@ -369,10 +411,47 @@ def _check_same_arrays(saved: PyTree, target: PyTree, folder: Path, *, partial: 
         )
 
 
-def _name_aside(folder: Path) -> Path:
+def _check_same_fingerprints(record: Mapping[str, Any], here: Mapping[str, str] | None, folder: Path) -> None:
+    """Raises CheckpointMismatchError naming what has another fingerprint than the checkpoint has of it."""
+    there = record.get("fingerprints", {})
+    differ = [name for name, value in (here or {}).items() if there.get(name, value) != value]
+    if differ and here:
+        values = ", ".join(f"{name} {there[name][:12]} there, {here[name][:12]} now" for name in differ)
+        raise CheckpointMismatchError(
+            f"{folder} was trained with another {' and another '.join(differ)} ({values}); "
+            "put back what it was trained with, or start a run in another directory"
+        )
+
+
+def _without_fingerprints(step: int, record: Mapping[str, Any], here: Mapping[str, str] | None) -> list[str]:
+    """A warning where there is nothing to compare the fingerprints with, as an earlier version saved none."""
+    missing = [name for name in here or {} if name not in record.get("fingerprints", {})]
+    if not missing:
+        return []
+    return [f"checkpoint {step} has no fingerprint of its {' and '.join(missing)}: taken to be the same as now"]
+
+
+def _move_impostors_aside(directory: Path) -> list[str]:
+    """Renames links and files that have a step's name, for orbax would count them; returns a warning for each.
+
+    Raises CheckpointError for a link to a folder elsewhere: that may be a checkpoint that somebody moved.
+    """
+    warnings = []
+    for path in sorted(directory.iterdir()) if directory.is_dir() else []:
+        if not path.name.isdecimal() or (path.is_dir() and not path.is_symlink()):
+            continue
+        if path.is_dir() and directory.resolve() not in path.resolve().parents:
+            raise CheckpointError(f"{path} is a link to {path.resolve()}; put the folder itself there, or remove it")
+        moved = _name_aside(path, "link" if path.is_symlink() else "file")
+        path.rename(moved)
+        warnings.append(f"{path} is no checkpoint but a link or a file; it is now {moved.name}")
+    return warnings
+
+
+def _name_aside(path: Path, why: str = "corrupt") -> Path:
     """`<step>.corrupt`, or `.corrupt2` and so on, for `<step>`; orbax reads none of these names as a step."""
     number = 1
-    while (moved := folder.with_name(f"{folder.name}.corrupt{number if number > 1 else ''}")).exists():
+    while os.path.lexists(moved := path.with_name(f"{path.name}.{why}{number if number > 1 else ''}")):
         number += 1
     return moved
 

@@ -9,6 +9,7 @@ with a config that fails on first use, so `run` checks the line first and says i
 2).
 """
 
+import contextlib
 import dataclasses
 import difflib
 import json
@@ -17,13 +18,16 @@ import re
 import runpy
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_path
+
+from osdn_jax.training.defaults import default_config
+from osdn_jax.training.interruption import INTERRUPTED, end_at_second_interrupt
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -157,8 +161,19 @@ def _load(spec: str) -> ConfigDict:
         raise ConfigError(f"--config={spec}: {error}") from error
 
 
+def _may_be_none(key: str, value: Any) -> bool:
+    """Whether a key has None for a value, or has it by default."""
+    return value is None or flatten(default_config()).get(key, ABSENT) is None
+
+
+def _is_none(text: str | None) -> bool:
+    return text in ("None", "none")
+
+
 def check_overrides(argv: Sequence[str], name: str = "config") -> None:
     """Checks `--config=…` and each `--config.key=value` of a command line before config_flags reads it.
+
+    None is a value of the keys that have it by default.
 
     Args:
       argv: the arguments, flag files already expanded.
@@ -187,12 +202,43 @@ def check_overrides(argv: Sequence[str], name: str = "config") -> None:
                 "use config_dict.placeholder(type) in the configuration file"
             )
         value = following if text is None and kind is not bool else text
-        if kind in _PARSERS and value is not None:
+        default = config_path.get_value(key, config)
+        if kind in _PARSERS and value is not None and not (_is_none(value) and _may_be_none(key, default)):
             try:
                 _parse_value(value, kind)
             except ValueError as error:
-                default = config_path.get_value(key, config)
-                raise ConfigError(f"--{name}.{key}={value}: {error}, such as {default}") from error
+                hint = " or None" if _may_be_none(key, default) else ""
+                hint += "" if default is None else f", such as {default}"
+                raise ConfigError(f"--{name}.{key}={value}: {error}{hint}") from error
+
+
+def _without_none(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
+    """(the arguments without `--config.key=None`, which config_flags cannot read; the keys that end up as None)."""
+    given = _config_flags(argv, name)
+    spec = next((text or following for key, text, following in given if not key), None)
+    if spec is None or not any(key and _is_none(following if text is None else text) for key, text, following in given):
+        return list(argv), []
+    config = _load(spec)
+    kept: list[str] = []
+    last: dict[str, bool] = {}  # whether the last value given for a key is None
+    items = iter(argv)
+    for item in items:
+        if item == "--":
+            kept += [item, *items]
+            break
+        found = _config_flags([item], name)
+        if not found or not found[0][0]:
+            kept.append(item)
+            continue
+        key, text, _ = found[0]
+        pair = [item]
+        if text is None and config_path.get_type(key, config) is not bool:
+            text = next(items, None)
+            pair += [] if text is None else [text]
+        last[key] = _is_none(text) and _may_be_none(key, config_path.get_value(key, config))
+        if not last[key]:
+            kept += pair
+    return kept, [key for key, none in last.items() if none]
 
 
 def parse_flags(
@@ -203,12 +249,16 @@ def parse_flags(
     tell: as in `run`.
     """
     try:
-        check_overrides(flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False), name)
-        rest = flags.FLAGS(list(argv))
+        given = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
+        check_overrides(given, name)
+        given, none = _without_none(given, name)
+        rest = flags.FLAGS([argv[0], *given])
         if flags.FLAGS[name].value is None:
             raise ConfigError(f"give a configuration: --{name}=configs/NAME.py")
         if len(rest) > 1:
             raise ConfigError(f"unexpected argument {rest[1]!r}{_did_you_mean(rest[1], list(flags.FLAGS))}")
+        for key in none:
+            config_path.set_value(key, flags.FLAGS[name].value, None)
     except (ConfigError, flags.Error) as error:
         fail(error if tell is None else tell(error, argv))
     return rest
@@ -233,6 +283,8 @@ def run(
 ) -> None:
     """`absl.app.run` for a script with a `--config` flag: a user's mistake ends in one clear message, status 2.
 
+    Ctrl-C ends it with status 130 and one line; a second one at once, whatever it is doing.
+
     Args:
       main: called with [program name].
       errors: exceptions out of `main` whose message is for the user; any other keeps its traceback.
@@ -246,7 +298,11 @@ def run(
             return fail(error if tell is None else tell(error, argv))
 
     try:
+        end_at_second_interrupt()
         app.run(guarded, flags_parser=lambda argv: parse_flags(argv, tell=tell))
+    except KeyboardInterrupt:
+        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+        raise SystemExit(INTERRUPTED) from None
     except Exception as error:
         if tell is not None:
             tell(error, sys.argv)
@@ -294,9 +350,27 @@ def config_difference(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]
     return [(key, x, y) for key, x, y in pairs if not same(x, y)]
 
 
+@contextlib.contextmanager
+def naming_the_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Gives errors of the operating system inside, such as of a full disk, the name of the file that they are about."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise OSError(f"{error}: {os.fspath(path)!r}") from error
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
 def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part."""
-    path = Path(path)
+    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
+
+    Raises OSError, with the name of the file, where it cannot be written.
+    """
+    with naming_the_file(path):
+        _write_atomically(Path(path), data)
+
+
+def _write_atomically(path: Path, data: str | bytes) -> None:
     handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as file:
@@ -319,7 +393,7 @@ def save_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
 
 def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     """Reads `workdir/config.json`. Raises FileNotFoundError, or ConfigError if it is not a JSON object."""
-    path = Path(workdir) / CONFIG_FILE
+    path = checked_workdir(workdir) / CONFIG_FILE
     if not path.is_file():
         raise FileNotFoundError(f"{path} does not exist: is this the working directory of a run?")
     try:
@@ -329,6 +403,26 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     if not isinstance(values, dict):
         raise ConfigError(f"{path} holds no JSON object")
     return ConfigDict(values)
+
+
+def checked_workdir(workdir: str | os.PathLike[str]) -> Path:
+    """The directory of a run as it is meant, "~" expanded. Makes nothing.
+
+    Raises ConfigError for an empty name, for an address such as gs://bucket/run, which would become a folder "gs:", and
+    for a file.
+    """
+    text = os.fspath(workdir)
+    if not text.strip():
+        raise ConfigError(f"--workdir={text}: got an empty name, expected a directory, such as runs/NAME")
+    if "\0" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):  # Path makes one slash of two
+        raise ConfigError(f"--workdir={text}: got an address, expected a directory on this machine or mounted on it")
+    try:
+        path = Path(text).expanduser()
+    except RuntimeError as error:
+        raise ConfigError(f"--workdir={text}: {error}") from error
+    if path.exists() and not path.is_dir():
+        raise WorkdirConfigError(f"--workdir={path} is a file, not a directory")
+    return path
 
 
 def check_workdir(
@@ -347,9 +441,7 @@ def check_workdir(
     Raises:
       WorkdirConfigError: the directory holds a run with another configuration, or checkpoints without a config.json.
     """
-    workdir = Path(workdir)
-    if workdir.exists() and not workdir.is_dir():
-        raise WorkdirConfigError(f"--workdir={workdir} is a file, not a directory")
+    workdir = checked_workdir(workdir)
     workdir.mkdir(parents=True, exist_ok=True)
     if not (workdir / CONFIG_FILE).exists():
         checkpoints = workdir / CHECKPOINT_FOLDER

@@ -1,5 +1,6 @@
 """The training loop."""
 
+import contextlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,16 +18,19 @@ from osdn_jax.nn.flops import per_token
 from osdn_jax.nn.functional import functional
 from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
-from osdn_jax.training.checkpoints import Checkpoints
-from osdn_jax.training.config import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir
+from osdn_jax.training.checkpoints import CheckpointError, Checkpoints
+from osdn_jax.training.config import CHECKPOINT_FOLDER, CONFIG_FILE, ConfigError, check_workdir, checked_workdir
 from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
 from osdn_jax.training.gpus import peak_flops
-from osdn_jax.training.interruption import Stop, Watchdog
+from osdn_jax.training.interruption import Interrupted, Stop, Watchdog
+from osdn_jax.training.limits import check_memory, out_of_memory
+from osdn_jax.training.lock import WorkdirLock
 from osdn_jax.training.mesh import Layout, build_mesh, describe
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
 from osdn_jax.training.progress import ProgressBar
+from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.sources import build_data
 from osdn_jax.training.start import plan_start
 from osdn_jax.training.step import make_train_step
@@ -60,7 +64,8 @@ def train(
 
     Writes config.json, checkpoints, metrics.jsonl, TensorBoard event files and loss.png to workdir. It runs over the
     mesh of config.mesh; every process of a job calls it with the same arguments, and all of them can reach workdir.
-    SIGTERM ends it after the step under way, with a checkpoint, as stop_at does.
+    SIGTERM and Ctrl-C end it after the step under way, with a checkpoint, as stop_at does. While it trains, workdir is
+    locked: no other run can use it.
 
     Args:
         config: as `default_config` lists it.
@@ -71,15 +76,38 @@ def train(
     Raises:
         ConfigError: the configuration, the data or the directory cannot be used; the message says why. Of several
             processes, one of them has failed, or was told something else; each raises it.
+            WorkdirInUseError, which is one: another run has the directory.
+        Interrupted: Ctrl-C, once all is saved; a KeyboardInterrupt that has the result.
         DataError: the data cannot be read any further.
         DivergedError: more than config.max_skipped_steps steps in a row had no finite loss, gradient or update; names
             the last of them. Checkpoints stay as they were.
-        CheckpointError, CheckpointMismatchError: as `Checkpoints`.
+        CheckpointError: as `Checkpoints`.
+        CheckpointMismatchError: the checkpoints are of another model, text or tokenizer.
+        OSError: something cannot be written, such as on a full disk; names the file.
     """
-    workdir, primary = Path(workdir), distributed.is_primary()
+    try:
+        with contextlib.ExitStack() as held:
+            return _train(config, workdir, stop_at, profile, held)
+    except (jax.errors.JaxRuntimeError, MemoryError) as error:
+        said = out_of_memory(error)
+        if said is None:
+            raise
+        raise ConfigError(said) from error
+
+
+def _train(
+    config: ConfigDict,
+    workdir: str | Path,
+    stop_at: int | None,
+    profile: tuple[int, int] | None,
+    held: contextlib.ExitStack,
+) -> Result:
+    """As `train`; held: closed after it, holds the lock of the directory."""
+    workdir, primary = checked_workdir(workdir), distributed.is_primary()
     try:
         _check(config, stop_at)
         layout = Layout(build_mesh(config))
+        check_memory(config)
         model, optimizer, create = plan_start(config, layout)
         step_config = build_step_config(config)
         schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
@@ -92,8 +120,14 @@ def train(
         some = _spread(data.held_out, config.validation.windows, rows_here, **share)
     except BaseException as error:  # noqa: BLE001 (whatever it is, the other processes must not wait for it)
         agreement.fail(error)
-    agreement.agree(agreement.describe(config, workdir=str(workdir.absolute()), stop_at=stop_at, text=data.summary))
-    agreement.by_first(lambda: check_workdir(workdir, config, may_differ=MAY_CHANGE_ON_RESUME), workdir / CONFIG_FILE)
+    run = agreement.describe(config, workdir=str(workdir.absolute()), stop_at=stop_at, **data.fingerprints)
+    agreement.agree(run)
+
+    def open_workdir() -> None:
+        held.enter_context(WorkdirLock(workdir))
+        check_workdir(workdir, config, may_differ=MAY_CHANGE_ON_RESUME)
+
+    agreement.by_first(open_workdir, workdir / CONFIG_FILE)
 
     apply, _ = functional(model)
     evaluate = make_evaluate(apply, step_config.chunks)
@@ -104,7 +138,10 @@ def train(
     with (
         Stop() as stop,  # first: from here on, a process that is interrupted takes the others with it
         Checkpoints(
-            workdir / CHECKPOINT_FOLDER, max_to_keep=config.checkpoint.keep, keep_period=config.checkpoint.keep_every
+            workdir / CHECKPOINT_FOLDER,
+            max_to_keep=config.checkpoint.keep,
+            keep_period=config.checkpoint.keep_every,
+            fingerprints=data.fingerprints,
         ) as checkpoints,
         Watchdog(config.hang_seconds) as watchdog,
     ):
@@ -116,6 +153,9 @@ def train(
         if restored is not None:
             state = restored.state
         start = int(state.step)
+        if restored is not None and restored.step != start:
+            folder = workdir / CHECKPOINT_FOLDER / str(restored.step)
+            raise CheckpointError(f"{folder} is a checkpoint of step {start} under another name; rename or remove it")
         if primary:
             for warning in () if restored is None else restored.warnings:
                 print(f"warning: {warning}")
@@ -127,7 +167,7 @@ def train(
         tokens_per_step = config.batch_size * config.sequence_length
         bits, step = None, start
         with (
-            MetricsWriter(workdir, resume_step=start if start else None, enabled=primary) as metrics,
+            _metrics(workdir, start, primary) as metrics,
             ProgressBar(config.steps, start_step=start, console=None if primary else Console(quiet=True)) as bar,
             Profile(workdir / "profile", profile) as trace,
         ):
@@ -188,18 +228,30 @@ def train(
                     if saves:
                         checkpoints.save(step, state, batches)
                 if stopped and step < end:
-                    bar.print(f"step {step:,}: asked to stop by SIGTERM; saved")
+                    by = "Ctrl-C" if stop.interrupted else "SIGTERM"
+                    bar.print(f"step {step:,}: asked to stop by {by}; saved")
                     break
     rows = read_metrics(workdir) if primary else []
     if rows:
         plot_loss({config.model.rule: rows}, workdir / "loss.png")
     finals = [row[_VALIDATION] for row in rows if row["step"] == config.steps and _VALIDATION in row]
-    return Result(
+    result = Result(
         step=int(state.step),
         parameters=parameters,
         bits_per_byte=finals[-1] if finals else None,
         tokens_per_second=clock.rate((step - start - 1) * tokens_per_step),
     )
+    if stop.interrupted:
+        raise Interrupted(result)
+    return result
+
+
+def _metrics(workdir: Path, start: int, primary: bool) -> MetricsWriter:
+    """The metrics of a run that goes on from a step. Raises ConfigError where what is there is damaged."""
+    try:
+        return MetricsWriter(workdir, resume_step=start if start else None, enabled=primary)
+    except ValueError as error:
+        raise ConfigError(f"{error}; mend or remove that line, or remove the file to go on without it") from error
 
 
 def _next(batches: Iterator[Window]) -> Window:
@@ -252,23 +304,10 @@ def _numbers(
 
 
 def _check(config: ConfigDict, stop_at: int | None) -> None:
-    """Raises ValueError for a count out of range."""
-    counts = {
-        "steps": config.steps,
-        "log_every": config.log_every,
-        "validation.every": config.validation.every,
-        "checkpoint.every": config.checkpoint.every,
-        "checkpoint.keep": config.checkpoint.keep,
-        "checkpoint.keep_every": 1 if config.checkpoint.keep_every is None else config.checkpoint.keep_every,
-        "stop_at": 1 if stop_at is None else stop_at,
-    }
-    for name, value in counts.items():
-        if value < 1:
-            raise ValueError(f"{name}: got {value}, expected at least 1")
-    if config.max_skipped_steps < 0:
-        raise ValueError(f"max_skipped_steps: got {config.max_skipped_steps}, expected at least 0")
-    if config.hang_seconds < 0:
-        raise ValueError(f"hang_seconds: got {config.hang_seconds}, expected at least 0")
+    """Raises ValueError for a number out of range."""
+    check_ranges(config)
+    if stop_at is not None and stop_at < 1:
+        raise ValueError(f"stop_at: got {stop_at}, expected at least 1")
 
 
 def _spread(source: WindowSource, count: int, batch_size: int, **share: int) -> ValidationBatches:

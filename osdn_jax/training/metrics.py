@@ -1,17 +1,19 @@
 """The numbers of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard event files beside it."""
 
+import contextlib
 import json
 import math
 import os
 from collections.abc import Mapping
+from io import FileIO
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
-from tensorboardX import SummaryWriter
 
-from osdn_jax.training.config import write_atomically
+from osdn_jax.training.config import naming_the_file, write_atomically
+from osdn_jax.training.events import EventFile
 
 METRICS_FILE = "metrics.jsonl"
 TENSORBOARD_FOLDER = "tensorboard"
@@ -20,7 +22,11 @@ type Row = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends rows to `workdir/metrics.jsonl` and `workdir/tensorboard`. Use as a context manager, or call `close`."""
+    """Appends rows to `workdir/metrics.jsonl` and `workdir/tensorboard`. Use as a context manager, or call `close`.
+
+    metrics.jsonl is the record: what cannot be written there is an OSError that names it. Event files only repeat it:
+    if they cannot be written, that is one warning in the log.
+    """
 
     def __init__(
         self, workdir: str | os.PathLike[str], *, resume_step: int | None = None, enabled: bool = True
@@ -36,24 +42,22 @@ class MetricsWriter:
 
         Raises:
           ValueError: metrics.jsonl is damaged elsewhere than in its last line.
+          OSError: metrics.jsonl cannot be written, such as on a full disk; it is left as it was.
         """
-        self._file: IO[str] | None = None
+        self._file: FileIO | None = None
         self._last: int | None = None
         if not enabled:
             return
         workdir = Path(workdir)
         workdir.mkdir(parents=True, exist_ok=True)
-        path = workdir / METRICS_FILE
+        self._path = workdir / METRICS_FILE
         first = 0 if resume_step is None else resume_step + 1
-        rows = [] if resume_step is None or not path.exists() else read_metrics(path)
+        rows = [] if resume_step is None or not self._path.exists() else read_metrics(self._path)
         kept = [row for row in rows if row["step"] < first]
-        write_atomically(path, "".join(_line(row) for row in kept))
+        write_atomically(self._path, "".join(_line(row) for row in kept))
         self._last = kept[-1]["step"] if kept else None
-        self._file = path.open("a", encoding="utf-8")
-        board = workdir / TENSORBOARD_FOLDER
-        # tensorboardX names its file by the second and overwrites: a quick restart would lose the one before.
-        suffix = f".{len(list(board.iterdir())) if board.is_dir() else 0}"
-        self._board = SummaryWriter(str(board), purge_step=first, filename_suffix=suffix)
+        self._file = FileIO(self._path, "a")  # unbuffered: closing it writes nothing, and so cannot fail
+        self._board = EventFile(workdir / TENSORBOARD_FOLDER, first)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
         """Writes one row; it is in the file when this returns.
@@ -66,6 +70,7 @@ class MetricsWriter:
         Raises:
           ValueError: a step below the one before; "step" among the names.
           TypeError: a value that is no number.
+          OSError: the row cannot be written, such as on a full disk; those before it stay whole.
         """
         if self._last is not None and step < self._last:
             raise ValueError(f"step {step} comes after step {self._last}")
@@ -75,11 +80,22 @@ class MetricsWriter:
         self._last = int(step)
         if self._file is None:
             return
-        self._file.write(_line({"step": self._last} | numbers))
-        self._file.flush()
-        for name, number in numbers.items():
-            if math.isfinite(number):  # tensorboardX warns of others, and draws nothing
-                self._board.add_scalar(name, number, self._last)
+        self._append(_line({"step": self._last} | numbers).encode())
+        self._board.add(self._last, numbers)
+
+    def _append(self, line: bytes) -> None:
+        file = self._file
+        if file is None:
+            return
+        end, rest = os.fstat(file.fileno()).st_size, memoryview(line)
+        try:
+            with naming_the_file(self._path):
+                while rest:
+                    rest = rest[file.write(rest) or 0 :]
+        except OSError:
+            with contextlib.suppress(OSError):
+                os.ftruncate(file.fileno(), end)  # no part of a line stays
+            raise
 
     def close(self) -> None:
         """Closes the files."""
@@ -103,7 +119,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
 
     Raises:
       FileNotFoundError: no such file.
-      ValueError: another line is not a JSON object with a step; names the line.
+      ValueError: another line is not a JSON object of numbers with a step; names the line.
     """
     path = Path(path)
     if path.is_dir():
@@ -115,14 +131,22 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
             continue
         try:
             row = json.loads(line)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             if number == len(lines):  # a whole line has its newline, so an empty piece after it
                 break
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
-        if not isinstance(row, dict) or not isinstance(row.get("step"), int):
-            raise ValueError(f"{path}, line {number} has no step: {row!r}")
+        if not isinstance(row, dict) or type(row.get("step")) is not int:
+            raise ValueError(f"{path}, line {number} has no step: {_short(row)}")
+        for name, value in row.items():
+            if value is not None and type(value) not in (int, float):
+                raise ValueError(f"{path}, line {number}: {name!r} is no number: {_short(value)}")
         rows.append(row)
     return rows
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 80 else f"{text[:80]}…"
 
 
 def _number(name: str, value: Any) -> int | float:

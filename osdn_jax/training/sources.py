@@ -28,9 +28,12 @@ from osdn_jax.data import (
 )
 from osdn_jax.data.streamed import digest
 from osdn_jax.data.streams import HUB
+from osdn_jax.training import fingerprints
 
 type Text = list[Document] | PreparedTokens
 type Counted = PackedWindows | TokenWindows
+
+_FIRST_DOCUMENTS = 16  # of a stream that nothing is held out of, for its fingerprint
 
 
 class Data(NamedTuple):
@@ -41,6 +44,8 @@ class Data(NamedTuple):
     tokens_per_byte, held_out_tokens_per_byte: tokens for each byte of text, in training (of a stream: in what is held
         out of it) and in validation: bits per token times this is bits per byte. 1 where tokens are bytes.
     summary: sizes in words.
+    fingerprints: of the text, the held-out text and the tokenizer, for checkpoints. A stream's is that of its first
+        documents: those that are held out, or a few.
     """
 
     train: WindowSource | StreamedWindows | Mixture
@@ -48,6 +53,15 @@ class Data(NamedTuple):
     tokens_per_byte: float
     held_out_tokens_per_byte: float
     summary: str
+    fingerprints: dict[str, str]
+
+
+class _Part(NamedTuple):
+    """One source: windows to train on, what is held out of it, and the fingerprint of the text to train on."""
+
+    windows: Counted | StreamedWindows
+    held_out: Text | None
+    fingerprint: str
 
 
 def build_tokenizer(config: ConfigDict) -> Tokenizer:
@@ -79,16 +93,13 @@ def build_data(config: ConfigDict) -> Data:
         ConnectionError: the hub cannot be reached; FileNotFoundError, TypeError, ImportError: as the readers.
     """
     tokenizer, length = build_tokenizer(config), config.validation.sequence_length
-    train: list[Counted | StreamedWindows] = []
-    held_out: list[Counted] = []
     paths, weights = _mixture(config)
-    for path in paths:
-        windows, held = (_streamed if path.startswith(HUB) else _stored)(config, path, tokenizer)
-        train.append(windows)
-        if held is not None:
-            held_out.append(_windows(held, tokenizer, length))
+    parts = [(_streamed if path.startswith(HUB) else _stored)(config, path, tokenizer) for path in paths]
+    train = [part.windows for part in parts]
+    texts = [part.held_out for part in parts if part.held_out is not None]
     if config.data.validation_path:
-        held_out = [_windows(_whole(config, config.data.validation_path, tokenizer), tokenizer, length)]
+        texts = [_whole(config, config.data.validation_path, tokenizer)]
+    held_out = [_windows(text, tokenizer, length) for text in texts]
     counted = [windows for windows in train if not isinstance(windows, StreamedWindows)]
     sizes = [_size(counted)] * bool(counted) + ["a stream"] * (len(counted) < len(train))
     return Data(
@@ -97,7 +108,16 @@ def build_data(config: ConfigDict) -> Data:
         tokens_per_byte=_tokens_per_byte(counted or held_out),
         held_out_tokens_per_byte=_tokens_per_byte(held_out),
         summary=f"{' and '.join(sizes)} to train on, {_size(held_out, '')} held out",
+        fingerprints={
+            fingerprints.TEXT: fingerprints.of_several([part.fingerprint for part in parts]),
+            fingerprints.HELD_OUT: fingerprints.of_several([_fingerprint(text) for text in texts]),
+            fingerprints.TOKENIZER: fingerprints.of_tokenizer(tokenizer),
+        },
     )
+
+
+def _fingerprint(text: Text) -> str:
+    return fingerprints.of_prepared(text) if isinstance(text, PreparedTokens) else fingerprints.of_documents(text)
 
 
 def _mixture(config: ConfigDict) -> tuple[list[str], list[float]]:
@@ -114,8 +134,8 @@ def _mixture(config: ConfigDict) -> tuple[list[str], list[float]]:
     return [path for path, _ in parts], [weight for _, weight in parts]
 
 
-def _stored(config: ConfigDict, path: str, tokenizer: Tokenizer) -> tuple[Counted, Text | None]:
-    """(windows to train on, text held out); nothing is held out where there is a text to validate on."""
+def _stored(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
+    """A text on disk; nothing is held out where there is a text to validate on."""
     train: Text
     held_out: Text | None
     if path and config.data.validation_path:
@@ -124,7 +144,7 @@ def _stored(config: ConfigDict, path: str, tokenizer: Tokenizer) -> tuple[Counte
         train, held_out = _prepared(path, tokenizer).split(config.data.validation_fraction)
     else:
         train, held_out = _split_documents(config, path)
-    return _windows(train, tokenizer, config.sequence_length), held_out
+    return _Part(_windows(train, tokenizer, config.sequence_length), held_out, _fingerprint(train))
 
 
 def _split_documents(config: ConfigDict, path: str) -> tuple[list[Document], list[Document]]:
@@ -147,8 +167,8 @@ def _prepared(path: str, tokenizer: Tokenizer) -> PreparedTokens:
     return tokens
 
 
-def _streamed(config: ConfigDict, path: str, tokenizer: Tokenizer) -> tuple[StreamedWindows, Text | None]:
-    """(windows to train on, the first documents, which are held out)."""
+def _streamed(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
+    """A stream, of which the first documents are held out where there is no text to validate on."""
     settings = config.data
 
     def opened(shard_index: int, shard_count: int) -> HubStream:
@@ -166,6 +186,7 @@ def _streamed(config: ConfigDict, path: str, tokenizer: Tokenizer) -> tuple[Stre
         if settings.validation_documents < 1:
             raise ValueError(f"data.validation_documents: got {settings.validation_documents}, expected at least 1")
         held_out = list(itertools.islice(opened(0, 1), settings.validation_documents))
+    first = itertools.islice(opened(0, 1), _FIRST_DOCUMENTS) if held_out is None else held_out
     windows = StreamedWindows(
         opened,
         tokenizer,
@@ -173,7 +194,7 @@ def _streamed(config: ConfigDict, path: str, tokenizer: Tokenizer) -> tuple[Stre
         held_out=[digest(document) for document in held_out or ()],
         shuffle=settings.shuffle_windows,
     )
-    return windows, held_out
+    return _Part(windows, held_out, fingerprints.of_documents(first))
 
 
 def _windows(text: Text, tokenizer: Tokenizer, length: int) -> Counted:

@@ -7,7 +7,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from osdn_jax.data import Document, PackedWindows, training_batches, validation_batches
+from osdn_jax.data import Document, Mixture, PackedWindows, training_batches, validation_batches
 
 T = 4
 
@@ -52,6 +52,27 @@ def test_the_seed_decides():
     one, same, other = (take(training_batches(source(), batch_size=3, seed=seed), 5) for seed in (7, 7, 8))
     np.testing.assert_equal(one, same)
     assert list(map(rows, one)) != list(map(rows, other))
+
+
+@pytest.mark.parametrize("shard_count", [1, 2])
+@pytest.mark.parametrize("mixed", [False, True])
+def test_batches_of_one_window_are_the_rows_of_larger_ones(mixed, shard_count):
+    windows = Mixture([source(), source(2)], [2.0, 1.0]) if mixed else source()
+    share = {"seed": 3, "shard_index": shard_count - 1, "shard_count": shard_count}
+    larger = take(training_batches(windows, batch_size=5, **share), 6)
+    iterator = training_batches(windows, batch_size=1, **share)
+    ones = take(iterator, 15)
+    state = iterator.get_state()
+    ones += take(iterator, 15)
+    for name in ("inputs", "targets", "segment_ids", "weights"):
+        assert {batch[name].shape for batch in ones} == {(1, T)}
+        np.testing.assert_array_equal(
+            np.concatenate([batch[name] for batch in ones]), np.concatenate([batch[name] for batch in larger])
+        )
+    again = training_batches(windows, batch_size=1, **share)
+    again.set_state(state)
+    np.testing.assert_equal(take(again, 15), ones[15:])
+    assert [rows(batch) for batch in validation_batches(source(), batch_size=1)] == [[i] for i in range(11)]
 
 
 def test_corpus_smaller_than_a_batch():

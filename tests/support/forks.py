@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 SERVER = """
-import json, os, runpy, sys, traceback
+import json, os, runpy, signal, sys, traceback
 import osdn_jax.training
 
 for line in sys.stdin:
@@ -18,6 +18,7 @@ for line in sys.stdin:
     if not child:
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests themselves ignore
         sys.argv, status = arguments, 0
         try:
             runpy.run_path(arguments[0], run_name="__main__")

@@ -403,6 +403,98 @@ def test_a_checkpoint_without_an_iterator_says_so(tmp_path):
             checkpoints.restore(state_at(0), new_iterator())
 
 
+# Another text or tokenizer
+
+
+def save_with(folder, *steps, **fingerprints):
+    with Checkpoints(folder, fingerprints=fingerprints) as checkpoints:
+        for step in steps:
+            checkpoints.save(step, state_at(step))
+
+
+def test_a_checkpoint_with_other_fingerprints_is_refused_by_name(tmp_path):
+    save_with(tmp_path, 1, 2, text="a" * 40, tokenizer="b" * 40)
+    for here, said in {
+        ("c" * 40, "b" * 40): r"2 was trained with another text \(text aaaaaaaaaaaa there, cccccccccccc now\)",
+        ("a" * 40, "c" * 40): "2 was trained with another tokenizer",
+        ("c" * 40, "c" * 40): "2 was trained with another text and another tokenizer",
+    }.items():
+        iterator = new_iterator()
+        with Checkpoints(tmp_path, fingerprints={"text": here[0], "tokenizer": here[1]}) as checkpoints:
+            with pytest.raises(CheckpointMismatchError, match=said) as error:
+                checkpoints.restore(state_at(0), iterator)
+            assert "\n" not in str(error.value)
+        assert iterator.get_state() == new_iterator().get_state()
+    with pytest.raises(CheckpointMismatchError, match="another tokenizer"):
+        load_parameters(tmp_path, state_at(0)["params"], fingerprints={"tokenizer": "c" * 40})
+    assert load_parameters(tmp_path, state_at(0)["params"], fingerprints={"tokenizer": "b" * 40})[0] == 2
+    assert names(tmp_path) == ["1", "2"]
+
+
+def test_another_tokenizer_is_named_before_the_arrays_that_it_changes(tmp_path):
+    save_with(tmp_path, 1, tokenizer="b" * 40)
+    with Checkpoints(tmp_path, fingerprints={"tokenizer": "c" * 40}) as checkpoints:
+        with pytest.raises(CheckpointMismatchError, match="another tokenizer"):
+            checkpoints.restore(state_at(0, width=9))
+
+
+def test_a_checkpoint_without_fingerprints_is_taken_with_a_warning(tmp_path, caplog):
+    save(tmp_path, 1, 2)
+    with Checkpoints(tmp_path, fingerprints={"text": "a" * 40, "tokenizer": "b" * 40}) as checkpoints:
+        restored = checkpoints.restore(state_at(0))
+        assert restored.step == 2
+        (warning,) = restored.warnings
+        assert warning == "checkpoint 2 has no fingerprint of its text and tokenizer: taken to be the same as now"
+        checkpoints.save(3, state_at(3))
+        checkpoints.wait()
+        assert checkpoints.restore(state_at(0)).warnings == ()
+    assert load_parameters(tmp_path, state_at(0)["params"], step=2, fingerprints={"tokenizer": "b"})[0] == 2
+    assert "has no fingerprint of its tokenizer" in caplog.text
+
+
+# What is named like a checkpoint
+
+
+@pytest.mark.parametrize(
+    ("make", "moved"),
+    [
+        (lambda folder: (folder / "100").symlink_to("2"), "100.link"),
+        (lambda folder: (folder / "0").symlink_to(folder / "2"), "0.link"),
+        (lambda folder: (folder / "3").symlink_to("2"), "3.link"),
+        (lambda folder: (folder / "3").symlink_to("7"), "3.link"),
+        (lambda folder: (folder / "3").write_text("three"), "3.file"),
+        (lambda folder: shutil.copytree(folder / "2", folder / "100"), "100.corrupt"),
+    ],
+    ids=["a later step", "an earlier step", "the next step", "to nothing", "a file", "a copy"],
+)
+def test_what_is_named_like_a_checkpoint_is_moved_aside_and_saving_goes_on(tmp_path, make, moved):
+    save(tmp_path, 1, 2)
+    (tmp_path / "latest").symlink_to("2")
+    (tmp_path / "best").symlink_to("7")
+    make(tmp_path)
+    with Checkpoints(tmp_path, max_to_keep=2) as checkpoints:
+        restored = checkpoints.restore(state_at(0))
+        assert restored.step == 2
+        assert_same_bits(restored.state, state_at(2))
+        assert [moved in warning for warning in restored.warnings] == [True]
+        for step in (3, 4):
+            checkpoints.save(step, state_at(step))
+    assert names(tmp_path) == sorted(["3", "4", "best", "latest", moved])
+
+
+def test_a_checkpoint_that_is_a_link_to_elsewhere_is_named_and_left_alone(tmp_path):
+    save(tmp_path / "run", 1, 2)
+    shutil.move(tmp_path / "run" / "2", tmp_path / "elsewhere")
+    (tmp_path / "run" / "2").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(CheckpointError, match="run/2 is a link to .*elsewhere; put the folder itself there"):
+        Checkpoints(tmp_path / "run")
+    assert names(tmp_path / "run") == ["1", "2"]
+    (tmp_path / "run" / "2").unlink()
+    shutil.move(tmp_path / "elsewhere", tmp_path / "run" / "2")
+    with Checkpoints(tmp_path / "run") as checkpoints:
+        assert checkpoints.restore(state_at(0)).step == 2
+
+
 # A save that fails
 
 

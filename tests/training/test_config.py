@@ -1,5 +1,6 @@
 """The command line and the record of a configuration in the working directory."""
 
+import json
 import runpy
 import textwrap
 from types import SimpleNamespace
@@ -136,6 +137,18 @@ def test_check_names_the_key_and_the_nearest(script, override, said):
     assert "\n" not in str(error.value)
 
 
+def test_none_is_a_value_where_it_is_the_default(script):
+    for none in (["--config.limit=None"], ["--config.limit", "None"], ["--config.limit=none"]):
+        check(script, *none)
+    for wrong, said in {
+        "--config.limit=often": "--config.limit=often: expected an int or None",
+        "--config.steps=None": "--config.steps=None: expected an int, such as 100",
+    }.items():
+        with pytest.raises(C.ConfigError) as error:
+            check(script, wrong)
+        assert str(error.value) == said
+
+
 @pytest.mark.parametrize(
     ("spec", "said"),
     [
@@ -157,6 +170,21 @@ def test_a_good_command_line_runs(command):
     assert (done.returncode, done.stderr) == (0, "")
     assert '"rule": "delta_net"' in done.stdout
     assert '"learning_rate": 0.5' in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("given", "limit"),
+    [
+        (["--config.limit=None"], None),
+        (["--config.limit=None", "--config.limit=5"], 5),
+        (["--config.limit", "5", "--config.limit", "None", "--config.tiny"], None),
+    ],
+)
+def test_none_on_the_command_line(command, given, limit):
+    done = command("--config=demo.py", *given)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert json.loads(done.stdout)["limit"] == limit
+    assert json.loads(done.stdout)["tiny"] == ("--config.tiny" in given)
 
 
 @pytest.mark.parametrize(
@@ -270,6 +298,29 @@ def test_workdir_that_is_a_file_is_refused(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(C.WorkdirConfigError, match="is a file"):
         C.check_workdir(tmp_path / "file", config())
+
+
+@pytest.mark.parametrize(
+    "name", ["", " ", "gs://bucket/run", "s3://bucket", "file:///tmp/run", "gs:/bucket/run", "hdfs+x://a", "a\0b"]
+)
+def test_what_is_no_directory_is_refused_and_nothing_is_made(tmp_path, monkeypatch, name):
+    monkeypatch.chdir(tmp_path)
+    for call in (C.checked_workdir, lambda name: C.check_workdir(name, config()), C.load_config):
+        with pytest.raises(C.ConfigError, match="--workdir=") as error:
+            call(name)
+        assert "\n" not in str(error.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_home_directory_is_expanded(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+    C.check_workdir("~/runs/one", config())
+    assert [path.name for path in tmp_path.iterdir()] == ["home"]
+    assert C.load_config("~/runs/one").steps == 100
+    assert C.checked_workdir("runs/a:b c~/d").parts == ("runs", "a:b c~", "d")
+    with pytest.raises(C.ConfigError, match="~nobody-of-that-name"):
+        C.checked_workdir("~nobody-of-that-name/run")
 
 
 def test_write_atomically_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch):

@@ -158,7 +158,7 @@ def test_sigint_to_one_saves_and_ends_all(both, whole, tmp_path):
     both[1].signal(signal.SIGINT)
     results = finish(both)
     assert results[0][0] == 0, results
-    assert results[1][0] in (0, 130), results  # of the one that was interrupted it may say so
+    assert results[1][0] == 130, results
     step = read_metrics(workdir)[-1]["step"]
     assert step < SETTINGS["steps"]
     assert (workdir / "checkpoints" / str(step)).is_dir()

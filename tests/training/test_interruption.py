@@ -6,9 +6,11 @@ import subprocess
 import sys
 import time
 
-from osdn_jax.training import read_metrics
+import pytest
+
+from osdn_jax.training import Interrupted, loop, read_metrics, train
 from osdn_jax.training.interruption import Stop, Watchdog
-from support.runs import ROOT, assert_same_run, command, finished
+from support.runs import CONFIG_FILE, ROOT, assert_same_run, command, finished, text, tiny_config
 
 HANGS = """
 import time
@@ -49,7 +51,74 @@ def test_stop_listens_and_puts_back_what_was():
     assert signal.getsignal(signal.SIGTERM) == before
 
 
-def test_sigterm_saves_and_the_same_command_goes_on(forks, tmp_path):
+@pytest.fixture
+def interruptible():
+    """Ctrl-C as Python has it, also where the tests ignore it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_the_first_interrupt_asks_to_stop_and_the_second_interrupts(interruptible):
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert stop.reached(1)
+        assert stop.interrupted
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background
+    with Stop() as stop:
+        signal.raise_signal(signal.SIGINT)
+        assert not stop.reached(1)
+    assert signal.getsignal(signal.SIGINT) == signal.SIG_IGN
+
+
+def test_train_saves_before_it_raises_the_interrupt(interruptible, tmp_path, monkeypatch):
+    monkeypatch.setattr(loop.Stopwatch, "start", lambda self: signal.raise_signal(signal.SIGINT))
+    with pytest.raises(Interrupted) as interrupted:
+        train(tiny_config(text()), tmp_path / "run")
+    assert isinstance(interrupted.value, KeyboardInterrupt)
+    assert (interrupted.value.result.step, interrupted.value.result.bits_per_byte) == (1, None)
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["1"]
+    assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
+
+
+TWICE = """
+import hashlib
+from osdn_jax.training.interruption import Stop, end_at_second_interrupt
+
+end_at_second_interrupt()
+with Stop():
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes, in which Python calls no handler
+"""
+
+
+def test_a_second_interrupt_ends_the_process_whatever_it_is_doing(forks, tmp_path):
+    (tmp_path / "twice.py").write_text(TWICE)
+    forks.start([str(tmp_path / "twice.py")], out=tmp_path / "out", err=tmp_path / "err")
+    end = time.monotonic() + 60
+    while time.monotonic() < end and "ready" not in ((tmp_path / "out").exists() and (tmp_path / "out").read_text()):
+        time.sleep(0.01)
+    forks.signal(signal.SIGINT)
+    assert forks.running(0.3)
+    forks.signal(signal.SIGINT)
+    assert (forks.wait(60), (tmp_path / "err").read_text()) == (130, "")
+
+
+def test_an_interrupt_before_training_is_one_line(forks, tmp_path):
+    interrupts = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    (tmp_path / "interrupts.py").write_text(interrupts + CONFIG_FILE)
+    line = command(tmp_path / "run", config=f"{tmp_path / 'interrupts.py'}:{text()}")[0][1:]
+    forks.start(line, out=tmp_path / "out", err=tmp_path / "err")
+    assert forks.wait(60) == 130
+    assert ((tmp_path / "out").read_text(), (tmp_path / "err").read_text()) == ("", "train.py: interrupted\n")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("number", "name", "status"), [(signal.SIGTERM, "SIGTERM", 0), (signal.SIGINT, "Ctrl-C", 130)])
+def test_a_signal_saves_and_the_same_command_goes_on(forks, tmp_path, number, name, status):
     finished()
     line = command(tmp_path / "run")[0][1:]
     out, err = tmp_path / "out", tmp_path / "err"
@@ -57,12 +126,12 @@ def test_sigterm_saves_and_the_same_command_goes_on(forks, tmp_path):
     end = time.monotonic() + 90
     while time.monotonic() < end and forks.running() and not (tmp_path / "run" / "metrics.jsonl").exists():
         time.sleep(0.01)
-    forks.signal(signal.SIGTERM)
-    assert (forks.wait(60), err.read_text()) == (0, "")
+    forks.signal(number)
+    assert (forks.wait(60), err.read_text()) == (status, "")
     said = out.read_text()
     step = read_metrics(tmp_path / "run")[-1]["step"]
     assert 0 < step < 40
-    assert f"step {step}: asked to stop by SIGTERM; saved" in said
+    assert f"step {step}: asked to stop by {name}; saved" in said
     assert f"stopped after step {step}; the same command goes on from there" in said
     assert (tmp_path / "run" / "checkpoints" / str(step)).is_dir()
     forks.start(line)

@@ -3,7 +3,9 @@
 import json
 import math
 import struct
+import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -27,6 +29,7 @@ from osdn_jax.training import (
     read_metrics,
     train,
 )
+from osdn_jax.training import events as event_files
 from osdn_jax.training.gpus import peak_flops
 from support import assert_close
 from support.models import reference_logits
@@ -279,6 +282,134 @@ def test_a_run_with_everything_on_goes_on_where_it_stopped(tmp_path, monkeypatch
     monkeypatch.setattr("osdn_jax.generate.sample", lambda apply, p, *_, **__: drawn.update(p) or iter(()))
     assert list(generate(tmp_path / "whole")) == [""]
     assert_close(drawn, found["ema"], 0)
+
+
+# The smallest and the largest
+
+ONES = {
+    "batch_size": 1,
+    "sequence_length": 1,
+    "log_every": 1,
+    "hang_seconds": 600,
+    "max_skipped_steps": 0,
+    "data__shuffle_windows": 1,
+    "loss__sequence_chunk": 1,
+    "loss__vocabulary_chunk": 1,
+    "model__width": 1,
+    "model__heads": 1,
+    "model__key_heads": 1,
+    "model__value_dim": 1,
+    "model__mlp_dim": 1,
+    "model__chunk_size": 1,
+    "optimizer__warmup_steps": 0,
+    "validation__every": 1,
+    "validation__windows": 1,
+    "validation__batch_size": 1,
+    "validation__sequence_length": 1,
+    "checkpoint__every": 1,
+    "checkpoint__keep": 1,
+    "checkpoint__keep_every": 1,
+}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"steps": 1, "model__key_dim": 1, "model__conv_size": 1},
+        {"steps": 2, "model__rule": "transformer", "model__key_dim": 2, "model__max_length": 1},
+    ],
+    ids=["osdn", "transformer"],
+)
+def test_a_run_in_which_everything_is_one(tmp_path, changes):
+    path = tmp_path / "one.txt"
+    path.write_text("ab cd\n")
+    config = tiny_config(path, **ONES | changes, data__validation_fraction=0.4)
+    result = train(config, tmp_path / "run")
+    assert result.step == config.steps
+    assert abs(result.bits_per_byte - 8) < 1
+    assert (tmp_path / "run" / "loss.png").exists()
+    assert train(config, tmp_path / "run").bits_per_byte == result.bits_per_byte
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"batch_size": 2**31 - 1},
+            "batch_size × sequence_length: got 2147483647 × 24, 824 GB in a batch, expected less",
+        ),
+        ({"sequence_length": 2**31 - 1, "batch_size": 100}, "batch_size × sequence_length: got 100 × 2147483647"),
+        ({"validation__sequence_length": 2**31 - 1, "validation__batch_size": 100}, "validation.batch_size × validat"),
+        ({"model__width": 2**31 - 1, "model__heads": 1}, "model: got .* parameters, .* GB, expected less than the"),
+        ({"model__layers": 2**31 - 1}, "model: got .* parameters"),
+        ({"model__vocab_size": 2**31 - 1}, "model: got .* parameters"),
+        ({"model__conv_size": 2**31 - 1}, "model: got .* parameters"),
+    ],
+)
+def test_what_no_memory_holds_is_refused_before_anything_is_written(tmp_path, changes, said):
+    with pytest.raises(ConfigError, match=f"^{said}") as error:
+        train(tiny_config(text(), **changes), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 4 bytes.\nBuffers"), "allocating 4"),
+        (MemoryError(), "out of memory: MemoryError. A smaller batch_size"),
+    ],
+)
+def test_memory_that_runs_out_is_one_line(tmp_path, monkeypatch, error, said):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr(loop, "_next", fail)
+    with pytest.raises(ConfigError, match=said) as raised:
+        train(tiny_config(text()), tmp_path / "run")
+    assert "\n" not in str(raised.value)
+
+
+def test_a_run_in_which_every_count_is_the_largest(tmp_path):
+    most = 2**31 - 1
+    names = ["log_every", "hang_seconds", "max_skipped_steps", "data__shuffle_windows", "loss__sequence_chunk"]
+    names += ["loss__vocabulary_chunk", "model__chunk_size", "validation__every", "validation__windows", "steps"]
+    names += ["checkpoint__every", "checkpoint__keep", "checkpoint__keep_every"]
+    changes = dict.fromkeys(names, most) | {"seed": 2**32 - 1, "optimizer__warmup_steps": most - 1}
+    config = tiny_config(text(), **changes)
+    assert train(config, tmp_path / "run", stop_at=1).step == 1
+    assert train(config, tmp_path / "run", stop_at=2).step == 2
+
+
+# A disk that is full
+
+
+def test_a_full_disk_of_event_files_does_not_stop_training(tmp_path, monkeypatch, caplog):
+    real = event_files.RecordWriter
+    monkeypatch.setattr(event_files, "RecordWriter", lambda path: real("/dev/full"))
+    monkeypatch.setattr(event_files, "_FLUSH_SECONDS", -1)
+    thread = threading.Thread(target=train, args=(tiny_config(text()), tmp_path / "run"), daemon=True)
+    thread.start()
+    thread.join(120)
+    assert not thread.is_alive(), "it hangs"
+    assert rows(tmp_path / "run") == rows(finished()[0])
+    (record,) = caplog.records
+    assert "no more TensorBoard events" in record.getMessage()
+
+
+def test_a_damaged_line_of_metrics_is_named_and_nothing_is_lost(tmp_path):
+    train(tiny_config(text()), tmp_path / "run", stop_at=10)
+    file = tmp_path / "run" / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True)
+    file.write_text("".join([*lines[:4], '{"step": 5, "train/bi\n', *lines[5:]]))
+    damaged = file.read_text()
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl, line 5 is not JSON: .*; mend or remove that line") as error:
+        train(tiny_config(text()), tmp_path / "run")
+    assert "\n" not in str(error.value)
+    assert file.read_text() == damaged
+    file.write_text("".join(lines))
+    train(tiny_config(text()), tmp_path / "run")
+    assert_same_run(tmp_path / "run", finished()[0])
 
 
 # What is refused

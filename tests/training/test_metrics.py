@@ -1,9 +1,14 @@
 """The rows of a run: each once, whole, and where TensorBoard finds them too."""
 
+import errno
 import io
 import json
 import math
+import os
 import re
+import resource
+import signal
+import threading
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,7 +16,9 @@ import pytest
 from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
+from osdn_jax.training import events as event_files
 from osdn_jax.training import plots, progress
+from osdn_jax.training.config import write_atomically
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.progress import ProgressBar
 
@@ -107,7 +114,19 @@ def test_a_whole_line_that_lacks_only_its_newline_is_kept(tmp_path):
     assert steps(tmp_path) == [1, 2, 3]
 
 
-@pytest.mark.parametrize("bad", ['{"step": 1, "lo', "[1]", '{"loss": 1.0}'])
+@pytest.mark.parametrize(
+    "bad",
+    [
+        '{"step": 1, "lo',
+        "[1]",
+        '{"loss": 1.0}',
+        '{"step": 1, "loss": "1.0"}',
+        '{"step": true}',
+        '{"step": 1, "loss": [1.0]}',
+        pytest.param("[" * 20_000, id="deep"),
+        "\xff\xfe",
+    ],
+)
 def test_damage_elsewhere_is_named_and_nothing_is_dropped(tmp_path, bad):
     path = tmp_path / "metrics.jsonl"
     path.write_text('{"step": 1}\n' + bad + '\n{"step": 2}\n')
@@ -133,6 +152,80 @@ def test_tensorboard_gets_the_same_numbers_and_is_told_what_to_forget(tmp_path):
         (3, pytest.approx(1 / 3)),
     ]
     assert (3, "start", None) in found
+
+
+# A disk that is full
+
+
+@pytest.fixture
+def limited():
+    """Files cannot grow beyond so many bytes: a real error of the operating system, as of a full disk."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    signal.signal(signal.SIGXFSZ, handler)
+
+
+def within(seconds, call):
+    """Calls in a thread of its own, so that a hang fails the test and not all of them."""
+    thread = threading.Thread(target=call, daemon=True)  # what it raises fails the test, too
+    thread.start()
+    thread.join(seconds)
+    assert not thread.is_alive(), "it hangs"
+
+
+@pytest.mark.parametrize("flush_seconds", [-1, 3600])
+def test_event_files_that_cannot_be_written_are_one_warning(tmp_path, monkeypatch, caplog, flush_seconds):
+    real = event_files.RecordWriter
+    monkeypatch.setattr(event_files, "RecordWriter", lambda path: real("/dev/full"))
+    monkeypatch.setattr(event_files, "_FLUSH_SECONDS", flush_seconds)
+    within(120, lambda: write_steps(tmp_path, range(1, 2001)))
+    assert steps(tmp_path) == list(range(1, 2001))
+    (record,) = caplog.records
+    assert f"{tmp_path / 'tensorboard'}: [Errno 28] No space left on device" in record.getMessage()
+
+
+def test_event_files_without_a_folder_are_one_warning(tmp_path, caplog):
+    (tmp_path / "tensorboard").write_text("a file")
+    within(60, lambda: write_steps(tmp_path, [1, 2]))
+    assert steps(tmp_path) == [1, 2]
+    assert len(caplog.records) == 1
+
+
+def test_a_row_that_cannot_be_written_names_the_file_and_leaves_no_part(tmp_path, limited):
+    with MetricsWriter(tmp_path) as writer:
+        writer.write(1, {"loss": 1.0})
+        limited((tmp_path / "metrics.jsonl").stat().st_size + 10)
+        with pytest.raises(OSError, match=r"File too large: '.*/metrics\.jsonl'"):
+            writer.write(2, {"loss": 1.0})
+        assert steps(tmp_path) == [1]
+        limited(resource.RLIM_INFINITY)
+        writer.write(2, {"loss": 1.0})
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_rewriting_the_rows_on_a_full_disk_names_the_file_and_keeps_it(tmp_path, limited):
+    write_steps(tmp_path, range(1, 20))
+    limited(100)
+    with pytest.raises(OSError, match=r"'.*/metrics\.jsonl'"):
+        MetricsWriter(tmp_path, resume_step=10)
+    limited(resource.RLIM_INFINITY)
+    assert steps(tmp_path) == list(range(1, 20))
+
+
+@pytest.mark.parametrize("broken", ["open", "fsync", "replace"])
+def test_errors_of_the_disk_name_the_file_whatever_fails(tmp_path, monkeypatch, broken):
+    def fail(*_, **__):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, broken, fail)
+    for write in (
+        lambda: write_atomically(tmp_path / "config.json", "{}"),
+        lambda: plots.plot_loss({"osdn": rows(0.3)}, tmp_path / "loss.png"),
+    ):
+        with pytest.raises(OSError, match=r"No space left on device: '.*/(config\.json|loss\.png)'$"):
+            write()
 
 
 # Plots

@@ -10,7 +10,11 @@ import time
 import numpy as np
 import pytest
 
-from osdn_jax.training import read_metrics, train
+from osdn_jax.data import PreparedTokens
+from osdn_jax.data.prepare import prepare
+from osdn_jax.generate import generate
+from osdn_jax.training import CheckpointError, CheckpointMismatchError, fingerprints, read_metrics, train
+from support.corpora import write_jsonl, write_parquet, write_tokenizer
 from support.runs import (
     arrays,
     assert_same_run,
@@ -21,6 +25,7 @@ from support.runs import (
     run,
     text,
     tiny_config,
+    write_text,
 )
 
 
@@ -108,6 +113,135 @@ def test_where_nothing_more_can_be_written_the_last_checkpoint_stays(interrupted
     assert steps_kept(interrupted) == [10, 20]
     train(tiny_config(text()), interrupted)
     assert_same_run(interrupted, finished()[0])
+
+
+# Another text, another tokenizer
+
+
+def replaced(path, old, new):
+    """The content of a file, in which some bytes are replaced by as many others."""
+    content = path.read_bytes()
+    assert old in content
+    assert len(old) == len(new)
+    path.write_bytes(content.replace(old, new, 1))
+    return content
+
+
+def assert_refused(config, workdir, what):
+    before = {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()}
+    with pytest.raises(CheckpointMismatchError, match=f"was trained with another {what} ") as error:
+        train(config, workdir)
+    assert "\n" not in str(error.value)
+    assert {path: path.stat().st_mtime_ns for path in workdir.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize("kind", ["txt", "tokens", "prepared", "hub", "mixture"])
+def test_another_text_of_the_same_size_is_refused_by_name(tmp_path, kind):
+    """And the run goes on once the text is back. The held-out text counts for itself."""
+    lines = write_text(tmp_path / "lines.txt", words=720).read_text().splitlines()
+    source = write_jsonl(tmp_path / "rows.jsonl", lines)
+    changes = {"steps": 2, "optimizer__warmup_steps": 1, "validation__every": 2, "model__rule": "linear_attention"}
+    if kind != "txt":
+        changes["data__tokenizer"] = str(write_tokenizer(tmp_path / "tokenizer.json"))
+    data = {"txt": tmp_path / "lines.txt", "tokens": source, "prepared": tmp_path / "prepared"}.get(kind, "")
+
+    def write():
+        if kind == "prepared":
+            shutil.rmtree(data, ignore_errors=True)
+            prepare(source, data, tokenizer=tmp_path / "tokenizer.json", shard_bytes=1500)
+        elif kind == "hub":
+            (tmp_path / "set").mkdir(exist_ok=True)
+            write_parquet(
+                tmp_path / "set" / "train.parquet", [json.loads(row)["text"] for row in source.read_text().splitlines()]
+            )
+
+    write()
+    if kind == "hub":
+        data = f"hf:{tmp_path / 'set'}"
+        changes |= {"data__validation_documents": 6, "data__shuffle_windows": 4}
+    if kind == "mixture":
+        changes["data__mixture"] = f"{source}:1,{tmp_path / 'lines.txt'}:2"
+    config = tiny_config(data, **changes)
+    train(config, tmp_path / "run", stop_at=1)
+    file = tmp_path / "lines.txt" if kind == "txt" else source
+    old, new = (lines[i].split()[0].encode() for i in (3, 4))
+    new = new[: len(old)].ljust(len(old), b"e")
+    before = replaced(file, old, new if new != old else old[::-1])
+    write()
+    what = "(text|held-out text)"
+    assert_refused(config, tmp_path / "run", what)
+    file.write_bytes(before)
+    write()
+    assert train(config, tmp_path / "run").step == 2
+    if kind == "txt":
+        last = lines[-1].encode()
+        replaced(file, last, last[::-1])
+        assert_refused(config, tmp_path / "run", "held-out text")
+
+
+def test_another_tokenizer_of_the_same_size_is_refused_by_name(tmp_path):
+    tokenizer = write_tokenizer(tmp_path / "tokenizer.json")
+    lines = write_text(tmp_path / "lines.txt", words=300)
+    changes = {"steps": 2, "optimizer__warmup_steps": 1, "model__rule": "linear_attention"}
+    config = tiny_config(lines, data__tokenizer=str(tokenizer), **changes)
+    train(config, tmp_path / "run", stop_at=1)
+    text = "".join(generate(tmp_path / "run", "the", tokens=3))
+    values = json.loads(tokenizer.read_text())
+    before, vocabulary = tokenizer.read_bytes(), values["model"]["vocab"]
+    vocabulary["e"], vocabulary["t"] = vocabulary["t"], vocabulary["e"]
+    tokenizer.write_text(json.dumps(values))
+    assert_refused(config, tmp_path / "run", "tokenizer")
+    with pytest.raises(CheckpointMismatchError, match="was trained with another tokenizer "):
+        generate(tmp_path / "run", "the", tokens=3)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "!"}')  # the same file, another start token
+    tokenizer.write_bytes(before)
+    assert_refused(config, tmp_path / "run", "tokenizer")
+    (tmp_path / "tokenizer_config.json").unlink()
+    assert "".join(generate(tmp_path / "run", "the", tokens=3)) == text
+    assert train(config, tmp_path / "run").step == 2
+
+
+def test_a_run_of_an_earlier_version_goes_on_with_a_warning(interrupted, capsys):
+    for step in ("10", "20"):
+        file = interrupted / "checkpoints" / step / "metadata" / "metadata"
+        record = json.loads(file.read_text())
+        assert sorted(record) == ["checksums", "fingerprints", "metadata", "step"]
+        file.write_text(json.dumps({name: record[name] for name in ("checksums", "metadata")}))
+    assert "".join(generate(interrupted, tokens=3))
+    train(tiny_config(text()), interrupted)
+    said = capsys.readouterr().out
+    (warning,) = (line for line in said.splitlines() if line.startswith("warning: "))
+    assert "checkpoint 20 has no fingerprint of its text and held-out text and tokenizer" in warning
+    assert_same_run(interrupted, finished()[0])
+
+
+def test_a_renamed_checkpoint_of_an_earlier_version_is_named(interrupted):
+    file = interrupted / "checkpoints" / "20" / "metadata" / "metadata"
+    record = json.loads(file.read_text())
+    file.write_text(json.dumps({name: record[name] for name in ("checksums", "metadata")}))
+    (interrupted / "checkpoints" / "20").rename(interrupted / "checkpoints" / "35")
+    with pytest.raises(CheckpointError, match="checkpoints/35 is a checkpoint of step 20 under another name"):
+        train(tiny_config(text()), interrupted)
+    assert rows(interrupted)[-1]["step"] == 20
+
+
+def test_large_prepared_data_is_known_by_pieces(tmp_path, monkeypatch):
+    monkeypatch.setattr(fingerprints, "_ALL", 200)
+    monkeypatch.setattr(fingerprints, "_PIECES", 5)
+    monkeypatch.setattr(fingerprints, "_PIECE", 7)
+    lines = write_text(tmp_path / "lines.txt").read_text().splitlines()
+
+    def of(lines, **changes):
+        folder = tmp_path / f"{len(list(tmp_path.iterdir()))}"
+        prepare(write_jsonl(tmp_path / "rows.jsonl", lines), folder, tokenizer="bytes", **changes)
+        return fingerprints.of_prepared(PreparedTokens(folder))
+
+    one = of(lines)
+    assert of(lines, shard_bytes=1000) == one  # whatever the shards
+    assert of(lines[::-1]) != one
+    assert of([lines[0], lines[1] + "s", *lines[2:]]) != one
+    assert of(["X" + lines[0][1:], *lines[1:]]) != one
+    assert of([*lines[:-1], lines[-1][:-1] + "X"]) != one
 
 
 # Killed

@@ -20,6 +20,12 @@ def folder(tmp_path_factory):
 MISTAKES = {
     "unknown key": (["--config.model.widht=8"], ["no key 'model.widht'", "did you mean model.width"]),
     "value of another type": (["--config.steps=many"], ["--config.steps=many: expected an int"]),
+    "address": (["--workdir=gs://bucket/run"], ["--workdir=gs://bucket/run: got an address, expected a directory"]),
+    "empty workdir": (["--workdir="], ["--workdir=: got an empty name, expected a directory"]),
+    "negative rate": (["--config.optimizer.final_fraction=-1"], ["optimizer.final_fraction: got -1.0"]),
+    "no number": (["--config.optimizer.weight_decay=nan"], ["optimizer.weight_decay: got nan, expected at least 0"]),
+    "infinite": (["--config.optimizer.learning_rate=inf", "--plan=1x1"], ["optimizer.learning_rate: got inf"]),
+    "none": (["--config.steps=None"], ["--config.steps=None: expected an int, such as 40"]),
     "no workdir": (None, ["give the run a directory: --workdir=runs/NAME"]),
     "topology": (["--plan=8"], ["plan: got '8', expected HOSTSxGPUS, such as 1x8 or 8x8"]),
     "gpu": (["--plan=1x1", "--gpu=a100"], ["gpu: got 'a100', expected one of h100, h200"]),
@@ -89,6 +95,12 @@ def test_a_mistake_ends_in_one_line_that_names_it(name, answers, folder):
         assert not (folder / name).exists()
 
 
+def test_an_address_and_an_empty_name_make_nothing(answers):
+    assert not (scratch() / "gs:").exists()
+    assert not (scratch() / "config.json").exists()
+    assert not (scratch() / "checkpoints").exists()
+
+
 def test_the_run_of_another_configuration_is_untouched(answers, folder):
     assert train(tiny_config(text()), folder / "run", stop_at=1).step == 1
 
@@ -102,11 +114,13 @@ def test_a_process_of_its_own_ends_with_status_2(tmp_path):
 
 def test_trains_on_the_file_of_the_command_line(tmp_path):
     path = write_text(tmp_path / "mine.txt", words=200, seed=5)
-    done = run(tmp_path / "run", f"--config.data.path={path}", "--stop_at=2", "--config.log_every=2")
+    given = [f"--config.data.path={path}", "--stop_at=2", "--config.log_every=2", "--config.checkpoint.keep_every=None"]
+    done = run(tmp_path / "run", *given)
     assert (done.returncode, done.stderr) == (0, "")
     assert "stopped after step 2; the same command goes on from there" in done.stdout
     assert (tmp_path / "run" / "checkpoints" / "2").is_dir()
     recorded = json.loads((tmp_path / "run" / "config.json").read_text())
     assert recorded["data"]["path"] == str(path)
     assert recorded["log_every"] == 2
+    assert recorded["checkpoint"]["keep_every"] is None
     assert scratch().is_dir()

@@ -1,0 +1,140 @@
+"""What each number of a configuration may be: one table, and NaN is in none of its ranges."""
+
+import dataclasses
+import math
+import numbers
+from typing import Any
+
+import numpy as np
+from ml_collections import ConfigDict
+
+from osdn_jax.training.config import flatten
+
+_INT32 = 2**31 - 1  # steps and sizes are int32 on the device
+_LEAST, _MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))
+
+
+@dataclasses.dataclass(frozen=True)
+class Range:
+    """The values that a number may have: from `least` to `most`, or to below it; a float as float32 holds it.
+
+    words: what is expected, for messages; message: the one for a number outside, where it is not the usual one.
+    """
+
+    kind: type  # int or float
+    words: str
+    least: float
+    most: float
+    below: bool = False  # whether `most` is outside
+    optional: bool = False  # whether None is a value
+    message: str = "{key}: got {value!r}, expected {words}"
+
+    def check(self, key: str, value: Any) -> None:
+        """Raises ValueError, naming the key, for a value outside."""
+        if value is None and self.optional:
+            return
+        if isinstance(value, bool) or not isinstance(value, numbers.Integral if self.kind is int else numbers.Real):
+            kind = "an int" if self.kind is int else "a number"
+            raise ValueError(f"{key}: got {value!r}, expected {kind}, {self.words}{' or None' * self.optional}")
+        number: Any = value
+        if self.kind is int and number > self.most:
+            raise ValueError(f"{key}: got {value!r}, expected at most {self.most}")
+        if not self._holds(value):
+            raise ValueError(self.message.format(key=key, value=value, words=self.words))
+        if self.kind is float and not self._holds(_rounded(value)):
+            raise ValueError(f"{key}: got {value!r}, in float32 {_rounded(value)!r}, expected {self.words}")
+
+    def _holds(self, value: Any) -> bool:
+        return bool(self.least <= value and (value < self.most if self.below else value <= self.most))
+
+
+def _rounded(value: Any) -> float:
+    with np.errstate(over="ignore", under="ignore"):
+        return float(np.float32(value))
+
+
+def _count(least: int = 1, *, most: int = _INT32, optional: bool = False, said: str | None = None) -> Range:
+    words = f"at least {least}"
+    return Range(int, words, least, most, optional=optional, message=said or Range.message)
+
+
+def _positive(words: str = "more than 0 and finite", most: float = _MOST) -> Range:
+    return Range(float, words, _LEAST, most)
+
+
+_NOT_NEGATIVE = Range(float, "a number of at least 0, finite", 0, _MOST)
+_BELOW_ONE = Range(float, "from 0 to below 1", 0, 1, below=True)
+_SHARE = Range(float, "from 0 to 1", 0, 1)
+_DEVICES = Range(int, "at least 1, or -1 for all devices that are left", -1, _INT32)  # build_mesh refuses 0
+# As `osdn_jax.data` says the same.
+_BATCH = _count(said="{key} must be {words}; got {value!r}")
+_LENGTH = _count(said="{key}: a sequence length must be {words}; got {value!r}")
+
+RANGES: dict[str, Range] = {
+    "seed": _count(0, most=2**32 - 1),
+    "steps": _count(),
+    "batch_size": _BATCH,
+    "sequence_length": _LENGTH,
+    "accumulate": _count(),
+    "ema": _BELOW_ONE,
+    "max_skipped_steps": _count(0),
+    "log_every": _count(),
+    "hang_seconds": _count(0),
+    "data.shuffle_windows": _count(),
+    # 0 and 1 where nothing is held out by it; `split_documents` refuses them where something is.
+    "data.validation_fraction": Range(
+        float, "from 0 to 1", 0, 1, message="{key} must be between 0 and 1, both excluded; got {value!r}"
+    ),
+    "data.validation_documents": _count(0),  # likewise; of a stream at least 1
+    "model.vocab_size": _count(optional=True),
+    "model.layers": _count(),
+    "model.width": _count(),
+    "model.heads": _count(),
+    "model.key_heads": _count(optional=True),
+    "model.key_dim": _count(optional=True),
+    "model.value_dim": _count(optional=True),
+    "model.mlp_dim": _count(),
+    "model.conv_size": _count(),
+    "model.dropout": _BELOW_ONE,
+    "model.anchor": Range(float, "a finite number", -_MOST, _MOST, optional=True),
+    "model.rotary_base": Range(float, "more than 1 and finite", math.nextafter(1, 2), _MOST),
+    "model.max_length": _count(optional=True),
+    "model.chunk_size": _count(optional=True),
+    "loss.sequence_chunk": _count(),
+    "loss.vocabulary_chunk": _count(),
+    "loss.z_loss": _NOT_NEGATIVE,
+    "optimizer.learning_rate": _positive(),
+    "optimizer.muon_learning_rate": _positive(),
+    "optimizer.muon_momentum": _BELOW_ONE,
+    "optimizer.warmup_steps": _count(0),
+    "optimizer.final_fraction": _SHARE,
+    "optimizer.weight_decay": Range(float, "at least 0 and finite", 0, _MOST),
+    "optimizer.beta1": _BELOW_ONE,
+    "optimizer.beta2": _BELOW_ONE,
+    "optimizer.clip_norm": _positive("more than 0; inf clips nothing", most=math.inf),
+    "validation.every": _count(),
+    "validation.windows": _count(0),
+    "validation.batch_size": _BATCH,
+    "validation.sequence_length": _LENGTH,
+    "checkpoint.every": _count(),
+    "checkpoint.keep": _count(),
+    "checkpoint.keep_every": _count(optional=True),
+    "mesh.data": _DEVICES,
+    "mesh.fsdp": _DEVICES,
+    "mesh.tensor": _DEVICES,
+    "mesh.context": _DEVICES,
+}
+
+
+def check_ranges(config: ConfigDict, *prefixes: str) -> None:
+    """Raises ValueError, naming the key, for a number outside its range.
+
+    prefixes: what the keys to check start with; none checks all of them.
+    """
+    for key, value in flatten(config).items():
+        if prefixes and not key.startswith(prefixes):
+            continue
+        if key in RANGES:
+            RANGES[key].check(key, value)
+        elif isinstance(value, float) and math.isnan(value):
+            raise ValueError(f"{key}: got nan, expected a number")
