@@ -9,6 +9,8 @@ to expect.
 trains nothing: it compiles the step for 8 hosts of 8 GPUs that need not be here, and says what it needs of them.
 """
 
+from collections.abc import Sequence
+
 try:
     from absl import flags, logging
     from ml_collections import config_flags
@@ -20,6 +22,7 @@ try:
         DataError,
         DivergedError,
         Interrupted,
+        agreement,
         check_ranges,
         distributed,
         train,
@@ -91,5 +94,15 @@ def _plan() -> None:
     command.run(made)
 
 
+def _tell(error: Exception, arguments: Sequence[str]) -> Exception:
+    """As `agreement.tell`, but for a plan, which no other process takes part in."""
+    planned = any(argument.lstrip("-").startswith("plan") for argument in arguments[1:])
+    return error if planned else agreement.tell(error, arguments)
+
+
 if __name__ == "__main__":
-    run(main, errors=(ConfigError, DataError, DivergedError, CheckpointError, CheckpointMismatchError, OSError))
+    run(
+        main,
+        errors=(ConfigError, DataError, DivergedError, CheckpointError, CheckpointMismatchError, OSError),
+        tell=_tell,
+    )

@@ -241,8 +241,13 @@ def _without_none(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]
     return kept, [key for key, none in last.items() if none]
 
 
-def parse_flags(argv: Sequence[str], name: str = "config") -> list[str]:
-    """Reads the command line into absl's flags; ends the process with one line and status 2 on a mistake in it."""
+def parse_flags(
+    argv: Sequence[str], name: str = "config", tell: Callable[[Exception, Sequence[str]], Exception] | None = None
+) -> list[str]:
+    """Reads the command line into absl's flags; ends the process with one line and status 2 on a mistake in it.
+
+    tell: as in `run`.
+    """
     try:
         given = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
         check_overrides(given, name)
@@ -255,17 +260,27 @@ def parse_flags(argv: Sequence[str], name: str = "config") -> list[str]:
         for key in none:
             config_path.set_value(key, flags.FLAGS[name].value, None)
     except (ConfigError, flags.Error) as error:
-        fail(error)
+        fail(error if tell is None else tell(error, argv))
     return rest
 
 
 def fail(error: Exception) -> None:
     """Prints the first line of `error` and what follows it to stderr and exits with status 2."""
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+    print_error(error)
     raise SystemExit(USAGE_ERROR)
 
 
-def run(main: Callable[[list[str]], Any], *, errors: tuple[type[Exception], ...] = (ConfigError,)) -> None:
+def print_error(error: Exception) -> None:
+    """Prints an error of the user's to stderr."""
+    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+
+
+def run(
+    main: Callable[[list[str]], Any],
+    *,
+    errors: tuple[type[Exception], ...] = (ConfigError,),
+    tell: Callable[[Exception, Sequence[str]], Exception] | None = None,
+) -> None:
     """`absl.app.run` for a script with a `--config` flag: a user's mistake ends in one clear message, status 2.
 
     Ctrl-C ends it with status 130 and one line; a second one at once, whatever it is doing.
@@ -273,20 +288,25 @@ def run(main: Callable[[list[str]], Any], *, errors: tuple[type[Exception], ...]
     Args:
       main: called with [program name].
       errors: exceptions out of `main` whose message is for the user; any other keeps its traceback.
+      tell: called with an error and the command line before the process ends, with what it returns for the user.
     """
 
     def guarded(argv: list[str]) -> Any:
         try:
             return main(argv)
         except errors as error:
-            return fail(error)
+            return fail(error if tell is None else tell(error, argv))
 
     try:
         end_at_second_interrupt()
-        app.run(guarded, flags_parser=parse_flags)
+        app.run(guarded, flags_parser=lambda argv: parse_flags(argv, tell=tell))
     except KeyboardInterrupt:
         print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
         raise SystemExit(INTERRUPTED) from None
+    except Exception as error:
+        if tell is not None:
+            tell(error, sys.argv)
+        raise
 
 
 # Comparing and recording configurations

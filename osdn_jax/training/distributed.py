@@ -1,18 +1,35 @@
 """Several processes as one job, on JAX's own runtime."""
 
+import argparse
+import contextlib
+import math
 import os
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Literal
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from osdn_jax.training.rendezvous import gather, parse_address
+from osdn_jax.training.reports import check_same, software
+
 _START = 300  # seconds that processes wait for each other at the start
+_FAREWELL = 20  # likewise, of a process that joins to say why it ends
 _HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead, and ends the job
 _SHUTDOWN = 20
+_VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES")
+
+_state: Literal["apart", "joining", "joined"] = "apart"  # of this process, which tries once
 
 
-def start(coordinator: str | None = None, process_id: int | None = None, process_count: int | None = None) -> None:
+def start(
+    coordinator: str | None = None,
+    process_id: int | None = None,
+    process_count: int | None = None,
+    *,
+    seconds: int = _START,
+) -> None:
     """Joins the job that this process belongs to; does nothing where it is the only one.
 
     What is given counts; otherwise the environment: JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID and JAX_NUM_PROCESSES, a
@@ -22,30 +39,86 @@ def start(coordinator: str | None = None, process_id: int | None = None, process
         coordinator: host:port of process 0, which all can reach.
         process_id: of this process, from 0.
         process_count: of all.
+        seconds: how long to wait for the others.
 
     Raises:
-        ValueError: only some of the three are given, or the id is not below the count.
-        RuntimeError: the others did not come in time.
+        ValueError: only some of the three are given, one of them is out of its range, or the processes were told
+            different counts or run different versions of the software.
+        RuntimeError: the coordinator's address cannot be used, or the others did not come in time.
     """
+    global _state
+    _state = "joining"
     given = {"coordinator": coordinator, "process_id": process_id, "process_count": process_count}
     missing = [name for name, value in given.items() if value is None]
-    limits: dict[str, Any] = {
-        "initialization_timeout": _START,
-        "heartbeat_timeout_seconds": _HEARTBEAT,
-        "shutdown_timeout_seconds": _SHUTDOWN,
-    }
     if len(missing) == 3:
         if _in_a_job():
-            jax.distributed.initialize(
-                num_processes=_number("JAX_NUM_PROCESSES"), process_id=_number("JAX_PROCESS_ID"), **limits
-            )
-        return
-    if missing:
+            _join(os.environ.get(_VARIABLES[0]), _number(_VARIABLES[1]), _number(_VARIABLES[2]), _VARIABLES, seconds)
+    elif missing:
         present = ", ".join(f"--{name}" for name in given if name not in missing)
         raise ValueError(f"{present}: expected --{' and --'.join(missing)} beside it")
-    if process_id is not None and process_count is not None and not 0 <= process_id < process_count:
-        raise ValueError(f"process_id: got {process_id}, expected from 0 to below process_count = {process_count}")
-    jax.distributed.initialize(coordinator, process_count, process_id, **limits)
+    else:
+        _join(coordinator, process_id, process_count, ("coordinator", "process_id", "process_count"), seconds)
+    _state = "joined"
+
+
+def _join(
+    coordinator: str | None,
+    process_id: int | None,
+    process_count: int | None,
+    names: tuple[str, str, str],
+    seconds: int,
+) -> None:
+    """names: what the user calls the three. One that is None is for JAX to find."""
+    if process_count is not None and process_count < 1:
+        raise ValueError(f"{names[2]}: got {process_count}, expected at least 1")
+    if process_id is not None and not 0 <= process_id < (process_count or math.inf):
+        below = "" if process_count is None else f" to below {names[2]} = {process_count}"
+        raise ValueError(f"{names[1]}: got {process_id}, expected from 0{below}")
+    address = None if coordinator is None else parse_address(coordinator, names[0])
+    if address is not None and process_id is not None and process_count is not None and process_count > 1:
+        bind = os.environ.get("JAX_COORDINATOR_BIND_ADDRESS")
+        listen = None if bind is None else parse_address(bind, "JAX_COORDINATOR_BIND_ADDRESS")
+        check_same(gather(address, process_id, process_count, software(), seconds=seconds, bind=listen))
+    try:
+        jax.distributed.initialize(
+            coordinator,
+            process_count,
+            process_id,
+            initialization_timeout=seconds,
+            heartbeat_timeout_seconds=_HEARTBEAT,
+            shutdown_timeout_seconds=_SHUTDOWN,
+        )
+    except RuntimeError as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise RuntimeError(f"cannot join the other processes: {reason}") from error
+
+
+def join_to_fail(arguments: Sequence[str], last_words: Callable[[], None]) -> bool:
+    """Whether this process is one of several that have joined; joins them where it has not tried to.
+
+    Args:
+        arguments: its command line, of which nothing is expected but the three flags that `start` takes.
+        last_words: called first where the scheduler says who the others are: JAX ends this process with an abort if
+            they do not come, for only what has the coordinator's address can look for them before.
+    """
+    if _state == "apart":
+        parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+        for name, kind in (("coordinator", str), ("process_id", int), ("process_count", int)):
+            parser.add_argument(f"--{name}", f"-{name}", type=kind)
+        try:
+            given = vars(parser.parse_known_args(list(arguments))[0])
+            if given["coordinator"] is None and _in_a_job() and not set(_VARIABLES) <= set(os.environ):
+                last_words()
+            start(**given, seconds=_FAREWELL)
+        except (argparse.ArgumentError, ValueError, RuntimeError):
+            return False
+    return _state == "joined" and jax.distributed.is_initialized() and jax.process_count() > 1
+
+
+def leave() -> None:
+    """Ends this process's part in the job, when all the others do: the first to go would take them with it."""
+    with contextlib.suppress(RuntimeError):
+        jax.distributed.shutdown()
 
 
 def _in_a_job() -> bool:

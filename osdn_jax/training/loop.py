@@ -16,10 +16,10 @@ from osdn_jax.evaluation import make_evaluate
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.flops import per_token
 from osdn_jax.nn.functional import functional
-from osdn_jax.training import distributed
+from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
 from osdn_jax.training.checkpoints import CheckpointError, Checkpoints
-from osdn_jax.training.config import CHECKPOINT_FOLDER, ConfigError, check_workdir, checked_workdir
+from osdn_jax.training.config import CHECKPOINT_FOLDER, CONFIG_FILE, ConfigError, check_workdir, checked_workdir
 from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
 from osdn_jax.training.gpus import peak_flops
 from osdn_jax.training.interruption import Interrupted, Stop, Watchdog
@@ -32,7 +32,7 @@ from osdn_jax.training.profiling import Profile
 from osdn_jax.training.progress import ProgressBar, say
 from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.sources import build_data
-from osdn_jax.training.start import build_start
+from osdn_jax.training.start import plan_start
 from osdn_jax.training.step import make_train_step
 from osdn_jax.training.stopwatch import Stopwatch
 
@@ -74,7 +74,8 @@ def train(
         profile: first and last step of a trace, which goes to workdir/profile.
 
     Raises:
-        ConfigError: the configuration, the data or the directory cannot be used; the message says why.
+        ConfigError: the configuration, the data or the directory cannot be used; the message says why. Of several
+            processes, one of them has failed, or was told something else; each raises it.
             WorkdirInUseError, which is one: another run has the directory.
         Interrupted: Ctrl-C, once all is saved; a KeyboardInterrupt that has the result.
         DataError: the data cannot be read any further.
@@ -107,7 +108,7 @@ def _train(
         _check(config, stop_at)
         layout = Layout(build_mesh(config))
         check_memory(config)
-        model, optimizer, state, shardings = build_start(config, layout)
+        model, optimizer, create = plan_start(config, layout)
         step_config = build_step_config(config)
         schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
         data = build_data(config)
@@ -117,23 +118,25 @@ def _train(
         rows_here = config.validation.batch_size // count
         everything = validation_batches(data.held_out, batch_size=rows_here, **share)
         some = _spread(data.held_out, config.validation.windows, rows_here, **share)
-    except (ValueError, TypeError, OverflowError, OSError, ImportError) as error:
-        raise ConfigError(str(error)) from error
-    if primary:
+    except BaseException as error:  # noqa: BLE001 (whatever it is, the other processes must not wait for it)
+        agreement.fail(error)
+    run = agreement.describe(config, workdir=str(workdir.absolute()), stop_at=stop_at, **data.fingerprints)
+    agreement.agree(run)
+
+    def open_workdir() -> None:
         held.enter_context(WorkdirLock(workdir))
         check_workdir(workdir, config, may_differ=MAY_CHANGE_ON_RESUME)
-    distributed.meet("the directory is there")
+
+    agreement.by_first(open_workdir, workdir / CONFIG_FILE)
 
     apply, _ = functional(model)
-    train_step = make_train_step(apply, optimizer, step_config, shardings=shardings)
     evaluate = make_evaluate(apply, step_config.chunks)
     statistics = _make_statistics(apply, model.config.mixer, layout)
     parameters = count_parameters(model)
-    flops = per_token(model.config, state.params, config.sequence_length).training
     peak = peak_flops(jax.devices()[0].device_kind)
-    del model
 
     with (
+        Stop() as stop,  # first: from here on, a process that is interrupted takes the others with it
         Checkpoints(
             workdir / CHECKPOINT_FOLDER,
             max_to_keep=config.checkpoint.keep,
@@ -141,8 +144,11 @@ def _train(
             fingerprints=data.fingerprints,
         ) as checkpoints,
         Watchdog(config.hang_seconds) as watchdog,
-        Stop() as stop,
     ):
+        state, shardings = create()
+        train_step = make_train_step(apply, optimizer, step_config, shardings=shardings)
+        flops = per_token(model.config, state.params, config.sequence_length).training
+        del model, create
         restored = checkpoints.restore(state, batches)
         if restored is not None:
             state = restored.state

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from osdn_jax.data import Window
+from osdn_jax.nn.config import TRANSFORMER
 from osdn_jax.nn.sharding import MESH_AXES, RULES, parameter_spec, spec
 
 PyTree = Any
@@ -27,7 +28,8 @@ def build_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> M
 
     Raises:
         ValueError: the sizes do not come to the devices, or do not divide what lies on them: the batch, the tokens of a
-            window, the model's width, heads, hidden units or vocabulary.
+            window, the model's width, heads or hidden units. The vocabulary is often the tokenizer's, which is not read
+            here: `Layout.check_vocabulary`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
@@ -60,6 +62,8 @@ def mesh_sizes(config: ConfigDict, devices: int) -> dict[str, int]:
 
 def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
     """Raises ValueError, naming the key, where a mesh of these sizes does not divide what lies on it."""
+    if config.accumulate < 1:
+        raise ValueError(f"accumulate: got {config.accumulate}, expected at least 1")
     rows = ("mesh.data × mesh.fsdp", sizes["data"] * sizes["fsdp"])
     columns = ("mesh.context × mesh.tensor", sizes["context"] * sizes["tensor"])
     width = ("mesh.fsdp × mesh.tensor", sizes["fsdp"] * sizes["tensor"])
@@ -78,6 +82,18 @@ def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
     for key, value, (name, size) in wanted:
         if value % size:
             raise ValueError(f"{key}: got {value}, expected a multiple of {name} = {size}")
+    if model.rule == TRANSFORMER or sizes["context"] == 1:
+        return
+    needed = (model.conv_size - 1) * sizes["context"]
+    for key, value in (
+        ("sequence_length", config.sequence_length),
+        ("validation.sequence_length", config.validation.sequence_length),
+    ):
+        if value < needed:
+            raise ValueError(
+                f"{key}: got {value}, expected at least {needed} over mesh.context = {sizes['context']}: the "
+                f"convolution reads model.conv_size - 1 = {model.conv_size - 1} tokens of the device before"
+            )
 
 
 def describe(mesh: Mesh | None) -> str:
@@ -100,6 +116,14 @@ class Layout:
     def devices(self) -> int:
         """How many there are."""
         return 1 if self.mesh is None else self.mesh.size
+
+    def check_vocabulary(self, size: int, *, given: bool) -> None:
+        """Raises ValueError where the mesh does not divide a vocabulary; given: by model.vocab_size."""
+        count = 1 if self.mesh is None else self.mesh.shape["tensor"]
+        if size % count:
+            rest = "" if given else f", such as {-(-size // count) * count}, which leaves some unused"
+            whose = "" if given else " of data.tokenizer"
+            raise ValueError(f"model.vocab_size: got {size}{whose}, expected a multiple of mesh.tensor = {count}{rest}")
 
     def active(self) -> AbstractContextManager[Any]:
         """A context in which models run over the mesh."""

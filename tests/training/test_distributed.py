@@ -1,4 +1,4 @@
-"""Two processes of four devices are one of eight; a dead or hung one ends the job; SIGTERM saves."""
+"""Two processes of four devices are one of eight; a dead one ends the job; mistakes are told to all; signals save."""
 
 import re
 import signal
@@ -51,15 +51,15 @@ def both():
         yield first, second
 
 
-def launch(both, workdir):
-    """train.py in two processes on this machine."""
+def launch(both, workdir, first=(), second=()):
+    """train.py in two processes on this machine, each with arguments of its own."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     line, _ = command(workdir, f"--coordinator=127.0.0.1:{port}", config=f"{scratch() / 'mesh.py'}:{text()}")
-    for i, process in enumerate(both):
+    for i, (process, more) in enumerate(zip(both, (first, second), strict=True)):
         said = scratch() / f"said-{i}"
-        process.start([*line[1:], "--process_count=2", f"--process_id={i}"], out=said, err=said)
+        process.start([*line[1:], "--process_count=2", f"--process_id={i}", *more], out=said, err=said)
 
 
 def finish(both, timeout=240):
@@ -165,11 +165,53 @@ def test_an_interrupt_of_one_saves_and_ends_all(both, whole, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("first", "second", "words"),
+    [
+        ([], ["--config.optimizer.learning_rate=2e-3"], "optimizer.learning_rate: got 0.001 in process 0 and 0.002 in"),
+        (["--config.seed=3"], [], "seed: got 3 in process 0 and 0 in process 1, expected the same in all"),
+        ([], ["--config.model.width=32"], "model.width: got 16 in process 0 and 32 in process 1"),
+        ([], ["--workdir=elsewhere"], "workdir: got '"),
+        ([], ["--stop_at=3"], "stop_at: got None in process 0 and 3 in process 1"),
+        ([], ["--config.data.path=/not/there"], "process 1 failed: no such file or folder: /not/there"),
+        (["--config.model.widht=3"], [], "process 0 failed: --config.model.widht: "),
+        ([], ["--profile=4:3"], "process 1 failed: profile: got '4:3', expected FIRST:LAST"),
+        ([], ["--process_count=3"], "process_count: got 2 in process 0 and 3 in process 1, expected the same in all"),
+        (
+            ["--config.mesh.tensor=3"],
+            ["--config.mesh.tensor=3"],
+            "mesh: got 2 data x 1 fsdp x 3 tensor x 4 context, 24",
+        ),
+    ],
+)
+def test_a_mistake_is_told_by_every_process_before_anything_is_written(both, tmp_path, first, second, words):
+    launch(both, tmp_path / "run", first, second)
+    for status, said in finish(both, timeout=60):
+        lines = [line for line in GLOO.sub("", said).splitlines() if line.strip()]
+        assert (status, len(lines)) == (2, 1), said
+        assert f"train.py: error: {words}" in said
+    assert not (tmp_path / "run").exists()
+    assert not (scratch() / "elsewhere").exists()
+
+
+def test_a_directory_of_another_run_is_refused_by_every_process(both, whole, capsys):
+    files = sorted(whole.rglob("*"))
+    launch(both, whole, *[["--config.seed=5"]] * 2)
+    for status, said in finish(both, timeout=60):
+        assert status == 2
+        assert "process 0 failed: " in said
+        assert "seed: 0 there, 5 now" in said
+    assert sorted(whole.rglob("*")) == files
+
+
+@pytest.mark.parametrize(
     ("given", "words"),
     [
         ({"coordinator": "a:1"}, "--coordinator: expected --process_id and --process_count beside it"),
         ({"process_id": 1, "process_count": 2}, "--process_id, --process_count: expected --coordinator beside it"),
         ({"coordinator": "a:1", "process_id": 2, "process_count": 2}, "process_id: got 2, expected from 0 to below"),
+        ({"coordinator": "a:1", "process_id": -1, "process_count": 2}, "process_id: got -1, expected from 0 to below"),
+        ({"coordinator": "a:1", "process_id": 0, "process_count": 0}, "process_count: got 0, expected at least 1"),
+        ({"coordinator": "a:b", "process_id": 0, "process_count": 1}, "coordinator: got 'a:b', expected HOST:PORT"),
     ],
 )
 def test_wrong_arguments(given, words):
@@ -181,6 +223,14 @@ def test_the_environment(monkeypatch):
     monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a:1")
     monkeypatch.setenv("JAX_PROCESS_ID", "two")
     with pytest.raises(ValueError, match="JAX_PROCESS_ID: got 'two', expected a number"):
+        start()
+    monkeypatch.setenv("JAX_PROCESS_ID", "2")
+    monkeypatch.setenv("JAX_NUM_PROCESSES", "2")
+    with pytest.raises(ValueError, match="JAX_PROCESS_ID: got 2, expected from 0 to below JAX_NUM_PROCESSES = 2"):
+        start()
+    monkeypatch.setenv("JAX_PROCESS_ID", "1")
+    monkeypatch.setenv("JAX_COORDINATOR_ADDRESS", "a")
+    with pytest.raises(ValueError, match="JAX_COORDINATOR_ADDRESS: got 'a', expected HOST:PORT"):
         start()
 
 

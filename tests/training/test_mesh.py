@@ -9,12 +9,13 @@ import pytest
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from osdn_jax import nn
 from osdn_jax.data import PackedWindows
 from osdn_jax.evaluation.likelihood import likelihood_sums
 from osdn_jax.nn.functional import functional
 from osdn_jax.training import ConfigError, build_corpus, build_model, train
 from osdn_jax.training.mesh import Layout, build_mesh, describe, mesh_sizes
-from osdn_jax.training.start import build_start
+from osdn_jax.training.start import build_start, shapes_at_start
 from support.runs import rows, text, tiny_config
 
 MESHES = {
@@ -150,6 +151,22 @@ def test_sizes_and_words():
     assert describe(build_mesh(wide(mesh__data=2))) == "2 cpu devices (2 data)"
 
 
+THIRDS = {"mesh__tensor": 3, "model__heads": 3, "model__width": 18, "model__mlp_dim": 33, "sequence_length": 24}
+
+
+@pytest.mark.parametrize("rule", nn.RULES)
+def test_what_passes_divides_every_array(rule):
+    """The checks name keys, and miss no axis of any parameter: heads, channels, units and words of odd sizes."""
+    sizes = {"model__heads": 6, "model__key_heads": 2, "model__width": 12, "model__mlp_dim": 10}
+    sizes |= {"model__key_dim": 6, "model__value_dim": 5, "model__vocab_size": 258, "model__tied_embeddings": False}
+    config = wide(model__rule=rule, mesh__fsdp=3, mesh__tensor=2, batch_size=9, validation__batch_size=9, **sizes)
+    layout = Layout(build_mesh(config))
+    _, _, state = shapes_at_start(config, layout)
+    for path, x in jax.tree_util.tree_flatten_with_path(state)[0]:
+        split = x.sharding.shard_shape(x.shape)  # raises where one does not divide
+        assert len(split) == x.ndim, jax.tree_util.keystr(path)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
@@ -165,6 +182,11 @@ def test_sizes_and_words():
         ({"mesh__tensor": 2, "model__key_heads": 1}, "model.key_heads: got 1, expected a multiple of mesh.tensor = 2"),
         ({"mesh__tensor": 4, "model__mlp_dim": 30}, "model.mlp_dim: got 30, expected a multiple"),
         ({"mesh__fsdp": 4, "mesh__tensor": 2, "model__width": 12}, "model.width: got 12, expected a multiple of"),
+        (THIRDS, "model.vocab_size: got 256 of data.tokenizer, expected a multiple of mesh.tensor = 3, such as 258"),
+        (THIRDS | {"model__vocab_size": 257}, "model.vocab_size: got 257, expected a multiple of mesh.tensor = 3"),
+        ({"mesh__context": 8, "sequence_length": 16}, "sequence_length: got 16, expected at least 24 over mesh"),
+        ({"mesh__data": 8, "accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        ({"mesh__tensor": -2}, "mesh.tensor: got -2, expected at least 1, or -1"),
         ({"hang_seconds": -1}, "hang_seconds: got -1, expected at least 0"),
         ({"checkpoint__keep_every": 0}, "checkpoint.keep_every: got 0, expected at least 1"),
     ],
