@@ -22,7 +22,7 @@ def _fastest(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -
     def chunk(call: Call) -> tuple[jax.Array, jax.Array]:
         return chunkwise.chunk(call, erase=erase, scale=scale, chunk_size=chunk_size)
 
-    if mosaic_gpu.on_hopper() and mosaic_gpu.limitation(call, chunk_size) is None:
+    if mosaic_gpu.by_default() and mosaic_gpu.limitation(call, chunk_size) is None:
         return mosaic_gpu.delta_rule(call, erase=erase, scale=scale, chunk_size=chunk_size)
     if not forward_by_scan(call):
         return chunk(call)

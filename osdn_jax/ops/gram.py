@@ -114,7 +114,7 @@ def preconditioned(
     log_decay, gain, center = log_decay.astype(dtype), gain.astype(dtype), center.astype(dtype)
     if context_axis is not None:
         initial = _entering(k, log_decay, gain, initial, restarts, context_axis)
-    if implementation is None and mosaic_gpu.on_hopper() and not mosaic_gpu.gram_limitation(k, log_decay, chunk_size):
+    if implementation is None and mosaic_gpu.by_default() and not mosaic_gpu.gram_limitation(k, log_decay, chunk_size):
         implementation = "mosaic_gpu"
     if implementation is not None and implementation.startswith("mosaic_gpu"):
         out, final = mosaic_gpu.gram(

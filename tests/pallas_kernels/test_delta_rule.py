@@ -9,7 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from osdn_jax import ops
-from osdn_jax.ops import mosaic_gpu
+from osdn_jax.ops import mosaic_gpu, selection
 from pallas_kernels import delta_rule as kernels
 from pallas_kernels.pieces import piece_count
 from support import assert_close, random_like, value_and_gradient
@@ -270,6 +270,7 @@ def test_what_the_kernels_do_not_serve(limit, monkeypatch):
         ops.delta_rule(**x, implementation=KERNEL)
     want = ops.delta_rule(**x)
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
+    monkeypatch.setattr(selection, "MOSAIC_GPU_MEASURED", True)
     assert_close(ops.delta_rule(**x), floats(want), 1e-2)
 
 
@@ -278,14 +279,20 @@ def test_without_a_hopper_gpu():
         ops.delta_rule(**arguments(), implementation="mosaic_gpu")
 
 
-def test_hopper_chooses_the_kernels(monkeypatch):
+@pytest.mark.parametrize("measured", [False, True])
+def test_hopper_chooses_the_kernels_once_they_are_measured(measured, monkeypatch):
     x = arguments()
     want = ops.delta_rule(**x, implementation="scan")
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
+    monkeypatch.setattr(selection, "MOSAIC_GPU_MEASURED", measured)
     interpreted = functools.partial(mosaic_gpu.delta_rule, interpret=True)
     calls = []
     monkeypatch.setattr(
         mosaic_gpu, "delta_rule", lambda *call, **options: calls.append(1) or interpreted(*call, **options)
     )
     assert_close(ops.delta_rule(**x), floats(want), 1e-2)
-    assert calls
+    assert bool(calls) is measured
+
+
+def test_no_gpu_has_measured_the_kernels():
+    assert selection.MOSAIC_GPU_MEASURED is False

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from osdn_jax import ops
-from osdn_jax.ops import mosaic_gpu
+from osdn_jax.ops import mosaic_gpu, selection
 from pallas_kernels import gram as kernels
 from support import assert_close, random_like, value_and_gradient
 from support.cases import gram, strong_decay
@@ -75,4 +75,5 @@ def test_what_the_kernels_do_not_serve(monkeypatch):
         ops.gram_preconditioner(k[..., :64], rows, rows + 1, center=0.0, implementation="mosaic_gpu")
     want = ops.gram_preconditioner(k, rows, rows + 1, center=0.0)
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
+    monkeypatch.setattr(selection, "MOSAIC_GPU_MEASURED", True)
     assert_close(ops.gram_preconditioner(k, rows, rows + 1, center=0.0), want, 1e-6)
