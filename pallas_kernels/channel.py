@@ -92,11 +92,11 @@ def prepare_channel(
     square = jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), dtype)
     out += [square, *[jax.ShapeDtypeStruct(log_decay.shape, dtype)] * static.erase, *[square] * (2 * invert)]
 
-    def body(q_ref: Any, k_ref: Any, w_ref: Any, decay_ref: Any, gates_ref: Any, *refs: Any) -> None:
+    def body(at: Any, q_ref: Any, k_ref: Any, w_ref: Any, decay_ref: Any, gates_ref: Any, *refs: Any) -> None:
         decayed_refs, (scores_ref, *solution_refs), refs = refs[:3], refs[3 : len(out)], refs[len(out) :]
         w_s, shared, gates_s, again_s, loaded, keys_loaded = refs
         (keys_s, x_s, log_decay_s, decay_s, mask_s), inverse_s, (p_s, halves_s, solved_s) = shared
-        b, h, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+        b, h, n = at("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
@@ -194,7 +194,7 @@ def prepare_channel(
     shared = plgpu.RefUnion(working, INVERSE, [square, smem(2, CHUNK, CHUNK, dtype=dtype), tile])
     scratch = [smem(parts, CHUNK, PART, dtype=dtype), shared, gates_tile, gates_tile]
     scratch += [plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=4)]
-    grid = {"chunk": count, "head": heads, "batch": batch}
+    grid = {"batch": batch, "chunk": count, "head": heads}
     arguments = [q, k, w, log_decay, gates]
     results = launch(body, "delta_rule_prepare_channel", out, grid, scratch, static.interpret, arguments)
     q, k, w, scores, solved = (*results, None)[:5]

@@ -65,7 +65,7 @@ def gradients(
         del inputs["k"]
     flat = [x for halves in inputs.values() for x in halves]
 
-    def body(*refs: Any) -> None:
+    def body(at: Any, *refs: Any) -> None:
         left = iter(refs)
         source = {name: [next(left) for _ in halves] for name, halves in inputs.items()}
         gates_ref, *out_refs = itertools.islice(left, 1 + len(out))
@@ -74,7 +74,7 @@ def gradients(
         tile = {name: halves[0] for name, halves in tiles.items()}
         tile["d_out"], out_s = tile["d_out"]
         tiles["d_out"] = [tile["d_out"]]
-        b, h, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk", "part"))
+        b, h, n, c = at("batch", "head", "chunk", "part")
         rows, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(c * PART, PART)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
         where: dict[str, tuple[Any, ...]] = {"w": (b, rows, write_head, channels)}
@@ -164,7 +164,7 @@ def gradients(
         plgpu.SMEM((PART,), jnp.float32),
         plgpu.Barrier(num_arrivals=len(flat) + 2),
     ]
-    grid = {"part": key_dim // PART, "chunk": count, "head": heads, "batch": batch}
+    grid = {"batch": batch, "chunk": count, "part": key_dim // PART, "head": heads}
     arguments = [*flat, gates]
     return launch(body, "delta_rule_gradients", out, grid, scratch, static.interpret, arguments)
 

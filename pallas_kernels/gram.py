@@ -172,6 +172,7 @@ def _walk(
     ]
 
     def body(
+        at: Any,
         k_ref: Any,
         gates_ref: Any,
         center_ref: Any,
@@ -182,7 +183,7 @@ def _walk(
         *refs: Any,
     ) -> None:
         k_s, gates_s, again_s, decay_s, value_s, out_s, start_s, loaded = refs
-        b, h, c = (lax.axis_index(name) for name in ("batch", "head", "part"))
+        b, h, c = at("batch", "head", "part")
         channels, tiles = pl.ds(c * PART, PART), _Tiles(decay_s, value_s)
 
         def load(n: Any, slot: Any) -> None:
@@ -226,7 +227,7 @@ def _walk(
         plgpu.SMEM((PART,), jnp.float32),
         plgpu.Barrier(num_arrivals=3, num_barriers=2),
     ]
-    grid = {"part": key_dim // PART, "head": heads, "batch": batch}
+    grid = {"batch": batch, "part": key_dim // PART, "head": heads}
     arguments = [k, gates_of(gain, log_decay, documents), center, initial]
     return launch(body, "gram", out, grid, scratch, static.interpret, arguments)
 
@@ -258,11 +259,11 @@ def _walk_back(
     ]
 
     def body(
-        k_ref: Any, gates_ref: Any, center_ref: Any, starts_ref: Any, d_out_ref: Any, d_final_ref: Any,
+        at: Any, k_ref: Any, gates_ref: Any, center_ref: Any, starts_ref: Any, d_out_ref: Any, d_final_ref: Any,
         d_k_ref: Any, sums_ref: Any, d_initial_ref: Any, *refs: Any,
     ) -> None:  # fmt: skip
         k_s, d_out_s, gates_s, again_s, start_s, decay_s, value_s, d_k_s, before_s, d_key_s, sums_s, loaded = refs
-        b, h, c = (lax.axis_index(name) for name in ("batch", "head", "part"))
+        b, h, c = at("batch", "head", "part")
         channels = pl.ds(c * PART, PART)
 
         def load(n: Any, slot: Any) -> None:
@@ -339,6 +340,6 @@ def _walk_back(
         plgpu.SMEM((_SUMS, CHUNK), jnp.float32),
         plgpu.Barrier(num_arrivals=5, num_barriers=2),
     ]
-    grid = {"part": parts, "head": heads, "batch": batch}
+    grid = {"batch": batch, "part": parts, "head": heads}
     arguments = [k, gates_of(gain, log_decay, documents), center, starts, d_out, d_final]
     return launch(body, "gram_back", out, grid, scratch, static.interpret, arguments)

@@ -81,11 +81,11 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
     out += [jax.ShapeDtypeStruct((batch, length, heads, key_dim), q.dtype)] * static.erase
     out += [square] * (2 * invert)
 
-    def body(q_ref: Any, k_ref: Any, w_ref: Any, gates_ref: Any, *refs: Any) -> None:
+    def body(at: Any, q_ref: Any, k_ref: Any, w_ref: Any, gates_ref: Any, *refs: Any) -> None:
         (scores_ref, *solution_refs), refs = refs[: len(out)], refs[len(out) :]
         w_s, shared, gates_s, again_s, loaded = refs
         (q_s, k_s), inverse_s, (p_s, x_s) = shared
-        b, h, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+        b, h, n = at("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
         key_head, write_head = lax.div(h, heads // key_heads), lax.div(h, heads // w.shape[2])
         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head], q_s, loaded)
@@ -130,7 +130,7 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
     # One after the other: what is read, what the inverse works in, what is written. So an H200 holds two blocks.
     shared = plgpu.RefUnion([keys, keys], INVERSE, [square, smem(2, CHUNK, CHUNK, dtype=q.dtype)])
     scratch = [keys, shared, gates_tile, gates_tile, plgpu.Barrier(num_arrivals=4 + static.erase)]
-    grid = {"chunk": count, "head": heads, "batch": batch}
+    grid = {"batch": batch, "chunk": count, "head": heads}
     results = launch(body, "delta_rule_prepare", out, grid, scratch, static.interpret, [q, k, w, gates])
     scores, solved = (*results, None)[:2]
     return Chunks(q, k, w, gates, None, scores, solved, results[2:])
