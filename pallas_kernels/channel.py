@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
+from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, again_of, again_tile
 from pallas_kernels.inverse import SCRATCH as INVERSE
 from pallas_kernels.inverse import times_inverse, unit_lower_inverse
 from pallas_kernels.prepare import Chunks, Static, pair_decay
@@ -100,7 +100,7 @@ def prepare_channel(
         rows = pl.ds(n * CHUNK, CHUNK)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
-        plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], again_s, loaded)
+        plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s, loaded)
 
         def channels(c: Any) -> Any:
             return pl.ds(c * PART, PART)
@@ -186,13 +186,12 @@ def prepare_channel(
         plgpu.wait_smem_to_gmem(0)
 
     tile, square = smem(CHUNK, PART, dtype=dtype), smem(CHUNK, CHUNK, dtype=dtype)
-    gates_tile = plgpu.SMEM((GATES, CHUNK), jnp.float32)
     # One after the other: what a part works in, what the inverse does, what is written. So an H200 holds two blocks, up
     # to K = 128.
     working = [smem(count, CHUNK, PART, dtype=dtype) for count in (2, 3)] + [smem(CHUNK, PART, dtype=jnp.float32)]
     working += [smem(2, CHUNK, PART, dtype=jnp.bfloat16), smem(CHUNK, CHUNK, dtype=jnp.bfloat16)]
     shared = plgpu.RefUnion(working, INVERSE, [square, smem(2, CHUNK, CHUNK, dtype=dtype), tile])
-    scratch = [smem(parts, CHUNK, PART, dtype=dtype), shared, gates_tile, gates_tile]
+    scratch = [smem(parts, CHUNK, PART, dtype=dtype), shared, plgpu.SMEM((GATES, CHUNK), jnp.float32), again_tile()]
     scratch += [plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=4)]
     grid = {"batch": batch, "chunk": count, "head": heads}
     arguments = [q, k, w, log_decay, gates]

@@ -10,7 +10,7 @@ from jax import lax
 from pallas_kernels.adjoint import recur_back
 from pallas_kernels.channel import prepare_channel
 from pallas_kernels.channel_gradients import channel_gradients
-from pallas_kernels.gates import BETA, FROM_START, documents_of, fill, from_chunks, gates_of
+from pallas_kernels.gates import BETA, FROM_START, clamped, documents_of, fill, from_chunks, gates_of
 from pallas_kernels.gradients import D_CUMULATIVE, D_END, Z_WRITE, gradients
 from pallas_kernels.pieces import first_memories, last_gradients, piece_count
 from pallas_kernels.prepare import Chunks, Static, prepare
@@ -106,7 +106,7 @@ def delta_rule(
     if write_key is not None:
         inputs = inputs._replace(w=pad(write_key))
     if log_decay is not None:
-        inputs = inputs._replace(log_decay=pad(log_decay))
+        inputs = inputs._replace(log_decay=pad(clamped(log_decay)))
     channel = log_decay is not None and log_decay.ndim == 4
     documents = None if restarts is None else documents_of(pad(restarts))
     static = Static(

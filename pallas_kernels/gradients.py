@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.adjoint import Back
-from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
+from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, again_of, again_tile
 from pallas_kernels.prepare import Chunks, Static, pair_decay
 from pallas_kernels.tiles import CHUNK, indices, launch, products, read, row_scale, smem, split, split_terms, zero_rows
 
@@ -85,7 +85,7 @@ def gradients(
             for ref, target in zip(halves, tiles[name], strict=True):
                 plgpu.copy_gmem_to_smem(ref.at[where[name]], target, loaded)
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
-        plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], again_s, loaded)
+        plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s, loaded)
         plgpu.barrier_wait(loaded)
 
         def write_out(value: jax.Array, ref: Any) -> None:
@@ -159,7 +159,7 @@ def gradients(
         *(kinds.get(name, values) for name, halves in inputs.items() for _ in halves),
         *[smem(2, CHUNK, CHUNK, dtype=dtype)] * 2,
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
-        plgpu.SMEM((GATES, CHUNK), jnp.float32),
+        again_tile(),
         plgpu.SMEM((SUMS, CHUNK), jnp.float32),
         plgpu.SMEM((PART,), jnp.float32),
         plgpu.Barrier(num_arrivals=len(flat) + 2),

@@ -14,7 +14,19 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, documents_of, fill, from_chunks, gates_of
+from pallas_kernels.gates import (
+    BETA,
+    FROM_START,
+    GATES,
+    TO_END,
+    again_of,
+    again_tile,
+    clamped,
+    documents_of,
+    fill,
+    from_chunks,
+    gates_of,
+)
 from pallas_kernels.prepare import Static, pair_decay
 from pallas_kernels.tiles import (
     CHUNK,
@@ -103,7 +115,7 @@ def gram(
     documents = None if restarts is None else documents_of(fill(restarts))
     static = Static(scale=1.0, erase=False, decay=True, documents=documents is not None, interpret=interpret)
     options = _Options(squash, multiply, static)
-    out, final = _gram(*alike((fill(k), fill(log_decay), fill(gain), center, initial, documents)), options)
+    out, final = _gram(*alike((fill(k), fill(clamped(log_decay)), fill(gain), center, initial, documents)), options)
     return out[:, :length], final
 
 
@@ -188,8 +200,8 @@ def _walk(
 
         def load(n: Any, slot: Any) -> None:
             plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, channels], k_s.at[slot], loaded.at[slot])
-            for gates in (gates_s, again_s):
-                plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s.at[slot], loaded.at[slot])
 
         def chunk(n: Any, start: jax.Array) -> jax.Array:
             slot = lax.rem(n, jnp.int32(2))
@@ -221,7 +233,8 @@ def _walk(
 
     scratch = [
         smem(2, CHUNK, PART, dtype=k.dtype),
-        *[plgpu.SMEM((2, GATES, CHUNK), jnp.float32)] * 2,
+        plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
+        again_tile(2),
         *_Tiles.types(),
         smem(CHUNK, PART, dtype=result),
         plgpu.SMEM((PART,), jnp.float32),
@@ -270,8 +283,8 @@ def _walk_back(
             rows = pl.ds(n * CHUNK, CHUNK)
             for ref, tile in ((k_ref, k_s), (d_out_ref, d_out_s)):
                 plgpu.copy_gmem_to_smem(ref.at[b, rows, h, channels], tile.at[slot], loaded.at[slot])
-            for gates in (gates_s, again_s):
-                plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(starts_ref.at[b, h, n, channels], start_s.at[slot], loaded.at[slot])
 
         def chunk(step: Any, d_after: jax.Array) -> jax.Array:
@@ -332,7 +345,8 @@ def _walk_back(
     scratch = [
         smem(2, CHUNK, PART, dtype=k.dtype),
         smem(2, CHUNK, PART, dtype=d_out.dtype),
-        *[plgpu.SMEM((2, GATES, CHUNK), jnp.float32)] * 2,
+        plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
+        again_tile(2),
         plgpu.SMEM((2, PART), jnp.float32),
         *_Tiles.types(),
         smem(CHUNK, PART, dtype=k.dtype),

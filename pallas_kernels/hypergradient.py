@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gates import fill, from_chunks
+from pallas_kernels.gates import clamped, fill, from_chunks
 from pallas_kernels.hypergradient_backward import walk_back
 from pallas_kernels.hypergradient_expand import expand
 from pallas_kernels.hypergradient_finish import D_BETA, D_LOG_FORGET, D_STEP, finish
@@ -76,7 +76,7 @@ def hypergradient(
     reason = limitation(k)
     if reason is not None:
         raise NotImplementedError(reason)
-    if length == 0:
+    if 0 in k.shape[:3]:
         return jnp.zeros(k.shape, k.dtype if multiply else jnp.float32), initial.astype(jnp.float32)
     f32 = lambda x: jnp.asarray(x, jnp.float32)
     static = Static(
@@ -90,7 +90,7 @@ def hypergradient(
     step, beta, log_forget = (
         f32(step),
         jnp.ones(step.shape, jnp.float32) if beta is None else f32(beta),
-        jnp.zeros(step.shape, jnp.float32) if log_forget is None else f32(log_forget),
+        jnp.zeros(step.shape, jnp.float32) if log_forget is None else clamped(f32(log_forget)),
     )
     starts = jnp.zeros(k.shape[:2], jnp.float32) if restart is None else f32(restart)
     # The tokens that fill the last chunk have a step of 0 and forget nothing.
