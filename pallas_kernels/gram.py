@@ -28,6 +28,7 @@ from pallas_kernels.gates import (
     gates_of,
 )
 from pallas_kernels.prepare import Static, pair_decay
+from pallas_kernels.shards import Heads, per_shard
 from pallas_kernels.tiles import (
     CHUNK,
     alike,
@@ -115,31 +116,45 @@ def gram(
     documents = None if restarts is None else documents_of(fill(restarts))
     static = Static(scale=1.0, erase=False, decay=True, documents=documents is not None, interpret=interpret)
     options = _Options(squash, multiply, static)
-    out, final = _gram(*alike((fill(k), fill(clamped(log_decay)), fill(gain), center, initial, documents)), options)
+    tokens = (fill(k), fill(clamped(log_decay)), fill(gain))
+    out, final = _gram(*alike((*tokens, center, initial, documents)), options)
     return out[:, :length], final
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _gram(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-    out, final, _ = _walk(*arguments)
-    return out, final
+    return _gram_fwd(*arguments)[0]
 
 
 def _gram_fwd(*arguments: Any) -> Any:
-    out, final, starts = _walk(*arguments)
-    return (out, final), (*arguments[:-1], starts)
+    *arrays, options = arguments
+    axes, interpret = (*_AXES, "bk.", _documents_axes(arrays[-1])), options.chunk.interpret
+    results = ("b.k.", "bk.", "bk..")
+    out, final, starts = per_shard(
+        _walk, tuple(arrays), axes, results, options, heads=Heads(arrays[0].shape[2]), interpret=interpret
+    )
+    return (out, final), (*arrays, starts)
 
 
 def _gram_bwd(options: _Options, saved: Any, cotangents: Any) -> Any:
     k, log_decay, gain, center, _, documents, starts = saved
-    d_out, d_final = cotangents
-    d_k, sums, d_initial = _walk_back(k, log_decay, gain, center, documents, starts, d_out, d_final, options)
-    sums = jnp.sum(sums, axis=3)  # over the parts of the key channels
-    d_gain, d_log_decay, d_center = (sums[:, :, :, row] for row in (_D_GAIN, _D_LOG_DECAY, _D_CENTER))
-    return d_k, from_chunks(d_log_decay), from_chunks(d_gain), jnp.sum(d_center, axis=(0, 2, 3)), d_initial, None
+    arrays = (k, log_decay, gain, center, documents, starts, *cotangents)
+    axes = (*_AXES, _documents_axes(documents), "bk..", "b.k.", "bk.")
+    results, interpret = ("b.k.", "b.k", "b.k", "bk", "bk."), options.chunk.interpret
+    *d_tokens, d_center, d_initial = per_shard(
+        _walk_back, arrays, axes, results, options, heads=Heads(k.shape[2]), interpret=interpret
+    )
+    return *d_tokens, jnp.sum(d_center, axis=0), d_initial, None
+
+
+def _documents_axes(documents: jax.Array | None) -> str | None:
+    return None if documents is None else "b.."
 
 
 _gram.defvjp(_gram_fwd, _gram_bwd)
+
+
+_AXES = ("b.k.", "b.k", "b.k", "k")  # of keys, log decay, gain and center, for `per_shard`
 
 
 class _Tiles(NamedTuple):
@@ -164,16 +179,9 @@ def _summed(tiles: _Tiles, *, transpose: bool = False) -> jax.Array:
     return products(split_terms(decay, value))[0]
 
 
-def _walk(
-    k: jax.Array,
-    log_decay: jax.Array,
-    gain: jax.Array,
-    center: jax.Array,
-    initial: jax.Array,
-    documents: jax.Array | None,
-    options: _Options,
-) -> list[jax.Array]:
+def _walk(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
     """(m or m k, A after the last token, A before each chunk [B, P, N, K])."""
+    k, log_decay, gain, center, initial, documents = arrays
     batch, length, heads, key_dim = k.shape
     count, static = length // CHUNK, options.chunk
     result = k.dtype if options.multiply else jnp.float32
@@ -251,18 +259,9 @@ def _multiplier(running: jax.Array, center: jax.Array, options: _Options) -> tup
     return r, jnp.exp(-math.log(options.squash) * r / (1.0 + jnp.abs(r)))
 
 
-def _walk_back(
-    k: jax.Array,
-    log_decay: jax.Array,
-    gain: jax.Array,
-    center: jax.Array,
-    documents: jax.Array | None,
-    starts: jax.Array,
-    d_out: jax.Array,
-    d_final: jax.Array,
-    options: _Options,
-) -> list[jax.Array]:
-    """(dk, sums over each part of the key channels [B, P, N, parts, SUMS, 64], gradient of the first A)."""
+def _walk_back(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
+    """The gradients of k, log_decay, gain, the center by sequence [B, P] and the first A."""
+    k, log_decay, gain, center, documents, starts, d_out, d_final = arrays
     batch, length, heads, key_dim = k.shape
     count, static, parts = length // CHUNK, options.chunk, key_dim // PART
     out = [
@@ -356,4 +355,7 @@ def _walk_back(
     ]
     grid = {"batch": batch, "part": parts, "head": heads}
     arguments = [k, gates_of(gain, log_decay, documents), center, starts, d_out, d_final]
-    return launch(body, "gram_back", out, grid, scratch, static.interpret, arguments)
+    d_k, sums, d_initial = launch(body, "gram_back", out, grid, scratch, static.interpret, arguments)
+    sums = jnp.sum(sums, axis=3)  # over the parts of the key channels
+    d_gain, d_log_decay, d_center = (sums[:, :, :, row] for row in (_D_GAIN, _D_LOG_DECAY, _D_CENTER))
+    return [d_k, from_chunks(d_log_decay), from_chunks(d_gain), jnp.sum(d_center, axis=(2, 3)), d_initial]

@@ -59,16 +59,23 @@ def sums_of(gates: Any) -> Any:
     return gates.at[pl.ds(SUMS[0], len(SUMS))]
 
 
-def make_gates(step: jax.Array, beta: jax.Array, log_forget: jax.Array, restart: jax.Array) -> jax.Array:
+def make_gates(step: jax.Array, beta: jax.Array, log_forget: jax.Array | None, restart: jax.Array | None) -> jax.Array:
     """[B, P, N, GATES, 64] of step, beta and log_forget [B, T, P] and restart [B, T], float32, T a multiple of 64."""
+    step, beta = to_chunks(step), to_chunks(beta)
+    ones, zeros = jnp.ones_like(step), jnp.zeros_like(step)
+    # What is absent is not summed as zeros: the compiler would do that itself, for minutes where sequences are long.
+    restarts = forced = zeros
+    if restart is not None:
+        restarts = to_chunks(jnp.broadcast_to(restart[..., None], (*restart.shape, step.shape[1])))
+        forced = jnp.broadcast_to(jnp.max(restarts[..., 1:], axis=-1, keepdims=True), restarts.shape)
+    if log_forget is None:
+        return jnp.stack([step, beta, ones, zeros, restarts, forced, ones, ones, *[zeros] * len(SUMS)], axis=3)
     forget = to_chunks(log_forget)
     coarse_sum, fine_sum = two_sums(forget)
     coarse_before, fine_before = (_before(sums) for sums in (coarse_sum, fine_sum))
     to_end = (coarse_sum[..., -1:] - coarse_sum) + (fine_sum[..., -1:] - fine_sum)
-    restarts = to_chunks(jnp.broadcast_to(restart[..., None], step.shape))
-    forced = jnp.broadcast_to(jnp.max(restarts[..., 1:], axis=-1, keepdims=True), restarts.shape)
     rows = [
-        *(to_chunks(step), to_chunks(beta), jnp.exp(forget), -jnp.expm1(forget), restarts, forced),
+        *(step, beta, jnp.exp(forget), -jnp.expm1(forget), restarts, forced),
         *(jnp.exp(coarse_before + fine_before), jnp.exp(to_end)),
         *(coarse_sum, fine_sum, coarse_before, fine_before),
     ]
