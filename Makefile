@@ -10,7 +10,7 @@ BIN := .venv/bin
 help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-demo: venv ## train a small model and show what it does
+demo: venv ## train two small models and show what they do (ARGS="--steps 300")
 	@$(BIN)/python -m osdn_jax.demo $(ARGS)
 
 test: venv ## run the tests (ARGS="-k ops" for some of them)

@@ -61,12 +61,20 @@ def main(_: list[str]) -> None:
 
 
 def _plan() -> None:
-    from osdn_jax import planning
+    from osdn_jax import command, planning
 
-    plan = planning.plan(_CONFIG.value, _PLAN.value, _GPU.value)
-    print(planning.report(plan))
-    if _PLAN_JSON.value is not None:
-        write_atomically(_PLAN_JSON.value, planning.as_json(plan))
+    try:
+        file = None if _PLAN_JSON.value is None else command.output_file("plan_json", _PLAN_JSON.value, replaced=True)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+    def made() -> None:
+        plan = planning.plan(_CONFIG.value, _PLAN.value, _GPU.value)
+        if file is not None:
+            write_atomically(file, planning.as_json(plan))
+        print(planning.report(plan))
+
+    command.run(made)
 
 
 if __name__ == "__main__":

@@ -1,22 +1,32 @@
-"""Are the kernels right on this GPU, and how fast?  python -m benchmarks.gpu_suite
+"""Are the kernels right on this GPU, and how fast?  python -m benchmarks.gpu_suite --stage smoke check --out DIR
 
-Every kernel against the float32 scan (benchmarks/gpu/check.py), then device time of ours, of our XLA chunkwise form and
-of flash-linear-attention where it is installed (timing.py, peers.py), beside the device's floors (floors.py). Each case
-and each rule at a shape is a process of its own: a kernel that raises, dies or hangs is reported, and the others go on.
-All of it keeps a budget of seconds; what did not fit, or is not installed, is in the tables by name.
+Five stages, each worth a call of its own, in this order:
 
-Writes gpu-DEVICE.json and .md after every result, to benchmarks/results unless --out says where, and prints the
-latter. The exit status is 1 where a kernel is not shown to be right or does not run. --dry takes tiny shapes and the
-kernels' interpreter, on any machine, and writes only where --out says.
+    smoke           every kernel once at T = 128, forward and gradient, each in a process of its own
+    check           every case against the scan in float32, or a NumPy loop in float64 (benchmarks/gpu/cases.py)
+    ours            device time of the kernels and of the XLA chunkwise form, beside the device's floors
+    peers-compile   flash-linear-attention's kernels (the package fla-core), compiled and left in Triton's cache
+    peers           their time and ours in turns, their outputs and gradients compared; on the same machine
+
+Each case, and each rule at a shape, is a process of its own: a kernel that raises, dies or hangs is reported, and the
+others go on. What hangs in the smoke stage is not started later. A call keeps a budget of seconds for all its stages;
+what did not fit is recorded as not run, and the same call again does what is left.
+
+All stages add to one file, gpu-DEVICE.json, and its table .md, in --out (default benchmarks/results), rewritten after
+every result. It takes results of one device, one state of the sources and one set of versions only: others are refused
+unless --restart sets the old file aside. --from names a folder or file to go on from where --out is a fresh folder.
+The end of the output is the table of the call's stages.
+
+The exit status is 1 where a kernel is not shown to be right or does not run, and 2 where the call cannot be served.
+--dry takes tiny shapes and the kernels' interpreter, on any machine, and writes only where --out says.
 """
 
 import argparse
-import importlib.metadata
-import json
+import fnmatch
 import os
 import re
 import shlex
-import subprocess
+import signal
 import sys
 import tempfile
 import time
@@ -24,55 +34,33 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu import plan
-from benchmarks.gpu.jobs import Clock, Runner
-from benchmarks.gpu.plan import Row
+from benchmarks.gpu import cases, plan, record
+from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
+from benchmarks.gpu.plan import NOT_RUN, Request, Row
+from benchmarks.gpu.record import Record, Refused
 from benchmarks.gpu.report import markdown
 from osdn_jax.comparison import environment
 from osdn_jax.comparison.environment import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
-PACKAGES = ("jax-cuda13-plugin", "torch", "triton", "flash-linear-attention", "fla-core")
-
-
-class Record:
-    """What is known so far, in files that are whole at any moment."""
-
-    def __init__(self, about: dict[str, Any], clock: Clock, file: Path | None) -> None:
-        self.about, self.clock, self.file = about, clock, file
-        self.rows: list[Row] = []
-
-    def add(self, row: Row) -> None:
-        self.rows.append(row)
-        self.rows.sort(key=plan.place)
-        print(f"{self.clock.spent():6.1f} s  {brief(row)}", file=sys.stderr, flush=True)
-        self.write()
-
-    def write(self) -> str:
-        """Writes the files and returns the table."""
-        seconds = round(self.clock.spent(), 1)
-        content = {"environment": self.about, "budget": self.clock.budget, "seconds": seconds, "rows": self.rows}
-        table = "\n".join(markdown(content))
-        if self.file is not None:
-            _replace(self.file, json.dumps(content, indent=1) + "\n")
-            _replace(self.file.with_suffix(".md"), table + "\n")
-        return table
+# The interpreter is slow, and a machine without a GPU may be too: nothing of a dry run is called hung before this.
+_DRY_PATIENCE = 600.0
+PATIENCE = {
+    "smoke": Patience(30.0, 30.0),
+    "check": Patience(45.0, 45.0),
+    "ours": Patience(150.0, 45.0),
+    "peers-compile": Patience(400.0, 400.0),
+    "peers": Patience(150.0, 60.0),
+}
+_TIMED = ("ours", "peers")
 
 
 def status(rows: Sequence[Row]) -> int:
     """0 where every check passes (a kernel that does not exist is none) and everything of ours ran or had no time."""
-    wrong = any(row["section"] == "check" and row["status"] not in ("pass", "absent") for row in rows)
-    broken = any(row.get("contender") == "ours" and row["status"] not in ("measured", "left out") for row in rows)
+    checks = [row for row in rows if row["section"] in ("smoke", "check")]
+    wrong = any(row["status"] not in ("pass", "absent") for row in checks)
+    broken = any(row.get("contender") == "ours" and row["status"] not in ("measured", NOT_RUN) for row in rows)
     return int(wrong or broken)
-
-
-def brief(row: Row) -> str:
-    """A row in one line of the log."""
-    names = ("section", "case", "keys", "shape", "rule", "program", "contender", "status", "worst", "error", "reason")
-    words = [str(row[name]) for name in names if name in row]
-    if "median_seconds" in row:
-        words.append(f"{row['median_seconds'] * 1e3:.3f} ms")
-    return " ".join(words)
 
 
 def slug(name: str) -> str:
@@ -80,44 +68,37 @@ def slug(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
-def driver() -> str | None:
-    """The version of NVIDIA's driver, where there is one."""
-    command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-    try:
-        found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
-    except (OSError, subprocess.SubprocessError):
-        return None
-    return found[0] if found else None
+def _seconds(text: str) -> float:
+    value = float(text)
+    if not 0 <= value < float("inf"):
+        raise argparse.ArgumentTypeError(f"got {text}, expected seconds, at least 0")
+    return value
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _replace(file: Path, text: str) -> None:
-    new = file.with_name(file.name + ".new")
-    new.write_text(text)
-    new.replace(file)
+def _slots(text: str) -> int:
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"got {text}, expected at least 1")
+    return int(text)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.gpu_suite", description=(__doc__ or "").splitlines()[0].split("?  ")[0] + "?"
-    )
+    about = (__doc__ or "").splitlines()[0].split("?  ")[0] + "?"
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=about)
+    parser.add_argument("--stage", nargs="+", choices=plan.STAGES, default=list(plan.STAGES), help="(default all)")
     parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results, with --dry none)")
+    parser.add_argument("--from", dest="earlier", type=Path, help="results to go on from (default those in --out)")
+    parser.add_argument("--restart", action="store_true", help="set results in --out aside and begin a new file")
     parser.add_argument("--dry", action="store_true", help="tiny shapes and the interpreter: does everything run?")
-    parser.add_argument("--budget", type=float, default=540.0, help="seconds for all of it (default 540)")
-    parser.add_argument("--sections", nargs="+", choices=plan.SECTIONS, default=list(plan.SECTIONS))
+    parser.add_argument("--budget", type=_seconds, default=540.0, help="seconds for the whole call (default 540)")
+    parser.add_argument("--cases", default="*", help="of smoke and check: a pattern, e.g. 'scalar*' (default all)")
     parser.add_argument("--rules", nargs="+", choices=plan.RULES, default=list(plan.RULES), help="to time")
     parser.add_argument(
         "--implementation",
         help="of ours (default mosaic_gpu, with --dry mosaic_gpu_interpret), never another in its place",
     )
-    parser.add_argument("--patience", type=float, default=320.0, help="seconds for one process (default 320)")
-    parser.add_argument("--slots", type=int, help="processes that prepare at once (default 1.5 for each core)")
+    parser.add_argument("--import", dest="imports", nargs="+", default=[], help="modules that register others")
+    parser.add_argument("--patience", type=_seconds, help="seconds without a sign of life (default: by the stage)")
+    parser.add_argument("--slots", type=_slots, help="processes that run or prepare at once (default one per core)")
     return parser.parse_args(argv)
 
 
@@ -125,25 +106,95 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else list(argv)
     given = _arguments(argv)
     clock = Clock(given.budget, time.time())
+    stages = [stage for stage in plan.STAGES if stage in given.stage]
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # before the device is asked for its name
-    about = environment(shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))
-    if about["platform"] != "gpu" and not given.dry:
-        sys.exit(f"got a {about['device']}, the suite needs a GPU; --dry shows on any machine that it runs")
-    implementation = given.implementation or ("mosaic_gpu_interpret" if given.dry else "mosaic_gpu")
-    packages = {name: version(name) for name in PACKAGES}
-    about |= {"driver": driver(), "packages": packages, "implementation": implementation}
-    out = given.out or (None if given.dry else RESULTS)
-    if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-    name = "dry" if given.dry else slug(about["device"])
-    record = Record(about, clock, None if out is None else out / f"gpu-{name}.json")
-    stages = plan.stages(given.sections, given.rules, implementation, given.dry)
-    slots = given.slots or usable_cores() * (2 if given.dry else 3) // 2
+    try:
+        _check_pattern(given.cases, stages, given.dry)
+        results = _open(given, shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))
+    except Refused as reason:
+        print(f"gpu_suite: {reason}", file=sys.stderr)
+        return 2
+    implementation = results.identity["implementation"]
+    request = Request(implementation, given.dry, tuple(given.rules), given.cases, tuple(given.imports))
     with tempfile.TemporaryDirectory() as folder:
-        Runner(clock, Path(folder), slots, given.patience, given.dry, record.add).run(stages)
-    print(record.write())
-    return status(record.rows)
+        slots = given.slots or usable_cores()
+        runner = Runner(clock, Path(folder), slots, worker_environment(os.environ, given.dry), results.add)
+        for stage in stages:
+            _run(stage, runner, results, request, _patience(stage, given))
+    sections = {plan.SECTIONS[stage] for stage in stages} | ({"ceilings"} if set(stages) & set(_TIMED) else set())
+    results.write()
+    print("\n".join(markdown(results.content(), sections)))
+    return status([row for row in results.rows if row["section"] in sections])
+
+
+def _run(stage: str, runner: Runner, results: Record, request: Request, patience: Patience) -> None:
+    todo = plan.plan(stage, results.rows, request)
+    results.owe(todo.owed)
+    for row in todo.skipped:
+        results.add(row)
+    runner.run(todo.jobs, patience, timed=stage in _TIMED)
+
+
+def _patience(stage: str, given: argparse.Namespace) -> Patience:
+    if given.patience is not None:
+        return Patience(given.patience, given.patience)
+    return Patience(_DRY_PATIENCE, _DRY_PATIENCE) if given.dry else PATIENCE[stage]
+
+
+def _check_pattern(pattern: str, stages: Sequence[str], dry: bool) -> None:
+    sections = [stage for stage in ("smoke", "check") if stage in stages]
+    names = [name for section in sections for name in cases.cases(section, dry)]
+    if names and not fnmatch.filter(names, pattern):
+        raise Refused(f"--cases: no case matches {pattern!r}; expected a pattern such as 'scalar*'")
+
+
+def _open(given: argparse.Namespace, command: str) -> Record:
+    """The record to add to, of this device and these sources."""
+    about = environment(command)
+    if about["platform"] != "gpu" and not given.dry:
+        raise Refused(f"got a {about['device']}, the suite needs a GPU; --dry shows on any machine that it runs")
+    identity: dict[str, Any] = {
+        "device": about["device"],
+        "dry": given.dry,
+        "source": record.source(),
+        "implementation": given.implementation or ("mosaic_gpu_interpret" if given.dry else "mosaic_gpu"),
+        **{name: about[name] for name in ("jax", "jaxlib", "python")},
+        **{name: record.version(name) for name in record.PACKAGES},
+    }
+    call = {name: about[name] for name in ("date", "command", "cpu", "cpu_cores", "numpy", "osdn_jax")}
+    call |= {"commit": record.commit(), "driver": record.driver(), "budget": given.budget}
+    out = given.out or (None if given.dry else RESULTS)
+    name = f"gpu-{'dry' if given.dry else slug(about['device'])}.json"
+    file = None if out is None else out / name
+    if file is not None:
+        try:
+            file.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise Refused(f"--out: cannot make {file.parent}: {error.strerror}") from error
+    return Record({"identity": identity, "call": call}, file, _earlier(given, file, name))
+
+
+def _earlier(given: argparse.Namespace, file: Path | None, name: str) -> Path | None:
+    """The file to go on from, if not the one to write."""
+    if given.restart and file is not None:
+        record.set_aside(file)
+    if given.earlier is None:
+        return None
+    if given.restart:
+        raise Refused("--restart: goes on from nothing, so it cannot be with --from")
+    if file is not None and file.exists():
+        raise Refused(f"--from: {file} has results already; leave --from out to add to them")
+    if given.earlier.is_dir():
+        return given.earlier / name  # which may be of another device, and then there is nothing to go on from
+    if not given.earlier.exists():
+        raise Refused(f"--from: {given.earlier} is not there")
+    return given.earlier
+
+
+def _terminated(*_: object) -> None:
+    sys.exit(128 + signal.SIGTERM)  # by an exception, which ends the processes that were started
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminated)
     sys.exit(main())

@@ -7,17 +7,24 @@ run time and temporary memory with those of the scan beside it. Exit status 1 if
 import argparse
 import dataclasses
 import json
+import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
+
+from osdn_jax import command
+
+if __name__ == "__main__":
+    command.start()
 
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from osdn_jax.comparison import CANCELLING_FACTOR, RULES, TOLERANCES, Result, Shape, environment, parse_shapes
-from osdn_jax.comparison.inputs import SHAPE_SYNTAX
+from osdn_jax.comparison.environment import available_bytes
+from osdn_jax.comparison.inputs import SHAPE_SYNTAX, input_bytes
 from osdn_jax.comparison.measure import compare, implementations, usual
 from osdn_jax.comparison.report import console, failures, refusals, result_table
 from osdn_jax.comparison.tolerances import CANCELLING
@@ -25,7 +32,7 @@ from osdn_jax.comparison.tolerances import CANCELLING
 _PROGRAM = "python -m osdn_jax.compare"
 _RULES = "delta_net,gated_delta_net,kda,osdn"
 _SHAPES = "B1T1024H4D64"
-_WRONG_USE = 2
+_MOST_BYTES = 2**46  # of inputs, where the system does not say what is free
 _TOLERANCES = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items())
 _EPILOG = f"""\
 --rules, --implementations, --shapes and --dtypes take one or more values, separated by commas or spaces.
@@ -55,32 +62,53 @@ def main(argv: Sequence[str] | None = None) -> int:
     out = console()
     about = environment(shlex.join([*_PROGRAM.split(), *argv]))
     wrong = failures(results)
-    out.print(result_table(results))
+    where = f"{about['device']} ({about['cpu']}, {about['cpu_cores']} cores), jax {about['jax']}"
+    # What was measured is saved before anything is printed: the reader may have left.
+    saved, unsaved = _save(given, results, about, f"{where}, {about['date']}", passed=not wrong)
+    out.print(result_table(results, out.width), soft_wrap=True)
     for line in refusals(results):
         out.print(line, style="yellow", highlight=False)
     for line in wrong:
         out.print(line, style="bold red", highlight=False)
-    where = f"{about['device']} ({about['cpu']}, {about['cpu_cores']} cores), jax {about['jax']}"
     out.print(f"On {where}; medians of {given.repeats} interleaved rounds; speed-up over the scan.", highlight=False)
+    for line in saved:
+        out.print(line, highlight=False, soft_wrap=True)
+    for line in unsaved:
+        print(f"{_PROGRAM}: error: {line}", file=sys.stderr)
+    return command.USAGE_ERROR if unsaved else 1 if wrong else 0
+
+
+def _save(
+    given: argparse.Namespace, results: Sequence[Result], about: dict[str, Any], note: str, *, passed: bool
+) -> tuple[list[str], list[str]]:
+    """Writes what --json and --plot ask for; returns what to say of it, and what went wrong."""
+    saved: list[str] = []
+    unsaved: list[str] = []
     if given.json is not None:
         record = {
             "environment": about,
             "options": {"repeats": given.repeats, "seed": given.seed, "gradient": given.grad},
             "tolerances": {**TOLERANCES, "cancelling_factor": CANCELLING_FACTOR},
-            "passed": not wrong,
+            "passed": passed,
             "results": [{**dataclasses.asdict(r), "passed": r.passed} for r in results],
         }
-        given.json.write_text(json.dumps(record, indent=1) + "\n")
-        out.print(f"Results: {given.json}", highlight=False)
+        try:
+            given.json.write_text(json.dumps(record, indent=1) + "\n")
+            saved.append(f"Results: {given.json}")
+        except OSError as error:
+            unsaved.append(f"--json: {error}")
     if given.plot is not None:
         from osdn_jax.comparison.plot import plot_results  # it takes a second to import
 
-        if any(r.median_seconds is not None for r in results):
-            plot_results(results, given.plot, title=_title(given), note=f"{where}, {about['date']}")
-            out.print(f"Picture: {given.plot}", highlight=False)
-        else:
-            out.print("No picture: no case was served", style="yellow")
-    return 1 if wrong else 0
+        try:
+            if any(r.median_seconds is not None for r in results):
+                plot_results(results, given.plot, title=_title(given), note=note)
+                saved.append(f"Picture: {given.plot}")
+            else:
+                saved.append("No picture: no case was served")
+        except OSError as error:
+            unsaved.append(f"--plot: {error}")
+    return saved, unsaved
 
 
 def _announced(cases: Sequence[tuple[str, Shape, str]]) -> Iterator[tuple[str, Shape, str]]:
@@ -104,15 +132,8 @@ def _title(given: argparse.Namespace) -> str:
     return "Implementations of the delta rule: " + ", ".join(part for part in parts if part)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """One line, without the usage: it names the flag, and the help is a flag away."""
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
-        raise SystemExit(_WRONG_USE)
-
-
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(
+    parser = command.Parser(
         prog=_PROGRAM,
         description=(__doc__ or "").split(":  ")[0] + ".",
         epilog=_EPILOG,
@@ -151,19 +172,19 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         return list(dict.fromkeys(found))
 
     def number(flag: str, value: str, least: int) -> int:
-        if not value.isdecimal() or int(value) < least:
+        if not re.fullmatch(r"\d{1,30}", value) or int(value) < least:
             parser.error(f"--{flag}: got {value!r}, expected a whole number of at least {least}")
         return int(value)
 
     def file(flag: str, value: str | None, allowed: Callable[[Path], bool], expected: str) -> Path | None:
         if value is None:
             return None
-        path = Path(value)
-        if not allowed(path) or path.is_dir():
+        if not allowed(Path(value)):
             parser.error(f"--{flag}: got {value!r}, expected {expected}")
-        if not path.parent.is_dir():
-            parser.error(f"--{flag}: got {value!r}, but there is no folder {str(path.parent)!r}")
-        return path
+        try:
+            return command.output_file(flag, value)
+        except ValueError as error:
+            parser.error(str(error))
 
     shapes: list[Shape] = []
     for text in given.shapes:
@@ -182,8 +203,28 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "repeats": number("repeats", given.repeats, 1),
         "seed": number("seed", given.seed, 0),
     }
+    if checked["json"] is not None and checked["json"] == checked["plot"]:
+        parser.error(f"--plot: got {given.plot!r}, expected another file than that of --json")
+    try:
+        for shape in checked["shapes"]:
+            _check_memory(shape, checked["rules"], checked["dtypes"])
+    except ValueError as error:
+        parser.error(f"--shapes: {error}")
     return argparse.Namespace(**checked)
 
 
+def _check_memory(shape: Shape, rules: Sequence[str], dtypes: Sequence[str]) -> None:
+    """Raises ValueError where the inputs, in their type and in float64, take more memory than there is."""
+    needed = max(
+        input_bytes(rule, shape, dtype) + input_bytes(rule, shape, "float64") for rule in rules for dtype in dtypes
+    )
+    available = available_bytes() or _MOST_BYTES
+    if needed > available:
+        raise ValueError(
+            f"got {str(shape)!r}, whose inputs alone need {needed / 1e9:,.1f} GB of memory where "
+            f"{available / 1e9:,.1f} GB are free"
+        )
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    command.run(main)

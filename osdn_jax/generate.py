@@ -4,10 +4,16 @@ Reads the newest checkpoint of the run and writes the prompt and what follows it
 token costs the same time and memory, however long the text.
 """
 
-import argparse
+import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+
+from osdn_jax import command
+
+if __name__ == "__main__":
+    command.start()
 
 from osdn_jax.nn.functional import functional
 from osdn_jax.sampling import sample
@@ -71,31 +77,53 @@ def generate(
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m osdn_jax.generate", description=__doc__.splitlines()[0])
+    parser = command.Parser(
+        prog="python -m osdn_jax.generate", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--workdir", required=True, help="directory of a run of train.py")
     parser.add_argument("--prompt", default="", help="text to go on from (default: the start of a document)")
     parser.add_argument("--tokens", type=int, default=300, help="how many to draw (default 300)")
     parser.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
     parser.add_argument("--top_p", type=float, default=0.95, help="share of the distribution kept (default 0.95)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draws (default 0)")
+    parser.add_argument("--seed", type=int, default=0, help="of the draws, 0 to 2^64 - 1 (default 0)")
     given = parser.parse_args()
     try:
         pieces = generate(
-            given.workdir,
+            command.directory("workdir", given.workdir),
             given.prompt,
             tokens=given.tokens,
             temperature=given.temperature,
             top_p=given.top_p,
             seed=given.seed,
         )
-    except (ValueError, FileNotFoundError, ImportError, CheckpointError, CheckpointMismatchError) as error:
+    except (ValueError, TypeError, OSError, ImportError, CheckpointError, CheckpointMismatchError) as error:
         fail(error)
-    sys.stdout.write(given.prompt)
-    for piece in pieces:
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-    sys.stdout.write("\n")
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # of a terminal that has not all characters
+    with _line():
+        _write(given.prompt)
+        for piece in pieces:
+            _write(piece)
+
+
+@contextlib.contextmanager
+def _line() -> Iterator[None]:
+    """Ends the line of what is written, also where that is interrupted or fails."""
+    try:
+        yield
+    except ValueError as error:
+        _write("\n")
+        fail(error)
+    except KeyboardInterrupt:
+        _write("\n")
+        raise
+    _write("\n")
+
+
+def _write(text: str) -> None:
+    sys.stdout.write(text)
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

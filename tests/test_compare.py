@@ -1,6 +1,7 @@
 """`python -m osdn_jax.compare`: what it says of right, wrong and missing implementations, and how it is called."""
 
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,10 @@ from benchmarks import ops as benchmark
 from osdn_jax import comparison
 from osdn_jax.compare import main
 from osdn_jax.comparison import RULES, TOLERANCES, Result, Shape, measure
+from osdn_jax.comparison import reference as judge
+from osdn_jax.comparison.inputs import input_bytes
 from osdn_jax.comparison.plot import plot_results
-from osdn_jax.comparison.report import duration, size
+from osdn_jax.comparison.report import duration, result_table, size
 from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
 from support import assert_close, jit
 
@@ -150,6 +153,45 @@ def test_a_program_that_memory_cannot_hold_is_not_run(compare, monkeypatch, tmp_
     assert "No picture" in printed
 
 
+def test_a_judge_that_memory_cannot_hold_refuses_the_case(compare, monkeypatch):
+    monkeypatch.setitem(judge.__globals__, "available_bytes", lambda: 10)
+    status, printed, results, _ = compare("--grad")
+    assert status == 0
+    for name in ("scan", "chunk", "auto"):
+        assert results[name]["refusal"].startswith(
+            "the float64 scan to compare with needs 0.0 GB of memory where 0.0 GB"
+        )
+        assert f"delta_net {SMALL} float32 {name}: not served: the float64 scan" in printed
+
+
+def test_a_program_that_runs_out_of_memory_is_a_refusal(compare, monkeypatch):
+    real = measure._errors
+
+    def errors(contender, expected):
+        if contender.name == "chunk":
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+        return real(contender, expected)
+
+    monkeypatch.setattr(measure, "_errors", errors)
+    status, _, results, _ = compare()
+    assert status == 0
+    assert results["chunk"]["refusal"] == "RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes."
+    assert results["chunk"]["median_seconds"] is None
+    assert results["auto"]["median_seconds"] > 0
+
+
+def test_results_that_cannot_be_saved_are_shown(capsys, monkeypatch, tmp_path):
+    def full(*_, **__):
+        raise OSError(28, "No space left on device", "x.json")
+
+    monkeypatch.setattr("pathlib.Path.write_text", full)
+    flags = ["--implementations", "scan", "--repeats", "1", "--json", str(tmp_path / "x.json")]
+    assert main(["--rules", "delta_net", "--shapes", SMALL, *flags]) == 2
+    out, err = capsys.readouterr()
+    assert "  scan " in out
+    assert err.endswith("error: --json: [Errno 28] No space left on device: 'x.json'\n")
+
+
 def test_other_errors_are_not_hidden(compare, monkeypatch):
     def broken(call, **options):
         raise ValueError("a bug")
@@ -240,6 +282,16 @@ def test_inputs_serve_their_rule_and_lie_in_the_papers_ranges(rule, dtype):
         (["--seed", "-1"], ["--seed", "'-1'", "at least 0"]),
         (["--plot", "picture.pdf"], ["--plot", "'picture.pdf'", ".png"]),
         (["--json", "no/such/folder/x.json"], ["--json", "'no/such/folder'"]),
+        (["--json", "."], ["--json", "'.'", "expected a file"]),
+        (["--json", ""], ["--json", "''", "expected a file"]),
+        (["--json", "a.png", "--plot", "a.png"], ["--plot", "'a.png'", "another file"]),
+        (["--shapes", "B1T10000000000H64D128"], ["--shapes", "'B1T10000000000H64D128'", "GB of memory", "are free"]),
+        (["--shapes", SMALL, "B1T1H1D10000000"], ["--shapes", "'B1T1H1D10000000'", "GB of memory"]),
+        (["--shapes", "B1T4H1D2,B999999999999999T1H1D1"], ["'B999999999999999T1H1D1'", "GB of memory"]),
+        (["--shapes", f"B1T{'9' * 5000}H1D1"], ["--shapes", "cannot read"]),
+        (["--repeats", "9" * 5000], ["--repeats", "at least 1"]),
+        (["--repeats", "nan"], ["--repeats", "'nan'", "at least 1"]),
+        (["--rules", ""], ["--rules", "''"]),
         (["--gradient"], ["--gradient", "--grad", "--shapes"]),
         (["--rules"], ["--rules", "at least one"]),
     ],
@@ -283,6 +335,67 @@ def test_a_shape_is_written_as_it_is_read(sizes):
 def test_numbers_have_three_digits_and_a_unit():
     assert [duration(x) for x in (None, 1.5e-7, 0.0123, 0.9999, 61.0)] == ["", "0.15 µs", "12.3 ms", "1.00 s", "61 s"]
     assert [size(x) for x in (0, 900, 30_700, 3_113_000_000)] == ["0 B", "900 B", "30.7 kB", "3.11 GB"]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_the_bytes_of_inputs_are_known_before_they_are_drawn(rule):
+    for shape in (Shape(3, 5, 4, 2, 7, 6), Shape(1, 1, 1, 1, 1, 1)):
+        for dtype in TOLERANCES:
+            drawn = comparison.draw_inputs(rule, shape, dtype, seed=0)
+            assert input_bytes(rule, shape, dtype) == sum(x.nbytes for x in drawn.values())
+
+
+def wide_results():
+    """Rows with the longest words of every column."""
+    for rule, shape in (("delta_net", "B1T1024H4D64"), ("os_gdn_trust", "B128T1048576H128Hk16K256V512")):
+        for name in ("scan", "mosaic_gpu_interpret"):
+            yield Result(
+                *(rule, shape, {}, "bfloat16", name, True),
+                **{"error": 1.2e-7, "worst": "d_initial_state", "tolerance": 1e-2},
+                **{"compile_seconds": 1.234, "median_seconds": 0.123456, "quartile_seconds": (0.1114, 0.1345)},
+                **{"temporary_bytes": 765432100, "speed_up": 1234.56},
+            )
+        yield Result(rule, shape, {}, "bfloat16", "mosaic_gpu", True, refusal="no GPU", compile_seconds=9.876)
+
+
+@pytest.mark.parametrize("width", [40, 60, 72, 80, 100, 132])
+def test_a_narrow_window_has_fewer_columns_and_all_digits(width):
+    cells = {
+        "error": "1.2e-07",
+        "worst in": "d_initial_state",
+        "compile": "1.23 s",
+        "time": "123 ms",
+        "quartiles": "111ms–134ms",
+        "temporary": "765 MB",
+        "speed-up": "1234.56 ×",
+    }
+    lines = result_table(list(wide_results()), width).plain.splitlines()
+    header = lines[2]
+    shown = [name for name in cells if name in header]
+    assert {"error", "time"} <= set(shown)
+    assert (shown == list(cells)) == (width == 132)
+    rows = [line for line in lines if line.startswith("  ")]
+    assert len(rows) == 6
+    for row in rows:
+        if "mosaic_gpu " in row:
+            assert "not served" in row
+        else:
+            assert [cells[name] for name in shown] == re.findall(r"\S+(?: m?s| MB| ×)?", row)[1:]
+    assert "…" not in "".join(lines)
+    if width >= 60:
+        assert max(map(len, [header, lines[3], *rows])) <= width
+    left_out = [name for name in cells if name not in shown]
+    said = [name for name in cells if name in lines[-1]] if left_out else []
+    assert said == left_out
+
+
+def test_columns_may_be_said_where_there_is_no_window(compare, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    _, printed, _, _ = compare("--grad", rules="osdn")
+    assert max(map(len, printed.splitlines()[:10])) <= 80
+    monkeypatch.delenv("COLUMNS")
+    _, printed, _, _ = compare("--grad", rules="osdn")
+    assert "quartiles" in printed
 
 
 def measured(rule, implementation, length, seconds, count):

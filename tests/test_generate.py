@@ -1,13 +1,19 @@
 """Text from a trained run."""
 
+import os
 import shutil
+import signal
 import sys
+from pathlib import Path
 
 import pytest
 
 from osdn_jax import generate as module
+from osdn_jax.command import run as run_command
 from osdn_jax.generate import generate
 from osdn_jax.training import CheckpointMismatchError
+from support import runs
+from support.forks import Forks
 from support.runs import finished
 
 OPTIONS = {"tokens": 30, "seed": 1}
@@ -70,6 +76,15 @@ def test_the_command_line_writes_prompt_and_text(run, command):
         (["--temperature", "-1"], "temperature: got -1.0"),
         (["--top_p", "0"], "top_p: got 0.0"),
         (["--tokens", "-3"], "tokens: got -3"),
+        (["--tokens", "many"], "--tokens: invalid int value: 'many'"),
+        (["--temperature", "nan"], "temperature: got nan"),
+        (["--temperature", "1e999"], "temperature: got inf"),
+        (["--top_p", "nan"], "top_p: got nan"),
+        (["--seed", "-1"], "seed: got -1, expected an integer from 0"),
+        (["--seed", str(2**70)], f"seed: got {2**70}, expected an integer from 0"),
+        (["--prompt", "a\udcff"], "unpaired surrogate at character 1"),
+        (["--prompt", "a\0"], "NUL"),
+        (["--temp", "1"], "unrecognized arguments: --temp 1"),
     ],
 )
 def test_a_number_out_of_range_is_one_line(run, command, arguments, said):
@@ -77,6 +92,55 @@ def test_a_number_out_of_range_is_one_line(run, command, arguments, said):
     assert (status, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("workdir", ["", "gs://bucket/run", "s3://bucket"])
+def test_what_is_no_directory_is_one_line(command, workdir):
+    status, out, err = command("--workdir", workdir)
+    assert (status, out) == (2, "")
+    assert err == f"generate: error: --workdir: got {workdir!r}, expected a directory of this machine\n"
+
+
+def test_the_home_directory_may_be_abbreviated(run, command, monkeypatch):
+    monkeypatch.setenv("HOME", str(run.parent))
+    assert command("--workdir", f"~/{run.name}", "--tokens", 3)[0] == 0
+
+
+@pytest.mark.parametrize(("raised", "said", "ends_with"), [(KeyboardInterrupt, "", 130), (ValueError("no"), "no", 2)])
+def test_text_that_is_cut_short_ends_its_line(run, command, monkeypatch, raised, said, ends_with):
+    def pieces(*_, **__):
+        yield "and"
+        raise raised
+
+    monkeypatch.setattr(module, "generate", pieces)
+    monkeypatch.setattr(module, "main", lambda main=module.main: run_command(main))
+    status, out, err = command("--workdir", run, "--prompt", "this ")
+    assert (status, out) == (ends_with, "this and\n")
+    assert said in err
+    assert err.count("\n") == (ends_with == 2)
+
+
+def test_ctrl_c_and_a_reader_that_leaves(tmp_path, run):
+    """As processes: `generate` itself decides how they end."""
+    _, keywords = runs.command(None)
+    line = [str(Path(module.__file__)), "--workdir", str(run), "--prompt", "this ", "--tokens", "1000000"]
+    pipe, errors = tmp_path / "pipe", tmp_path / "errors"
+    os.mkfifo(pipe)
+    with Forks(env=keywords["env"], cwd=keywords["cwd"]) as forks:
+        forks.start(line, out=pipe, err=errors)
+        with pipe.open() as reader:
+            assert reader.read(10).startswith("this ")
+        assert forks.wait() == 141
+        assert errors.read_text() == ""
+
+        forks.start(line, out=pipe, err=errors)
+        with pipe.open() as reader:
+            text = reader.read(10)
+            forks.signal(signal.SIGINT)
+            text += reader.read()
+        assert forks.wait() == 130
+        assert errors.read_text() == ""
+        assert text.endswith("\n")
 
 
 def test_a_directory_without_a_run_is_one_line(tmp_path, run, command):
@@ -102,7 +166,8 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path, run, command):
     assert "of another model" in err
 
 
-def test_without_a_directory_the_usage_is_shown(command):
+def test_without_a_directory_is_one_line(command):
     status, _, err = command()
     assert status == 2
     assert "--workdir" in err
+    assert err.count("\n") == 1

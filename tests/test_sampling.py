@@ -90,7 +90,50 @@ def test_what_is_ruled_out_stays_so():
         assert 1 not in np.asarray(drawing(3, top_p)(logits))
 
 
-@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf")])
+SMALLEST = [5e-324, 1e-40, 1e-38, 1e-6]  # rounded to 0 in float32, a number with fewer digits, that too, a number
+LARGEST = [1e6, 3e38, 1.7e308]
+
+
+@pytest.mark.parametrize(("temperature", "dtype"), [*((t, jnp.float32) for t in SMALLEST), (1e-40, jnp.bfloat16)])
+def test_a_small_temperature_takes_the_likeliest(temperature, dtype):
+    for top_p in (1.0, 0.9):
+        draw = drawing(4, top_p, temperature)
+        for logits in ([-jnp.inf, 3.0, 2.0, -jnp.inf], [-jnp.inf, -300.0, -302.0, -6e4], [-jnp.inf, 0.25, 0.0, -0.25]):
+            assert set(np.asarray(draw(jnp.asarray(logits, dtype)))) == {1}
+        if top_p == 1:
+            assert set(np.asarray(draw(jnp.asarray([1.0, 5.0, -jnp.inf, 5.0], dtype)))) == {1, 3}  # equally likely
+
+
+@pytest.mark.parametrize("temperature", LARGEST)
+def test_a_large_temperature_draws_everything_that_may_be(temperature):
+    drawn = np.asarray(drawing(4, 1.0, temperature)(jnp.asarray([100.0, -100.0, -jnp.inf, 3e4])))
+    np.testing.assert_allclose(np.bincount(drawn, minlength=4) / 300, [1 / 3, 1 / 3, 0, 1 / 3], atol=0.14)
+
+
+def test_logits_of_any_size():
+    for logits, wanted in (([3e38, -3e38, 3.3e38], {2}), ([-3e38, -jnp.inf, -3.3e38], {0}), ([jnp.inf, 1.0, 0.0], {0})):
+        assert set(np.asarray(drawing(3, 1.0, 0.5)(jnp.asarray(logits)))) == wanted
+
+
+@pytest.mark.parametrize("top_p", [5e-324, 1e-7])
+def test_a_small_share_is_the_likeliest_token(top_p):
+    for logits in ([-jnp.inf, 0.1, 0.0, -0.1], [-jnp.inf, -jnp.inf, 4.0, -jnp.inf]):
+        assert set(np.asarray(drawing(4, top_p)(jnp.asarray(logits)))) == {int(np.argmax(logits))}
+
+
+def test_a_share_of_almost_1_is_everything_that_may_be():
+    drawn = drawing(3, 1 - 1e-12)(jnp.asarray([0.0, -jnp.inf, 0.0]))
+    assert set(np.asarray(drawn)) == {0, 2}
+
+
+@pytest.mark.parametrize("value", ["hot", None, [0.5, 1.0]])
+@pytest.mark.parametrize("name", ["temperature", "top_p"])
+def test_what_is_no_number_is_refused(name, value):
+    with pytest.raises(TypeError, match=f"{name}: got .*, expected a number"):
+        choose(jnp.zeros(3), KEY, **{name: value})
+
+
+@pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf"), pytest.param(10**400, id="huge")])
 def test_a_temperature_that_is_none_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature: got"):
         choose(jnp.zeros(3), KEY, temperature=temperature)
@@ -140,6 +183,33 @@ def test_the_seed_says_what_is_drawn(bigram):
     assert len(set(a)) > 3  # each draw with a key of its own
 
 
+def test_every_seed_of_64_bits_draws_tokens_of_its_own(bigram):
+    seeds = [0, 1, 2**31, 2**32 - 1, 2**32, 2**32 + 1, 2**40, 2**63, 2**64 - 1, np.int64(5), np.uint64(2**63 + 1)]
+    drawn = [tuple(sample(*bigram, PROMPT, tokens=12, seed=seed)) for seed in seeds]
+    assert len(set(drawn)) == len(seeds)
+
+
+@pytest.mark.parametrize("seed", [-1, -(2**70), 2**64, 2**70])
+def test_a_seed_beyond_64_bits_is_refused(bigram, seed):
+    with pytest.raises(ValueError, match=f"seed: got {seed}, expected an integer from 0 to"):
+        sample(*bigram, PROMPT, tokens=1, seed=seed)
+
+
+@pytest.mark.parametrize(("temperature", "top_p"), [(0.0, 1.0), (1e-38, 1.0), (1.0, 1e-46), (1e308, 1.0), (1e308, 0.5)])
+def test_forbidden_tokens_are_never_drawn_at_any_temperature(bigram, temperature, top_p):
+    forbidden = tuple(range(VOCABULARY - 2))
+    drawn = sample(*bigram, PROMPT, tokens=8, seed=0, temperature=temperature, top_p=top_p, forbidden=forbidden)
+    assert set(drawn) <= {VOCABULARY - 2, VOCABULARY - 1}
+
+
+@pytest.mark.parametrize("damage", [np.nan, -np.inf])
+def test_logits_that_are_none_are_refused(bigram, damage):
+    apply, table = bigram
+    drawn = sample(apply, table.at[:, 1:].set(damage), PROMPT, tokens=3, seed=0, forbidden=(0,))
+    with pytest.raises(ValueError, match="token 0 cannot be drawn: the model's logits are NaN"):
+        next(drawn)
+
+
 def test_forbidden_tokens_are_never_drawn(bigram):
     forbidden = tuple(range(0, VOCABULARY, 2))
     drawn = set(sample(*bigram, PROMPT, tokens=40, seed=0, temperature=3.0, forbidden=forbidden))
@@ -181,9 +251,31 @@ def test_no_tokens_are_no_tokens(model):
         ({"temperature": -1.0}, "temperature: got -1.0"),
         ({"top_p": 0.0}, "top_p: got 0.0"),
         ({"top_p": 2.0}, "top_p: got 2.0"),
+        ({"prompt": [3, VOCABULARY]}, f"prompt: got token {VOCABULARY}, expected tokens of the vocabulary"),
+        ({"prompt": [-1]}, "prompt: got token -1"),
+        ({"forbidden": (0, VOCABULARY)}, f"forbidden: got token {VOCABULARY}"),
+        ({"forbidden": (-1,)}, "forbidden: got token -1"),
+        ({"forbidden": tuple(range(VOCABULARY))}, f"forbidden: got all {VOCABULARY} tokens"),
     ],
 )
 def test_what_cannot_be_is_refused_by_the_call_itself(model, changes, said):
     options = {"prompt": PROMPT, "tokens": 1, "seed": 0} | changes
     with pytest.raises(ValueError, match=said):
         sample(*model, options.pop("prompt"), **options)  # nothing is drawn yet
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"prompt": [0.5]}, r"prompt: got float64 of shape \[1\], expected integers"),
+        ({"prompt": [[1, 2]]}, r"prompt: got int64 of shape \[1, 2\], expected integers \[T\]"),
+        ({"tokens": 2.5}, "tokens: got 2.5, expected an integer"),
+        ({"seed": 0.5}, "seed: got 0.5, expected an integer"),
+        ({"seed": None}, "seed: got None, expected an integer"),
+        ({"forbidden": (1.5,)}, "forbidden: got 1.5, expected an integer"),
+    ],
+)
+def test_what_is_no_integer_is_refused(bigram, changes, said):
+    options = {"prompt": PROMPT, "tokens": 1, "seed": 0} | changes
+    with pytest.raises(TypeError, match=said):
+        sample(*bigram, options.pop("prompt"), **options)

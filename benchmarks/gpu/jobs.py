@@ -15,17 +15,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.plan import OUT_OF_TIME, Job, Row, missing_rows
+from benchmarks.gpu.plan import NOT_RUN, OUT_OF_TIME, Job, Row, missing_rows
 
 ROOT = Path(__file__).parents[2]
 POLL = 0.05  # seconds
 
-# Until when the stages prepare, as parts of the budget: the checks run meanwhile. Then the grace for what is still
-# compiling, and what is kept back at the end for the files.
-PREPARING, GRACE, RESERVE = (0.55, 0.9), 15.0, 5.0
-ALONE = 0.25  # the part of the patience with a job that what it does alone may take
+# The part of what is left of the budget in which what is timed prepares, the grace for what is still compiling then,
+# and what is kept back at the end for the files.
+PREPARING, GRACE, RESERVE = 0.55, 15.0, 5.0
+STARTING = 60.0  # seconds for a process to import what it needs, while others do
 
 Emit = Callable[[Row], None]
+
+
+@dataclasses.dataclass(frozen=True)
+class Patience:
+    """Seconds that a process may go without a sign of life: a row, or an event that says what it is about to do."""
+
+    prepared: float  # until it is prepared, or done where nothing is timed
+    alone: float
+    starting: float = STARTING  # until its first one
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,8 +44,10 @@ class Clock:
     budget: float
     start: float = dataclasses.field(default_factory=time.time)
 
-    def prepare_until(self, stage: int) -> float:
-        return self.start + PREPARING[stage] * self.budget
+    def prepare_until(self) -> float:
+        """A time for the jobs that are to run alone, when they should be prepared."""
+        now = time.time()
+        return now + PREPARING * max(0.0, self.until - now)
 
     @property
     def until(self) -> float:
@@ -53,10 +64,11 @@ class Running:
         self.job = job
         self.rows: list[Row] = []
         self.began = time.time()
-        self.prepared = False
+        self.signs, self.last = 0, self.began
+        self.prepared = self.ended = False
         self._file, self._log = folder / f"{number}.jsonl", folder / f"{number}.log"
         self._read = 0
-        spec = {**job.spec, **times, "folder": str(folder)}
+        spec = {**job.spec, **times}
         command = [sys.executable, "-m", "benchmarks.gpu.worker", json.dumps(spec), str(self._file)]
         with self._log.open("w") as log:
             self.process = subprocess.Popen(
@@ -82,16 +94,17 @@ class Running:
             if not line.endswith("\n"):
                 break  # it is still being written
             self._read += len(line.encode())
+            self.signs, self.last = self.signs + 1, time.time()
             row = json.loads(line)
-            if row.get("event") == "prepared":
-                self.prepared = True
-            else:
+            if "event" not in row:
                 new.append(row)
+            self.prepared = self.prepared or row.get("event") == "prepared"
         self.rows += new
         return new
 
     def turn(self) -> None:
         """Lets a prepared job go on."""
+        self.last = time.time()
         with contextlib.suppress(BrokenPipeError):  # it died meanwhile, which is found out elsewhere
             print("go", file=self.process.stdin, flush=True)
 
@@ -100,12 +113,15 @@ class Running:
 
     def end(self) -> None:
         """Ends it where it still runs."""
+        if self.ended:
+            return
+        self.ended = True
         if self.process.poll() is None:
             os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()  # type: ignore[union-attr]
         with contextlib.suppress(subprocess.TimeoutExpired):  # the driver holds it: nobody can do more
-            self.process.wait(10)
+            self.process.wait(2)
 
     def last_words(self) -> str:
         """The exit status and the last line of the log."""
@@ -116,30 +132,31 @@ class Running:
 class Runner:
     """Runs jobs in order, as many at once as there are slots, within a budget."""
 
-    def __init__(self, clock: Clock, folder: Path, slots: int, patience: float, dry: bool, emit: Emit) -> None:
-        self.clock, self.folder, self.slots, self.patience, self.emit = clock, folder, slots, patience, emit
-        self.environment = worker_environment(os.environ, dry)
+    def __init__(self, clock: Clock, folder: Path, slots: int, environment: dict[str, str], emit: Emit) -> None:
+        self.clock, self.folder, self.slots, self.environment, self.emit = clock, folder, slots, environment, emit
         self.count = 0
 
-    def run(self, stages: Sequence[Sequence[Job]]) -> None:
-        """Stage by stage: all jobs prepare at once, then each that waits for it runs alone, in their order."""
-        for number, stage in enumerate(stages):
-            started: list[Running] = []
-            try:
-                self._prepare(list(stage), started, self.clock.prepare_until(number))
-                for r in started:
-                    if r.prepared:
-                        self._alone(r)
-            finally:
-                for r in started:
-                    r.end()
+    def run(self, jobs: Sequence[Job], patience: Patience, *, timed: bool) -> None:
+        """All jobs at once; where they are timed they only prepare at once, then each runs alone, in their order."""
+        started: list[Running] = []
+        until = self.clock.prepare_until() if timed else self.clock.until
+        try:
+            self._together(list(jobs), started, patience, until, GRACE if timed else 0.0)
+            for r in started:
+                if r.prepared:
+                    self._alone(r, patience)
+        finally:
+            for r in started:
+                r.end()
 
-    def _prepare(self, waiting: list[Job], started: list[Running], until: float) -> None:
+    def _together(
+        self, waiting: list[Job], started: list[Running], patience: Patience, until: float, grace: float
+    ) -> None:
         running: list[Running] = []
         while waiting or running:
             if time.time() >= until:
                 for job in waiting:
-                    self._close(job, [], "left out", OUT_OF_TIME)
+                    self._close(job, [], NOT_RUN, OUT_OF_TIME)
                 waiting = []
             while waiting and len(running) < self.slots:
                 running.append(self._start(waiting.pop(0), until))
@@ -147,23 +164,23 @@ class Runner:
             for r in list(running):
                 over = r.over()  # before the rows are read: none can follow
                 self._take(r)
+                silence = patience.prepared if r.signs else max(patience.prepared, patience.starting)
                 if over and not r.prepared:
                     self._finish(r)
-                elif not r.prepared and not self._late(r, r.began + self.patience, until + GRACE):
+                elif not r.prepared and not self._late(r, silence, until + grace):
                     continue
                 running.remove(r)
             time.sleep(POLL)
 
-    def _alone(self, r: Running) -> None:
-        began = time.time()
-        if began > self.clock.until:
+    def _alone(self, r: Running, patience: Patience) -> None:
+        if time.time() > self.clock.until:
             r.end()
-            self._close(r.job, r.rows, "left out", OUT_OF_TIME)
+            self._close(r.job, r.rows, NOT_RUN, OUT_OF_TIME)
             return
         r.turn()
         while not r.over():
             self._take(r)
-            if self._late(r, began + ALONE * self.patience, self.clock.until + RESERVE):
+            if self._late(r, patience.alone, self.clock.until + RESERVE):
                 return
             time.sleep(POLL)
         self._take(r)
@@ -178,17 +195,20 @@ class Runner:
         for row in r.new_rows():
             self.emit(row)
 
-    def _late(self, r: Running, hung: float, until: float) -> bool:
-        """Kills a job that has run past one of the two times."""
+    def _late(self, r: Running, silence: float, until: float) -> bool:
+        """Kills a job that has been silent for too long, or that runs past a time."""
         now = time.time()
-        if now < min(hung, until):
+        if now < min(r.last + silence, until):
             return False
+        hung = now >= r.last + silence
         r.end()
         self._take(r)
-        if now >= hung:
-            self._close(r.job, r.rows, "hung", f"it did not end within {now - r.began:.0f} s of its start")
+        if hung:
+            self._close(
+                r.job, r.rows, "hung", f"no sign of life for {silence:.0f} s, {now - r.began:.0f} s after it began"
+            )
         else:
-            self._close(r.job, r.rows, "left out", OUT_OF_TIME)
+            self._close(r.job, r.rows, NOT_RUN, OUT_OF_TIME)
         return True
 
     def _finish(self, r: Running) -> None:

@@ -1,4 +1,4 @@
-"""flash-linear-attention's functions beside the rules, where it is installed."""
+"""flash-linear-attention's functions beside the rules, where it is installed (the package fla-core has all of them)."""
 
 import contextlib
 import dataclasses
@@ -9,7 +9,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from osdn_jax.comparison import Shape
 from osdn_jax.comparison.inputs import Arrays
 
 _DELTA = {"q": "q", "k": "k", "v": "v", "beta": "beta"}
@@ -28,10 +30,12 @@ class Peer:
     arguments: Mapping[str, str]
     options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"use_qk_l2norm_in_kernel": False})
     note: str = ""
+    groups: bool = True  # takes fewer key heads than value heads
+    normalizes: bool = False  # q and k, whatever the options say
 
 
 PEERS = {
-    "delta_net": Peer("fla.ops.delta_rule", "chunk_delta_rule", _DELTA),
+    "delta_net": Peer("fla.ops.delta_rule", "chunk_delta_rule", _DELTA, groups=False),
     "gated_delta_net": Peer("fla.ops.gated_delta_rule", "chunk_gated_delta_rule", {**_DELTA, "g": "log_decay"}),
     "kda": Peer(
         "fla.ops.kda", "chunk_kda", {**_DELTA, "g": "log_decay"}, note="safe_gate off: the decays have no bound"
@@ -45,23 +49,36 @@ PEERS = {
         {**_DELTA, **_GRAM, "g": "log_decay"},
         options={},
         note="it always normalises q and k, which ours are already",
+        groups=False,
+        normalizes=True,
     ),
 }
+
+
+NO_PEER = "flash-linear-attention has no such rule"
+# What version 0.6.0 raises in the backward pass of its gated rules, and in one line why.
+_REFUSAL = "on Hopper GPUs produces incorrect results for gated chunk_bwd_dqkwg"
+_WHY_REFUSED = (
+    "flash-linear-attention refuses its gated backward pass on Hopper with Triton 3.4 to 3.7.0 (here {triton}) "
+    "without tilelang"
+)
 
 
 class NoPeer(Exception):
     """There is nothing to measure; the message says why."""
 
 
-def load(rule: str) -> Callable[[dict[str, Any]], Any]:
+def load(rule: str, shape: Shape | None = None) -> Callable[[dict[str, Any]], Any]:
     """The peer of a rule as a function from our arguments, as PyTorch tensors, to its outputs [B, T, H, V].
 
     Raises:
         NoPeer: the rule has none, it is not installed, or it takes other arguments than those known here.
     """
     if rule not in PEERS:
-        raise NoPeer("flash-linear-attention has no such rule")
+        raise NoPeer(NO_PEER)
     peer = PEERS[rule]
+    if shape is not None and shape.heads != shape.key_heads and not peer.groups:
+        raise NoPeer(f"{peer.module}.{peer.function} takes as many key heads as value heads only")
     try:
         function = getattr(importlib.import_module(peer.module), peer.function)
         importlib.import_module("torch")
@@ -84,7 +101,7 @@ def tensors(rule: str, arrays: Arrays) -> dict[str, Any]:
 
 
 def program(run: Callable[[dict[str, Any]], Any], cotangent: jax.Array, gradient: bool) -> Callable[[Any], Any]:
-    """A forward pass without autograd, or a forward and backward pass to every argument."""
+    """A forward pass without autograd -> outputs, or forward and backward -> (outputs, gradients by argument)."""
     torch = importlib.import_module("torch")
     pulled = torch.from_dlpack(cotangent)
 
@@ -94,15 +111,35 @@ def program(run: Callable[[dict[str, Any]], Any], cotangent: jax.Array, gradient
 
     def both(x: dict[str, Any]) -> Any:
         out = run(x)
-        torch.autograd.grad(out, list(x.values()), pulled, allow_unused=True)
-        return out.detach()
+        gradients = torch.autograd.grad(out, list(x.values()), pulled, allow_unused=True)
+        return out.detach(), dict(zip(x, gradients, strict=True))
 
     return both if gradient else forward
 
 
+def as_jax(x: Any) -> jax.Array | None:
+    """A PyTorch tensor as an array over the same memory; None for a gradient that there is none of."""
+    return None if x is None else jnp.from_dlpack(x.detach().contiguous())
+
+
+def along_sphere(x: jax.Array, gradient: jax.Array) -> jax.Array:
+    """The gradient of vectors x that are normalised first, from that of the normalised ones."""
+    x, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
+    norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
+    unit = x / norm
+    return (gradient - unit * jnp.sum(unit * gradient, axis=-1, keepdims=True)) / norm
+
+
+def refusal(error: BaseException) -> str | None:
+    """Why the peer will not run here, in short, where an exception is its own refusal to give wrong results."""
+    if not isinstance(error, RuntimeError) or _REFUSAL not in " ".join(str(error).split()):
+        return None
+    return _WHY_REFUSED.format(triton=importlib.import_module("triton").__version__)
+
+
 def synchronize(out: Any) -> None:
     """Waits for the device."""
-    if out.is_cuda:
+    if (out[0] if isinstance(out, tuple) else out).is_cuda:
         importlib.import_module("torch").cuda.synchronize()
 
 

@@ -1,22 +1,47 @@
-"""What the suite does, in order of importance, as jobs: each is a process of its own."""
+"""What each stage of the suite does, in order of importance, as jobs: each is a process of its own."""
 
 import dataclasses
+import fnmatch
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from benchmarks.gpu.check import CASES, DRY_CASES, KEYS
+from benchmarks.gpu.cases import CASES, DRY_CASES, DRY_SMOKE, KEYS, SMOKE, Case, cases
+from benchmarks.gpu.peers import NO_PEER, PEERS
+from osdn_jax.comparison import parse_shapes
 
-SECTIONS = ("check", "time")
-RULES = ("delta_net", "gated_delta_net", "kda", "osdn", "osdn_trust", "pgdn", "pkda")
-SHAPES = ("B1T8192H64D128", "B8T4096H16D128", "B1T32768H8D128", "B16T2048H8D128")
-DRY_SHAPES = ("B1T64H1D64",)
+STAGES = ("smoke", "check", "ours", "peers-compile", "peers")
+SECTIONS = {"smoke": "smoke", "check": "check", "ours": "time", "peers-compile": "compile", "peers": "time"}
+SHAPES = (
+    "B1T8192H64D128",
+    "B1T8192H64Hk16D128",  # 16 key heads for 64 value heads, as the published figures have it
+    "B8T4096H16D128",
+    "B1T32768H8D128",
+    "B16T2048H8D128",
+)
+DRY_SHAPES = ("B1T64H2Hk1D64",)
 SEEDS = 3
+
+# The rules to time, and which groups of kernels each runs: see Case.families.
+_FAMILIES = {
+    "delta_net": ("no decay",),
+    "gated_delta_net": ("scalar decay",),
+    "kda": ("channel decay",),
+    "osdn": ("no decay", "hypergradient"),
+    "osdn_trust": ("no decay", "hypergradient"),
+    "pgdn": ("scalar decay", "Gram"),
+    "pkda": ("channel decay", "Gram"),
+}
+RULES = tuple(_FAMILIES)
 
 FORWARD, BOTH = "forward", "forward + backward"
 PROGRAMS = (FORWARD, BOTH)
 CONTENDERS = ("ours", "peer", "xla")
 
-OUT_OF_TIME = "not measured: out of time"
+# A row in one of these states is not run again by a repeated stage. What hung, died, raised, or was missing is.
+FINAL = ("pass", "fail", "absent", "measured", "compiled")
+NOT_RUN = "not run"
+OUT_OF_TIME = "out of time"
+NOT_REACHED = "the stage ended before it"
 
 Row = dict[str, Any]
 
@@ -33,41 +58,180 @@ class Job:
         return " ".join(str(spec[name]) for name in ("kind", "case", "shape", "rule") if name in spec)
 
 
-def stages(sections: Iterable[str], rules: Sequence[str], implementation: str, dry: bool) -> list[list[Job]]:
-    """Correctness, the ceilings, ours and the peers, shape by shape; then the XLA form, shape by shape."""
-    first, second = [], []
-    common = {"dry": dry, "implementation": implementation}
-    if "check" in sections:
-        for case in DRY_CASES if dry else CASES:
-            owed = tuple({"section": "check", "case": case, "keys": keys} for keys in KEYS)
-            first.append(Job({**common, "kind": "check", "case": case, "seeds": 1 if dry else SEEDS}, owed))
-    if "time" in sections:
-        first.append(Job({**common, "kind": "ceilings"}, ({"section": "ceilings"},)))
-        for shape in DRY_SHAPES if dry else SHAPES:
-            for rule in rules:
-                for stage, contenders in ((first, CONTENDERS[:2]), (second, CONTENDERS[2:])):
-                    key = {"section": "time", "shape": shape, "rule": rule}
-                    owed = tuple({**key, "program": p, "contender": c} for p in PROGRAMS for c in contenders)
-                    spec = {"kind": "time", "shape": shape, "rule": rule, "contenders": contenders}
-                    stage.append(Job({**common, **spec}, owed))
-    return [first, second]
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """The jobs of a stage, and rows for what is not tried because of what is known already."""
+
+    jobs: list[Job]
+    skipped: list[Row]
+
+    @property
+    def owed(self) -> list[Row]:
+        return [key for job in self.jobs for key in job.owed]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What a call of the suite asks for."""
+
+    implementation: str
+    dry: bool
+    rules: Sequence[str] = RULES
+    cases: str = "*"  # a pattern
+    imports: Sequence[str] = ()  # modules that every process imports first
+
+    @property
+    def spec(self) -> Row:
+        return {"dry": self.dry, "implementation": self.implementation, "imports": list(self.imports)}
+
+
+def plan(stage: str, known: Sequence[Row], request: Request) -> Plan:
+    """What a stage still has to do, given the rows that there are."""
+    make = {"smoke": _checks, "check": _checks, "ours": _ours, "peers-compile": _peers_compile, "peers": _peers}
+    return make[stage](stage, known, request)
+
+
+def _checks(section: str, known: Sequence[Row], request: Request) -> Plan:
+    jobs, skipped = [], []
+    for name, case in cases(section, request.dry).items():
+        if not fnmatch.fnmatchcase(name, request.cases):
+            continue
+        owed = _open(({"section": section, "case": name, "keys": keys} for keys in KEYS[: _kinds(section)]), known)
+        hung = None if section == "smoke" else _hung(case.families, known, request.dry)
+        if hung:
+            skipped += missing_rows(owed, (), NOT_RUN, hung)
+        elif owed:
+            seeds = 1 if request.dry else case.seeds
+            spec = {"kind": "check", "section": section, "case": name, "seeds": seeds}
+            jobs.append(Job({**request.spec, **spec, "keys": [key["keys"] for key in owed]}, owed))
+    return Plan(jobs, skipped)
+
+
+def _kinds(section: str) -> int:
+    return 1 if section == "smoke" else len(KEYS)
+
+
+def _ours(stage: str, known: Sequence[Row], request: Request) -> Plan:
+    jobs, skipped = [], []
+    ceilings = _open([{"section": "ceilings"}], known)
+    if ceilings:
+        jobs.append(Job({**request.spec, "kind": "ceilings"}, ceilings))
+    for shape, rule in _races(request):
+        owed = _open(_keys("time", shape, rule, ("ours", "xla")), known)
+        hung = {program: _hung(_FAMILIES[rule], known, request.dry, gradient=program == BOTH) for program in PROGRAMS}
+        blocked = [key for key in owed if key["contender"] == "ours" and hung[key["program"]]]
+        for key in blocked:
+            skipped.append({**key, "status": NOT_RUN, "reason": hung[key["program"]]})
+        owed = tuple(key for key in owed if key not in blocked)
+        if owed:
+            jobs.append(_race(shape, rule, owed, (), request))
+    return Plan(jobs, skipped)
+
+
+def _peers(stage: str, known: Sequence[Row], request: Request) -> Plan:
+    """Ours runs beside its peer once more where it is known to run: the ratio is of one card and one hour."""
+    jobs, skipped = [], []
+    for shape, rule in _races(request):
+        owed = _open(_keys("time", shape, rule, ("peer",)), known)
+        if rule not in PEERS:
+            skipped += missing_rows(owed, (), "missing", NO_PEER)
+            continue
+        slow = [key for key in owed if _status({**_compiled(shape, rule, request), **_program(key)}, known) == "hung"]
+        skipped += missing_rows(slow, (), NOT_RUN, "compiling it took too long")
+        owed = tuple(key for key in owed if key not in slow)
+        if owed:
+            beside = [{**key, "contender": "ours"} for key in owed]
+            running = [key for key in beside if _status(key, known) == "measured"]
+            jobs.append(_race(shape, rule, owed, running, request))
+    return Plan(jobs, skipped)
+
+
+def _peers_compile(stage: str, known: Sequence[Row], request: Request) -> Plan:
+    jobs, seen = [], set()
+    for shape, rule in _races(request):
+        if rule not in PEERS:
+            continue
+        key = _compiled(shape, rule, request)
+        if str(key) in seen:
+            continue
+        seen.add(str(key))
+        owed = _open(({**key, "program": program} for program in PROGRAMS), known)
+        if owed:
+            programs = [key["program"] for key in owed]
+            jobs.append(Job({**request.spec, **key, "kind": "warm", "programs": programs}, owed))
+    return Plan(jobs, [])
+
+
+def _race(shape: str, rule: str, owed: tuple[Row, ...], beside: Sequence[Row], request: Request) -> Job:
+    timed, more = ([[key["contender"], key["program"]] for key in keys] for keys in (owed, beside))
+    spec = {"kind": "time", "shape": shape, "rule": rule, "timed": timed, "beside": more}
+    return Job({**request.spec, **spec}, owed)
+
+
+def _races(request: Request) -> list[tuple[str, str]]:
+    return [(shape, rule) for shape in (DRY_SHAPES if request.dry else SHAPES) for rule in request.rules]
+
+
+def _keys(section: str, shape: str, rule: str, contenders: Sequence[str]) -> list[Row]:
+    key = {"section": section, "shape": shape, "rule": rule}
+    return [{**key, "program": p, "contender": c} for p in PROGRAMS for c in contenders]
+
+
+def _program(key: Row) -> Row:
+    return {"program": key["program"]}
+
+
+def _compiled(shape: str, rule: str, request: Request) -> Row:
+    """The row that a peer's kernels are compiled under: they do not depend on batch and length."""
+
+    def heads(text: str) -> tuple[int, ...]:
+        s = parse_shapes(text)[0]
+        return s.heads, s.key_heads, s.key_dim, s.value_dim
+
+    first = next(s for s in (DRY_SHAPES if request.dry else SHAPES) if heads(s) == heads(shape))
+    return {"section": "compile", "shape": first, "rule": rule}
+
+
+def _open(keys: Iterable[Row], known: Sequence[Row]) -> tuple[Row, ...]:
+    return tuple(key for key in keys if _status(key, known) not in FINAL)
+
+
+def _status(key: Row, known: Sequence[Row]) -> str | None:
+    return next((row["status"] for row in known if is_of(row, key)), None)
+
+
+def _hung(families: Sequence[str], known: Sequence[Row], dry: bool, *, gradient: bool = True) -> str | None:
+    """Why kernels of these groups are not started: one of them hung in the smoke stage."""
+    smoke: dict[str, Case] = cases("smoke", dry)
+    for row in known:
+        if row["section"] == "smoke" and row["status"] == "hung":
+            case = smoke[row["case"]]
+            if case.families[-1] in families and (gradient or not case.gradient):
+                return f"{row['case']!r} hung in the smoke stage"
+    return None
 
 
 def place(row: Row) -> tuple:
     """Sorts rows by importance, whatever came first: sections, then cases or shapes as they are listed."""
-    section = ("check", "ceilings", "time").index(row["section"])
-    if row["section"] == "check":
-        return section, [*CASES, *DRY_CASES].index(row["case"]), KEYS.index(row["keys"])
+    section = ("smoke", "check", "ceilings", "time", "compile").index(row["section"])
+    if row["section"] in ("smoke", "check"):
+        return section, [*SMOKE, *DRY_SMOKE, *CASES, *DRY_CASES].index(row["case"]), KEYS.index(row["keys"])
     if row["section"] == "ceilings":
         return (section,)
-    shape = [*SHAPES, *DRY_SHAPES].index(row["shape"])
-    program, contender = PROGRAMS.index(row["program"]), CONTENDERS.index(row["contender"])
+    shape, program = [*SHAPES, *DRY_SHAPES].index(row["shape"]), PROGRAMS.index(row["program"])
+    contender = CONTENDERS.index(row.get("contender", "peer"))
     return section, shape, RULES.index(row["rule"]), program, contender
 
 
 def is_of(row: Row, key: Row) -> bool:
     """Whether a row is the one that a key asks for."""
     return all(row.get(name) == value for name, value in key.items())
+
+
+def key_of(row: Row) -> Row:
+    """What names a row, without what was found."""
+    names = ("section", "case", "keys", "shape", "rule", "program", "contender")
+    return {name: row[name] for name in names if name in row}
 
 
 def missing_rows(owed: Iterable[Row], rows: Sequence[Row], status: str, reason: str) -> list[Row]:

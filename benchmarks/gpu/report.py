@@ -1,48 +1,63 @@
-"""The record of a run as Markdown, short enough to be read at the end of a log."""
+"""The record of all stages as Markdown, short enough to be read at the end of a log."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from benchmarks.gpu import floors
-from benchmarks.gpu.plan import CONTENDERS, PROGRAMS, Row, is_of
+from benchmarks.gpu.cases import KEYS
+from benchmarks.gpu.plan import CONTENDERS, NOT_RUN, PROGRAMS, Row, is_of
 from osdn_jax.comparison import parse_shapes
 
-LONGEST = 110  # characters of a reason
+LONGEST = 130  # characters of a reason
+APART = 0.03
 _SHORT = {"forward": "f", "forward + backward": "f+b"}
+_SECTIONS = ("smoke", "check", "ceilings", "time", "compile")
 
 
-def markdown(record: Mapping[str, Any]) -> Iterator[str]:
-    """The lines of the file."""
-    rows: Sequence[Row] = record["rows"]
-    about = record["environment"]
+def markdown(record: Mapping[str, Any], sections: Collection[str] = _SECTIONS) -> Iterator[str]:
+    """The lines of the file, or those about some sections."""
+    rows: Sequence[Row] = [row for row in record["rows"] if row["section"] in sections]
+    identity = record["identity"]
+    packages = [name for name in identity if name not in ("device", "implementation", "source", "dry")]
     yield "# Kernels on a GPU"
     yield ""
-    yield f"{about['date']}, {about['device']}, driver {about['driver'] or 'unknown'}; jax {about['jax']}, jaxlib"
-    yield f"{about['jaxlib']}, Python {about['python']}; " + ", ".join(
-        f"{name} {version or 'not installed'}" for name, version in about["packages"].items()
+    yield f"{identity['device']}; {identity['implementation']}, sources {identity['source']}; " + ", ".join(
+        f"{name} {identity[name] or 'not installed'}" for name in packages
     )
-    yield f"Ours: {about['implementation']}."
-    yield f"`{about['command']}`, {record['seconds']:.0f} s of {record['budget']:.0f} s."
-    checks = [row for row in rows if row["section"] == "check"]
-    if checks:
-        yield from _checks(checks)
+    yield ""
+    for call in record["calls"]:
+        where = f"commit {call['commit'] or 'unknown'}, driver {call['driver'] or 'unknown'}"
+        yield f"- {call['date']}, {where}: `{call['command']}`, {call['seconds']:.0f} s of {call['budget']:.0f} s"
+    yield from _checks("smoke", "Smoke: every kernel once, T = 128", rows)
+    yield from _checks("check", "Against the judge", rows)
     times = [row for row in rows if row["section"] == "time"]
     if times:
         yield from _times(times, next((row for row in rows if row["section"] == "ceilings"), None))
+    yield from _apart(times)
     yield from _reasons(rows)
 
 
-def _checks(rows: Sequence[Row]) -> Iterator[str]:
+def _checks(section: str, title: str, every: Sequence[Row]) -> Iterator[str]:
+    rows = [row for row in every if row["section"] == section]
+    if not rows:
+        return
     passed = sum(row["status"] == "pass" for row in rows)
-    yield from ("", f"## Against the float32 scan: {passed} of {len(rows)} pass", "")
-    yield "bfloat16; the worst relative error of outputs, final state and gradients over the seeds, beside its limit."
-    yield from ("", "| case | keys | | worst error | limit | in | same bits twice |", "|---|---|---|---:|---:|---|---|")
-    for row in rows:
-        status = row["status"] if row["status"] == "pass" else f"**{row['status']}**"
-        cells = [row["case"], row["keys"], status]
-        if "error" in row:
-            cells += [f"{row['error']:.1e}", f"{row['limit']:.0e}", row["worst"], "yes" if row["same"] else "**no**"]
-        yield f"| {' | '.join(cells)} |" + " |" * (7 - len(cells))
+    kinds = [keys for keys in KEYS if any(row["keys"] == keys for row in rows)]
+    yield from ("", f"## {title}: {passed} of {len(rows)} pass", "")
+    yield "The worst relative error of outputs, final state and gradients over the seeds, and its limit."
+    yield from ("", f"| case | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds))
+    for case in dict.fromkeys(row["case"] for row in rows):
+        found = [next((row for row in rows if (row["case"], row["keys"]) == (case, keys)), None) for keys in kinds]
+        yield f"| {case} | {' | '.join(_verdict(row) if row else '' for row in found)} |"
+
+
+def _verdict(row: Row) -> str:
+    before = "".join(f", before: {status}" for status in row.get("before", []))
+    if "error" not in row:
+        return f"**{row['status']}**{before}"
+    text = f"{row['worst']} {row['error']:.1e} of {row['limit']:.0e}"
+    other = "" if row["same"] else ", **other bits the second time**"
+    return ("" if row["status"] == "pass" else f"**{row['status']}** ") + text + other + before
 
 
 def _times(rows: Sequence[Row], ceilings: Row | None) -> Iterator[str]:
@@ -54,34 +69,34 @@ def _times(rows: Sequence[Row], ceilings: Row | None) -> Iterator[str]:
     else:
         yield "No ceilings: " + (ceilings or {}).get("reason", "not measured") + "."
     yield "f: forward, f+b: forward and backward. ±: half the quartiles' distance. ns: per head and token. mem, flop:"
-    yield "parts of our time that the floors are. FLA, XLA: times, and over ours. h: host-bound. ≠: outputs 3 % apart."
+    yield "parts of our time that the floors are. FLA, XLA: times, and over ours in the same turns. h: host-bound."
+    yield "≠: outputs or gradients more than 3 % from those of the XLA form."
     yield from ("", "| | ours ms | ± | ns | mem | flop | FLA ms | /ours | XLA ms | /ours |", "|---|" + "---:|" * 9)
     shape = None
-    for row in rows:
-        if (row["contender"], row["program"]) != (CONTENDERS[0], PROGRAMS[0]):
-            continue
-        if row["shape"] != shape:
-            shape = row["shape"]
+    for pair in dict.fromkeys((row["shape"], row["rule"]) for row in rows):
+        if pair[0] != shape:
+            shape = pair[0]
             yield f"| **{shape}** |" + " |" * 9
         for program in PROGRAMS:
-            yield _line(row, program, rows, rates)
+            yield _line(*pair, program, rows, rates)
 
 
-def _line(row: Row, program: str, rows: Sequence[Row], rates: floors.Ceilings | None) -> str:
-    key = {"shape": row["shape"], "rule": row["rule"], "program": program}
-    found = [next((x for x in rows if is_of(x, {**key, "contender": c})), {"status": "?"}) for c in CONTENDERS]
+def _line(shape: str, rule: str, program: str, rows: Sequence[Row], rates: floors.Ceilings | None) -> str:
+    key = {"shape": shape, "rule": rule, "program": program}
+    found = [next((x for x in rows if is_of(x, {**key, "contender": c})), {"status": ""}) for c in CONTENDERS]
     ours = found[0]
-    cells = [f"{row['rule']} {_SHORT[program]}", *_milliseconds(ours), "", "", ""]
+    cells = [f"{rule} {_SHORT[program]}", *_milliseconds(ours), "", "", ""]
     seconds = ours.get("median_seconds")
     if seconds:
-        cells[3] = f"{floors.per_head_and_token(seconds, parse_shapes(row['shape'])[0]):.2f}"
+        cells[3] = f"{floors.per_head_and_token(seconds, parse_shapes(shape)[0]):.2f}"
         if rates:
             moved, done = floors.shares(seconds, ours["bytes"], ours["flops"], rates)
             cells[4:] = [f"{moved:.0%}", f"{done:.0%}"]
     for other in found[1:]:
         cells += [_milliseconds(other)[0], ""]
-        if seconds and other.get("median_seconds"):
-            cells[-1] = f"{other['median_seconds'] / seconds:.2f}"
+        beside = other.get("ours_seconds") or seconds  # from the same turns, where ours ran in them
+        if beside and other.get("median_seconds"):
+            cells[-1] = f"{other['median_seconds'] / beside:.2f}"
     return f"| {' | '.join(cells)} |"
 
 
@@ -89,8 +104,21 @@ def _milliseconds(row: Row) -> tuple[str, str]:
     if row["status"] != "measured":
         return row["status"], ""
     low, high = row["quartile_seconds"]
-    marks = "h" * row["host_bound"] + "≠" * ((row["difference"] or 0.0) > 0.03)
+    marks = "h" * row["host_bound"] + "≠" * _is_apart(row)
     return f"{row['median_seconds'] * 1e3:.3f}{marks}", f"{(high - low) / 2 / row['median_seconds']:.1%}"
+
+
+def _is_apart(row: Row) -> bool:
+    return (row.get("difference") or 0.0) > APART
+
+
+def _apart(rows: Sequence[Row]) -> Iterator[str]:
+    apart = [row for row in rows if _is_apart(row)]
+    if apart:
+        yield from ("", f"## More than {APART:.0%} from the XLA form", "")
+    for row in apart:
+        places = ", ".join(f"{name} {x:.1e}" for name, x in row["differences"].items() if x > APART)
+        yield f"- {row['shape']} {row['rule']} {_SHORT[row['program']]} {row['contender']}: {places}"
 
 
 def _reasons(rows: Sequence[Row]) -> Iterator[str]:
@@ -99,10 +127,12 @@ def _reasons(rows: Sequence[Row]) -> Iterator[str]:
     for row in rows:
         if "reason" in row:
             parts = [row[name] for name in ("case", "keys", "shape", "rule", "program", "contender") if name in row]
-            places.setdefault((row["status"], row["reason"]), []).append(" ".join(parts) or row["section"])
+            place = " ".join(parts if row["section"] in ("check", "time") else [row["section"], *parts])
+            places.setdefault((row["status"], row["reason"]), []).append(place)
     if places:
         yield from ("", "## Not measured or not passed", "")
     for (status, reason), where in places.items():
         more = f" and {len(where) - 1} more" if len(where) > 1 else ""
         shown = reason if len(reason) <= LONGEST else reason[: LONGEST - 1] + "…"
-        yield f"- {status}: {where[0]}{more}: {shown}"
+        words = reason if status == NOT_RUN else shown
+        yield f"- {status}: {where[0]}{more}: {words}"

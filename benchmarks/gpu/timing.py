@@ -1,17 +1,15 @@
 """Device time of ours, of its peer and of the XLA form, by one method for both frameworks.
 
+Before it is timed each is compared with the XLA form: outputs, and every gradient.
+
 A batch is several calls started one after the other, without waiting, and a wait for the last; its time over the calls
 is one measurement. Batches of the programs alternate, A B C A B C ..., with nothing else on the device. Where starting
 a call takes the host about as long as the whole call, the row says `host_bound`: the device waited.
 """
 
 import dataclasses
-import json
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,15 +18,14 @@ import numpy as np
 
 from benchmarks.gpu import floors, peers
 from benchmarks.gpu.check import words
-from benchmarks.gpu.plan import OUT_OF_TIME, PROGRAMS
+from benchmarks.gpu.plan import BOTH, CONTENDERS, NOT_RUN, OUT_OF_TIME, PROGRAMS
 from osdn_jax.comparison import RULES, Shape, draw_inputs, parse_shapes
 from osdn_jax.comparison.inputs import Arrays, has_time
-from osdn_jax.comparison.measure import quartiles, relative_error
+from osdn_jax.comparison.measure import quartiles
 
 BATCH_SECONDS, ROUNDS = 0.05, 7
 CACHE = 100_000_000  # bytes of inputs that no cache holds
 _POOL = 1024  # tokens that are drawn; those of the inputs are picked among them at random
-_TAIL = 256  # tokens of the output that contenders are compared on
 _MOST_CALLS = 4096
 
 Emit = Callable[[dict[str, Any]], None]
@@ -81,9 +78,10 @@ class Contender:
         }
 
 
-def take_turns(contenders: Sequence[Contender], rounds: int) -> None:
+def take_turns(contenders: Sequence[Contender], rounds: int, alive: Callable[[], None] = lambda: None) -> None:
     """Times a batch of each, and again."""
     for _ in range(rounds):
+        alive()
         for c in contenders:
             c.seconds.append(c.batch(c.calls)[1])
 
@@ -123,7 +121,7 @@ def _pool(rule: str, shape: Shape, seed: int = 0) -> Arrays:
     return {name: x for name, x in drawn.items() if name != "initial_state"}
 
 
-def program(rule: str, implementation: str, gradient: bool) -> Callable[..., Any]:
+def program_of(rule: str, implementation: str, gradient: bool) -> Callable[..., Any]:
     """arguments -> outputs, or (arguments, cotangent) -> (outputs, gradients); preconditioner included."""
     spec = RULES[rule]
 
@@ -138,13 +136,18 @@ def program(rule: str, implementation: str, gradient: bool) -> Callable[..., Any
 
 
 class Race:
-    """Contenders on one rule and shape: prepared side by side with other races, timed alone."""
+    """Contenders on one rule and shape: prepared side by side with other races, timed alone.
+
+    The spec names those that are timed and owe a row, and those that run beside them, as [contender, program].
+    """
 
     def __init__(self, spec: dict[str, Any], emit: Emit) -> None:
         self.spec, self.rule, self.emit = spec, spec["rule"], emit
         self.shape = parse_shapes(spec["shape"])[0]
-        self.ready: dict[tuple[str, bool], Any] = {}
-        self.compile_seconds: dict[tuple[str, bool], float] = {}
+        self.timed = {(name, program) for name, program in spec["timed"]}
+        self.running = self.timed | {(name, program) for name, program in spec["beside"]}
+        self.ready: dict[tuple[str, str], Any] = {}
+        self.compile_seconds: dict[tuple[str, str], float] = {}
         self.tuned = False  # whether the peer's kernels were chosen alone on the device
         self.arguments = abstract(self.rule, self.shape)
         self.sizes = {name: x.size * x.dtype.itemsize for name, x in self.arguments.items()}
@@ -152,56 +155,88 @@ class Race:
 
     def prepare(self, until: float) -> None:
         make = {
-            "ours": lambda gradient: self._compile(self.spec["implementation"], gradient),
+            "ours": lambda program: self._compile(self.spec["implementation"], program),
             "peer": self._compile_peer,
-            "xla": lambda gradient: self._compile("chunk", gradient),
+            "xla": lambda program: self._compile("chunk", program),
         }
         self.pools = pools(self.rule, self.shape, self.sets)
         self.fill = jax.jit(lambda pool, seed: fill(pool, self.shape, seed)).lower(self.pools[0], 0).compile()
-        for name in self.spec["contenders"]:
-            for gradient in (False, True):
-                self._attempt(name, gradient, make[name], until)
+        for name, program in sorted(self.timed, key=lambda key: (CONTENDERS.index(key[0]), PROGRAMS.index(key[1]))):
+            self._attempt(name, program, make[name], until)
+        # What runs beside them, and the XLA form, which all are compared with, is of use to a program that is there.
+        programs = [program for program in PROGRAMS if any(p == program for _, p in self.ready)]
+        for key in [(name, program) for program in programs for name in ("ours", "xla")]:
+            if key not in self.timed and (key in self.running or key[0] == "xla"):
+                self._attempt(*key, make[key[0]], until)
 
     def race(self, until: float) -> None:
         drawn = [self.fill(pool, seed) for seed, pool in enumerate(self.pools)] if self.ready else []
-        for gradient in (False, True):
+        for program in PROGRAMS:
+            expected = self._expected(program, drawn)
             running, differences = [], {}
-            for name in self.spec["contenders"]:
-                if (name, gradient) not in self.ready:
+            for name in CONTENDERS:
+                if (name, program) not in self.ready or (name, program) not in self.running:
                     continue
                 if time.time() > until:
-                    self._say(name, gradient, "left out", OUT_OF_TIME)
+                    self._say(name, program, NOT_RUN, OUT_OF_TIME)
                     continue
                 try:
-                    new = self._contender(name, gradient, drawn)
+                    new = self._contender(name, program, drawn)
                     out = new.call(0)
                     new.wait(out)
-                    differences[name] = self._difference(name, gradient, _tail(out))
+                    self._alive()
+                    differences[name] = self._differences(name, out, expected, drawn[0][0])
                     del out
                     new.settle(0.0 if self.spec["dry"] else BATCH_SECONDS)
+                    self._alive()
                     running.append(new)
                 except Exception as error:  # noqa: BLE001 - whatever a contender raises is its result
-                    self._say(name, gradient, "raised", words(error))
-            take_turns(running, 2 if self.spec["dry"] else ROUNDS)
+                    self._raised(name, program, error)
+            del expected
+            take_turns(running, 2 if self.spec["dry"] else ROUNDS, self._alive)
+            ours = next(({"ours_seconds": c.row()["median_seconds"]} for c in running if c.name == "ours"), {})
             for c in running:
                 more = {
-                    "compile_seconds": self.compile_seconds[c.name, gradient],
-                    "difference": differences[c.name],
-                    "bytes": floors.least_bytes(self.sizes, 2 * int(np.prod(output_shape(self.shape))), gradient),
-                    "flops": floors.least_flops(self.shape, gradient),
+                    "compile_seconds": self.compile_seconds[c.name, program],
+                    **worst(differences[c.name]),
+                    "bytes": floors.least_bytes(
+                        self.sizes, 2 * int(np.prod(output_shape(self.shape))), program == BOTH
+                    ),
+                    "flops": floors.least_flops(self.shape, program == BOTH),
                     "input_sets": self.sets,
                 }
-                self._say(c.name, gradient, **c.row(), **more)
+                self._say(c.name, program, **c.row(), **more, **(ours if c.name != "ours" else {}))
 
-    def _difference(self, name: str, gradient: bool, tail: np.ndarray) -> float | None:
-        """Of the last outputs from those of ours, which ours leaves for the others, in this process or another."""
-        file = Path(self.spec["folder"]) / f"{self.shape} {self.rule} {gradient}.npy"
-        if name == "ours":
-            np.save(file, tail)
-        return None if name == "ours" or not file.exists() else relative_error(tail, np.load(file).astype(np.float64))
+    def _expected(self, program: str, drawn: list[tuple[Arrays, jax.Array]]) -> dict[str, jax.Array]:
+        """What the XLA form makes of the first inputs; nothing where it cannot."""
+        if ("xla", program) not in self.ready:
+            return {}
+        run = self.ready["xla", program]
+        try:
+            out = jax.block_until_ready(run(*drawn[0]) if program == BOTH else run(drawn[0][0]))
+        except Exception as error:  # noqa: BLE001 - the others go on without it
+            self._raised("xla", program, error)
+            del self.ready["xla", program]
+            return {}
+        self._alive()
+        return named(out)
 
-    def _contender(self, name: str, gradient: bool, drawn: list[tuple[Arrays, jax.Array]]) -> Contender:
-        run = self.ready[name, gradient]
+    def _differences(self, name: str, out: Any, expected: dict[str, jax.Array], arguments: Arrays) -> dict[str, float]:
+        """Of the outputs and of every gradient from those of the XLA form."""
+        if name == "xla":
+            return {}
+        got = named(out)
+        if name == "peer":
+            got = {key: peers.as_jax(x) for key, x in got.items()}
+            if peers.PEERS[self.rule].normalizes:
+                sphere = {f"d_{key}": arguments[key] for key in ("q", "k")}
+                expected = expected | {
+                    key: peers.along_sphere(x, expected[key]) for key, x in sphere.items() if key in expected
+                }
+        return {key: difference(got[key], want) for key, want in expected.items()}
+
+    def _contender(self, name: str, program: str, drawn: list[tuple[Arrays, jax.Array]]) -> Contender:
+        run, gradient = self.ready[name, program], program == BOTH
         if name != "peer":
             sets = drawn if gradient else [(x,) for x, _ in drawn]
             return Contender(name, lambda i: run(*sets[i % len(sets)]), jax.block_until_ready)
@@ -212,50 +247,103 @@ class Race:
         self.tuned = True
         return Contender(name, lambda i: run(leaves[i % len(leaves)]), peers.synchronize)
 
-    def _compile(self, implementation: str, gradient: bool) -> Any:
+    def _compile(self, implementation: str, program: str) -> Any:
         cotangent = jax.ShapeDtypeStruct(output_shape(self.shape), jnp.bfloat16)
-        arguments = (self.arguments, cotangent) if gradient else (self.arguments,)
-        return jax.jit(program(self.rule, implementation, gradient)).lower(*arguments).compile()
+        arguments = (self.arguments, cotangent) if program == BOTH else (self.arguments,)
+        return jax.jit(program_of(self.rule, implementation, program == BOTH)).lower(*arguments).compile()
 
-    def _compile_peer(self, gradient: bool) -> Any:
-        """By a process first, which can be ended when it takes too long; it leaves what it compiled on disk."""
-        run = peers.load(self.rule)
-        rows = Path(self.spec["folder"]) / f"{self.shape} {self.rule} warm {gradient}.jsonl"
-        spec = json.dumps({**self.spec, "kind": "warm", "gradient": gradient})
-        command = [sys.executable, "-m", "benchmarks.gpu.worker", spec, str(rows)]
-        left = max(0.0, self.spec["prepare_until"] - time.time())
-        subprocess.run(command, stdin=subprocess.DEVNULL, timeout=left, check=False)
-        warm(self.rule, self.shape, gradient)
+    def _compile_peer(self, program: str) -> Any:
+        run = peers.load(self.rule, self.shape)
+        warm(self.rule, self.shape, program == BOTH)
         return run
 
-    def _attempt(self, name: str, gradient: bool, make: Callable[[bool], Any], until: float) -> None:
+    def _attempt(self, name: str, program: str, make: Callable[[str], Any], until: float) -> None:
         start = time.time()
+        self._alive()
         try:
             if start > until:
                 raise TimeoutError
-            self.ready[name, gradient] = make(gradient)
-            self.compile_seconds[name, gradient] = round(time.time() - start, 2)
-        except (TimeoutError, subprocess.TimeoutExpired):
-            self._say(name, gradient, "left out", OUT_OF_TIME)
-        except peers.NoPeer as reason:
-            self._say(name, gradient, "missing", str(reason))
+            self.ready[name, program] = make(program)
+            self.compile_seconds[name, program] = round(time.time() - start, 2)
+        except TimeoutError:
+            self._say(name, program, NOT_RUN, OUT_OF_TIME)
         except Exception as error:  # noqa: BLE001 - whatever a contender raises is its result
-            self._say(name, gradient, "raised", words(error))
+            self._raised(name, program, error)
 
-    def _say(self, name: str, gradient: bool, status: str, reason: str | None = None, **more: Any) -> None:
+    def _alive(self) -> None:
+        self.emit({"event": "alive"})
+
+    def _raised(self, name: str, program: str, error: Exception) -> None:
+        self._say(name, program, *why(error))
+
+    def _say(self, name: str, program: str, status: str, reason: str | None = None, **more: Any) -> None:
+        if (name, program) not in self.timed:
+            return
         key = {"section": "time", "shape": self.spec["shape"], "rule": self.rule}
-        which = {"program": PROGRAMS[gradient], "contender": name}
+        which = {"program": program, "contender": name}
         self.emit({**key, **which, "status": status, **({"reason": reason} if reason else {}), **more})
+
+
+def named(out: Any) -> dict[str, Any]:
+    """The outputs of a program, o, or o and the gradients as d_ARGUMENT."""
+    if not isinstance(out, tuple):
+        return {"o": out}
+    return {"o": out[0], **{f"d_{name}": x for name, x in out[1].items()}}
+
+
+def difference(got: jax.Array | None, want: jax.Array) -> float:
+    """‖got − want‖ / ‖want‖ on the device; infinite where a number, or the array, is missing."""
+    if got is None or got.shape != want.shape:
+        return float("inf")
+    error, norm = (float(x) for x in _distance(got, want))
+    relative = error / (norm if norm > 0 else 1.0)
+    return relative if np.isfinite(relative) else float("inf")
+
+
+@jax.jit
+def _distance(got: jax.Array, want: jax.Array) -> tuple[jax.Array, jax.Array]:
+    got, want = got.astype(jnp.float32), want.astype(jnp.float32)
+    return jnp.sqrt(jnp.sum(jnp.square(got - want))), jnp.sqrt(jnp.sum(jnp.square(want)))
+
+
+def worst(differences: dict[str, float]) -> dict[str, Any]:
+    """The largest difference, in which array it is, and all of them."""
+    if not differences:
+        return {"difference": None}
+    name = max(differences, key=differences.__getitem__)
+    return {"difference": differences[name], "in": name, "differences": differences}
+
+
+def why(error: Exception) -> tuple[str, str]:
+    """The status and the reason of a row that an exception is in the place of."""
+    if isinstance(error, peers.NoPeer):
+        return "missing", str(error)
+    refusal = peers.refusal(error)
+    return ("refused", refusal) if refusal else ("raised", words(error))
 
 
 def warm(rule: str, shape: Shape, gradient: bool) -> None:
     """Compiles a peer's kernels by running them on a short sequence: they do not depend on its length."""
-    run = peers.load(rule)
+    run = peers.load(rule, shape)
     short = dataclasses.replace(shape, length=min(_POOL, shape.length))
     arguments, cotangent = jax.jit(lambda pool: fill(pool, short, 0))(pools(rule, short, 1)[0])
     with peers.tuning(peers.PREPARING):
         peers.synchronize(peers.program(run, cotangent, gradient)(peers.tensors(rule, arguments)))
     peers.release()
+
+
+def compile_peer(spec: dict[str, Any], emit: Emit) -> None:
+    """A row for each program of a peer: its kernels are on disk afterwards, where another process finds them."""
+    shape = parse_shapes(spec["shape"])[0]
+    for program in spec["programs"]:
+        start = time.time()
+        try:
+            warm(spec["rule"], shape, program == BOTH)
+            found = {"status": "compiled", "seconds": round(time.time() - start, 1)}
+        except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
+            found = dict(zip(("status", "reason"), why(error), strict=True))
+        key = {name: spec[name] for name in ("section", "shape", "rule")}
+        emit({**key, "program": program, **found})
 
 
 def job(spec: dict[str, Any], emit: Emit, turn: Callable[[], None]) -> None:
@@ -287,11 +375,3 @@ def ceilings(spec: dict[str, Any], emit: Emit, turn: Callable[[], None]) -> None
     rates = {"bytes_per_second": moved / np.median(running[0].seconds)}
     rates["flops_per_second"] = done / np.median(running[1].seconds)
     emit({"section": "ceilings", "status": "measured", **{name: float(x) for name, x in rates.items()}})
-
-
-def _tail(out: Any) -> np.ndarray:
-    """The last tokens of a program's outputs, from either framework."""
-    if isinstance(out, tuple):
-        out = out[0]
-    last = out[-1, -_TAIL:]
-    return np.asarray(last.float().cpu().numpy() if hasattr(last, "cpu") else last).astype(np.float32)

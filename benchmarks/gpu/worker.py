@@ -1,16 +1,16 @@
 """One job in a process of its own:  python -m benchmarks.gpu.worker SPEC ROWS
 
-SPEC is JSON; the rows go to the file ROWS, one JSON object a line. A timed job says that it is prepared with a row
-{"event": "prepared"} and goes on when it reads a line.
+SPEC is JSON; the rows go to the file ROWS, one JSON object a line. {"event": "alive"} says that the job goes on, and
+{"event": "prepared"} that it waits for its turn to be alone on the device, which is a line that it reads.
 """
 
+import importlib
 import json
 import sys
 from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu import check, timing
-from osdn_jax.comparison import parse_shapes
 
 
 def main(argv: list[str]) -> None:
@@ -25,12 +25,15 @@ def main(argv: list[str]) -> None:
         if not sys.stdin.readline():
             sys.exit("nobody waits for the result")
 
+    for module in spec["imports"]:
+        importlib.import_module(module)
+    emit({"event": "alive"})
     if spec["kind"] == "check":
         check.job(spec, emit)
     elif spec["kind"] == "ceilings":
         timing.ceilings(spec, emit, turn)
     elif spec["kind"] == "warm":
-        timing.warm(spec["rule"], parse_shapes(spec["shape"])[0], spec["gradient"])
+        timing.compile_peer(spec, emit)
     else:
         timing.job(spec, emit, turn)
 

@@ -1,6 +1,8 @@
 """Random inputs for every rule, in the ranges of the papers, and each rule as a function from one dict to another."""
 
 import dataclasses
+import functools
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -54,7 +56,7 @@ def parse_shapes(text: str) -> list[Shape]:
 def _parse_shape(text: str) -> Shape:
     found: dict[str, int] = {}
     for part in re.findall(r"Hk=?\d+,?|[A-Z]=?\d+,?|.+", text) or [""]:
-        match = re.fullmatch(r"(Hk|[BTHKVD])=?(\d+),?", part)
+        match = re.fullmatch(r"(Hk|[BTHKVD])=?(\d{1,18}),?", part)
         if match is None:
             raise ValueError(f"got {text!r}, cannot read {part!r} in it; expected e.g. {SHAPE_SYNTAX}")
         name, size = match[1], int(match[2])
@@ -238,6 +240,21 @@ def draw_inputs(rule: str, shape: Shape, dtype: str, seed: int) -> Arrays:
     """NumPy arrays by argument, rounded to their types. `initial_state` is the memory alone."""
     rng = np.random.default_rng(seed)
     return {name: draw(rng, shape).astype(dtype_of(name, dtype)) for name, draw in RULES[rule].arguments.items()}
+
+
+_MARKED = {"B": 2, "T": 3, "H": 20, "Hk": 5, "K": 7, "V": 11}  # sizes that tell which of them an axis has
+
+
+def input_bytes(rule: str, shape: Shape, dtype: str) -> int:
+    """Bytes of what `draw_inputs` draws, without drawing it."""
+    sizes = {_MARKED[letter]: size for letter, size in shape.sizes().items()}
+    return sum(math.prod(sizes[n] for n in axes) * width for axes, width in _marked_inputs(rule, dtype))
+
+
+@functools.cache
+def _marked_inputs(rule: str, dtype: str) -> list[tuple[tuple[int, ...], int]]:
+    marked = Shape(**{field: _MARKED[letter] for letter, field in _SIZES.items()})
+    return [(x.shape, x.itemsize) for x in draw_inputs(rule, marked, dtype, 0).values()]
 
 
 def draw_cotangents(outputs: Mapping[str, Any], dtype: str, seed: int) -> Arrays:

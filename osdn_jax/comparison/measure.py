@@ -90,6 +90,8 @@ def compare(
 ) -> list[Result]:
     """Compares implementations on one rule, shape and type: a result for each, the scan first.
 
+    Where inputs or the float64 scan need more memory than there is, each result is a refusal that says so.
+
     Args:
         rule: one of RULES.
         shape: the sizes.
@@ -100,20 +102,10 @@ def compare(
         seed: of the inputs.
     """
     names = [BASELINE, *(name for name in names if name != BASELINE)]
-    with jax.enable_x64(dtype == "float64"):
-        arrays = draw_inputs(rule, shape, dtype, seed)
-        outputs = jax.eval_shape(program(rule, BASELINE), arrays)
-        cotangents = draw_cotangents(outputs, dtype, seed) if gradient else None
-        expected = _by_name(reference(rule, arrays, cotangents))
-
-        functions: dict[str, Callable[..., Any]] = {}
-        for name in names:
-            run = program(rule, None if name == AUTO else name)
-            functions[name] = run if cotangents is None else value_and_gradient(run)
-        arguments = jax.device_put((arrays,) if cotangents is None else (arrays, cotangents))
-        running = [contender(name, f, arguments) for name, f in functions.items()]
-        errors = {c.name: _errors(c, expected) for c in running if c.compiled is not None}
-        take_turns(running, repeats)
+    try:
+        running, errors = _run(rule, shape, dtype, names, gradient, repeats, seed)
+    except MemoryError as error:
+        running, errors = [Contender(name, (), refusal=_line(error)) for name in names], {}
     baseline = running[0].seconds
     return [
         Result(
@@ -135,6 +127,39 @@ def compare(
     ]
 
 
+def _run(
+    rule: str, shape: Shape, dtype: str, names: Sequence[str], gradient: bool, repeats: int, seed: int
+) -> tuple[list[Contender], dict[str, dict[str, float]]]:
+    """(what ran, its errors by name). Raises MemoryError where there is nothing to compare with."""
+    with jax.enable_x64(dtype == "float64"):
+        arrays = draw_inputs(rule, shape, dtype, seed)
+        outputs = jax.eval_shape(program(rule, BASELINE), arrays)
+        cotangents = draw_cotangents(outputs, dtype, seed) if gradient else None
+        expected = _by_name(reference(rule, arrays, cotangents))
+
+        functions: dict[str, Callable[..., Any]] = {}
+        for name in names:
+            run = program(rule, None if name == AUTO else name)
+            functions[name] = run if cotangents is None else value_and_gradient(run)
+        arguments = jax.device_put((arrays,) if cotangents is None else (arrays, cotangents))
+        running = [contender(name, f, arguments) for name, f in functions.items()]
+        errors: dict[str, dict[str, float]] = {}
+        for c in running:
+            try:
+                if c.compiled is not None:
+                    errors[c.name] = _errors(c, expected)
+            except jax.errors.JaxRuntimeError as error:
+                if "RESOURCE_EXHAUSTED" not in str(error):
+                    raise
+                c.compiled, c.refusal = None, _line(error)
+        take_turns(running, repeats)
+    return running, errors
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split()) or f"it raises {type(error).__name__}"
+
+
 def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Contender:
     """Compiles a function for its arguments. What raises NotImplementedError becomes a refusal in its words."""
     new = Contender(name, arguments)
@@ -142,7 +167,7 @@ def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...
     try:
         lowered = jax.jit(function).lower(*arguments)
     except NotImplementedError as error:
-        new.refusal = " ".join(str(error).split()) or "it raises NotImplementedError"
+        new.refusal = _line(error)
         return new
     compiled = lowered.compile()
     new.compile_seconds = time.perf_counter() - start

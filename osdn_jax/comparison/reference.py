@@ -1,12 +1,14 @@
 """The judge: the token-by-token scan in float64 on the CPU."""
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from osdn_jax.comparison.environment import available_bytes
 from osdn_jax.comparison.inputs import Arrays, call, has_time, value_and_gradient
 from osdn_jax.ops import State
 
@@ -22,14 +24,30 @@ def reference(rule: str, arrays: Arrays, cotangents: Arrays | None = None) -> tu
         rule: one of RULES.
         arrays: the arguments, of any type: they are taken as the exact numbers that they are.
         cotangents: of the outputs, by name.
+
+    Raises:
+        MemoryError: it needs more memory than is free.
     """
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
         if cotangents is None:
-            return _numpy(jax.jit(lambda x: _in_pieces(rule, x))(wide)), {}
+            return _numpy(_run(lambda x: _in_pieces(rule, x), wide)), {}
         pulled = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in cotangents.items()}
-        outputs, gradients = jax.jit(value_and_gradient(lambda x: _in_pieces(rule, x)))(wide, pulled)
+        outputs, gradients = _run(value_and_gradient(lambda x: _in_pieces(rule, x)), wide, pulled)
         return _numpy(outputs), _numpy(gradients)
+
+
+def _run(function: Callable[..., Any], *arguments: Arrays) -> Any:
+    compiled = jax.jit(function).lower(*arguments).compile()
+    memory, available = compiled.memory_analysis(), available_bytes()
+    if memory is not None and available is not None:
+        needed = memory.temp_size_in_bytes + memory.output_size_in_bytes
+        if needed > 0.9 * available:
+            raise MemoryError(
+                f"the float64 scan to compare with needs {needed / 1e9:.1f} GB of memory where "
+                f"{available / 1e9:.1f} GB are free"
+            )
+    return compiled(*arguments)
 
 
 def _in_pieces(rule: str, arrays: Arrays) -> dict[str, jax.Array]:

@@ -1,40 +1,78 @@
 """Results as a table for the terminal, and how numbers are written."""
 
+import os
 from collections.abc import Iterable, Sequence
 from itertools import groupby
 
-from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
-from rich.table import Table
 from rich.text import Text
 
 from osdn_jax.comparison.measure import Result
+from osdn_jax.console import PipedConsole
 
 _WIDTH = 132  # of a table that goes to a file or a pipe
+_COLUMNS = ("implementation", "error", "worst in", "compile", "time", "quartiles", "temporary", "speed-up")
+_LEFT = ("implementation", "worst in")  # aligned; the others are numbers
+_DROPPED = ("quartiles", "compile", "worst in", "temporary", "speed-up")  # where a window is narrow, in this order
+_GAP = "  "
 
 
 def console() -> Console:
-    """A console that leaves a table its width where nobody's window says otherwise."""
-    ours = Console()
-    return ours if ours.is_terminal else Console(width=_WIDTH)
+    """A console that leaves a table its width where neither a window nor COLUMNS says otherwise."""
+    ours = PipedConsole()
+    return ours if ours.is_terminal or "COLUMNS" in os.environ else PipedConsole(width=_WIDTH)
 
 
-def result_table(results: Sequence[Result]) -> Table:
-    """A block of rows per rule, shape and type, under its name."""
+def result_table(results: Sequence[Result], width: int = _WIDTH) -> Text:
+    """A block of rows per rule, shape and type, under its name.
+
+    In a narrower window than all columns take, columns are left out, and named below; digits never are.
+    """
     gradient = bool(results) and results[0].gradient
     title = "Forward and backward pass" if gradient else "Forward pass"
-    table = Table(
-        title=f"{title}: error against the float64 scan, cost under jit", box=SIMPLE_HEAD, title_justify="left"
-    )
-    table.add_column("implementation", no_wrap=True)
-    for column in ("error", "worst in", "compile", "time", "quartiles", "temporary", "speed-up"):
-        table.add_column(column, justify="left" if column == "worst in" else "right", no_wrap=True)
-    for (rule, shape, dtype), block in groupby(results, key=lambda r: (r.rule, r.shape, r.dtype)):
-        table.add_row(Text(f"{rule} {shape} {dtype}", style="bold"))
-        rows = list(block)
-        for i, row in enumerate(rows):
-            table.add_row(f"  {row.implementation}", *_cells(row), end_section=i == len(rows) - 1)
-    return table
+    rows = [_row(r) for r in results]
+    columns, left_out = _fitting(rows, width)
+    widths = {column: max(cell_len(row[column].plain) for row in [_HEADER, *rows]) for column in columns}
+    lines = [
+        Text(f"{title}: error against the float64 scan, cost under jit", style="italic"),
+        Text(),
+        _line(_HEADER, widths),
+        Text("─" * (sum(widths.values()) + len(_GAP) * (len(widths) - 1))),
+    ]
+    pairs = zip(results, rows, strict=True)
+    for (rule, shape, dtype), block in groupby(pairs, key=lambda pair: (pair[0].rule, pair[0].shape, pair[0].dtype)):
+        lines += [Text(f"{rule} {shape} {dtype}", style="bold"), *(_line(row, widths) for _, row in block), Text()]
+    if left_out:
+        lines.append(Text(f"Not shown in {width} columns: {', '.join(left_out)}; --json has all.", style="dim"))
+    return Text("\n").join(lines)
+
+
+def _fitting(rows: Sequence[dict[str, Text]], width: int) -> tuple[list[str], list[str]]:
+    """(the columns that a window has room for, those that it has not)."""
+    columns, left_out = list(_COLUMNS), []
+    for column in (*_DROPPED, ""):
+        needed = sum(max(cell_len(row[name].plain) for row in [_HEADER, *rows]) for name in columns)
+        if needed + len(_GAP) * (len(columns) - 1) <= width or not column:
+            break
+        columns.remove(column)
+        left_out.append(column)
+    return columns, left_out
+
+
+def _line(row: dict[str, Text], widths: dict[str, int]) -> Text:
+    cells = []
+    for column, width in widths.items():
+        cell = row[column].copy()
+        space = width - cell_len(cell.plain)
+        if column in _LEFT:
+            cell.pad_right(space)
+        else:
+            cell.pad_left(space)
+        cells.append(cell)
+    line = Text(_GAP).join(cells)
+    line.rstrip()
+    return line
 
 
 def refusals(results: Iterable[Result]) -> list[str]:
@@ -53,6 +91,15 @@ def failures(results: Iterable[Result]) -> list[str]:
 
 def _case(r: Result) -> str:
     return f"{r.rule} {r.shape} {r.dtype} {r.implementation}"
+
+
+_HEADER = {column: Text(column, style="bold") for column in _COLUMNS}
+
+
+def _row(r: Result) -> dict[str, Text]:
+    """The cells of a result by column."""
+    cells = [Text(f"  {r.implementation}"), *(Text(cell) if isinstance(cell, str) else cell for cell in _cells(r))]
+    return dict(zip(_COLUMNS, cells, strict=True))
 
 
 def _cells(r: Result) -> list[str | Text]:

@@ -5,11 +5,13 @@
      "dtype": "uint16",
      "settings": {...},              what the shards depend on besides the tokenizer
      "complete": true,               false while there is more to write
-     "shards": [{"documents": ..., "tokens": ..., "text_bytes": ..., "file_bytes": ..., "end": ...}, ...]}
+     "shards": [{"documents": ..., "tokens": ..., "text_bytes": ..., "file_bytes": ..., "end": ...,
+                 "text_digest": ...}, ...]}
 
 Shard n is two files. `shard-0000n.array_record` has a record for each document: its token ids, without start token, as
 little-endian unsigned integers of `dtype`. `shard-0000n.index` has two little-endian uint32 for each document: its
-number of tokens and its bytes of text. `end` is the position in the input after the shard.
+number of tokens and its bytes of text. `end` is the position in the input after the shard. `text_digest` tells its text
+from another one; folders of earlier versions do not have it.
 """
 
 import dataclasses
@@ -31,13 +33,17 @@ _LARGEST_MANIFEST = 1 << 28
 
 @dataclasses.dataclass(frozen=True)
 class Shard:
-    """One complete shard: numbers of documents, tokens, bytes of text and bytes of its .array_record file."""
+    """One complete shard: numbers of documents, tokens, bytes of text and bytes of its .array_record file.
+
+    text_digest is "" where it is not known.
+    """
 
     documents: int
     tokens: int
     text_bytes: int
     file_bytes: int
     end: dict[str, Any]
+    text_digest: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -140,7 +146,8 @@ def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
         if not isinstance(entry, dict):
             raise ValueError(f"{at}: expected an object; got {entry!r}")
         counts = {name: _count(at, entry, name) for name in ("documents", "tokens", "text_bytes", "file_bytes")}
-        shards.append(Shard(**counts, end=_member(at, entry, "end", dict)))
+        digest = _member(at, {"text_digest": ""} | entry, "text_digest", str)
+        shards.append(Shard(**counts, end=_member(at, entry, "end", dict), text_digest=digest))
     manifest = Manifest(
         fingerprint=_member(place, tokenizer, "fingerprint", str),
         vocab_size=_count(place, tokenizer, "vocab_size", most=2**31),

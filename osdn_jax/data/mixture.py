@@ -1,12 +1,16 @@
 """Several sources of windows, drawn from by weight."""
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Sequence
 from typing import SupportsIndex
 
 from osdn_jax.data.streamed import StreamedWindows
 from osdn_jax.data.windows import Window, WindowSource
+
+_LEAST = 1e-300  # weights are divided by the smallest
+_LEAST_SHARE = 1e-12  # one window in that many is none in any training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,7 +21,8 @@ class Mixture:
     source has its share: draws are interleaved, not random. A source starts again when it comes to its end, so a
     small one may be seen more often than a large one.
 
-    Raises ValueError without sources, for another number of weights, or for one that is not positive and finite.
+    Raises ValueError without sources, for another number of weights, or for one that is not positive and finite, or so
+    small that it would draw nothing.
     """
 
     sources: Sequence[WindowSource | StreamedWindows]
@@ -28,8 +33,7 @@ class Mixture:
             raise ValueError(
                 f"a mixture needs sources and a weight for each; got {len(self.sources)}, {len(self.weights)} weights"
             )
-        for weight in self.weights:
-            _checked_weight(weight)
+        _check_weights(self.weights)
 
 
 class JoinedWindows:
@@ -64,11 +68,20 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
             weight = float(number)
         except ValueError as error:
             raise ValueError(f"weight of {path}: got {number!r}, expected a number") from error
-        found.append((path, _checked_weight(weight)))
+        found.append((path, weight))
+    _check_weights([weight for _, weight in found], [path for path, _ in found])
     return found
 
 
-def _checked_weight(weight: float) -> float:
-    if not (weight > 0 and math.isfinite(weight)):
-        raise ValueError(f"weights of a mixture must be positive and finite; got {weight}")
-    return weight
+def _check_weights(weights: Sequence[float], paths: Sequence[str] = ()) -> None:
+    """Raises ValueError, naming a weight and its path where there are paths, for one that is no share."""
+    named = [("" if path is None else f"weight of {path}: ", w) for w, path in itertools.zip_longest(weights, paths)]
+    for place, weight in named:
+        if not (weight > 0 and math.isfinite(weight)):
+            raise ValueError(f"{place}weights of a mixture must be positive and finite; got {weight}")
+    for place, weight in named:
+        if weight < max(_LEAST, _LEAST_SHARE * max(weights)):
+            raise ValueError(
+                f"{place}weights of a mixture must be at least {_LEAST:g}, and {_LEAST_SHARE:g} of the largest, "
+                f"{max(weights):g}; got {weight:g}"
+            )

@@ -5,18 +5,19 @@ and writes ArrayRecord shards and their manifest, dataset.json: a folder to give
 it leaves complete shards; the same command again writes those that are missing.
 """
 
-import argparse
 import dataclasses
+import hashlib
 import itertools
 import os
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+from osdn_jax import command
 from osdn_jax.data.documents import Document
 from osdn_jax.data.encoding import Encoder
 from osdn_jax.data.manifest import MANIFEST_FILE, Manifest, Shard, load_manifest
@@ -44,7 +45,8 @@ def prepare(
     """Tokenises the documents of `source` into shards in the folder `output`; returns their manifest.
 
     The shards are the same for any number of workers. Where the folder holds complete shards of the same settings,
-    only what is missing is written.
+    only what is missing is written. Files are then read again up to there: a text that has changed is refused, whatever
+    its size. Of a data set of the hub the name has to do.
 
     Args:
         source: a file or folder as `read_documents` takes it, or "hf:NAME" as `HubStream` does.
@@ -57,8 +59,8 @@ def prepare(
         quiet: whether to show no progress.
 
     Raises:
-        ValueError: the folder holds other files, or shards of other settings or of another input; text that cannot be
-            read or tokenised, with its place; a count below 1.
+        ValueError: the folder is a file, or holds other files, or shards of other settings or of another text; text
+            that cannot be read or tokenised, with its place; a count below 1.
         FileNotFoundError, ConnectionError, ImportError: as the readers of text and tokenizers.
         BrokenProcessPool: a worker was killed, for want of memory say; shards that are complete stay.
     """
@@ -84,14 +86,23 @@ def prepare(
         while number < len(manifest.shards) - 1 or not manifest.complete:
             number += 1
             known = manifest.shards[number] if number < len(manifest.shards) else None
-            if known is not None and _is_whole(folder, number, known):
-                bar.skipped(known)
-                before = known.end
-                continue
+            shard = known if known is not None and _is_whole(folder, number, known) else None
+            if shard is not None:
+                bar.skipped(shard)
+                if not (stream.on_disk and shard.text_digest):  # nothing to compare the text with
+                    before = shard.end
+                    continue
             if at != before:
                 stream.set_state(before)
-            shard = _write(folder, number, stream, encoder, shard_bytes, bar)
-            if known is not None and (shard is None or dataclasses.replace(shard, end=known.end) != known):
+            if shard is not None:
+                same = _digest(_first_bytes(stream, shard_bytes)) == shard.text_digest
+            else:
+                shard = _write(folder, number, stream, encoder, shard_bytes, bar)
+                same = known is None or (shard is not None and _alike(shard, known))
+                if not same:  # of another text, it must not be taken for the one that is missing
+                    record_file(folder, number).unlink(missing_ok=True)
+                    index_file(folder, number).unlink(missing_ok=True)
+            if not same:
                 raise ValueError(f"{source} is not what shard {number} of {folder} was made of: the text has changed")
             if known is None:
                 shards = (*manifest.shards, shard) if shard is not None else manifest.shards
@@ -104,6 +115,8 @@ def prepare(
 
 def _opened(folder: Path, new: Manifest) -> Manifest:
     """The manifest to go on from; what an interrupted run left behind is removed. Raises ValueError."""
+    if files := [place for place in (folder, *folder.parents) if place.exists() and not place.is_dir()]:
+        raise ValueError(f"output: got {folder}, but {files[0]} is no folder")
     folder.mkdir(parents=True, exist_ok=True)
     for unfinished in (*folder.glob(".shard-*.tmp"), *folder.glob(f".{MANIFEST_FILE}.*")):
         unfinished.unlink()
@@ -113,6 +126,9 @@ def _opened(folder: Path, new: Manifest) -> Manifest:
         new.save(folder)
         return new
     there = load_manifest(folder)
+    if not there.shards and not there.complete:  # a mistake in the command ended it: there is nothing to lose
+        new.save(folder)
+        return new
     told, kept = (
         {**made.settings, "tokenizer": made.fingerprint, "vocab_size": made.vocab_size, "start_id": made.start_id}
         for made in (new, there)
@@ -138,13 +154,34 @@ def _write(
     first = next(documents, None)
     if first is None:
         return None
+    digest = hashlib.blake2b(digest_size=16)
     with ShardWriter(folder, number) as writer:
-        for record, tokens, text_bytes in encoder.encode(itertools.chain([first], documents)):
+        for record, tokens, text_bytes in encoder.encode(_hashed(itertools.chain([first], documents), digest)):
             writer.write(record, tokens, text_bytes)
             bar.advance(tokens, text_bytes)
         counts = writer.finish()
     bar.finished(number)
-    return Shard(*counts, end=stream.get_state())
+    return Shard(*counts, end=stream.get_state(), text_digest=digest.hexdigest())
+
+
+def _alike(shard: Shard, known: Shard) -> bool:
+    """Whether they are of one text; a data set of the hub has several words for one position."""
+    shard = dataclasses.replace(shard, end=known.end, text_digest=shard.text_digest if known.text_digest else "")
+    return shard == known
+
+
+def _digest(documents: Iterable[Document]) -> str:
+    digest = hashlib.blake2b(digest_size=16)
+    for _ in _hashed(documents, digest):
+        pass
+    return digest.hexdigest()
+
+
+def _hashed(documents: Iterable[Document], digest: hashlib.blake2b) -> Iterator[Document]:
+    """The documents, each of them added to a digest on its way."""
+    for document in documents:
+        digest.update(len(document.text).to_bytes(8, "little") + document.text)
+        yield document
 
 
 def _first_bytes(stream: DocumentStream, size: int) -> Iterator[Document]:
@@ -156,7 +193,9 @@ def _first_bytes(stream: DocumentStream, size: int) -> Iterator[Document]:
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m osdn_jax.data.prepare", description=__doc__.splitlines()[0])
+    parser = command.Parser(
+        prog="python -m osdn_jax.data.prepare", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
+    )
     parser.add_argument("--input", required=True, help="a file, a folder, or hf:NAME of the Hugging Face hub")
     parser.add_argument("--output", required=True, help="folder of the shards")
     parser.add_argument("--tokenizer", default=BYTES, help="tokenizer.json, SentencePiece .model or bytes (default)")
@@ -172,25 +211,34 @@ def main() -> None:
     try:
         manifest = prepare(
             given.input,
-            given.output,
+            command.directory("output", given.output),
             tokenizer=given.tokenizer,
             field=given.field,
             subset=given.subset,
             split=given.split,
             workers=given.workers,
-            shard_bytes=given.shard_size << 20,
+            shard_bytes=_shard_bytes(given.shard_size),
             quiet=False,
         )
+    except BrokenPipeError:
+        raise
     except (ValueError, TypeError, OSError, ImportError, BrokenProcessPool) as error:
         print(f"prepare: error: {error}", file=sys.stderr)
-        raise SystemExit(2) from error
+        raise SystemExit(command.USAGE_ERROR) from error
     except KeyboardInterrupt:
         print("prepare: interrupted; complete shards are kept, and the same command goes on", file=sys.stderr)
-        raise SystemExit(130) from None
+        raise SystemExit(command.INTERRUPTED) from None
     print(
         f"{given.output}: {manifest.tokens:,} tokens of {manifest.documents:,} documents in "
         f"{len(manifest.shards):,} shards, {manifest.text_bytes / max(manifest.tokens, 1):.2f} bytes of text per token"
     )
+
+
+def _shard_bytes(megabytes: int) -> int:
+    try:
+        return checked_count("shard_bytes", megabytes << 20)
+    except ValueError as error:
+        raise ValueError(f"--shard-size {megabytes}: {error}") from error
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> Any:
@@ -198,4 +246,4 @@ def _interrupt(signum: int, frame: FrameType | None) -> Any:
 
 
 if __name__ == "__main__":
-    main()
+    command.run(main)

@@ -7,6 +7,7 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from osdn_jax.console import PipedConsole
 from osdn_jax.data.manifest import Shard
 
 
@@ -15,7 +16,7 @@ class PrepareBar:
 
     def __init__(self, size: int | None, *, quiet: bool = False, console: Console | None = None) -> None:
         """size: bytes of text in all, if that is known. quiet: show nothing. console: standard output by default."""
-        self._console = console or Console(force_terminal=sys.stdout.isatty(), quiet=quiet)
+        self._console = console or PipedConsole(force_terminal=sys.stdout.isatty(), quiet=quiet)
         self._documents = self._tokens = self._new = 0
         self._started = time.monotonic()
         self._bar: Progress | None = None

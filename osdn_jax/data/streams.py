@@ -24,10 +24,12 @@ class DocumentStream(Protocol):
 
     fingerprint: changes with what is read, as far as that shows without reading it.
     size: bytes of text in all, if they are known.
+    on_disk: whether it can be read again at no cost but the time.
     """
 
     fingerprint: str
     size: int | None
+    on_disk: bool
 
     def __iter__(self) -> Iterator[Document]: ...
 
@@ -53,6 +55,8 @@ def open_stream(
 
 class FileStream:
     """Documents of a file or folder as `read_documents` has them, without holding them all."""
+
+    on_disk = True
 
     def __init__(self, path: str | os.PathLike[str], *, field: str = "text") -> None:
         self._files = text_files(path, field)
@@ -103,6 +107,8 @@ class HubStream:
     reached, with what to use instead; ValueError for a name, subset or split that the hub does not have, a missing
     field (names those there are) or one that is not text.
     """
+
+    on_disk = False
 
     def __init__(
         self,

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Int32
 
 from osdn_jax.data.extras import require
+from osdn_jax.data.token_decoder import TokenDecoder, byte_tokens
 from osdn_jax.data.tokens import ByteTokenizer, checked_ids, checked_text
 
 BYTES = "bytes"  # the name of the tokenizer without a file
@@ -110,6 +111,7 @@ class _FileTokenizer:
         self.fingerprint = hashlib.sha256(data).hexdigest()
         self.vocab_size = 0
         self.bos_id = 0
+        self._skipped: frozenset[int] = frozenset()  # ids that decoding leaves out before it puts bytes together
 
     def _encode(self, text: str) -> Sequence[int]:
         raise NotImplementedError
@@ -135,9 +137,13 @@ class _FileTokenizer:
         """
         return self._decode(checked_ids(ids, self.vocab_size).tolist())
 
-    def stream_decoder(self, context: Iterable[int] | np.ndarray = ()) -> "TokenDecoder":
+    def stream_decoder(self, context: Iterable[int] | np.ndarray = ()) -> TokenDecoder:
         """A decoder of ids that come after those of `context`, whose text is not repeated."""
-        return TokenDecoder(self.decode, checked_ids(context, self.vocab_size).tolist())
+        found = byte_tokens(self._id_of, self._decode)
+        return TokenDecoder(self.decode, context, byte_tokens=found, skipped=self._skipped)
+
+    def _id_of(self, token: str) -> int | None:
+        raise NotImplementedError
 
 
 class HuggingFaceTokenizer(_FileTokenizer):
@@ -167,12 +173,18 @@ class HuggingFaceTokenizer(_FileTokenizer):
         self.vocab_size = max(ids.values()) + 1
         special = [token.content for token in tokenizer.get_added_tokens_decoder().values() if token.special]
         self.bos_id = _start_token(file, ids, special)
+        unused = set(range(self.vocab_size)).difference(ids.values())
+        self._skipped = frozenset(ids[token] for token in special) | unused
 
     def _encode(self, text: str) -> Sequence[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def _decode(self, ids: list[int]) -> str:
         return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+    def _id_of(self, token: str) -> int | None:
+        found = self._tokenizer.token_to_id(token)
+        return None if found in self._skipped else found
 
 
 class SentencePieceTokenizer(_FileTokenizer):
@@ -199,41 +211,9 @@ class SentencePieceTokenizer(_FileTokenizer):
     def _decode(self, ids: list[int]) -> str:
         return self._processor.decode(ids)
 
-
-class TokenDecoder:
-    """Decodes ids as they are sampled, for tokenizers where the text of a token depends on those around it.
-
-    Text is the difference between what the last few tokens say with and without the new ones, and is held back while
-    it ends in half a character.
-    """
-
-    _CONTEXT = 8
-
-    def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int] = ()) -> None:
-        self._decode = decode
-        self._said = list(context)[-self._CONTEXT :]  # tokens whose text is out
-        self._held: list[int] = []
-
-    def push(self, ids: int | Iterable[int] | np.ndarray) -> str:
-        """The text completed by one id or several; "" while a character is incomplete. Raises as `decode` does."""
-        new = np.atleast_1d(np.asarray(ids if isinstance(ids, int | np.integer | np.ndarray) else list(ids)))
-        pieces = []
-        for token in new.tolist():
-            self._held.append(token)
-            text = self._text()
-            if text and not text.endswith("\N{REPLACEMENT CHARACTER}"):
-                pieces.append(text)
-                self._said, self._held = (self._said + self._held)[-self._CONTEXT :], []
-        return "".join(pieces)
-
-    def finish(self) -> str:
-        """What is left at the end, U+FFFD for half a character. The decoder can then be reused."""
-        rest = self._text()
-        self._said, self._held = [], []
-        return rest
-
-    def _text(self) -> str:
-        return self._decode(self._said + self._held)[len(self._decode(self._said)) :]
+    def _id_of(self, token: str) -> int | None:
+        found = self._processor.piece_to_id(token)
+        return found if self._processor.is_byte(found) else None
 
 
 def _read(file: Path) -> bytes:

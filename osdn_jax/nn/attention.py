@@ -2,7 +2,8 @@
 
 import dataclasses
 import functools
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,6 +14,8 @@ from osdn_jax.nn import initializers
 from osdn_jax.nn.config import AttentionConfig
 from osdn_jax.nn.layers import RMSNorm, linear
 from osdn_jax.nn.parallel import part_of
+from osdn_jax.ops import checks
+from osdn_jax.ops.containment import contained
 
 _CHUNK = 512  # queries
 
@@ -78,11 +81,16 @@ class SoftmaxAttention(nnx.Module):
 
         Returns the output and the state after the last token.
 
+        A token that is not finite reaches no token before it and no other document.
+
         Raises:
-            ValueError: a state of another batch or config.
+            ValueError: a state of another batch or config; segment_ids of another shape than x.
+            TypeError: a state of another mixer; segment_ids that are no integers.
         """
         config = self.config
         (batch, length), heads = x.shape[:2], config.read_heads
+        if segment_ids is not None:
+            segment_ids = checks.segment_ids(segment_ids, (batch, length))
         q, k, v = jnp.split(self.project(x), [self.queries, self.queries + self.keys], axis=-1)
         q = q.reshape(batch, length, config.heads, config.key_dim)
         k, v = k.reshape(batch, length, heads, config.key_dim), v.reshape(batch, length, heads, config.value_dim)
@@ -92,9 +100,7 @@ class SoftmaxAttention(nnx.Module):
         if state is None:
             position, start = jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32)
         else:
-            expected = (batch, config.max_length, heads, config.key_dim)
-            if state.keys.shape != expected:
-                raise ValueError(f"state: got keys of shape {state.keys.shape}, expected {expected}")
+            _check_state(state, batch, config)
             position, start = state.position, state.start
         total, offset = length, jnp.zeros((), jnp.int32)
         if context_axis is not None:
@@ -131,6 +137,19 @@ class SoftmaxAttention(nnx.Module):
         return self.output(out), after
 
 
+def _check_state(state: AttentionState, batch: int, config: AttentionConfig) -> None:
+    if not isinstance(state, AttentionState):
+        raise TypeError(f"state: got a {type(state).__name__}, expected the AttentionState of such a mixer or None")
+    lead = (batch, config.max_length, config.read_heads)
+    for name, x, shape in (
+        ("keys", state.keys, (*lead, config.key_dim)),
+        ("values", state.values, (*lead, config.value_dim)),
+        ("start", state.start, (batch,)),
+    ):
+        if x.shape != shape:
+            raise ValueError(f"state: got {name} of shape {x.shape}, expected {shape}")
+
+
 @functools.cache
 def _graph(config: AttentionConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: SoftmaxAttention(config, 1, dtype, rngs=nnx.Rngs(0))))
@@ -160,9 +179,10 @@ def attend(
 ) -> Float[Array, "B T H V"]:
     """softmax(q kᵀ / sqrt(K)) v, where query t sees the keys first[t] .. place + t.
 
-    One chunk of queries after the other, and once more in the backward pass, so that [B, H, chunk_size, S] scores are
-    held at a time; those of keys that a query does not see are computed too. Key head h serves the query heads h H / Hk
-    and those after it. Scores and softmax are float32 (float64 for float64 inputs).
+    What a query does not see does not reach it, NaN included. Chunks of queries are computed one after another, and
+    again in the backward pass, so that [B, H, chunk_size, S] scores are held at a time; those of keys that a query does
+    not see are computed too. Key head h serves the query heads h H / Hk and those after it. Scores and softmax are
+    float32 (float64 for float64 inputs).
 
     Args:
         q, k, v: queries, keys and values.
@@ -170,17 +190,39 @@ def attend(
         place: index of the first query's own key; S - T if None.
         chunk_size: queries at a time; 512 if None.
     """
-    length, size = q.shape[1], chunk_size or _CHUNK
-    last = (k.shape[1] - length if place is None else place) + jnp.arange(length, dtype=jnp.int32)
+    last = (k.shape[1] - q.shape[1] if place is None else place) + jnp.arange(q.shape[1], dtype=jnp.int32)
+    return _attend((q, k, v), first, last, chunk_size or _CHUNK)
+
+
+@functools.partial(jax.jit, static_argnums=3)
+def _attend(
+    heads: tuple[jax.Array, jax.Array, jax.Array], first: jax.Array, last: jax.Array, chunk_size: int
+) -> jax.Array:
+    """By chunks of queries; where that is not finite, by single queries that leave out what they do not see."""
+
+    def chunks(heads: Any, seen: Any) -> jax.Array:
+        return _by_chunks(_attend_chunk, heads, seen, chunk_size)
+
+    return contained(chunks, _by_queries, heads, (first, last))
+
+
+def _by_queries(heads: Any, seen: Any) -> jax.Array:
+    return _by_chunks(_attend_query, heads, seen, 1)
+
+
+def _by_chunks(attend: Callable[..., jax.Array], heads: Any, seen: Any, size: int) -> jax.Array:
+    """attend(q, k, v, first, last) for size queries at a time."""
+    (q, k, v), (first, last) = heads, seen
+    length = q.shape[1]
     if length <= size:
-        return _attend_chunk(q, k, v, first, last)
+        return attend(q, k, v, first, last)
 
     def chunks(x: jax.Array, axis: int) -> jax.Array:
         padding = [(0, -length % size if i == axis else 0) for i in range(x.ndim)]
         return jnp.moveaxis(jnp.pad(x, padding).reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
 
     rows = (chunks(q, 1), chunks(first, 1), chunks(last, 0))
-    out = jax.lax.map(lambda row: _attend_chunk(row[0], k, v, *row[1:]), rows)
+    out = jax.lax.map(lambda row: attend(row[0], k, v, *row[1:]), rows)
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, q.shape[2], v.shape[-1])[:, :length]
 
 
@@ -190,18 +232,39 @@ def _attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, la
     wide = _wide(q.dtype)
     groups = q.reshape(batch, rows, key_heads, heads // key_heads, size)
     scores = jnp.einsum("bthgk,bshk->bhgts", groups, k, preferred_element_type=wide) * size**-0.5
-    column = jnp.arange(columns, dtype=jnp.int32)[None, None]
-    visible = (column >= first[..., None]) & (column <= last[None, :, None])
+    visible = _visible(columns, first, last)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
     out = jnp.einsum("bhgts,bshv->bthgv", weights.astype(v.dtype), v, preferred_element_type=wide)
     return out.reshape(batch, rows, heads, v.shape[-1]).astype(v.dtype)
 
 
+@jax.checkpoint
+def _attend_query(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
+    """`_attend_chunk` of one query, to which keys and values that it does not see are zeros."""
+    visible = jnp.any(_visible(k.shape[1], first, last), axis=1)[..., None, None]
+    k, v = (jnp.where(visible, x, jnp.zeros_like(x)) for x in (k, v))
+    return _attend_chunk(q, k, v, first, last)
+
+
+def _visible(columns: int, first: jax.Array, last: jax.Array) -> jax.Array:
+    """Which keys each query sees, [B, T, S] bool."""
+    column = jnp.arange(columns, dtype=jnp.int32)[None, None]
+    return (column >= first[..., None]) & (column <= last[None, :, None])
+
+
+@jax.jit
 def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | None) -> jax.Array:
-    mask = None
-    if first is not None:
-        mask = (jnp.arange(k.shape[1], dtype=jnp.int32)[None, None] >= first[..., None])[:, None]
-    return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+    def cudnn(heads: Any, seen: Any) -> jax.Array:
+        q, k, v = heads
+        mask = None
+        if first is not None:
+            mask = (jnp.arange(k.shape[1], dtype=jnp.int32)[None, None] >= seen[0][..., None])[:, None]
+        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
+
+    last = jnp.arange(q.shape[1], dtype=jnp.int32)
+    return contained(
+        cudnn, _by_queries, (q, k, v), (jnp.zeros(q.shape[:2], jnp.int32) if first is None else first, last)
+    )
 
 
 def _document_starts(positions: jax.Array, start: jax.Array, segment_ids: jax.Array | None) -> jax.Array:

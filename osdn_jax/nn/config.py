@@ -17,7 +17,10 @@ TRANSFORMER = "transformer"  # the one rule that is no delta rule
 
 @dataclasses.dataclass(frozen=True)
 class HypergradientConfig:
-    """Settings of the hypergradient preconditioner (arXiv 2605.13473); see `ops.hypergradient_preconditioner`."""
+    """Settings of the hypergradient preconditioner (arXiv 2605.13473); see `ops.hypergradient_preconditioner`.
+
+    Raises ValueError or TypeError where a field is out of its range.
+    """
 
     eta: float = 1.0
     bounds: tuple[float, float] | None = (0.0, 1e9)
@@ -26,6 +29,14 @@ class HypergradientConfig:
     forget: bool = True  # Adaptive Preconditioner Forgetting: a gate per token and head, near 0.999 at first
     beta_aware: bool = False
     normalize: bool = False
+
+    def __post_init__(self) -> None:
+        """Checks the fields; bounds may come as a list, as JSON has them."""
+        for name in ("eta", "initial", "anchor"):
+            checks.number(name, getattr(self, name))
+        for name in ("forget", "beta_aware", "normalize"):
+            checks.flag(name, getattr(self, name))
+        object.__setattr__(self, "bounds", checks.bounds(self.bounds))
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "HypergradientConfig":
@@ -39,10 +50,19 @@ class HypergradientConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GramConfig:
-    """Settings of the Gram preconditioner (arXiv 2604.21100); see `ops.gram_preconditioner`."""
+    """Settings of the Gram preconditioner (arXiv 2604.21100); see `ops.gram_preconditioner`.
+
+    Raises ValueError or TypeError where a field is out of its range.
+    """
 
     center: float = -0.2  # what the learned center starts from
     squash: float = 1.5
+
+    def __post_init__(self) -> None:
+        """Checks the fields."""
+        checks.number("center", self.center)
+        if checks.number("squash", self.squash) <= 0:
+            raise ValueError(f"squash: got {self.squash}, expected more than 0")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +98,11 @@ class MixerConfig:
         _one_of("decay", self.decay, ("none", "scalar", "channel"))
         _one_of("strength", self.strength, ("scalar", "channel"))
         _one_of("preconditioner", self.preconditioner, ("none", "hypergradient", "gram"))
+        for name in ("erase", "negative_eigenvalues", "output_gate"):
+            checks.flag(name, getattr(self, name))
+        _positive("norm_epsilon", self.norm_epsilon)
+        _nested(self, "hypergradient", HypergradientConfig)
+        _nested(self, "gram", GramConfig)
         checks.chunk_size(self.chunk_size)
         checks.implementation(self.implementation, IMPLEMENTATIONS)
         if not self.erase and self.preconditioner != "none":
@@ -126,9 +151,12 @@ class AttentionConfig:
         for name in ("width", "heads", "key_dim", "value_dim", "max_length"):
             _at_least_one(name, getattr(self, name))
         _divides_heads(self.key_heads, self.heads)
+        for name in ("qk_norm", "output_gate"):
+            checks.flag(name, getattr(self, name))
+        _positive("norm_epsilon", self.norm_epsilon)
         if self.key_dim % 2:
             raise ValueError(f"key_dim: got {self.key_dim}, expected an even number, for rotary positions turn pairs")
-        if not self.rotary_base > 1:
+        if not checks.number("rotary_base", self.rotary_base) > 1:
             raise ValueError(f"rotary_base: got {self.rotary_base}, expected more than 1")
         checks.chunk_size(self.chunk_size)
         checks.implementation(self.implementation, ("chunk", "cudnn"))
@@ -205,13 +233,37 @@ class ModelConfig:
             _at_least_one(name, getattr(self, name))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
         _one_of("remat", self.remat, ("none", "blocks", "full"))
-        if not 0.0 <= self.dropout < 1.0:
+        checks.flag("tied_embeddings", self.tied_embeddings)
+        _positive("norm_epsilon", self.norm_epsilon)
+        _nested(self, "mixer", MixerConfig, AttentionConfig)
+        if not 0.0 <= checks.number("dropout", self.dropout) < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, expected a rate from 0 to below 1")
 
 
 def _at_least_one(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
+
+
+def _positive(name: str, value: float) -> None:
+    if checks.number(name, value) <= 0:
+        raise ValueError(f"{name}: got {value}, expected more than 0")
+
+
+def _nested(config: Any, name: str, *kinds: type[Any]) -> None:
+    """Makes the field a config of one of the kinds where it is a dict of its fields, as `dataclasses.asdict` writes it.
+
+    Raises TypeError for anything else, and for a dict that fits none of the kinds or several.
+    """
+    value, names = getattr(config, name), " or ".join(kind.__name__ for kind in kinds)
+    if isinstance(value, kinds):
+        return
+    if not isinstance(value, dict):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a {names}")
+    fitting = [kind for kind in kinds if set(value) <= {field.name for field in dataclasses.fields(kind)}]
+    if len(fitting) != 1:
+        raise TypeError(f"{name}: got a dict with the keys {', '.join(map(str, value))}, expected those of a {names}")
+    object.__setattr__(config, name, fitting[0](**value))
 
 
 def _divides_heads(key_heads: int | None, heads: int) -> None:

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import collectives
+from osdn_jax.ops import checks, collectives
 
 
 class Chunks(NamedTuple):
@@ -42,12 +42,20 @@ def cross_entropy(
         Both [B, T] in float32: -log softmax(logits)[target], and logsumexp(logits), which the z-loss is made of.
 
     Raises:
-        ValueError: a chunk below 1.
+        ValueError: a chunk below 1, or a shape that does not fit hidden.
+        TypeError: targets that are no integers.
     """
+    hidden = checks.floating_array("hidden", hidden, 3, "[B, T, D]")
+    unembedding = checks.floating_array("unembedding", unembedding, 2, "[vocabulary, D]")
+    if unembedding.shape[1] != hidden.shape[2]:
+        raise ValueError(
+            f"unembedding: got shape {unembedding.shape}, expected [vocabulary, D] with D = {hidden.shape[2]} of hidden"
+        )
+    targets = checks.indices("targets", targets, hidden.shape[:2], "[B, T]", unembedding.shape[0])
     for name, size in chunks._asdict().items():
         if size < 1:
             raise ValueError(f"chunks.{name}: got {size}, expected at least 1")
-    return _cross_entropy(hidden, unembedding, targets.astype(jnp.int32), chunks)
+    return _jitted(hidden, unembedding, targets, chunks)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -128,6 +136,7 @@ def _backward(
 
 
 _cross_entropy.defvjp(_forward, _backward)
+_jitted = jax.jit(_cross_entropy, static_argnums=3)  # compiles once for equal calls, also outside of any other jit
 
 
 def _logits(

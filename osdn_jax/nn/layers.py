@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn import initializers
 from osdn_jax.nn.parallel import part_of
-from osdn_jax.ops import collectives
+from osdn_jax.ops import checks, collectives
 
 
 class Exempt(nnx.Param):
@@ -46,11 +46,20 @@ class ShortConvolution(nnx.Module):
 
         Returns the outputs and the window for what follows. With context_axis, as in `ops.delta_rule`, the windows are
         those before the first token of all and after the last.
+
+        Raises ValueError or TypeError for a window or segment_ids of another shape or type.
         """
         kernel = self.kernel[...].astype(x.dtype)
         size, length = kernel.shape[0], x.shape[1]
+        shape = (x.shape[0], size - 1, x.shape[2])
         if window is None:
-            window = jnp.zeros((x.shape[0], size - 1, x.shape[2]), x.dtype)
+            window = jnp.zeros(shape, x.dtype)
+        elif window.shape != shape:
+            raise ValueError(
+                f"window: got shape {window.shape}, expected {shape}; the state is of another batch or model"
+            )
+        if segment_ids is not None:
+            segment_ids = checks.segment_ids(segment_ids, x.shape[:2])
         window = window.astype(x.dtype)
         if context_axis is not None:
             if length < size - 1:
@@ -101,6 +110,11 @@ class SwiGLU(nnx.Module):
         """Token by token."""
         gate, up = jnp.split(self.gate_and_up(x), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up)
+
+
+def embed(table: Float[Array, "Vocab D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
+    """Rows of an embedding for tokens; a token of -1 has NaN, so that a mistake shows."""
+    return jnp.take(table, jnp.where(tokens < 0, table.shape[0], tokens), axis=0, mode="fill", fill_value=jnp.nan)
 
 
 def linear(

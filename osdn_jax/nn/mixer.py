@@ -88,7 +88,13 @@ class DeltaMixer(nnx.Module):
         """Mixes a sequence, or its continuation from a state; one token at a time is decoding.
 
         Returns the output and the state after the last token. context_axis: as in `ops.delta_rule`.
+
+        Raises:
+            ValueError: a state of another batch or config; segment_ids of another shape than x.
+            TypeError: a state of another mixer; segment_ids that are no integers.
         """
+        if not isinstance(state, MixerState | None):
+            raise TypeError(f"state: got a {type(state).__name__}, expected the MixerState of such a mixer or None")
         window, carried = (None, None) if state is None else state
         q, k, v, window = self._heads(x, window, segment_ids, context_axis)
         out, rule = self._rule(x, q, k, v, carried, segment_ids, context_axis)

@@ -11,10 +11,11 @@ from jaxtyping import Array, Float, Int
 from osdn_jax.nn import initializers
 from osdn_jax.nn.attention import AttentionState, SoftmaxAttention
 from osdn_jax.nn.config import AttentionConfig, ModelConfig
-from osdn_jax.nn.layers import RMSNorm, SwiGLU, dropout, linear
+from osdn_jax.nn.layers import RMSNorm, SwiGLU, dropout, embed, linear
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
 from osdn_jax.nn.parallel import look_up, over_mesh
-from osdn_jax.nn.sharding import ambient_mesh, constrain
+from osdn_jax.nn.sharding import ambient_mesh, constrain, explicit_mesh, with_auto_axes
+from osdn_jax.ops import checks
 
 State = MixerState | AttentionState
 
@@ -97,14 +98,36 @@ class CausalLM(nnx.Module):
         Under `jax.set_mesh` of a mesh with the axes of `nn.sharding` it runs over its devices, and keeps no states.
 
         Args:
-            tokens: [B, T]; a whole sequence, or its continuation from states, down to one token at a time.
-            states: one per block; None starts anew.
+            tokens: [B, T]; a whole sequence, or its continuation from states, down to one token at a time. One outside
+                the vocabulary has an embedding of NaN.
+            states: one per block; None is the start of a sequence.
             segment_ids: packed documents; nothing passes from one to the next.
             dropout_key: random key of the config's dropout; None for none, as in evaluation.
+
+        Raises:
+            ValueError: tokens are not [B, T], segment_ids have another shape, states are not one per block or those of
+                another batch or config.
+            TypeError: tokens or segment_ids are no integers; states of another kind of mixer.
         """
-        x, after = self.features(tokens, states, segment_ids, dropout_key)
+        return self._anywhere("_logits", tokens, states, segment_ids, dropout_key)
+
+    def _logits(self, tokens: jax.Array, *more: Any) -> tuple[jax.Array, tuple[State | None, ...]]:
+        x, after = self._features(tokens, *more)
         logits = constrain(self.embedding.attend(x) if self.head is None else self.head(x), "batch", "time", None)
         return logits.astype(jnp.float32), after
+
+    def _anywhere(self, method: str, tokens: jax.Array, *more: Any) -> Any:
+        """The method, called where the compiler finds how arrays lie, if types say it outside (Explicit axes)."""
+        tokens = self._check_tokens(tokens)
+        mesh = explicit_mesh(tokens)
+        if mesh is None:
+            return getattr(self, method)(tokens, *more)
+        graph, parameters = nnx.split(self)
+
+        def call(tokens: jax.Array, parameters: Any, *more: Any) -> Any:
+            return getattr(nnx.merge(graph, parameters), method)(tokens, *more)
+
+        return with_auto_axes(call, mesh, tokens, parameters, *more)
 
     def features(
         self,
@@ -114,7 +137,16 @@ class CausalLM(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[State | None, ...]]:
         """What the head reads, in the config's dtype, and the states; arguments as of a call."""
+        return self._anywhere("_features", tokens, states, segment_ids, dropout_key)
+
+    def _features(
+        self, tokens: jax.Array, states: Any, segment_ids: jax.Array | None, dropout_key: jax.Array | None
+    ) -> tuple[jax.Array, tuple[State | None, ...]]:
         x = self._embed(tokens)
+        if segment_ids is not None:
+            segment_ids = checks.segment_ids(segment_ids, tokens.shape)
+        if states is not None:
+            self._check_states(states)
         after = []
         for i, block in enumerate(self.blocks):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
@@ -132,7 +164,12 @@ class CausalLM(nnx.Module):
         "mean", "min" and "max", and for bounded ones "clipped", the share of the multipliers on a bound. Raises
         ValueError for a model whose rule has no preconditioner.
         """
+        return self._anywhere("_preconditioners", tokens, segment_ids)
+
+    def _preconditioners(self, tokens: jax.Array, segment_ids: jax.Array | None) -> dict[str, jax.Array]:
         x, rows = self._embed(tokens), []
+        if segment_ids is not None:
+            segment_ids = checks.segment_ids(segment_ids, tokens.shape)
         for block in self.blocks:
             rows.append(block.preconditioner(x, segment_ids))
             x, _ = block(x, None, segment_ids)
@@ -142,10 +179,20 @@ class CausalLM(nnx.Module):
         """The matrix of the head, a row for each token of the vocabulary: logits are features @ unembedding.T."""
         return self.embedding.embedding[...] if self.head is None else self.head.kernel[...].T
 
+    def _check_tokens(self, tokens: jax.Array) -> jax.Array:
+        if jnp.ndim(tokens) != 2:
+            raise ValueError(f"tokens: got shape {jnp.shape(tokens)}, expected [B, T]")
+        return checks.indices("tokens", tokens, jnp.shape(tokens), "[B, T]", self.config.vocab_size)
+
     def _embed(self, tokens: jax.Array) -> jax.Array:
-        if ambient_mesh() is None:
-            return self.embedding(tokens)
-        return look_up(self.embedding.embedding[...].astype(self.embedding.dtype), tokens)
+        table = self.embedding.embedding[...].astype(self.embedding.dtype)
+        return embed(table, tokens) if ambient_mesh() is None else look_up(table, tokens)
+
+    def _check_states(self, states: Any) -> None:
+        several = isinstance(states, (tuple, list)) and not isinstance(states, State)
+        if not several or len(states) != self.config.layers:
+            got = f"{len(states)} of them" if several else f"a {type(states).__name__}"
+            raise ValueError(f"states: got {got}, expected a tuple of {self.config.layers}, one per block, or None")
 
 
 # Blocks are alike: as a function of its parameters a block is traced and lowered once, however many there are.

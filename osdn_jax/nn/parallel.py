@@ -67,14 +67,18 @@ def over_mesh(
 
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of an embedding [Vocab, D] for tokens [B, T], over the mesh of `jax.set_mesh`: [B, T, D]."""
+    """Rows of an embedding [Vocab, D] for tokens [B, T], over the mesh of `jax.set_mesh`: [B, T, D].
+
+    A token of -1 has NaN, as in `layers.embed`.
+    """
 
     def body(table: jax.Array, tokens: jax.Array) -> jax.Array:
         table = lax.all_gather(table, "fsdp", axis=1, tiled=True)
         row = tokens - table.shape[0] * lax.axis_index("tensor")
         here = (row >= 0) & (row < table.shape[0])
         rows = jnp.take(table, jnp.where(here, row, 0), axis=0)
-        return lax.psum(jnp.where(here[..., None], rows, jnp.zeros_like(rows)), "tensor")
+        rows = lax.psum(jnp.where(here[..., None], rows, jnp.zeros_like(rows)), "tensor")
+        return jnp.where((tokens < 0)[..., None], jnp.asarray(jnp.nan, rows.dtype), rows)
 
     in_specs = (spec("vocabulary", "width"), spec("batch", "time"))
     return jax.shard_map(body, in_specs=in_specs, out_specs=spec("batch", "time", None))(table, tokens)

@@ -4,9 +4,11 @@ A model runs over several devices where its call is traced under `jax.set_mesh` 
 """
 
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -59,6 +61,39 @@ def parameter_spec(name: str) -> P:
 def spec(*axes: str | None) -> P:
     """Where an array with axes of these names lies."""
     return P(*(RULES[axis] for axis in axes))
+
+
+def explicit_mesh(tokens: jax.Array) -> jax.sharding.AbstractMesh | None:
+    """The mesh that types say arrays are split over (Explicit axes): that of `jax.set_mesh`, or of the tokens."""
+    for mesh in (jax.sharding.get_abstract_mesh(), jax.typeof(tokens).sharding.mesh):
+        if AxisType.Explicit in mesh.axis_types:
+            return mesh
+    return None
+
+
+def with_auto_axes(call: Callable[..., Any], mesh: jax.sharding.AbstractMesh, tokens: jax.Array, *arrays: Any) -> Any:
+    """call(tokens, *arrays), where the compiler finds how arrays lie (Auto axes), on a mesh with Explicit axes.
+
+    Results of two axes and more lead with the rows of the tokens [B, T] and are split by them as the tokens are; in a
+    mesh with the axes `MESH_AXES` as those say. Others are whole on every device.
+    """
+    if set(MESH_AXES) <= set(mesh.axis_names):
+        rows, time = RULES["batch"], RULES["time"]
+    else:
+        rows, time = jax.typeof(tokens).sharding.spec[0], None
+    auto = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, (AxisType.Auto,) * len(mesh.axis_names))
+    with jax.sharding.use_abstract_mesh(auto):
+        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (tokens, *arrays))
+        shapes = jax.eval_shape(call, *plain)
+    batch, length = tokens.shape
+
+    def place(x: Any) -> P:
+        if x.ndim < 2 or x.shape[0] != batch:
+            return P()
+        return P(rows, time) if x.shape[1] == length else P(rows)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(call, out_sharding=jax.tree.map(place, shapes))(tokens, *arrays)
 
 
 def ambient_mesh() -> jax.sharding.AbstractMesh | None:

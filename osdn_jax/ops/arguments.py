@@ -21,6 +21,31 @@ class Call(NamedTuple):
     restarts: jax.Array | None  # [B, T] bool
 
 
+def call_axes(call: Call) -> Any:
+    """A letter for each axis of each argument, as `shards.over_shards` reads them; without t for a single step."""
+    time = "t" if call.q.ndim == 4 else ""
+    keys, gates = f"b{time}gk", f"b{time}h"
+    own = call.w is not None and call.w.shape[-2] == call.v.shape[-2]
+    by_channel = call.log_decay is not None and call.log_decay.ndim == call.q.ndim
+    letters: dict[str, str | None] = {
+        "memory": "bhkv",
+        "q": keys,
+        "k": keys,
+        "w": None if call.w is None else f"{gates}k" if own else keys,
+        "v": f"{gates}v",
+        "beta": gates,
+        "log_decay": None if call.log_decay is None else f"{gates}k" if by_channel else gates,
+        "restarts": None if call.restarts is None else "bt",
+    }
+    return call._replace(**letters)  # type: ignore[arg-type]  # letters in place of arrays
+
+
+def call_names(call: Call) -> list[str]:
+    """What a user calls the arguments that are there."""
+    names = {"memory": "initial_state", "w": "write_key", "restarts": "segment_ids"}
+    return [names.get(field, field) for field, x in call._asdict().items() if x is not None]
+
+
 def check_call(
     q: Any,
     k: Any,
@@ -57,12 +82,12 @@ def check_call(
     if log_decay is not None:
         shapes = [(*leading, heads), (*leading, heads, key_dim)]
         log_decay = checks.shaped_array("log_decay", log_decay, shapes, f"[{lead}H] or [{lead}H, K]")
-    dtype = checks.accumulator_dtype(q, k, v, beta, write_key, log_decay)
     shape = (leading[0], heads, key_dim, value_dim)
-    if initial_state is None:
-        memory = jnp.zeros(shape, dtype)
-    else:
-        memory = checks.shaped_array("initial_state", initial_state, shape, "[B, H, K, V]").astype(dtype)
+    if initial_state is not None:
+        name = "initial_state" if time else "state"
+        initial_state = checks.shaped_array(name, initial_state, shape, "[B, H, K, V]")
+    dtype = checks.accumulator_dtype(q, k, v, beta, write_key, log_decay, initial_state)
+    memory = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
     restarts = None
     if segment_ids is not None:
         restarts = checks.restarts(checks.segment_ids(segment_ids, leading), context_axis)
@@ -73,7 +98,7 @@ def check_call(
         write_key,
         v,
         beta.astype(dtype),
-        None if log_decay is None else log_decay.astype(dtype),
+        None if log_decay is None else checks.bounded_log(log_decay.astype(dtype)),
         restarts,
     )
 

@@ -11,6 +11,8 @@ from osdn_jax.ops import collectives
 
 Shape = tuple[int, ...]
 
+_LOG_OF_NOTHING = -1000.0
+
 
 def floating_array(name: str, value: Any, ndim: int | Sequence[int], layout: str) -> jax.Array:
     """Returns value as an array, or raises: TypeError for no array or no floating type, ValueError for its rank."""
@@ -34,13 +36,39 @@ def shaped_array(name: str, value: Any, shapes: Shape | Sequence[Shape], layout:
 
 
 def segment_ids(value: Any, shape: Shape) -> jax.Array:
-    """Returns value as an int32 [B, T] array, or raises TypeError or ValueError."""
-    array = _array("segment_ids", value, "[B, T]")
+    """Returns value as an integer [B, T] array that keeps different ids apart, or raises TypeError or ValueError.
+
+    JAX cuts NumPy's integers of 64 bits to 32 unless it runs in 64; those that would change are numbered first.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
+        kept = jnp.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
+        if value.min() < kept.min or value.max() > kept.max:
+            value = np.unique(value, return_inverse=True)[1].reshape(value.shape).astype(np.int32)
+    return integer_array("segment_ids", value, shape, "[B, T]")
+
+
+def integer_array(name: str, value: Any, shape: Shape, layout: str) -> jax.Array:
+    """Returns value as an integer array of this shape, or raises TypeError or ValueError."""
+    array = _array(name, value, layout)
     if not jnp.issubdtype(array.dtype, jnp.integer):
-        raise TypeError(f"segment_ids: got dtype {array.dtype}, expected an integer [B, T]")
+        raise TypeError(f"{name}: got dtype {array.dtype}, expected an integer {layout}")
     if array.shape != shape:
-        raise ValueError(f"segment_ids: got shape {array.shape}, expected [B, T] = {shape}")
-    return array.astype(jnp.int32)
+        raise ValueError(f"{name}: got shape {array.shape}, expected {layout} = {shape}")
+    return array
+
+
+def indices(name: str, value: Any, shape: Shape, layout: str, size: int) -> jax.Array:
+    """Returns indices below size as an int32 array of this shape, -1 for those outside; raises as `integer_array`.
+
+    So nothing outside comes back inside: neither by a cut to 32 bits nor by counting from the end.
+    """
+    if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
+        inside = (value >= 0) & (value < size)
+        value = np.where(inside, value.astype(np.int32), -1)  # here, since JAX would cut 64 bits to 32
+    array = integer_array(name, value, shape, layout)
+    if array.dtype.itemsize < 4:
+        array = array.astype(jnp.int32)  # size may be no number of its type
+    return jnp.where((array >= 0) & (array < size), array.astype(jnp.int32), -1)
 
 
 def chunk_size(value: Any) -> int | None:
@@ -54,9 +82,16 @@ def chunk_size(value: Any) -> int | None:
     return int(value)
 
 
+def flag(name: str, value: Any) -> bool:
+    """Returns value as a bool, or raises TypeError: a word such as "no" would count as true."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {value!r}, expected True or False")
+    return bool(value)
+
+
 def is_number(value: Any) -> TypeGuard[float]:
     """Whether an argument that may be an array is a static number instead; `number` checks which."""
-    return isinstance(value, (int, float, np.floating))
+    return isinstance(value, (int, float, np.floating, np.integer))
 
 
 def number(name: str, value: Any) -> float:
@@ -85,6 +120,14 @@ def implementation(value: Any, known: Iterable[str]) -> None:
     names = sorted(known)
     if value is not None and value not in names:
         raise ValueError(f"implementation: got {value!r}, expected None or one of {', '.join(names)}")
+
+
+def bounded_log(x: jax.Array) -> jax.Array:
+    """The log of a decay, cut where the decay has long been zero, so that sums of logs stay finite and exact.
+
+    exp(-746) is 0 in float64 and exp(-104) in float32. A full reset (-inf) so becomes a finite number, and NaN stays.
+    """
+    return jnp.where(x < _LOG_OF_NOTHING, jnp.asarray(_LOG_OF_NOTHING, x.dtype), x)
 
 
 def accumulator_dtype(*arrays: jax.Array | None) -> Any:

@@ -20,6 +20,7 @@ __all__ = [
     "check_axis",
     "entering",
     "from_left",
+    "keep_unless",
     "leaving_cotangent",
     "matrix_after",
     "of_last",
@@ -82,7 +83,19 @@ def leaving_cotangent(
     return state
 
 
-def matrix_after(parts: tuple[jax.Array, jax.Array], state: jax.Array) -> jax.Array:
-    """M S + N of M [..., K, K] and N, S [..., K, V]."""
-    transition, own = parts
-    return jnp.einsum("...kj,...jv->...kv", transition, state, precision=lax.Precision.HIGHEST) + own
+def matrix_after(parts: tuple[jax.Array, jax.Array, jax.Array | None], state: jax.Array) -> jax.Array:
+    """M S + N of M [..., K, K] and N, S [..., K, V], or N for rows whose state restarts on the way, [B] bool.
+
+    A selection, not M = 0: what is not finite before a restart is not to be seen after it, nor the other way round.
+    """
+    transition, own, restarted = parts
+    state = keep_unless(restarted, state)
+    after = jnp.einsum("...kj,...jv->...kv", transition, state, precision=lax.Precision.HIGHEST)
+    return keep_unless(restarted, after) + own
+
+
+def keep_unless(restarted: jax.Array | None, x: jax.Array) -> jax.Array:
+    """x [B, ...] with zeros for the rows that are restarted, [B] bool; None is no row."""
+    if restarted is None:
+        return x
+    return jnp.where(restarted.reshape(-1, *(1,) * (x.ndim - 1)), jnp.zeros_like(x), x)

@@ -15,7 +15,7 @@ def delta_rule(
     """The delta rule over all devices of the axis, by run on each: (outputs here, memory after the last token of all).
 
     The outputs are affine in the memory before them, too: o = own + through^T S, where through is what the identity in
-    place of the memory is read as.
+    place of the memory is read as. Tokens after a restart see nothing of S.
     """
     axes = collectives.axes_of(call)
     call = collectives.vary(call, axes)
@@ -25,7 +25,15 @@ def delta_rule(
     nothing = jnp.zeros((*call.v.shape[:3], key_dim), call.v.dtype)
     nothing, identity = collectives.vary((nothing, identity), axes)
     through, transition = run(call._replace(v=nothing, memory=identity))
-    memory = collectives.entering(collectives.matrix_after, (transition, own), call.memory, axis)
+    restarted = later = None
+    if call.restarts is not None:
+        restarted = jnp.any(call.restarts, axis=1)
+        later = (jnp.cumsum(call.restarts.astype(jnp.int32), axis=1) > 0)[..., None, None]
+        through = jnp.where(later, jnp.zeros_like(through), through)
+    parts = (collectives.keep_unless(restarted, transition), own, restarted)
+    memory = collectives.entering(collectives.matrix_after, parts, call.memory, axis)
     read = jnp.einsum("bthk,bhkv->bthv", through.astype(memory.dtype), memory)
-    after = collectives.matrix_after((transition, own), memory)
+    if later is not None:
+        read = jnp.where(later, jnp.zeros_like(read), read)
+    after = collectives.matrix_after(parts, memory)
     return own_out.astype(memory.dtype) + read, collectives.of_last(after, axis)

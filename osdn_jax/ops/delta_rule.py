@@ -2,15 +2,27 @@
 
 import functools
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.ops import checks, chunkwise, collectives, context, mosaic_gpu, recurrence
-from osdn_jax.ops.arguments import Call, check_call, resolve_scale
+from osdn_jax.ops.arguments import Call, call_axes, call_names, check_call, resolve_scale
+from osdn_jax.ops.containment import contained, scan_in_blocks
 from osdn_jax.ops.selection import forward_by_scan
+from osdn_jax.ops.shards import over_shards
 
 Implementation = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+class Options(NamedTuple):
+    """What is static in a call."""
+
+    erase: bool
+    scale: float
+    chunk_size: int | None
+    context_axis: str | None
 
 
 def _scan(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
@@ -19,29 +31,43 @@ def _scan(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -> t
 
 
 def _fastest(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
-    def chunk(call: Call) -> tuple[jax.Array, jax.Array]:
-        return chunkwise.chunk(call, erase=erase, scale=scale, chunk_size=chunk_size)
-
+    options: dict[str, Any] = {"erase": erase, "scale": scale, "chunk_size": chunk_size}
     if mosaic_gpu.by_default() and mosaic_gpu.limitation(call, chunk_size) is None:
-        return mosaic_gpu.delta_rule(call, erase=erase, scale=scale, chunk_size=chunk_size)
+        return _contained(mosaic_gpu.delta_rule, call, **options)
     if not forward_by_scan(call):
-        return chunk(call)
+        return _contained(chunkwise.chunk, call, **options)
 
     # Without a gradient the scan is the faster of the two here; with one, the chunks are, by far.
     @jax.custom_vjp
     def forward(call: Call) -> tuple[jax.Array, jax.Array]:
-        return recurrence.scan(call, erase=erase, scale=scale)
+        return _scan(call, **options)
 
-    forward.defvjp(lambda call: jax.vjp(chunk, call), lambda pull, cotangents: pull(cotangents))
+    def forward_fwd(call: Call) -> tuple[Any, Any]:
+        return jax.vjp(lambda call: _contained(chunkwise.chunk, call, **options), call)
+
+    forward.defvjp(forward_fwd, lambda pull, cotangents: pull(cotangents))
     return forward(call)
+
+
+def _contained(run: Implementation, call: Call, **options: Any) -> tuple[jax.Array, jax.Array]:
+    """The call by run, and a document in it that is not finite by the scan."""
+
+    def fast(call: Call, restarts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        return run(call._replace(restarts=restarts), **options)
+
+    def exact(call: Call, restarts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        call = call._replace(restarts=restarts)
+        return recurrence.scan(call, erase=options["erase"], scale=options["scale"], loop=scan_in_blocks)
+
+    return contained(fast, exact, call._replace(restarts=None), call.restarts)
 
 
 # A new kernel joins here: (Call, *, erase, scale, chunk_size) -> (outputs [B, T, H, V], final memory [B, H, K, V]).
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "scan": _scan,
-    "chunk": chunkwise.chunk,
-    "mosaic_gpu": mosaic_gpu.delta_rule,
-    "mosaic_gpu_interpret": functools.partial(mosaic_gpu.delta_rule, interpret=True),
+    "chunk": functools.partial(_contained, chunkwise.chunk),
+    "mosaic_gpu": functools.partial(_contained, mosaic_gpu.delta_rule),
+    "mosaic_gpu_interpret": functools.partial(_contained, functools.partial(mosaic_gpu.delta_rule, interpret=True)),
 }
 
 
@@ -103,13 +129,19 @@ def delta_rule(
     checks.implementation(implementation, IMPLEMENTATIONS)
     chunk_size = checks.chunk_size(chunk_size)
     context_axis = collectives.check_axis(context_axis)
+    erase = checks.flag("erase", erase)
     call = check_call(q, k, v, beta, write_key, log_decay, initial_state, segment_ids, context_axis=context_axis)
     scale = resolve_scale(scale, call.q.shape[-1])
-    run = functools.partial(
-        _fastest if implementation is None else IMPLEMENTATIONS[implementation],
-        erase=erase,
-        scale=scale,
-        chunk_size=chunk_size,
+    run = _fastest if implementation is None else IMPLEMENTATIONS[implementation]
+    options = Options(erase, scale, chunk_size, context_axis)
+    out, state = over_shards(
+        _by_implementation, (run, options), call, call_axes(call), ("bthv", "bhkv"), call_names(call)
     )
-    out, memory = run(call) if context_axis is None else context.delta_rule(run, call, context_axis)
-    return out.astype(call.v.dtype), memory
+    return out.astype(call.v.dtype), state
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_implementation(run: Implementation, options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
+    """Compiles once for equal calls, also where nothing around it is under jit."""
+    run = functools.partial(run, erase=options.erase, scale=options.scale, chunk_size=options.chunk_size)
+    return run(call) if options.context_axis is None else context.delta_rule(run, call, options.context_axis)

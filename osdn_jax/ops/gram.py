@@ -1,5 +1,9 @@
 """The Gram preconditioners of Preconditioned DeltaNet: a running diagonal, and the exact matrix of the theorem."""
 
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,11 +11,12 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.ops import checks, collectives, mosaic_gpu
+from osdn_jax.ops.containment import contained, scan_in_blocks
 from osdn_jax.ops.scores import pair_decay
 from osdn_jax.ops.selection import on_cpu
+from osdn_jax.ops.shards import over_shards
 from osdn_jax.ops.tiling import documents, fitting_chunk, from_chunks, to_chunks
 
-IMPLEMENTATIONS = ("chunk", "mosaic_gpu", "mosaic_gpu_interpret", "scan")
 _EPSILON = 1e-6
 _DEFAULT_CHUNK = 64
 
@@ -101,62 +106,151 @@ def preconditioned(
     if checks.is_number(center):
         center = jnp.full((heads,), checks.number("center", center), checks.accumulator_dtype(k, log_decay, gain))
     center = checks.shaped_array("center", center, (heads,), "[Hk] or a number")
-    dtype = checks.accumulator_dtype(k, log_decay, gain, center)
     shape = (batch, heads, key_dim)
-    if initial is None:
-        initial = jnp.zeros(shape, dtype)
-    initial = checks.shaped_array("initial", initial, shape, "[B, Hk, K]").astype(dtype)
+    if initial is not None:
+        initial = checks.shaped_array("initial", initial, shape, "[B, Hk, K]")
+    dtype = checks.accumulator_dtype(k, log_decay, gain, center, initial)
+    initial = jnp.zeros(shape, dtype) if initial is None else initial.astype(dtype)
     restarts = None
     if segment_ids is not None:
         restarts = checks.restarts(checks.segment_ids(segment_ids, (batch, length)), context_axis)
     initial = checks.varying_like(initial, k, log_decay, gain, restarts)
+    log_decay = checks.bounded_log(log_decay.astype(dtype))
+    call = Call(k, log_decay, gain.astype(dtype), center.astype(dtype), initial, restarts)
 
-    log_decay, gain, center = log_decay.astype(dtype), gain.astype(dtype), center.astype(dtype)
-    if context_axis is not None:
-        initial = _entering(k, log_decay, gain, initial, restarts, context_axis)
-    if implementation is None and mosaic_gpu.by_default() and not mosaic_gpu.gram_limitation(k, log_decay, chunk_size):
-        implementation = "mosaic_gpu"
-    if implementation is not None and implementation.startswith("mosaic_gpu"):
-        out, final = mosaic_gpu.gram(
-            k,
-            log_decay,
-            gain,
-            center,
-            squash,
-            initial,
-            restarts,
-            chunk_size,
-            multiply=multiply,
-            interpret=implementation == "mosaic_gpu_interpret",
-        )
-        return out, _after(final, context_axis)
-    update = gain[..., None] * jnp.square(k.astype(dtype))
-    if (implementation or ("scan" if on_cpu() else "chunk")) == "scan":
-        running, final = _scan(initial, update, log_decay, restarts)
+    name = implementation or _fastest(k, log_decay, chunk_size)
+    by_kernel = multiply and name.startswith("mosaic_gpu")
+    options = Options(name, squash, chunk_size, context_axis, multiply=by_kernel)
+    axes = Call("bthk", "bth", "bth", "h", "bhk", None if restarts is None else "bt")  # type: ignore[arg-type]
+    names = [field for field, x in zip(_NAMES, call, strict=True) if x is not None]
+    out, final = over_shards(_by_implementation, (options,), call, axes, ("bthk", "bhk"), names)
+    return (write_key(out, k) if multiply and not by_kernel else out), final
+
+
+def _fastest(k: jax.Array, log_decay: jax.Array, chunk_size: int | None) -> str:
+    if mosaic_gpu.by_default() and mosaic_gpu.gram_limitation(k, log_decay, chunk_size) is None:
+        return "mosaic_gpu"
+    return "scan" if on_cpu() else "chunk"
+
+
+class Options(NamedTuple):
+    """What is static in a call."""
+
+    implementation: str
+    squash: float
+    chunk_size: int | None
+    context_axis: str | None
+    multiply: bool  # write keys in place of multipliers, by kernels alone
+
+
+class Call(NamedTuple):
+    """The arrays of a call."""
+
+    k: jax.Array  # [B, T, P, K]
+    log_decay: jax.Array  # [B, T, P]
+    gain: jax.Array  # [B, T, P]
+    center: jax.Array  # [P]
+    initial: jax.Array  # [B, P, K]
+    restarts: jax.Array | None  # [B, T] bool
+
+
+_NAMES = ("k", "log_decay", "gain", "center", "initial", "segment_ids")
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _by_implementation(options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
+    """Compiles once for equal calls, also where nothing around it is under jit."""
+    axis = options.context_axis
+    if axis is not None:
+        entering = _entering(call.k, call.log_decay, call.gain, call.initial, call.restarts, axis)
+        call = call._replace(initial=entering)
+    by_scan = functools.partial(_by_scan, options)
+
+    def fast(call: Call, restarts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        return _FORMS[options.implementation](options, call._replace(restarts=restarts))
+
+    def exact(call: Call, restarts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        multiplier, final = by_scan(call._replace(restarts=restarts), loop=scan_in_blocks)
+        return (write_key(multiplier, call.k) if options.multiply else multiplier), final
+
+    if options.implementation == "scan":
+        out, final = by_scan(call)
     else:
-        size = fitting_chunk(chunk_size or _DEFAULT_CHUNK, length)
-        running, final = _chunk(initial, update, log_decay, restarts, size)
+        out, final = contained(fast, exact, call._replace(restarts=None), call.restarts)
+    return out, final if axis is None else collectives.of_last(final, axis)
+
+
+def _by_scan(options: Options, call: Call, loop: Callable[..., Any] = lax.scan) -> tuple[jax.Array, jax.Array]:
+    running, final = _scan(call.initial, _update(call), call.log_decay, call.restarts, loop)
+    return _multiplier(running, call.center, options.squash), final
+
+
+def _by_chunks(options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
+    size = fitting_chunk(options.chunk_size or _DEFAULT_CHUNK, call.k.shape[1])
+    running, final = _chunk(call.initial, _update(call), call.log_decay, call.restarts, size)
+    return _multiplier(running, call.center, options.squash), final
+
+
+def _by_kernels(options: Options, call: Call, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
+    k, log_decay, gain, center, initial, restarts = call
+    return mosaic_gpu.gram(
+        k,
+        log_decay,
+        gain,
+        center,
+        options.squash,
+        initial,
+        restarts,
+        options.chunk_size,
+        multiply=options.multiply,
+        interpret=interpret,
+    )
+
+
+# A new kernel joins here: (Options, Call) -> (multipliers, or write keys where Options.multiply, and the final A).
+_FORMS: dict[str, Callable[[Options, Call], tuple[jax.Array, jax.Array]]] = {
+    "scan": _by_scan,
+    "chunk": _by_chunks,
+    "mosaic_gpu": _by_kernels,
+    "mosaic_gpu_interpret": functools.partial(_by_kernels, interpret=True),
+}
+IMPLEMENTATIONS = tuple(sorted(_FORMS))
+
+
+def _update(call: Call) -> jax.Array:
+    return call.gain[..., None] * jnp.square(call.k.astype(call.gain.dtype))
+
+
+def _multiplier(running: jax.Array, center: jax.Array, squash: float) -> jax.Array:
     r = jnp.log(running + _EPSILON) - center[None, None, :, None]
-    multiplier = jnp.exp(-float(np.log(squash)) * r / (1.0 + jnp.abs(r)))
-    return (write_key(multiplier, k) if multiply else multiplier), _after(final, context_axis)
-
-
-def _after(final: jax.Array, axis: str | None) -> jax.Array:
-    return final if axis is None else collectives.of_last(final, axis)
+    return jnp.exp(-float(np.log(squash)) * r / (1.0 + jnp.abs(r)))
 
 
 def _entering(
     k: jax.Array, log_decay: jax.Array, gain: jax.Array, initial: jax.Array, restarts: jax.Array | None, axis: str
 ) -> jax.Array:
-    """A before this device's tokens: what it keeps of A and what it adds is known without A."""
-    kept = jnp.exp(jnp.sum(log_decay, axis=1))
-    until_end = jnp.exp(lax.cumsum(log_decay, axis=1, reverse=True) - log_decay)
+    """A before this device's tokens: what it keeps of A and what it adds is known without A.
+
+    Tokens before a restart are left out of every sum, not multiplied by zero: they may not be finite.
+    """
+    # The sum over later tokens, not a difference of sums: that would lose all digits beside a full reset.
+    later = jnp.pad(log_decay[:, 1:], ((0, 0), (0, 1), (0, 0)))[:, : log_decay.shape[1]]
+    weights = jnp.exp(lax.cumsum(later, axis=1, reverse=True)) * gain
+    squares = jnp.square(k.astype(gain.dtype))
+    restarted = None
     if restarts is not None:
-        document = jnp.cumsum(restarts.astype(jnp.int32), axis=1)
-        kept = jnp.where(jnp.any(restarts, axis=1)[:, None], 0.0, kept)
-        until_end = jnp.where((document == document[:, -1:])[..., None], until_end, 0.0)
-    added = jnp.einsum("btp,btpk->bpk", until_end * gain, jnp.square(k.astype(gain.dtype)))
-    return collectives.entering(lambda parts, a: parts[0][..., None] * a + parts[1], (kept, added), initial, axis)
+        document, restarted = jnp.cumsum(restarts.astype(jnp.int32), axis=1), jnp.any(restarts, axis=1)
+        last = (document == document[:, -1:])[..., None]
+        weights = jnp.where(last, weights, 0.0)
+        squares = jnp.where(last[..., None], squares, 0.0)
+    kept = jnp.exp(jnp.sum(collectives.keep_unless(restarted, log_decay), axis=1))
+    added = jnp.einsum("btp,btpk->bpk", weights, squares)
+
+    def after(parts: Any, a: jax.Array) -> jax.Array:
+        kept, added, restarted = parts
+        return collectives.keep_unless(restarted, kept[..., None] * collectives.keep_unless(restarted, a)) + added
+
+    return collectives.entering(after, (kept, added, restarted), initial, axis)
 
 
 def write_key(multiplier: jax.Array, k: jax.Array) -> jax.Array:
@@ -200,7 +294,13 @@ def exact_gram_write_key(
     if initial is None:
         initial = jnp.broadcast_to(jnp.eye(key_dim, dtype=k.dtype) / ridge, shape)
     initial = checks.shaped_array("initial", initial, shape, "[B, Hk, K, K]").astype(k.dtype)
-    initial = checks.varying_like(initial, k)
+    arrays, axes = (checks.varying_like(initial, k), k), ("bhkk", "bthk")
+    return over_shards(_exact, (), arrays, axes, ("bthk", "bhkk"), ("initial", "k"))
+
+
+@jax.jit
+def _exact(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+    initial, k = arrays
 
     def step(inverse: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:
         mapped = jnp.einsum("bhij,bhj->bhi", inverse, key)
@@ -212,7 +312,11 @@ def exact_gram_write_key(
 
 
 def _scan(
-    initial: jax.Array, update: jax.Array, log_decay: jax.Array, restarts: jax.Array | None
+    initial: jax.Array,
+    update: jax.Array,
+    log_decay: jax.Array,
+    restarts: jax.Array | None,
+    loop: Callable[..., Any] = lax.scan,
 ) -> tuple[jax.Array, jax.Array]:
     def step(a: jax.Array, token: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
         update, log_decay, restart = token
@@ -222,7 +326,7 @@ def _scan(
         return a, a
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (update, log_decay, restarts))
-    final, running = lax.scan(step, initial, tokens)
+    final, running = loop(step, initial, tokens)
     return jnp.moveaxis(running, 0, 1), final
 
 

@@ -2,21 +2,41 @@
 
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.ops import checks, collectives, hypergradient_chunk, hypergradient_context, mosaic_gpu
+from osdn_jax.ops.containment import contained, scan_in_blocks
 from osdn_jax.ops.gram import write_key
 from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
 from osdn_jax.ops.selection import on_cpu
+from osdn_jax.ops.shards import over_shards
 from osdn_jax.ops.tiling import fitting_chunk, from_chunks, to_chunks
 
 _EPSILON = 1e-5
 _DEFAULT_CHUNK = 64
 
 Implementation = Callable[..., tuple[jax.Array, jax.Array]]
+
+
+class Options(NamedTuple):
+    """What is static in a call."""
+
+    bounds: Bounds
+    chunk_size: int | None
+    context_axis: str | None
+    multiply: bool
+
+
+class Call(NamedTuple):
+    """The arrays of a call."""
+
+    k: jax.Array  # [B, T, P, K]
+    tokens: Tokens
+    start: Start
 
 
 def _scan(
@@ -38,13 +58,37 @@ def _chunk(
     return from_chunks(used, length), final
 
 
+def _contained(
+    run: Implementation,
+    k: jax.Array,
+    tokens: Tokens,
+    start: Start,
+    bounds: Bounds,
+    chunk_size: int | None,
+    **options: bool,
+) -> tuple[jax.Array, jax.Array]:
+    """The call by run, and a document in it that is not finite by the scan."""
+
+    def fast(call: Call, restarts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        return run(call.k, call.tokens._replace(restart=restarts), call.start, bounds, chunk_size, **options)
+
+    def exact(call: Call, restarts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
+        tokens = call.tokens._replace(restart=restarts)
+        final, used = hypergradient_chunk.token_by_token(
+            call.start.initial, tokens, call.start, bounds, loop=scan_in_blocks
+        )
+        return write_key(used, call.k) if options.get("multiply") else used, final
+
+    return contained(fast, exact, Call(k, tokens._replace(restart=None), start), tokens.restart)
+
+
 # A new kernel joins here: (k, Tokens, Start, bounds, chunk_size) -> (d before each token [B, T, P, K], final d).
 # Those of Mosaic GPU take multiply=True, too, for write keys and not d.
 IMPLEMENTATIONS: dict[str, Implementation] = {
     "scan": _scan,
-    "chunk": _chunk,
-    "mosaic_gpu": mosaic_gpu.hypergradient,
-    "mosaic_gpu_interpret": functools.partial(mosaic_gpu.hypergradient, interpret=True),
+    "chunk": functools.partial(_contained, _chunk),
+    "mosaic_gpu": functools.partial(_contained, mosaic_gpu.hypergradient),
+    "mosaic_gpu_interpret": functools.partial(_contained, functools.partial(mosaic_gpu.hypergradient, interpret=True)),
 }
 
 
@@ -164,7 +208,8 @@ def preconditioned(
         beta = checks.shaped_array("beta", beta, (batch, length, heads), "[B, T, Hk], one per key head")
     if log_forget is not None:
         log_forget = checks.shaped_array("log_forget", log_forget, (batch, length, heads), "[B, T, Hk]")
-    shapes = [(batch, heads, key_dim), (heads, key_dim)]
+    normalize = checks.flag("normalize", normalize)
+    shapes: list[tuple[int, ...]] = [(batch, heads, key_dim), (heads, key_dim), ()]
     layout = "a number, [Hk, K] or [B, Hk, K]"
     floats = {"initial": initial, "anchor": anchor, "restart": restart}
     arrays = {name: _state(name, x, shapes, layout) for name, x in floats.items()}
@@ -179,6 +224,8 @@ def preconditioned(
     restarts = None
     if segment_ids is not None:
         restarts = checks.restarts(checks.segment_ids(segment_ids, (batch, length)), context_axis)
+    if log_forget is not None:
+        log_forget = checks.bounded_log(log_forget.astype(dtype))
     u = jnp.square(k.astype(dtype))
     b = None if beta is None else beta.astype(dtype)
     step = jnp.full(u.shape[:-1], eta, dtype) if b is None else eta * b
@@ -188,7 +235,7 @@ def preconditioned(
         u=u,
         beta=b,
         step=step,
-        log_forget=None if log_forget is None else log_forget.astype(dtype),
+        log_forget=log_forget,
         restart=restarts,
     )
     # Without forgetting nothing is drawn anywhere, and an anchor of 0 draws by forgetting alone.
@@ -199,15 +246,36 @@ def preconditioned(
         anchor=full(arrays["anchor"]) if anchored else None,
     )
     name = implementation or _fastest(k, tokens, chunk_size)
-    run = IMPLEMENTATIONS[name]
-    if context_axis is not None:
-        run = functools.partial(run, chunk_size=chunk_size)
-        d, final = hypergradient_context.split_over(run, k, tokens, start, bounds, context_axis)
-    elif multiply and name.startswith("mosaic_gpu"):
-        return run(k, tokens, start, bounds, chunk_size, multiply=True)
-    else:
-        d, final = run(k, tokens, start, bounds, chunk_size)
-    return (write_key(d, k) if multiply else d), final
+    by_kernel = multiply and name.startswith("mosaic_gpu") and context_axis is None
+    call, options = Call(k, tokens, start), Options(bounds, chunk_size, context_axis, multiply=by_kernel)
+    static = (IMPLEMENTATIONS[name], options)
+    out, final = over_shards(_by_implementation, static, call, _axes(call), ("bthk", "bhk"), _names(call))
+    return (write_key(out, k) if multiply and not by_kernel else out), final
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _by_implementation(run: Implementation, options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
+    """Compiles once for equal calls, also where nothing around it is under jit."""
+    if options.context_axis is not None:
+        run = functools.partial(run, chunk_size=options.chunk_size)
+        return hypergradient_context.split_over(run, *call, options.bounds, options.context_axis)
+    more = {"multiply": True} if options.multiply else {}
+    return run(*call, options.bounds, options.chunk_size, **more)
+
+
+def _axes(call: Call) -> Call:
+    """A letter for each axis of each array, as `over_shards` reads them."""
+    gates = Tokens(u="bthk", beta="bth", step="bth", log_forget="bth", restart="bt")  # type: ignore[arg-type]
+    tokens = [axes if x is not None else None for axes, x in zip(gates, call.tokens, strict=True)]
+    start = [None if x is None else "bhk" for x in call.start]
+    return Call("bthk", Tokens(*tokens), Start(*start))  # type: ignore[arg-type]
+
+
+def _names(call: Call) -> list[str]:
+    """What a user calls the arguments that the arrays come from."""
+    tokens = zip(("k", "beta", "beta", "log_forget", "segment_ids"), call.tokens, strict=True)
+    start = zip(("initial", "restart", "anchor"), call.start, strict=True)
+    return ["k", *(name for name, x in (*tokens, *start) if x is not None)]
 
 
 def _fastest(k: jax.Array, tokens: Tokens, chunk_size: int | None) -> str:

@@ -6,6 +6,7 @@ chunk none of whose values leaves them is exact, and one that does is done again
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -64,10 +65,15 @@ def project(d: jax.Array, bounds: Bounds) -> jax.Array:
     return jnp.where(d < lo, lo, jnp.where(d > hi, hi, d))
 
 
-def token_by_token(d: jax.Array, tokens: Tokens, start: Start, bounds: Bounds) -> tuple[jax.Array, jax.Array]:
-    """The specification as a scan: d [B, P, K], [B, T, ...] tokens -> (final d, d before each token [B, T, P, K])."""
+def token_by_token(
+    d: jax.Array, tokens: Tokens, start: Start, bounds: Bounds, loop: Callable[..., Any] = lax.scan
+) -> tuple[jax.Array, jax.Array]:
+    """The specification as a scan: d [B, P, K], [B, T, ...] tokens -> (final d, d before each token [B, T, P, K]).
+
+    loop: `lax.scan`, or what takes its arguments (step, carry, tokens) and computes the same.
+    """
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), tokens)
-    final, used = lax.scan(lambda d, token: update(d, token, start, bounds), d, tokens)
+    final, used = loop(lambda d, token: update(d, token, start, bounds), d, tokens)
     return final, jnp.moveaxis(used, 0, 1)
 
 

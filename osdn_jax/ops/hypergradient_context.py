@@ -43,7 +43,8 @@ def _forward(inputs: Inputs, restart: jax.Array | None, run: Run, bounds: Bounds
     tokens = inputs[1]._replace(restart=restart)
     kept = transition(tokens)
     _, own = local(jnp.zeros_like(first), None)
-    d = collectives.entering(_after, (kept, own), first, axis)
+    restarted = None if restart is None else jnp.any(restart, axis=1)
+    d = collectives.entering(_after, (kept, own, restarted), first, axis)
     used, final = local(d, None)
     if bounds is None:
         return (used, final), (inputs, restart, d, kept, None)
@@ -75,7 +76,7 @@ def _bwd(run: Run, bounds: Bounds, axis: str, saved: Any, cotangents: Any) -> An
         _, pull = jax.vjp(lambda x: _run(run, x, restart, None), here)
         d_used, d_final = cotangents
         own = pull(cotangents)[0][2].initial
-        parts = (kept.swapaxes(-1, -2), own)
+        parts = (kept.swapaxes(-1, -2), own, None if restart is None else jnp.any(restart, axis=1))
         return pull((d_used, d_final + collectives.leaving_cotangent(_after, parts, d_final, axis)))[0]
 
     def in_order() -> Inputs:
@@ -108,9 +109,9 @@ def _run(run: Run, inputs: Inputs, restart: jax.Array | None, bounds: Bounds) ->
     return run(k, tokens._replace(restart=restart), start, bounds)
 
 
-def _after(parts: tuple[jax.Array, jax.Array], d: jax.Array) -> jax.Array:
-    transition, own = parts
-    return collectives.matrix_after((transition, own[..., None]), d[..., None])[..., 0]
+def _after(parts: tuple[jax.Array, jax.Array, jax.Array | None], d: jax.Array) -> jax.Array:
+    transition, own, restarted = parts
+    return collectives.matrix_after((transition, own[..., None], restarted), d[..., None])[..., 0]
 
 
 def _anywhere(here: jax.Array) -> jax.Array:

@@ -1,11 +1,17 @@
 """The asymmetric gated delta rule one token at a time: the specification of every other form."""
 
+import functools
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from osdn_jax.ops.arguments import Call, check_call, resolve_scale
+from osdn_jax.ops import checks
+from osdn_jax.ops.arguments import Call, call_axes, call_names, check_call, resolve_scale
+from osdn_jax.ops.shards import over_shards
 
 
 def delta_rule_step(
@@ -35,12 +41,21 @@ def delta_rule_step(
         TypeError: an argument is not a floating-point array, or scale is no static number.
     """
     call = check_call(q, k, v, beta, write_key, log_decay, state, None, time=False)
-    out, memory = advance(call, erase=erase, scale=resolve_scale(scale, call.q.shape[-1]))
+    static = (checks.flag("erase", erase), resolve_scale(scale, call.q.shape[-1]))
+    out, memory = over_shards(_step, static, call, call_axes(call), ("bhv", "bhkv"), call_names(call))
     return out.astype(call.v.dtype), memory
 
 
-def scan(call: Call, *, erase: bool, scale: float) -> tuple[jax.Array, jax.Array]:
-    """The whole sequence as `lax.scan`: (outputs [B, T, H, V], final memory), both in the accumulator type."""
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _step(erase: bool, scale: float, call: Call) -> tuple[jax.Array, jax.Array]:
+    return advance(call, erase=erase, scale=scale)
+
+
+def scan(call: Call, *, erase: bool, scale: float, loop: Callable[..., Any] = lax.scan) -> tuple[jax.Array, jax.Array]:
+    """The whole sequence as `lax.scan`: (outputs [B, T, H, V], final memory), both in the accumulator type.
+
+    loop: `lax.scan`, or what takes its arguments (step, carry, tokens) and computes the same.
+    """
 
     def step(memory: jax.Array, token: Call) -> tuple[jax.Array, jax.Array]:
         out, memory = advance(token._replace(memory=memory), erase=erase, scale=scale)
@@ -48,7 +63,7 @@ def scan(call: Call, *, erase: bool, scale: float) -> tuple[jax.Array, jax.Array
 
     without_memory = call._replace(memory=None)  # type: ignore[arg-type]  # it is the carry
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), without_memory)
-    memory, out = lax.scan(step, call.memory, tokens)
+    memory, out = loop(step, call.memory, tokens)
     return jnp.moveaxis(out, 0, 1), memory
 
 

@@ -5,7 +5,7 @@ takes the keyword arguments of `RuleOptions`. None of them normalises q or k. Sh
 ValueError and TypeError raised, by the functions that they call.
 """
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
@@ -29,6 +29,24 @@ class State(NamedTuple):
 
     memory: Float[Array, "B H K V"]
     preconditioner: Float[Array, "B P ..."] | None = None  # d (hypergradient) or A (Gram), where the rule has one
+
+
+class HypergradientState(State):
+    """The state of osdn, os_gdn and os_kda, which no other rule goes on from: its preconditioner is d."""
+
+    __slots__ = ()
+
+
+class GramState(State):
+    """The state of pdn, pgdn and pkda, likewise: its preconditioner is the running sum A."""
+
+    __slots__ = ()
+
+
+class ExactGramState(State):
+    """The state of exact_pdn, likewise: its preconditioner is the matrix P."""
+
+    __slots__ = ()
 
 
 class RuleOptions(TypedDict, total=False):
@@ -216,14 +234,15 @@ def exact_pdn(
 
     The theorem of arXiv 2604.21100: with beta = 1 the memory is the ridge regression of the values on the keys.
     """
-    state = _state(options)
+    k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
+    batch, _, heads, key_dim = k.shape
+    state = _state(options, ExactGramState, (batch, heads, key_dim, key_dim), "[B, Hk, K, K]")
     write_key, inverse = exact_gram_write_key(k, ridge=ridge, initial=state.preconditioner if state else None)
     if options.get("segment_ids") is not None:
         raise ValueError("segment_ids: got an array, expected None; the exact Gram rule has no packed form")
     if options.get("context_axis") is not None:
         raise ValueError("context_axis: got a name, expected None; the exact Gram rule is a reference for one device")
-    o, after = _run(q, k, v, _ones(q, k, v), options, write_key=write_key)
-    return o, after._replace(preconditioner=inverse)
+    return _run(q, k, v, _ones(q, k, v), options, write_key=write_key, after=_after(state, ExactGramState, inverse))
 
 
 # --- shared ---------------------------------------------------------------------------------------------------------
@@ -239,33 +258,36 @@ def _run(
     write_key: jax.Array | None = None,
     log_decay: jax.Array | None = None,
     erase: bool = True,
+    after: Callable[[jax.Array], State] = State,
 ) -> tuple[jax.Array, State]:
-    state = _state(options)
+    """The delta rule; after(memory) is the state that is returned. A rule with a preconditioner has checked its own."""
+    state = _state(options) if after is State else options.get("initial_state")
     rest: dict[str, Any] = {name: value for name, value in options.items() if name != "initial_state"}
     memory = None if state is None else state.memory
     o, memory = delta_rule(
         q, k, v, beta, write_key=write_key, log_decay=log_decay, erase=erase, initial_state=memory, **rest
     )
-    return o, State(memory)
+    return o, after(memory)
 
 
 def _hypergradient(
     q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, log_decay: jax.Array | None, options: dict[str, Any]
 ) -> tuple[jax.Array, State]:
-    beta_aware = options.pop("beta_aware")
+    beta_aware = checks.flag("beta_aware", options.pop("beta_aware"))
     names = ("log_forget", "initial", "anchor", "normalize")
     own = {name: options.pop(name) for name in names if name in options}
     own["eta"], own["bounds"] = options.pop("eta", 1.0), options.pop("bounds", (0.0, 1e9))
-    state = _state(options)
-    if state is not None and state.preconditioner is not None:
-        fresh = own.get("initial")
-        own["restart"], own["initial"] = 0.0 if fresh is None else fresh, state.preconditioner
     k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
     keys = k
     if beta_aware:
         v = checks.floating_array("v", v, 4, "[B, T, H, V]")
         if k.shape[2] and v.shape[2] % k.shape[2] == 0:
             keys = per_value_head(k, v.shape[2], axis=2)
+    batch, _, heads, key_dim = keys.shape
+    state = _state(options, HypergradientState, (batch, heads, key_dim), "[B, P, K]")
+    if state is not None and state.preconditioner is not None:
+        fresh = own.get("initial")
+        own["restart"], own["initial"] = 0.0 if fresh is None else fresh, state.preconditioner
     written, final = hypergradient.preconditioned(
         keys,
         beta if beta_aware else None,
@@ -273,8 +295,8 @@ def _hypergradient(
         **_shared(options, hypergradient.IMPLEMENTATIONS),
         multiply=True,
     )
-    o, after = _run(q, k, v, beta, options, write_key=written, log_decay=log_decay)
-    return o, after._replace(preconditioner=final)
+    after = _after(state, HypergradientState, final)
+    return _run(q, k, v, beta, options, write_key=written, log_decay=log_decay, after=after)
 
 
 def _gram(
@@ -289,7 +311,9 @@ def _gram(
 ) -> tuple[jax.Array, State]:
     rest = dict(options)
     center, squash = rest.pop("center", -0.2), rest.pop("squash", 1.5)
-    state = _state(rest)
+    k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
+    batch, _, heads, key_dim = k.shape
+    state = _state(rest, GramState, (batch, heads, key_dim), "[B, Hk, K]")
     key, final = gram.preconditioned(
         k,
         gram_log_decay,
@@ -300,8 +324,8 @@ def _gram(
         multiply=True,
         **_shared(rest, gram.IMPLEMENTATIONS),
     )
-    o, after = _run(q, k, v, beta, rest, write_key=key, log_decay=log_decay)
-    return o, after._replace(preconditioner=final)
+    after = _after(state, GramState, final)
+    return _run(q, k, v, beta, rest, write_key=key, log_decay=log_decay, after=after)
 
 
 def _shared(options: Mapping[str, Any], implementations: Collection[str]) -> dict[str, Any]:
@@ -312,11 +336,32 @@ def _shared(options: Mapping[str, Any], implementations: Collection[str]) -> dic
     return shared
 
 
-def _state(options: Mapping[str, Any]) -> State | None:
+def _state(
+    options: Mapping[str, Any], kind: type[State] = State, shape: tuple[int, ...] | None = None, layout: str = ""
+) -> State | None:
+    """The initial state, of this kind of rule or made by hand. Raises TypeError or ValueError, naming initial_state.
+
+    shape, layout: of the preconditioner; None where the rule has none.
+    """
     state = options.get("initial_state")
-    if state is not None and not isinstance(state, State):
+    if state is None:
+        return None
+    if not isinstance(state, State):
         raise TypeError(f"initial_state: got {type(state).__name__}, expected an ops.State or None")
+    if type(state) not in (State, kind):
+        raise ValueError(f"initial_state: got the {type(state).__name__} of another rule, expected a {kind.__name__}")
+    if state.preconditioner is not None:
+        if shape is None:
+            raise ValueError("initial_state: got a preconditioner, expected the state of a rule without one")
+        name = "initial_state.preconditioner"
+        return state._replace(preconditioner=checks.shaped_array(name, state.preconditioner, shape, layout))
     return state
+
+
+def _after(state: State | None, kind: type[State], preconditioner: jax.Array) -> Callable[[jax.Array], State]:
+    """Makes the state after a call: of the type that came in, as `lax.scan` asks of a carry."""
+    made = kind if state is None else type(state)
+    return lambda memory: made(memory, preconditioner)
 
 
 def _ones(*arrays: jax.Array) -> jax.Array:

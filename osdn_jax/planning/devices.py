@@ -7,6 +7,9 @@ import jax
 
 from pallas_kernels.aot import compiler
 
+MOST_DESCRIBED = 65_536
+MOST_VIRTUAL = 2_048  # the CPU's compiler takes one with a number above that for another process's
+
 
 class Topology(NamedTuple):
     """Hosts, and the devices of each."""
@@ -41,14 +44,18 @@ def described_gpus(topology: Topology, gpu: str) -> list[jax.Device]:
     """GPUs that are only described; programs can be compiled for them and not run.
 
     The GPU's name is one of `gpus.GPUS`. This process's own devices are its CPU, whatever it has: call it first of all.
+
+    Raises ValueError for more than MOST_DESCRIBED.
     """
+    _check_count(topology, MOST_DESCRIBED, "")
     jax.config.update("jax_platforms", "cpu")
     compiler.prepare_compiler()
     return compiler.described_devices(gpu, *topology)
 
 
 def virtual_devices(topology: Topology) -> list[jax.Device]:
-    """Devices of this machine's CPU. Raises ValueError if JAX has already started with fewer."""
+    """Devices of this machine's CPU. Raises ValueError for more than MOST_VIRTUAL, or if JAX has started with fewer."""
+    _check_count(topology, MOST_VIRTUAL, " of a CPU")
     jax.config.update("jax_platforms", "cpu")
     try:
         jax.config.update("jax_num_cpu_devices", topology.devices)
@@ -58,6 +65,11 @@ def virtual_devices(topology: Topology) -> list[jax.Device]:
     if len(devices) < topology.devices:
         raise ValueError(f"plan: got {topology}, expected at most {len(devices)} devices: JAX has started with so many")
     return devices[: topology.devices]
+
+
+def _check_count(topology: Topology, most: int, kind: str) -> None:
+    if topology.devices > most:
+        raise ValueError(f"plan: got {topology}, {topology.devices:,} devices, expected at most {most:,}{kind}")
 
 
 def host_of(device: jax.Device, topology: Topology) -> int:

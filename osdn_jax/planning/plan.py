@@ -112,12 +112,15 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
         described = gpu is not None and devices.can_compile_for_gpus()
         there = devices.described_gpus(shape, gpu) if described and gpu else devices.virtual_devices(shape)
         program = build_program(config, there)
+        start = time.perf_counter()
+        lowered = program.lower()
+        middle = time.perf_counter()
+        compiled = lowered.compile()
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    start = time.perf_counter()
-    lowered = program.lower()
-    middle = time.perf_counter()
-    compiled = lowered.compile()
+    except (OverflowError, RuntimeError) as error:  # of a size that JAX or its compiler cannot count up to
+        said = " ".join(str(error).split())
+        raise ConfigError(f"a step of this configuration cannot be compiled: {said}") from error
     seconds = {"lower": middle - start, "compile": time.perf_counter() - middle}
 
     used = memory.measure(program, compiled)

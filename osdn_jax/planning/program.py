@@ -20,6 +20,7 @@ from osdn_jax.training.start import shapes_at_start
 from osdn_jax.training.step import StepConfig, TrainState, make_train_step
 
 _BATCH = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
+_MOST_TOKENS = 2**31  # the compiler counts them in 32 bits, and ends the process where it cannot
 
 
 class Program(NamedTuple):
@@ -44,6 +45,15 @@ def build_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
 
     Raises ValueError where the configuration has no such run, or leaves devices without work.
     """
+    for name in ("batch_size", "sequence_length", "accumulate"):
+        if config[name] < 1:
+            raise ValueError(f"{name}: got {config[name]}, expected at least 1")
+    tokens = config.batch_size * config.sequence_length
+    if tokens >= _MOST_TOKENS:
+        raise ValueError(
+            f"batch_size, sequence_length: got {config.batch_size} x {config.sequence_length} tokens a step, expected "
+            f"fewer than {_MOST_TOKENS:,}"
+        )
     sizes = mesh_sizes(config, len(devices))
     used = math.prod(sizes.values())
     if used != len(devices):

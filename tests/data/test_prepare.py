@@ -224,6 +224,44 @@ def test_a_text_that_changed_is_noticed(corpus, tmp_path):
         made(corpus, tmp_path / "out", source=rows)
 
 
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_text_that_changed_behind_shards_that_are_kept_is_noticed(corpus, tmp_path, interrupted):
+    rows = write_jsonl(tmp_path / "rows.jsonl")
+    manifest = made(corpus, tmp_path / "out", source=rows)
+    if interrupted:
+        breaking(tmp_path / "out", lambda m: m.update(complete=False, shards=m["shards"][:-1]))
+    before = contents(tmp_path / "out")
+    changes = [[TEXTS[0].replace("the", "eht"), *TEXTS[1:]], [*TEXTS[:2], TEXTS[2].replace("read", "daer"), *TEXTS[3:]]]
+    for texts in changes:
+        write_jsonl(rows, texts)  # of the same size
+        number = int(texts is changes[1])
+        with pytest.raises(ValueError, match=f"rows.jsonl is not what shard {number} of .* the text has changed"):
+            made(corpus, tmp_path / "out", source=rows)
+        assert contents(tmp_path / "out") == before
+    write_jsonl(rows)
+    assert made(corpus, tmp_path / "out", source=rows) == manifest
+
+
+def test_a_shard_that_is_missing_is_not_written_of_another_text_of_as_many_tokens(corpus, tmp_path):
+    rows = write_jsonl(tmp_path / "rows.jsonl")
+    made(corpus, tmp_path / "out", source=rows, tokenizer="bytes")
+    whole = contents(tmp_path / "out")
+    (tmp_path / "out" / "shard-00000.index").unlink()
+    write_jsonl(rows, [TEXTS[0].replace("writes", "wrotes"), *TEXTS[1:]])
+    with pytest.raises(ValueError, match=r"rows.jsonl is not what shard 0 of .* was made of: the text has changed"):
+        made(corpus, tmp_path / "out", source=rows, tokenizer="bytes")
+    write_jsonl(rows)
+    made(corpus, tmp_path / "out", source=rows, tokenizer="bytes")
+    assert contents(tmp_path / "out") == whole
+
+
+def test_shards_of_an_earlier_version_are_gone_on_with(corpus, whole, shards):
+    breaking(shards, lambda m: [shard.pop("text_digest") for shard in m["shards"]])
+    (shards / "shard-00002.index").unlink()
+    made(corpus, shards)
+    assert contents(shards) | {"dataset.json": b""} == contents(whole) | {"dataset.json": b""}
+
+
 # Damaged
 
 
@@ -244,6 +282,7 @@ def breaking(shards, change):
         (lambda m: m["shards"].append(3), "shard 3: expected an object; got 3"),
         (lambda m: m["shards"][1].update(documents=-1), "shard 1: documents: got -1"),
         (lambda m: m["shards"][1].update(tokens=True), "shard 1: tokens: got True"),
+        (lambda m: m["shards"][1].update(text_digest=3), "shard 1: text_digest: got 3"),
         (lambda m: m["shards"][1].update(tokens=5), "shard-00001.index does not agree with dataset.json"),
         (lambda m: m["shards"][1].update(documents=99), "shard-00001.index has .* bytes, expected 792"),
         (lambda m: m["shards"].append(m["shards"][0]), "shard-00003.array_record does not exist"),
@@ -380,14 +419,52 @@ def test_a_terminal_gets_a_bar():
         ({"--tokenizer": "absent.json"}, "no such tokenizer: absent.json"),
         ({"--workers": "0"}, "workers must be at least 1; got 0"),
         ({"--shard-size": "0"}, "shard_bytes must be at least 1; got 0"),
+        ({"--shard-size": "0"}, "--shard-size 0: "),
+        ({"--shard-size": "-1"}, "--shard-size -1: "),
+        ({"--shard-size": "1.5"}, "--shard-size: invalid int value: '1.5'"),
+        ({"--workers": "-1"}, "workers must be at least 1; got -1"),
+        ({"--input": ""}, "path must not be empty"),
+        ({"--input": "hf:"}, "'hf:' names no data set"),
+        ({"--tokenizer": ""}, "tokenizer must not be empty"),
+        ({"--output": ""}, "--output: got '', expected a directory"),
+        ({"--output": "gs://bucket/data"}, "--output: got 'gs://bucket/data', expected a directory"),
+        ({"--output": __file__}, f"--output: got '{__file__}', but {__file__} is no directory"),
+        ({"--output": f"{__file__}/out"}, f"--output: got '{__file__}/out', but {__file__} is no directory"),
+        ({"--shard": "1"}, "unrecognized arguments: --shard 1"),
     ],
 )
-def test_a_mistake_is_one_line(corpus, tmp_path, command, options, said):
+def test_a_mistake_is_one_line(corpus, tmp_path, monkeypatch, command, options, said):
+    monkeypatch.chdir(tmp_path)
     given = {"--input": corpus / "rows.jsonl", "--output": tmp_path / "out", "--workers": "1"} | options
     status, out, err = command(*(word for pair in given.items() for word in pair))
     assert (status, out) == (2, "")
     assert said in err
     assert err.count("\n") == 1
+    assert set(os.listdir(tmp_path)) <= {"out"}
+
+
+def test_a_command_can_be_put_right(corpus, tmp_path, command):
+    arguments = ("--input", corpus / "rows.jsonl", "--output", tmp_path / "out", "--workers", 1)
+    assert command(*arguments, "--field", "body")[0] == 2
+    assert command(*arguments)[0] == 0
+    assert PreparedTokens(tmp_path / "out").documents == len(TEXTS)
+
+
+def test_a_file_in_the_place_of_the_folder_is_named(corpus, tmp_path):
+    (tmp_path / "out").write_text("mine")
+    for folder in (tmp_path / "out", tmp_path / "out" / "deeper"):
+        with pytest.raises(ValueError, match=f"output: got {folder}, but {tmp_path}/out is no folder"):
+            made(corpus, folder)
+    assert (tmp_path / "out").read_text() == "mine"
+
+
+def test_a_reader_that_has_left_is_no_mistake(corpus, tmp_path, command, monkeypatch):
+    def closed(*_, **__):
+        raise BrokenPipeError
+
+    monkeypatch.setattr(PrepareBar, "finished", closed)
+    with pytest.raises(BrokenPipeError):  # which `command.run` ends with
+        command("--input", corpus / "rows.jsonl", "--output", tmp_path / "out", "--workers", 1)
 
 
 def test_a_text_that_cannot_be_tokenised_is_named(corpus, tmp_path):

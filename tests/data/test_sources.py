@@ -252,13 +252,29 @@ def test_parsing_a_mixture():
         ("a:-1", "positive and finite; got -1.0"),
         ("a:nan", "positive and finite; got nan"),
         ("a:inf", "positive and finite; got inf"),
+        ("a:1,b:inf", "weight of b: weights of a mixture must be positive and finite; got inf"),
+        ("a:1e-320", "weight of a: weights of a mixture must be at least 1e-300, .* got 9.99989e-321"),
+        ("a:1,b:1e-320", "weight of b: weights of a mixture must be at least 1e-300, .* got 9.99989e-321"),
+        ("a:1e300,b:1", "weight of b: .* and 1e-12 of the largest, 1e.300; got 1"),
     ):
         with pytest.raises(ValueError, match=said):
             parse_mixture(text)
 
 
+@pytest.mark.parametrize("weights", [(1e-300, 1e-300), (1e308, 1e308), (1, 1e-12), (1e12, 1), (3e-300, 1e-300)])
+@pytest.mark.parametrize("streamed", [False, True])
+def test_the_smallest_and_largest_weights_draw(corpus, weights, streamed):
+    other = stream(corpus) if streamed else lettered("b", 3)
+    batches = training_batches(Mixture([lettered("a", 2), other], weights), batch_size=40, seed=0)
+    drawn = letters(take(batches, 1)).count("a") / 40
+    assert abs(drawn - weights[0] / (weights[0] / 2 + weights[1] / 2) / 2) <= 0.05
+    batches.close()
+
+
 def test_bad_mixtures_and_streams(corpus):
     part = lettered("a", 2)
+    with pytest.raises(ValueError, match="must be at least 1e-300, and 1e-12 of the largest, 1; got 9.99989e-321"):
+        Mixture([part, part], [1e-320, 1])
     with pytest.raises(ValueError, match="needs sources and a weight for each; got 1, 2 weights"):
         Mixture([part], [1, 2])
     with pytest.raises(ValueError, match="needs sources and a weight for each; got 0, 0 weights"):

@@ -1,11 +1,12 @@
 """Configurations of modules: the papers' rules, and errors that name the field."""
 
 import dataclasses
+import json
 
 import pytest
 
 from osdn_jax import ops
-from osdn_jax.nn import RULES, AttentionConfig, HypergradientConfig, MixerConfig, mixer_config
+from osdn_jax.nn import RULES, AttentionConfig, GramConfig, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
 from support.models import SHAPES, delta_rules, model_config
 
 SIZES = {"width": 8, "heads": 4, "key_dim": 4, "value_dim": 4}
@@ -131,3 +132,57 @@ def test_one_preconditioner_per_value_head_only_where_it_follows_beta():
     )
     assert (aware, not_aware, mixer_config("pdn", **SIZES | {"key_heads": 2}).preconditioner_heads) == (4, 2, 2)
     assert mixer_config("osdn", **SIZES).preconditioner_heads == 4
+
+
+@pytest.mark.parametrize("rule", ["osdn", "pkda", "transformer"])
+def test_a_config_comes_back_from_json(rule):
+    """Nested dicts and lists, as JSON writes them, make the same config."""
+    config = model_config(rule)
+    read = json.loads(json.dumps(dataclasses.asdict(config)))
+    assert ModelConfig(**read) == config
+    assert hash(ModelConfig(**read)) == hash(config)
+
+
+def test_bounds_of_a_list_are_bounds():
+    assert HypergradientConfig(bounds=[0, 1e9]) == HypergradientConfig(bounds=(0.0, 1e9))
+    assert HypergradientConfig(bounds=None).bounds is None
+    nested = MixerConfig(**SIZES, preconditioner="hypergradient", hypergradient={"eta": 0.5, "bounds": [0.5, 2]})
+    assert nested.hypergradient == HypergradientConfig(eta=0.5, bounds=(0.5, 2.0))
+
+
+@pytest.mark.parametrize(
+    ("make", "changes", "error", "said"),
+    [
+        (HypergradientConfig, {"bounds": [1.0]}, TypeError, r"bounds: got \[1.0\], expected a pair"),
+        (HypergradientConfig, {"bounds": (2.0, 1.0)}, ValueError, "bounds: got .*, an empty range"),
+        (HypergradientConfig, {"eta": float("nan")}, ValueError, "eta: got nan"),
+        (HypergradientConfig, {"eta": "1"}, TypeError, "eta: got '1'"),
+        (HypergradientConfig, {"initial": None}, TypeError, "initial: got None"),
+        (HypergradientConfig, {"anchor": float("inf")}, ValueError, "anchor: got inf"),
+        (HypergradientConfig, {"forget": "no"}, TypeError, "forget: got 'no', expected True or False"),
+        (GramConfig, {"squash": 0}, ValueError, "squash: got 0"),
+        (GramConfig, {"center": float("nan")}, ValueError, "center: got nan"),
+        (
+            MixerConfig,
+            SIZES | {"hypergradient": {"etta": 1.0}},
+            TypeError,
+            "hypergradient: got a dict with the keys etta",
+        ),
+        (MixerConfig, SIZES | {"gram": 1.5}, TypeError, "gram: got float, expected a GramConfig"),
+        (MixerConfig, SIZES | {"erase": "no"}, TypeError, "erase: got 'no', expected True or False"),
+        (MixerConfig, SIZES | {"output_gate": 1}, TypeError, "output_gate: got 1"),
+        (MixerConfig, SIZES | {"norm_epsilon": 0.0}, ValueError, "norm_epsilon: got 0.0, expected more than 0"),
+        (AttentionConfig, SIZES | {"qk_norm": "yes"}, TypeError, "qk_norm: got 'yes'"),
+        (AttentionConfig, SIZES | {"norm_epsilon": float("nan")}, ValueError, "norm_epsilon: got nan"),
+        (ModelConfig, {"vocab_size": 9, "layers": 1, "mlp_dim": 8, "mixer": None}, TypeError, "mixer: got NoneType"),
+        (
+            ModelConfig,
+            {"vocab_size": 9, "layers": 1, "mlp_dim": 8, "mixer": SIZES},
+            TypeError,
+            "mixer: got a dict with",
+        ),
+    ],
+)
+def test_what_json_may_not_hold(make, changes, error, said):
+    with pytest.raises(error, match=said):
+        make(**changes)

@@ -138,3 +138,30 @@ def test_a_chunk_of_nothing_is_refused(our_checks):
     for chunks, said in ((Chunks(0, 1), "chunks.sequence: got 0"), (Chunks(1, -1), "chunks.vocabulary: got -1")):
         with pytest.raises(ValueError, match=said):
             cross_entropy(*arguments(), chunks)
+
+
+@pytest.mark.usefixtures("our_checks")
+def test_wrong_arguments_are_named():
+    hidden, table, targets = jnp.ones((1, 3, 4)), jnp.ones((7, 4)), jnp.zeros((1, 3), jnp.int32)
+    for wrong, error, said in (
+        ((hidden, table, jnp.zeros((1, 3))), TypeError, "targets: got dtype float32, expected an integer"),
+        ((hidden, table, [[0, 0, 0]]), TypeError, "targets: got list"),
+        ((hidden, table, targets[:, :2]), ValueError, r"targets: got shape \(1, 2\), expected \[B, T\] = \(1, 3\)"),
+        ((hidden, jnp.ones((7, 5)), targets), ValueError, r"unembedding: got shape \(7, 5\), .* D = 4 of hidden"),
+        ((hidden[0], table, targets), ValueError, r"hidden: got shape \(3, 4\)"),
+        ((targets, table, targets), TypeError, "hidden: got dtype int32"),
+    ):
+        with pytest.raises(error, match=said):
+            cross_entropy(*wrong)
+
+
+@pytest.mark.usefixtures("our_checks")
+def test_targets_of_any_integer_type():
+    """None outside the vocabulary comes back into it where JAX cuts 64 bits to 32, or counts from the end."""
+    hidden, table = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4)), jnp.float32), jnp.eye(300, 4)
+    want, _ = cross_entropy(hidden, table, jnp.array([[1, 2, 3]], jnp.int32))
+    for dtype in (np.int8, np.uint16, np.int64, np.uint64):
+        got, _ = cross_entropy(hidden, table, np.array([[1, 2, 3]], dtype))
+        np.testing.assert_array_equal(got, want)
+    for outside in (np.array([[2**32 + 1, -1, 300]], np.int64), np.array([[2**64 - 1, 2**32, 300]], np.uint64)):
+        assert np.isnan(cross_entropy(hidden, table, outside)[0]).all()

@@ -1,19 +1,21 @@
 """The language model as a whole: how it starts, dropout, and the model as a function of its parameters."""
 
 import re
+from contextlib import nullcontext
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import AxisType
 
-from osdn_jax.nn import CausalLM, HypergradientConfig, ModelConfig, mixer_config
+from osdn_jax.nn import MESH_AXES, CausalLM, HypergradientConfig, ModelConfig, mixer_config
 from osdn_jax.nn.functional import decays, functional
 from osdn_jax.nn.model import Block
 from osdn_jax.training import build_model, build_optimizer, default_config
 from support import jit
-from support.models import LENGTH, model_config, parameters_of, small_model, tokens
+from support.models import LENGTH, VOCABULARY, model_config, parameters_of, small_model, tokens
 
 
 def config_of(rule, **changes):
@@ -263,3 +265,49 @@ def test_statistics_of_the_preconditioners():
     assert bool(jnp.all((gram["min"] >= 1 / 1.5) & (gram["max"] <= 1.5)))
     with pytest.raises(ValueError, match="got a model whose rule has none"):
         statistics("delta_net")
+
+
+@pytest.mark.parametrize("rule", ["os_gdn", "transformer"])
+def test_arguments_that_do_not_fit_are_named(rule, our_checks):
+    apply, parameters = parameters_of(model_config(rule, layers=2))
+    tokens = jnp.zeros((2, 9), jnp.int32)
+    _, states = apply(parameters, tokens)
+    one = jax.tree.map(lambda x: x[:1] if jnp.ndim(x) else x, states)
+    other_apply, other_parameters = parameters_of(
+        model_config("os_gdn" if rule == "transformer" else "transformer", layers=2)
+    )
+    _, other = other_apply(other_parameters, tokens)
+    for arguments, error, said in (
+        ((tokens[0],), ValueError, r"tokens: got shape \(9,\), expected \[B, T\]"),
+        ((jnp.zeros((2, 9)),), TypeError, "tokens: got dtype float32, expected an integer"),
+        ((tokens, None, jnp.zeros(9, jnp.int32)), ValueError, r"segment_ids: got shape \(9,\), expected .* \(2, 9\)"),
+        ((tokens, None, jnp.zeros((2, 10), jnp.int32)), ValueError, r"segment_ids: got shape \(2, 10\)"),
+        ((tokens, None, jnp.zeros((1, 9), jnp.int32)), ValueError, r"segment_ids: got shape \(1, 9\)"),
+        ((tokens, None, jnp.zeros((2, 9))), TypeError, "segment_ids: got dtype float32"),
+        ((tokens, None, [[0] * 9] * 2), TypeError, "segment_ids: got list"),
+        ((tokens, one), ValueError, "of another batch|state: got keys of shape"),
+        ((tokens, states[:1]), ValueError, "states: got 1 of them, expected a tuple of 2, one per block"),
+        ((tokens, states[0]), ValueError, "states: got"),
+        ((tokens, other), TypeError, "state: got a (MixerState|AttentionState), expected the"),
+    ):
+        with pytest.raises(error, match=said):
+            apply(parameters, *arguments)
+
+
+@pytest.mark.parametrize("mesh", [False, True])
+def test_a_token_outside_the_vocabulary_is_nan(mesh, our_checks):
+    """Everywhere alike, and whatever its type: not the last row, not a row of zeros, not what 32 bits make of it."""
+    apply, parameters = parameters_of(model_config("delta_net"))
+    right = np.array([[1, 2, 3, 4]])
+    wrong = [np.array([[1, 2, token, 4]]) for token in (-1, VOCABULARY, 2**31 - 1)]
+    context = jax.set_mesh(jax.make_mesh((1, 1, 1, 1), MESH_AXES, (AxisType.Auto,) * 4)) if mesh else nullcontext()
+    with context:
+        run = jit(lambda tokens: apply(parameters, tokens)[0])
+        want = run(jnp.asarray(right, jnp.int32))
+        assert np.isfinite(want).all()
+        for tokens in wrong:
+            got = run(jnp.asarray(tokens, jnp.int32))
+            np.testing.assert_allclose(got[:, :2], want[:, :2], rtol=1e-5)
+            assert np.isnan(got[:, 2:]).all()
+        assert np.isnan(apply(parameters, np.array([[1, 2, 2**32 + 3, 4]]))[0][:, 2:]).all()
+        np.testing.assert_allclose(run(jnp.asarray(right, jnp.uint8)), want, rtol=1e-5)

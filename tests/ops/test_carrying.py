@@ -148,3 +148,61 @@ def test_nothing_is_carried_from_a_first_token(operator, implementation):
     case = next(c for c in CASES if c.operator is operator and c.name.endswith("one token"))
     ids = jnp.full((2, 1), 7, jnp.int32)
     assert_close(jit(case.run(implementation, segment_ids=ids))(case.arrays), case.expected, TOLERANCE)
+
+
+@pytest.mark.usefixtures("our_checks")
+@pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint32, np.int16])
+@pytest.mark.parametrize("implementation", ["scan", "chunk"])
+def test_ids_of_any_integer_type_stay_apart(implementation, dtype):
+    """Ids 2^32 apart, or 2^63, are two documents, in 32 bits too, where JAX would cut them to one."""
+    rng = np.random.default_rng(0)
+    step = min(np.iinfo(dtype).max, 2**32 if dtype == np.int64 else np.iinfo(dtype).max - 7)
+    documents = (np.array([0, 0, 1, 1, 1, 2]) * (step // 2) + 3).astype(dtype)[None]
+    with jax.enable_x64(False):
+        q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 1, 4)), jnp.float32) for _ in range(3))
+        beta, gate = jnp.full((1, 6, 1), 0.5, jnp.float32), jnp.full((1, 6, 1), -0.1, jnp.float32)
+        for ids in (documents, documents[:, ::-1].copy()):
+            small = jnp.asarray(np.unique(ids, return_inverse=True)[1].reshape(ids.shape), jnp.int32)
+            for rule, more in ((ops.delta_net, ()), (ops.osdn, ()), (ops.pdn, (gate, -gate))):
+                got, want = (
+                    rule(q, k, v, beta, *more, segment_ids=x, implementation=implementation) for x in (ids, small)
+                )
+                assert_close(tuple(got[1]), tuple(want[1]), 1e-6)
+                assert_close(got[0], want[0], 1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["scan", "chunk", None])
+@pytest.mark.parametrize("rule", ["kda", "os_gdn", "pgdn"])
+def test_a_wide_state_stays_wide_beside_narrow_tokens(rule, implementation):
+    """So a scan can carry it."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
+    x = [draw(1, 4, 2, 3) for _ in range(3)] + [draw(1, 4, 2), -draw(1, 4, 2, *(() if rule != "kda" else (3,)))]
+    x += [-draw(1, 4, 2), draw(1, 4, 2)] if rule == "pgdn" else []
+    run = lambda x, state: getattr(ops, rule)(*x, initial_state=state, implementation=implementation)
+    _, state = run(x, None)
+    assert {y.dtype for y in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
+    wide = jax.tree.map(lambda y: y.astype(jnp.float64) + 1e-12, state)
+
+    def step(state, _):
+        o, state = run(x, state)
+        return state, o
+
+    after, o = jax.lax.scan(step, wide, length=2)
+    assert {y.dtype for y in jax.tree.leaves(after)} == {jnp.dtype(jnp.float64)}
+    assert o.dtype == jnp.float32
+    exact = [y.astype(jnp.float64) for y in x]
+    assert_close(tuple(run(x, wide)[1]), tuple(run(exact, wide)[1]), 1e-6)
+    # Half of what tokens write is exact in doubles: the state keeps digits that float32 has not.
+    far = jax.tree.map(lambda y: y + 1e-10, wide)
+    assert not np.array_equal(run(x, far)[1].memory, run(x, wide)[1].memory)
+
+
+def test_a_wide_state_of_one_step_and_of_a_preconditioner():
+    q, k, v = (jnp.full((1, 2, 3), 0.5, jnp.float32) for _ in range(3))
+    beta, state = jnp.full((1, 2), 0.5, jnp.float32), jnp.full((1, 2, 3, 3), 0.1)
+    assert ops.delta_rule_step(state, q, k, v, beta)[1].dtype == jnp.float64
+    k, initial = k[:, None], jnp.full((1, 2, 3), 0.1)
+    gate = jnp.full((1, 1, 2), -0.5, jnp.float32)
+    assert ops.hypergradient_preconditioner(k, eta=0.1, initial=initial)[1].dtype == jnp.float64
+    assert ops.gram_preconditioner(k, gate, -gate, center=-0.2, initial=initial)[1].dtype == jnp.float64

@@ -209,6 +209,76 @@ def test_bounds(function):
     fails(function, ValueError, "^bounds: got nan", bounds=(float("nan"), 1.0))
 
 
+def test_flags():
+    for value in ("no", 0, None, np.zeros(())):
+        fails("delta_rule", TypeError, "^erase: got .*, expected True or False", erase=value)
+        fails("delta_rule_step", TypeError, "^erase: got", erase=value)
+        fails("hypergradient", TypeError, "^normalize: got", normalize=value)
+        fails("os_gdn", TypeError, "^beta_aware: got", beta_aware=value)
+
+
+def test_numbers_of_numpy_are_numbers():
+    for number in (np.int64(1), np.float32(1.0), np.float64(1.0), 1, np.array(1.0, np.float32)):
+        for name in ("initial", "anchor", "restart"):
+            jax.eval_shape(lambda number=number, name=name: ops.hypergradient_preconditioner(
+                **KEYS, eta=np.float32(1.0), log_forget=GRAM["gain"], **{name: number}
+            ))  # fmt: skip
+        if number.__class__ is not np.ndarray:
+            jax.eval_shape(lambda number=number: ops.gram_preconditioner(**GRAM | {"center": number}))
+
+
+STATES = {
+    "hypergradient": ops.State(Z((B, H, K, V)), Z((B, HK, K))),
+    "plain": ops.State(Z((B, H, K, V))),
+}
+
+
+@pytest.mark.parametrize("function", RULES)
+def test_a_state_of_another_batch_is_named(function):
+    """It says initial_state, which was passed, and not the argument that a preconditioner takes."""
+    if function == "exact_pdn":
+        with jax.enable_x64(True):
+            state = ops.exact_pdn(**doubles(function))[1]
+            one = jax.tree.map(lambda x: x[:1], state)
+            fails(function, ValueError, "^initial_state", **doubles(function), initial_state=one)
+        return
+    f, right = FUNCTIONS[function]
+    state = jax.eval_shape(lambda: f(**right)[1])
+    zeros = jax.tree.map(lambda x: Z(x.shape, x.dtype), state)
+    fails(function, ValueError, "^initial_state", initial_state=jax.tree.map(lambda x: x[:1], zeros))
+    fails(function, ValueError, "^initial_state: got shape", initial_state=zeros._replace(memory=zeros.memory[:1]))
+    for size in (1, 3):
+        wrong = jax.tree.map(lambda x, size=size: Z((size, *x.shape[1:])), zeros)
+        fails(function, ValueError, "^initial_state", initial_state=wrong)
+
+
+def test_a_state_of_another_rule_is_refused():
+    made = {name: jax.eval_shape(lambda f=f, x=x: f(**x)[1]) for name, (f, x) in FUNCTIONS.items() if name in RULES
+            and name != "exact_pdn"}  # fmt: skip
+    zeros = {name: jax.tree.map(lambda x: Z(x.shape), state) for name, state in made.items()}
+    by_feedback, by_gram = ("osdn", "os_gdn", "os_kda"), ("pdn", "pgdn", "pkda")
+    for function in by_gram:
+        for other in by_feedback:
+            fails(
+                function,
+                ValueError,
+                "^initial_state: got the HypergradientState of another",
+                initial_state=zeros[other],
+            )
+    fails("osdn", ValueError, "^initial_state: got the GramState of another rule", initial_state=zeros["pdn"])
+    for function in ("delta_net", "kda", "gla", "mamba2", "linear_attention", "gdn2", "gated_delta_net"):
+        for other in ("osdn", "pdn"):
+            fails(function, ValueError, "^initial_state: got ", initial_state=zeros[other])
+        fails(function, ValueError, "^initial_state: got a preconditioner", initial_state=STATES["hypergradient"])
+    for function in (*by_feedback, *by_gram):  # one made by hand is what it says it is, and comes back as it came
+        f, right = FUNCTIONS[function]
+        state = zeros[function]
+        by_hand = jax.eval_shape(lambda f=f, right=right, s=state: f(**right, initial_state=ops.State(*s))[1])
+        assert type(by_hand) is ops.State
+        assert jax.tree.structure(by_hand) == jax.tree.structure(ops.State(*state))
+        assert jax.tree.structure(made[function]) == jax.tree.structure(state)
+
+
 def test_exact_rule_wants_doubles():
     fails("exact", TypeError, "^k: got dtype float32, expected float64")
     fails("exact_pdn", TypeError, "^k: got dtype float32, expected float64")

@@ -3,7 +3,7 @@
 import jax
 import pytest
 
-from osdn_jax.planning.devices import Topology, host_of, parse_topology, virtual_devices
+from osdn_jax.planning.devices import Topology, described_gpus, host_of, parse_topology, virtual_devices
 from osdn_jax.training.gpus import GPUS, gpu
 from pallas_kernels.aot.compiler import targets
 
@@ -33,3 +33,14 @@ def test_virtual_devices_are_dealt_to_hosts():
     assert [host_of(device, Topology(2, 4)) for device in found] == [0, 0, 0, 0, 1, 1, 1, 1]
     with pytest.raises(ValueError, match="plan: got 2x8, expected at most 8 devices"):
         virtual_devices(Topology(2, 8))
+
+
+@pytest.mark.parametrize("topology", [Topology(1, 2049), Topology(999999, 999999)])
+def test_more_devices_than_there_can_be_are_refused(topology):
+    with pytest.raises(ValueError, match=f"plan: got {topology}, .* devices, expected at most 2,048 of a CPU"):
+        virtual_devices(topology)
+
+
+def test_more_gpus_than_can_be_described_are_refused():
+    with pytest.raises(ValueError, match="plan: got 8193x8, 65,544 devices, expected at most 65,536"):
+        described_gpus(Topology(8193, 8), "h200")

@@ -16,7 +16,7 @@ from osdn_jax.planning.plan import Plan
 from osdn_jax.planning.program import build_program
 from osdn_jax.training import ConfigError, default_config
 from osdn_jax.training.gpus import GPUS
-from support.runs import ROOT, command, scratch
+from support.runs import ROOT, command, run, scratch
 
 MESHES = {"fsdp": {"fsdp": 8}, "fsdp, tensor": {"fsdp": 4, "tensor": 2}, "data, context": {"data": 2, "context": 4}}
 
@@ -141,7 +141,19 @@ def test_the_report_of_what_does_not_fit(made):
         ("1x6", None, {}, "batch_size / accumulate: got 16, expected a multiple of mesh.data × mesh.fsdp = 6"),
         ("1x8", None, {"accumulate": 4}, "batch_size / accumulate: got 4, expected a multiple"),
         ("2x8", None, {}, "plan: got 2x8, expected at most 8 devices"),
+        ("999999x999999", None, {}, "plan: got 999999x999999, 999,998,000,001 devices, expected at most 2,048"),
         ("1x8", None, {"model__rule": "osnd"}, "osnd"),
+        ("1x8", None, {"batch_size": 0}, "batch_size: got 0, expected at least 1"),
+        ("1x8", None, {"sequence_length": -64}, "sequence_length: got -64, expected at least 1"),
+        ("1x8", None, {"accumulate": 0}, "accumulate: got 0, expected at least 1"),
+        (
+            "1x1",
+            None,
+            {"mesh__fsdp": 1, "batch_size": 2**31},
+            "got 2147483648 x 64 tokens a step, expected fewer than 2,",
+        ),
+        ("1x1", None, {"mesh__fsdp": 1, "sequence_length": 2**32}, "got 16 x 4294967296 tokens a step, expected fewer"),
+        ("1x1", None, {"mesh__fsdp": 1, "model__width": 10**9}, "this configuration cannot be compiled: .*overflow"),
     ],
 )
 def test_mistakes(topology, gpu, changes, said):
@@ -155,6 +167,12 @@ def test_one_device_needs_no_mesh():
     said = planning.report(made)
     assert "no collectives" in said
     assert "--gpu=h200" in said
+
+
+def test_a_file_that_cannot_be_written_is_found_out_first():
+    done = run(None, "--plan=1x1", "--plan_json=nothing/plan.json")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "train.py: error: --plan_json: got 'nothing/plan.json', but there is no folder 'nothing'\n"
 
 
 @pytest.mark.slow

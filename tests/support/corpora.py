@@ -7,7 +7,7 @@ import pyarrow
 import pyarrow.parquet
 import sentencepiece
 import tokenizers
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from osdn_jax.data import Document
 
@@ -40,6 +40,30 @@ def write_tokenizer(path, *, start="<|endoftext|>", **settings):
     )
     tokenizer.train_from_iterator(TEXTS, trainer)
     path.write_text(json.dumps(json.loads(tokenizer.to_str()) | settings))
+    return path
+
+
+def write_byte_fallback(path, style="llama"):
+    """A tokenizer.json with byte fall-back in the style of llama or gemma, or with a Metaspace decoder."""
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    vocabulary |= {letter: len(vocabulary) + i for i, letter in enumerate("▁abcdefghijklmnopqrstuvwxyz.,")}
+    tokenizer = tokenizers.Tokenizer(
+        models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>", byte_fallback=True, fuse_unk=True)
+    )
+    spaces = decoders.Replace("▁", " ")
+    match style:
+        case "llama":
+            tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+            steps = [spaces, decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        case "gemma":
+            tokenizer.normalizer = normalizers.Replace(" ", "▁")
+            steps = [spaces, decoders.ByteFallback(), decoders.Fuse()]
+        case "metaspace":
+            tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+            steps = [decoders.ByteFallback(), decoders.Metaspace()]
+    tokenizer.decoder = decoders.Sequence(steps)
+    tokenizer.add_special_tokens(["<unk>", "<s>", "</s>"])
+    tokenizer.save(str(path))
     return path
 
 

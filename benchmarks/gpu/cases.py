@@ -1,0 +1,217 @@
+"""What the checks call, and on which numbers: every kernel and every way through one that inputs decide."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from osdn_jax import ops
+from osdn_jax.comparison import Shape, draw_inputs
+from osdn_jax.comparison.inputs import Arrays
+from osdn_jax.ops import gram, hypergradient
+
+KEYS = ("random", "near-parallel")
+# A step size and bounds under which peaked keys leave the bounds in some chunks, nearly do in others, and stay far
+# from them in the rest: see _peaked.
+BINDING: dict[str, Any] = {"eta": 1.0, "bounds": (2 / 3, 3 / 2)}
+
+_RULES = {None: "delta_net", "scalar": "gated_delta_net", "channel": "kda"}
+_PRESETS = {"paper": "osdn", "trust": "osdn_trust", "binding": "osdn_trust", "gram": "pdn"}
+_NARROW = ("q", "k", "v", "write_key")  # in the type of the case; gates, states and preconditioners are float32
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A call of the delta rule, or with a preset of a preconditioner: of the hypergradient one's, or "gram"."""
+
+    decay: str | None = None
+    batch: int = 2
+    length: int = 400  # not a multiple of a chunk
+    heads: int = 4
+    key_heads: int = 4
+    key_dim: int = 128
+    value_dim: int = 128
+    dtype: str = "bfloat16"
+    write_key: bool = False
+    documents: bool = False
+    erase: bool = True
+    strong: bool = False  # a third of the decays is 1, a third e^-20
+    preset: str | None = None
+    beta_aware: bool = False
+    multiply: bool = False  # a preconditioner's write keys, as the rules take them, and not its multipliers
+    gradient: bool = True
+    judge: str = "scan"  # in float32, or "numpy": a loop in float64 that shares nothing with the package
+    seeds: int = 3
+
+    @property
+    def shape(self) -> Shape:
+        return Shape(self.batch, self.length, self.heads, self.key_heads, self.key_dim, self.value_dim)
+
+    @property
+    def families(self) -> tuple[str, ...]:
+        """The groups of kernels that it runs: where one of them hangs, the case would too."""
+        if self.preset == "gram":
+            return ("Gram",)
+        if self.preset is None:
+            return (f"{self.decay or 'no'} decay",)
+        token_by_token = self.documents or self.preset == "binding"
+        return ("hypergradient", *(["hypergradient, token by token"] if token_by_token else []))
+
+
+def _square(dim: int, **rest: Any) -> Case:
+    return Case(key_dim=dim, value_dim=dim, **rest)
+
+
+def _heads(batch: int, heads: int, length: int, **rest: Any) -> Case:
+    return Case(batch=batch, heads=heads, key_heads=heads, length=length, **rest)
+
+
+CASES = {
+    "no decay": Case(),
+    "scalar decay": Case("scalar"),
+    "channel decay": Case("channel"),
+    "scalar decay, judged by NumPy": _heads(1, 2, 200, decay="scalar", write_key=True, judge="numpy"),
+    "channel decay, judged by NumPy": _heads(1, 2, 200, decay="channel", judge="numpy"),
+    "no decay, write key": Case(write_key=True),
+    "scalar decay, write key, documents": Case("scalar", write_key=True, documents=True),
+    "channel decay, write key, documents": Case("channel", write_key=True, documents=True),
+    "scalar decay, 2 key heads, write key": Case("scalar", key_heads=2, write_key=True),
+    "channel decay, 2 key heads": Case("channel", key_heads=2),
+    "scalar decay, no erasing": Case("scalar", erase=False),
+    "channel decay, no erasing": Case("channel", erase=False),
+    "scalar decay of 0 and -20": Case("scalar", strong=True),
+    "channel decay of 0 and -20": Case("channel", strong=True),
+    "scalar decay, float16": Case("scalar", dtype="float16"),
+    "channel decay, float16, documents": Case("channel", dtype="float16", documents=True),
+    "scalar decay, D 64": _square(64, decay="scalar"),
+    "channel decay, D 64, documents": _square(64, decay="channel", documents=True),
+    "scalar decay, K 64 V 128": Case("scalar", key_dim=64),
+    "channel decay, K 128 V 64": Case("channel", value_dim=64),
+    "no decay, K 256 V 64, write key": Case(key_dim=256, value_dim=64, write_key=True),
+    "scalar decay, K 64 V 256": Case("scalar", key_dim=64, value_dim=256),
+    "scalar decay, D 256, write key": _square(256, batch=1, decay="scalar", write_key=True),
+    "channel decay, D 256": _square(256, batch=1, decay="channel"),
+    # Few heads and a long sequence, which is cut into pieces.
+    "scalar decay, B1 H2 T4096": _heads(1, 2, 4096, decay="scalar", seeds=1),
+    "channel decay, B1 H2 T4096, documents": _heads(1, 2, 4096, decay="channel", documents=True, seeds=1),
+    # More blocks than the GPU holds at once: of what works chunk by chunk, then of the walks too.
+    "scalar decay, B4 H16 T2000": _heads(4, 16, 2000, decay="scalar", seeds=1),
+    "channel decay, B4 H80 T200": _heads(4, 80, 200, decay="channel", seeds=1),
+    "scalar decay, T 1": Case("scalar", length=1),
+    "channel decay, T 1, write key": Case("channel", length=1, write_key=True),
+    "hypergradient, paper": Case(preset="paper"),
+    "hypergradient, trust, beta, documents": Case(preset="trust", beta_aware=True, documents=True),
+    "hypergradient, paper, write keys": Case(preset="paper", multiply=True),
+    "hypergradient, bounds that bind": Case(preset="binding", beta_aware=True),
+    "hypergradient, bounds that bind, write keys": Case(preset="binding", beta_aware=True, multiply=True),
+    "hypergradient, float16, write keys": Case(preset="trust", beta_aware=True, dtype="float16", multiply=True),
+    "hypergradient, D 256, write keys": _square(256, preset="trust", beta_aware=True, multiply=True),
+    "hypergradient, B4 H80 T200": _heads(4, 80, 200, preset="binding", beta_aware=True, seeds=1),
+    "hypergradient, T 1": Case(preset="paper", length=1),
+    "Gram, documents": Case(preset="gram", documents=True),
+    "Gram, write keys": Case(preset="gram", multiply=True),
+    "Gram, float16, write keys": Case(preset="gram", dtype="float16", multiply=True),
+    "Gram, B4 H80 T200": _heads(4, 80, 200, preset="gram", seeds=1),
+    "Gram, T 1": Case(preset="gram", length=1),
+}
+_TINY: dict[str, Any] = {"batch": 1, "length": 40, "heads": 1, "key_heads": 1}
+DRY_CASES = {
+    "scalar decay, tiny": _square(64, decay="scalar", **_TINY),
+    "channel decay, tiny, judged by NumPy": _square(64, decay="channel", judge="numpy", **_TINY),
+    "hypergradient, trust, tiny": _square(64, preset="trust", **_TINY),
+    "Gram, tiny": _square(64, preset="gram", **_TINY),
+}
+
+
+def _smoke(**sizes: Any) -> dict[str, Case]:
+    """Every kernel once: those of a forward pass, and those that a gradient adds."""
+    calls: dict[str, dict[str, Any]] = {
+        "no decay": {},
+        "scalar decay": {"decay": "scalar"},
+        "channel decay": {"decay": "channel"},
+        "hypergradient": {"preset": "paper", "multiply": True},
+        "hypergradient, token by token": {"preset": "binding", "beta_aware": True, "heads": 4, "key_heads": 4},
+        "Gram": {"preset": "gram", "multiply": True},
+    }
+    return {
+        f"{name}, {'gradient' if gradient else 'forward'}": Case(**(sizes | call), gradient=gradient, seeds=1)
+        for name, call in calls.items()
+        for gradient in (False, True)
+    }
+
+
+SMOKE = _smoke(batch=1, length=128, heads=4, key_heads=4)
+DRY_SMOKE = _smoke(**_TINY, key_dim=64, value_dim=64)
+
+
+def cases(section: str, dry: bool) -> dict[str, Case]:
+    """Those of a section, "smoke" or "check", by name."""
+    return {"smoke": (SMOKE, DRY_SMOKE), "check": (CASES, DRY_CASES)}[section][dry]
+
+
+def draw(case: Case, keys: str, seed: int) -> tuple[Arrays, np.ndarray | None]:
+    """NumPy arguments, q, k, v and write keys rounded to the case's type, and the documents' ids or None."""
+    rng = np.random.default_rng([seed, KEYS.index(keys)])
+    rule = _PRESETS[case.preset] if case.preset else _RULES[case.decay]
+    drawn = draw_inputs(rule, case.shape, "float32", int(rng.integers(2**31)))
+    x = {name: a.astype(jnp.dtype(case.dtype) if name in _NARROW else a.dtype) for name, a in drawn.items()}
+    if case.preset == "binding":
+        k, x["beta"] = _peaked(rng, case, keys)
+        x["k"] = k.astype(x["k"].dtype)
+    elif keys == "near-parallel":
+        common = rng.normal(size=(case.batch, 1, case.key_heads, case.key_dim))
+        near = common + 0.01 * rng.normal(size=x["k"].shape)
+        x["k"] = (near / np.linalg.norm(near, axis=-1, keepdims=True)).astype(x["k"].dtype)
+        x["beta"] = np.full_like(x["beta"], 0.95)
+    if case.strong:
+        kind = rng.integers(3, size=x["log_decay"].shape)
+        x["log_decay"] = np.select([kind == 0, kind == 1], [0.0, -20.0], x["log_decay"]).astype(np.float32)
+    if case.write_key:
+        scale = rng.uniform(2 / 3, 3 / 2, size=x["k"].shape)
+        x["write_key"] = (scale * x["k"].astype(np.float64)).astype(x["k"].dtype)
+    if case.preset == "gram":
+        x = {"k": x["k"], "center": x["center"], "log_decay": x["gram_log_decay"], "gain": x["gram_gain"]}
+    elif case.preset:
+        names = ("k", "beta", "log_forget", "initial") if case.beta_aware else ("k", "log_forget", "initial")
+        x = {name: x[name] for name in names}
+    starts = rng.uniform(size=(case.batch, case.length)) < 5 / case.length
+    return x, np.cumsum(starts, axis=1, dtype=np.int32) if case.documents else None
+
+
+def _peaked(rng: np.random.Generator, case: Case, keys: str) -> tuple[np.ndarray, np.ndarray]:
+    """Keys with most of their norm in one channel, of four, and beta [B, T, H]; every fourth head is of one kind.
+
+    The preconditioner of a peaked channel goes to where beta <d, k^2> is 1 on average. In heads of the second kind
+    that is inside the bounds, but the positive updates of a chunk sum to more than the bounds leave, so its values
+    are formed, tested and kept. In the third kind it is near the upper bound, and some chunks are done again token by
+    token; in the fourth it is below the lower bound, and all are. The first kind has ordinary keys, far from both.
+    """
+    shape = (case.batch, case.length, case.key_heads)
+    kind = np.arange(case.key_heads) % 4
+    hot = rng.integers(4, size=shape if keys == "random" else (case.batch, 1, case.key_heads))
+    k = np.broadcast_to(np.eye(case.key_dim)[hot], (*shape, case.key_dim)).copy()
+    k *= np.where(rng.uniform(size=(*k.shape[:-1], 1)) < 0.5, -1, 1) if keys == "random" else 1
+    k += 0.02 * rng.normal(size=k.shape)
+    plain = rng.normal(size=k.shape if keys == "random" else (case.batch, 1, *k.shape[2:]))
+    k = np.where((kind == 0)[:, None], plain + 0.01 * rng.normal(size=k.shape), k)
+    k *= np.where(kind == 3, 1.4, 1.0)[:, None] / np.linalg.norm(k, axis=-1, keepdims=True)
+    low = np.array([0.9, 0.7, 0.55, 0.8])[kind]
+    return k, rng.uniform(low, 1.0, size=shape).astype(np.float32)
+
+
+def outputs(case: Case, x: Arrays, segment_ids: jax.Array | None, implementation: str) -> dict[str, jax.Array]:
+    """The case's outputs by name."""
+    options: dict[str, Any] = {"segment_ids": segment_ids, "implementation": implementation}
+    if case.preset is None:
+        o, memory = ops.delta_rule(**x, erase=case.erase, **options)
+        return {"o": o, "memory": memory}
+    if case.preset == "gram":
+        out, final = gram.preconditioned(**x, multiply=case.multiply, **options)
+        return {"multiplier": out, "final": final}
+    preset = BINDING if case.preset == "binding" else ops.hypergradient_preset(case.preset)
+    preset = {name: value for name, value in preset.items() if name != "initial"}
+    anchor = 0.0 if case.preset == "paper" else 1.0
+    out, final = hypergradient.preconditioned(**x, **preset, anchor=anchor, multiply=case.multiply, **options)
+    return {"multiplier": out, "final": final}

@@ -1,0 +1,93 @@
+"""What the command lines of the package share: how they end, and how they refuse a wrong flag."""
+
+import argparse
+import os
+import re
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import NoReturn
+
+USAGE_ERROR = 2  # the exit status that shells and argparse give a wrong command line
+INTERRUPTED = 130  # that of a command ended by Ctrl-C
+READER_LEFT = 141  # that of a command whose reader has ended before it, as in `command | head`
+
+
+class Parser(argparse.ArgumentParser):
+    """A parser that refuses a command line in one line: it names the flag, and the help is a flag away."""
+
+    def error(self, message: str) -> NoReturn:
+        """Prints the line and exits with status 2."""
+        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        raise SystemExit(USAGE_ERROR)
+
+
+def output_file(flag: str, value: str, *, replaced: bool = False) -> Path:
+    """The file that a flag names, to be written when all is done.
+
+    Raises ValueError, naming the flag, where it is a folder, or in none: at the end what was measured would be lost.
+    So it does for a device or a pipe if another file is to take its place (`replaced`).
+    """
+    path = Path(os.path.expanduser(value))
+    if not path.name or path.is_dir() or (replaced and path.exists() and not path.is_file()):
+        raise ValueError(f"--{flag}: got {value!r}, expected a file")
+    if not path.parent.is_dir():
+        raise ValueError(f"--{flag}: got {value!r}, but there is no folder {str(path.parent)!r}")
+    if not os.access(path if path.exists() else path.parent, os.W_OK):
+        raise ValueError(f"--{flag}: got {value!r}, which may not be written")
+    return path
+
+
+def directory(flag: str, value: str) -> Path:
+    """The directory that a flag names, which need not exist. Raises ValueError, naming the flag, for what is none."""
+    if not value or re.match(r"\w+://", value):
+        raise ValueError(f"--{flag}: got {value!r}, expected a directory of this machine")
+    path = Path(os.path.expanduser(value))
+    files = [place for place in (path, *path.parents) if place.exists() and not place.is_dir()]
+    if files:
+        raise ValueError(f"--{flag}: got {value!r}, but {files[0]} is no directory")
+    return path
+
+
+def start() -> None:
+    """Lets Ctrl-C end the process without a traceback until `run` is called, while modules are imported for seconds."""
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Calls a command and ends the process with the exit status that it returns; None is 0.
+
+    Ctrl-C ends it with 130, and a reader of its output that has ended, such as `head`, with 141; both without a word.
+    Output that cannot be written, to a full disk say, is one line and status 2.
+    """
+    if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+    status: int | str | None
+    try:
+        try:
+            status = main()
+        except SystemExit as end:
+            status = end.code
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = INTERRUPTED
+    except BrokenPipeError:
+        status = READER_LEFT
+    except OSError as error:
+        place = "" if error.filename else "standard output: "
+        print(f"{Path(sys.argv[0]).name}: error: {place}{error}", file=sys.stderr)
+        status = USAGE_ERROR
+    _give_up_output()
+    sys.exit(status)
+
+
+def _give_up_output() -> None:
+    """What cannot be written goes nowhere: when Python ends it would be reported once more."""
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,0 +1,124 @@
+"""How command lines end: as processes, without JAX."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from osdn_jax import command
+
+START = """
+import os, signal, sys
+from osdn_jax import command
+
+def interrupt():
+    os.kill(os.getpid(), signal.SIGINT)
+    signal.pause()
+
+def write(text):
+    sys.stdout.write(text)
+    sys.stdout.flush()
+
+def fail(error):
+    raise error
+
+def refuse():
+    command.Parser(prog="it").parse_args(["--no"])
+
+def console():
+    from osdn_jax.console import PipedConsole
+    PipedConsole().print("x" * 200)
+"""
+
+
+def ended(script, **options):
+    """(status, standard output, standard error) of a process."""
+    options = {"stdout": subprocess.PIPE} | options
+    line = [sys.executable, "-c", START + script]
+    done = subprocess.run(line, check=False, stderr=subprocess.PIPE, text=True, timeout=60, **options)
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture
+def no_reader():
+    """The end of a pipe that is written to, whose other end is closed."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    yield writer
+    os.close(writer)
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "out", "err"),
+    [
+        ("command.run(lambda: print('all'))", 0, "all\n", ""),
+        ("command.run(lambda: 1)", 1, "", ""),
+        ("command.run(lambda: sys.exit(2))", 2, "", ""),
+        ("command.start(); interrupt()", 130, "", ""),
+        ("command.start(); command.run(lambda: [print('some'), interrupt()])", 130, "some\n", ""),
+        ("command.run(refuse)", 2, "", "it: error: unrecognized arguments: --no\n"),
+        (
+            "command.run(lambda: fail(FileNotFoundError(2, 'gone', 'x.txt')))",
+            2,
+            "",
+            "-c: error: [Errno 2] gone: 'x.txt'\n",
+        ),
+    ],
+)
+def test_a_command_ends_with_its_status(script, status, out, err):
+    assert ended(script) == (status, out, err)
+
+
+@pytest.mark.parametrize(
+    "script", ["lambda: write('all')", "lambda: print('all')", "lambda: print('all') or 1", "console"]
+)
+def test_a_reader_that_has_left(no_reader, script):
+    assert ended(f"command.run({script})", stdout=no_reader) == (command.READER_LEFT, None, "")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no device that is always full")
+@pytest.mark.parametrize("script", ["lambda: write('all')", "lambda: print('all')"])
+def test_output_that_cannot_be_written(script):
+    with open("/dev/full", "w") as full:
+        status, _, err = ended(f"command.run({script})", stdout=full)
+    assert (status, err) == (2, "-c: error: standard output: [Errno 28] No space left on device\n")
+
+
+def test_errors_of_the_program_keep_their_traceback():
+    status, _, err = ended("command.run(lambda: fail(ZeroDivisionError()))")
+    assert status == 1
+    assert "Traceback" in err
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_file_to_write_is_checked_before_the_work(tmp_path, monkeypatch, replaced):
+    (tmp_path / "there").write_text("old")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for value in (f"{tmp_path}/new", f"{tmp_path}/there", "~/new"):
+        path = command.output_file("json", value, replaced=replaced)
+        assert path.parent == tmp_path
+    for value, said in (
+        ("", "got '', expected a file"),
+        (".", "got '.', expected a file"),
+        (str(tmp_path), f"got '{tmp_path}', expected a file"),
+        (f"{tmp_path}/no/new", f"got '{tmp_path}/no/new', but there is no folder '{tmp_path}/no'"),
+        (f"{tmp_path}/there/new", f"but there is no folder '{tmp_path}/there'"),
+    ):
+        with pytest.raises(ValueError, match=f"^--json: .*{re.escape(said)}"):
+            command.output_file("json", value, replaced=replaced)
+    assert sorted(os.listdir(tmp_path)) == ["there"]
+
+
+def test_a_device_takes_what_is_written_but_is_not_replaced():
+    assert command.output_file("json", os.devnull) == Path(os.devnull)
+    with pytest.raises(ValueError, match="expected a file"):
+        command.output_file("plan_json", os.devnull, replaced=True)
+
+
+def test_a_file_that_may_not_be_written(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
+    with pytest.raises(ValueError, match="--json: got .*new', which may not be written"):
+        command.output_file("json", str(tmp_path / "new"))
