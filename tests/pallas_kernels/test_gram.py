@@ -94,7 +94,7 @@ def test_what_the_kernels_do_not_serve(monkeypatch):
         ops.gram_preconditioner(k, rows, rows + 1, center=0.0, chunk_size=16, implementation=KERNEL)
     with pytest.raises(NotImplementedError, match="'mosaic_gpu': got a cpu"):
         ops.gram_preconditioner(k[..., :64], rows, rows + 1, center=0.0, implementation="mosaic_gpu")
-    want = ops.gram_preconditioner(k, rows, rows + 1, center=0.0)
+    want = ops.gram_preconditioner(k, rows, rows + 1, center=0.0, implementation="scan")
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
     monkeypatch.setattr(selection, "MOSAIC_GPU_MEASURED", True)
     assert_close(ops.gram_preconditioner(k, rows, rows + 1, center=0.0), want, 1e-6)

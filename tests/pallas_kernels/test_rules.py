@@ -76,7 +76,7 @@ def test_what_the_preconditioners_kernels_do_not_serve(monkeypatch):
     ):
         with pytest.raises(NotImplementedError, match=f"implementation '{KERNEL}': {message}"):
             ops.hypergradient_preconditioner(k, eta=0.1, implementation=KERNEL, **options)
-        want = ops.hypergradient_preconditioner(k, eta=0.1, **options)
+        want = ops.hypergradient_preconditioner(k, eta=0.1, implementation="scan", **options)
         monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
         monkeypatch.setattr(selection, "MOSAIC_GPU_MEASURED", True)
         assert_close(ops.hypergradient_preconditioner(k, eta=0.1, **options), want, 1e-6)
