@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
+from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, again_of, again_tile
 from pallas_kernels.inverse import SCRATCH as INVERSE
 from pallas_kernels.inverse import times_inverse, unit_lower_inverse
 from pallas_kernels.prepare import Chunks, Static, pair_decay
@@ -92,15 +92,15 @@ def prepare_channel(
     square = jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), dtype)
     out += [square, *[jax.ShapeDtypeStruct(log_decay.shape, dtype)] * static.erase, *[square] * (2 * invert)]
 
-    def body(q_ref: Any, k_ref: Any, w_ref: Any, decay_ref: Any, gates_ref: Any, *refs: Any) -> None:
+    def body(at: Any, q_ref: Any, k_ref: Any, w_ref: Any, decay_ref: Any, gates_ref: Any, *refs: Any) -> None:
         decayed_refs, (scores_ref, *solution_refs), refs = refs[:3], refs[3 : len(out)], refs[len(out) :]
         w_s, shared, gates_s, again_s, loaded, keys_loaded = refs
         (keys_s, x_s, log_decay_s, decay_s, mask_s), inverse_s, (p_s, halves_s, solved_s) = shared
-        b, h, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+        b, h, n = at("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
-        plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], again_s, loaded)
+        plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s, loaded)
 
         def channels(c: Any) -> Any:
             return pl.ds(c * PART, PART)
@@ -186,15 +186,14 @@ def prepare_channel(
         plgpu.wait_smem_to_gmem(0)
 
     tile, square = smem(CHUNK, PART, dtype=dtype), smem(CHUNK, CHUNK, dtype=dtype)
-    gates_tile = plgpu.SMEM((GATES, CHUNK), jnp.float32)
     # One after the other: what a part works in, what the inverse does, what is written. So an H200 holds two blocks, up
     # to K = 128.
     working = [smem(count, CHUNK, PART, dtype=dtype) for count in (2, 3)] + [smem(CHUNK, PART, dtype=jnp.float32)]
     working += [smem(2, CHUNK, PART, dtype=jnp.bfloat16), smem(CHUNK, CHUNK, dtype=jnp.bfloat16)]
     shared = plgpu.RefUnion(working, INVERSE, [square, smem(2, CHUNK, CHUNK, dtype=dtype), tile])
-    scratch = [smem(parts, CHUNK, PART, dtype=dtype), shared, gates_tile, gates_tile]
+    scratch = [smem(parts, CHUNK, PART, dtype=dtype), shared, plgpu.SMEM((GATES, CHUNK), jnp.float32), again_tile()]
     scratch += [plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=4)]
-    grid = {"chunk": count, "head": heads, "batch": batch}
+    grid = {"batch": batch, "chunk": count, "head": heads}
     arguments = [q, k, w, log_decay, gates]
     results = launch(body, "delta_rule_prepare_channel", out, grid, scratch, static.interpret, arguments)
     q, k, w, scores, solved = (*results, None)[:5]

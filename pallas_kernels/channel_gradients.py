@@ -72,7 +72,7 @@ def channel_gradients(
     kinds = (_Q, _K, _W) if static.erase else (_Q, _W)
     arguments = [q, k, w, log_decay, *pairs, *decayed]
 
-    def body(*refs: Any) -> None:
+    def body(at: Any, *refs: Any) -> None:
         (q_ref, k_ref, w_ref, decay_ref), refs = refs[:4], refs[4:]
         pairs_refs, refs = refs[: len(pairs)], refs[len(pairs) :]
         decayed_refs, (*out_refs, log_decay_ref), refs = (
@@ -81,7 +81,7 @@ def channel_gradients(
             refs[len(kinds) + 4 :],
         )
         (keys_s, given_s, pairs_s, mask_s, sums_s, loaded), operands = refs[:6], _Operands(*refs[6:])
-        b, h, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk", "part"))
+        b, h, n, c = at("batch", "head", "chunk", "part")
         rows, part = pl.ds(n * CHUNK, CHUNK), pl.ds(c * PART, PART)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
         for slot, ref, head in ((_Q, q_ref, key_head), (_K, k_ref, key_head), (_W, w_ref, write_head)):
@@ -166,5 +166,5 @@ def channel_gradients(
         plgpu.Barrier(num_arrivals=3 + len(kinds) + len(pairs)),
         *_Operands.types(dtype),
     ]
-    grid = {"part": key_dim // PART, "chunk": count, "head": heads, "batch": batch}
+    grid = {"batch": batch, "chunk": count, "part": key_dim // PART, "head": heads}
     return launch(body, "delta_rule_channel_gradients", out, grid, scratch, static.interpret, arguments)

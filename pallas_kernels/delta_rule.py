@@ -1,6 +1,7 @@
 """The asymmetric gated delta rule on Hopper GPUs: the kernels in order, their gradient, and what they do not serve."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,11 +11,12 @@ from jax import lax
 from pallas_kernels.adjoint import recur_back
 from pallas_kernels.channel import prepare_channel
 from pallas_kernels.channel_gradients import channel_gradients
-from pallas_kernels.gates import BETA, FROM_START, documents_of, fill, from_chunks, gates_of
+from pallas_kernels.gates import BETA, FROM_START, clamped, documents_of, fill, from_chunks, gates_of
 from pallas_kernels.gradients import D_CUMULATIVE, D_END, Z_WRITE, gradients
 from pallas_kernels.pieces import first_memories, last_gradients, piece_count
 from pallas_kernels.prepare import Chunks, Static, prepare
 from pallas_kernels.recurrence import recur
+from pallas_kernels.shards import Axes, Heads, per_shard
 from pallas_kernels.tiles import CHUNK, alike
 
 DIMENSIONS = (64, 128, 256)
@@ -37,9 +39,11 @@ def limitation(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, w: jax
 
 
 class Inputs(NamedTuple):
-    """Arrays of a call, T a multiple of 64; optional parts are None."""
+    """Arrays of a call; optional parts are None.
 
-    # With P pieces of every sequence B is B P and T is T / P, but for the initial memory.
+    With P pieces of every sequence B is B P, and T is T / P, a multiple of 64, but for the initial memory.
+    """
+
     q: jax.Array  # [B, T, Hk, K]
     k: jax.Array  # [B, T, Hk, K]
     w: jax.Array | None  # [B, T, Hk or H, K]; None where it is k
@@ -47,6 +51,11 @@ class Inputs(NamedTuple):
     beta: jax.Array  # [B, T, H] float32
     log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K] float32
     initial: jax.Array  # [B, H, K, V] float32
+
+
+class _Options(NamedTuple):
+    chunk: Static
+    pieces: int | None
 
 
 def delta_rule(
@@ -91,44 +100,98 @@ def delta_rule(
     reason = limitation(q, k, v, beta, write_key)
     if reason is not None:
         raise NotImplementedError(reason)
-    batch, length, heads, value_dim = v.shape
     if 0 in v.shape[:3]:
         return jnp.zeros_like(v), initial_state
-    if pieces is None:
-        pieces = piece_count(batch, heads, -(-length // CHUNK), q.shape[3], value_dim)
-
-    # The tokens that fill the last chunks write nothing and leave the memory as it is. Pieces are more of a batch.
-    def pad(x: jax.Array) -> jax.Array:
-        return fill(x, CHUNK * pieces).reshape(batch * pieces, -1, *x.shape[2:])
-
-    q, k, v, beta = pad(q), pad(k), pad(v), pad(beta)
-    inputs = Inputs(q, k, None, v, beta, None, initial_state)
-    if write_key is not None:
-        inputs = inputs._replace(w=pad(write_key))
-    if log_decay is not None:
-        inputs = inputs._replace(log_decay=pad(log_decay))
     channel = log_decay is not None and log_decay.ndim == 4
-    documents = None if restarts is None else documents_of(pad(restarts))
     static = Static(
         scale=scale,
         erase=erase,
         decay=log_decay is not None and not channel,
-        documents=documents is not None,
+        documents=restarts is not None,
         interpret=interpret,
     )
-    out, final = _delta_rule(*alike((inputs, documents)), static)
-    return out.reshape(batch, -1, heads, value_dim)[:, :length], final
+    log_decay = None if log_decay is None else clamped(log_decay)
+    inputs = Inputs(q, k, write_key, v, beta, log_decay, initial_state)
+    return _delta_rule(*alike((inputs, restarts)), _Options(static, pieces))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _delta_rule(inputs: Inputs, documents: jax.Array | None, static: Static) -> tuple[jax.Array, jax.Array]:
-    chunks = _prepare(inputs, documents, static, gradient=False)
-    initial = inputs.initial
-    batch, pieces = initial.shape[0], inputs.q.shape[0] // initial.shape[0]
-    if pieces > 1:
-        initial, _ = first_memories(chunks, inputs.v, initial, static)
-    out, final = recur(chunks, inputs.v, initial, static, keep="outputs")
-    return out, final.reshape(batch, pieces, *final.shape[1:])[:, -1]
+def _delta_rule(inputs: Inputs, restarts: jax.Array | None, options: _Options) -> tuple[jax.Array, jax.Array]:
+    out, final = _per_shard(_forward, inputs, restarts, (), ("b.h.", "bh.."), options)
+    return out, final
+
+
+def _delta_rule_fwd(inputs: Inputs, restarts: jax.Array | None, options: _Options) -> Any:
+    return _delta_rule(inputs, restarts, options), (inputs, restarts)
+
+
+def _delta_rule_bwd(options: _Options, saved: Any, cotangents: Any) -> Any:
+    inputs, restarts = saved
+    q, k, w, *_ = inputs
+    count = 2 + options.chunk.erase  # with those of v, beta and the first memory, and perhaps log_decay, after them
+    results = [*["b.h."] * (count + 1), "b.h", "bh..", *filter(None, [_axes(inputs).log_decay])]
+    found = _per_shard(_backward, inputs, restarts, tuple(cotangents), results, options)
+    keys, (d_v, d_beta, d_initial, *rest) = found[:count], found[count:]
+    d_log_decay = rest[0] if rest else None
+    d_q, d_w = _per_key_head(keys[0], q), _per_key_head(keys[-1], k if w is None else w)
+    d_k = _per_key_head(keys[1], k) if options.chunk.erase else jnp.zeros_like(k)
+    if w is None:
+        return Inputs(d_q, d_k + d_w, None, d_v, d_beta, d_log_decay, d_initial), None
+    return Inputs(d_q, d_k, d_w, d_v, d_beta, d_log_decay, d_initial), None
+
+
+def _per_shard(
+    function: Any, inputs: Inputs, restarts: Any, cotangents: Any, results: Sequence[Axes], options: _Options
+) -> list[jax.Array]:
+    arguments = (inputs, restarts, cotangents)
+    axes = (_axes(inputs), None if restarts is None else "b.", ("b.h.", "bh..")[: len(cotangents)])
+    heads = Heads(inputs.q.shape[2], inputs.v.shape[2] // inputs.q.shape[2])
+    return per_shard(function, arguments, axes, results, options, heads=heads, interpret=options.chunk.interpret)
+
+
+def _axes(inputs: Inputs) -> Any:
+    """What `per_shard` is to know of every one of the inputs."""
+    keys, w = "b.k.", inputs.w
+    writes = None if w is None else keys if w.shape[2] == inputs.q.shape[2] else "b.h."
+    decays = None if inputs.log_decay is None else "b.h."[: inputs.log_decay.ndim]
+    axes: tuple[Any, ...] = (keys, keys, writes, "b.h.", "b.h", decays, "bh..")
+    return Inputs(*axes)
+
+
+class _Pieces(NamedTuple):
+    """How the sequences of a device are cut; pieces are more of a batch."""
+
+    number: int
+    batch: int
+    length: int
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [B P, T / P, ...]; the tokens that fill the last chunks write and decay nothing."""
+        return fill(x, CHUNK * self.number).reshape(self.batch * self.number, -1, *x.shape[2:])
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """The inverse."""
+        return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.length]
+
+    def first(self, x: jax.Array) -> jax.Array:
+        """Of [B P, ...] that of the first piece."""
+        return x.reshape(self.batch, self.number, *x.shape[1:])[:, 0]
+
+    def last(self, x: jax.Array) -> jax.Array:
+        """Of [B P, ...] that of the last piece."""
+        return x.reshape(self.batch, self.number, *x.shape[1:])[:, -1]
+
+
+def _cut(inputs: Inputs, restarts: jax.Array | None, options: _Options) -> tuple[_Pieces, Inputs, jax.Array | None]:
+    """The inputs in pieces but for the initial memory, and the documents of their chunks."""
+    batch, length, heads, value_dim = inputs.v.shape
+    chunks, count = -(-length // CHUNK), options.pieces
+    if count is None:
+        count = piece_count(batch, heads, chunks, inputs.q.shape[3], value_dim)
+    pieces = _Pieces(count, batch, length)
+    documents = None if restarts is None else documents_of(pieces.cut(restarts))
+    tokens = {name: pieces.cut(x) for name, x in inputs._asdict().items() if x is not None and name != "initial"}
+    return pieces, inputs._replace(**tokens), documents
 
 
 def _prepare(inputs: Inputs, documents: jax.Array | None, static: Static, *, gradient: bool) -> Chunks:
@@ -140,48 +203,50 @@ def _prepare(inputs: Inputs, documents: jax.Array | None, static: Static, *, gra
     return prepare_channel(q, k, w, log_decay, gates, static, gradient=gradient)
 
 
-def _delta_rule_fwd(inputs: Inputs, documents: jax.Array | None, static: Static) -> Any:
-    return _delta_rule(inputs, documents, static), (inputs, documents)
+def _forward(arguments: tuple[Inputs, jax.Array | None, Any], options: _Options) -> list[jax.Array]:
+    """(outputs, final memory)."""
+    pieces, inputs, documents = _cut(*arguments[:2], options)
+    static, initial = options.chunk, inputs.initial
+    chunks = _prepare(inputs, documents, static, gradient=False)
+    if pieces.number > 1:
+        initial, _ = first_memories(chunks, inputs.v, initial, static)
+    out, final = recur(chunks, inputs.v, initial, static, keep="outputs")
+    return [pieces.join(out), pieces.last(final)]
 
 
-def _delta_rule_bwd(static: Static, saved: Any, cotangents: Any) -> Any:
-    inputs, documents = saved
-    d_out, d_final = cotangents
+def _backward(arguments: tuple[Inputs, jax.Array | None, Any], options: _Options) -> list[jax.Array]:
+    """Gradients of q, k (with erase) and w by value head, of v, beta, the initial memory and, if any, log_decay."""
+    pieces, inputs, documents = _cut(*arguments[:2], options)
+    static, initial, log_decay = options.chunk, inputs.initial, inputs.log_decay
+    d_out, d_final = pieces.cut(arguments[2][0]), arguments[2][1]
     # R is beta times what a token's prediction misses, and the gradient of beta is that times Z: beta is kept from 0.
     smallest = 2.0 ** (-20 if inputs.q.dtype == jnp.bfloat16 else -10)
     beta = jnp.where(jnp.abs(inputs.beta) < smallest, smallest, inputs.beta)
     chunks = _prepare(inputs._replace(beta=beta), documents, static, gradient=True)
-    initial = inputs.initial
-    batch, pieces = initial.shape[0], inputs.q.shape[0] // initial.shape[0]
-    if pieces > 1:
+    if pieces.number > 1:
         initial, through = first_memories(chunks, inputs.v, initial, static)
         own = recur_back(chunks, d_out, jnp.zeros_like(initial), static).d_initial
         d_final = last_gradients(through, own, d_final)
     # Shared memory holds what rounding takes away for V up to 128 only.
-    rests, log_decay = inputs.v.shape[3] <= 128, inputs.log_decay
+    rests = inputs.v.shape[3] <= 128
     write, states, rest = recur(chunks, inputs.v, initial, static, keep="states")
     back = recur_back(chunks, d_out, d_final, static, rests=rests and log_decay is not None)
-    d_initial = back.d_initial.reshape(batch, pieces, *back.d_initial.shape[1:])[:, 0]
     results = gradients(chunks, d_out, [write, rest] if rests else [write], back, states, static)
     keys, (rows, keep, *pairs) = results[: 2 + static.erase], results[2 + static.erase :]
-    gates = chunks.gates
-    q, k = inputs.q, inputs.k
-    w = k if inputs.w is None else inputs.w
-    d_log_decay = None
+    gates, decays = chunks.gates, []
     if static.decay:
         # The last token's sum also decays what the chunk writes and keeps.
         left = jnp.sum(rows[..., D_END, :], axis=(3, 4)) + jnp.sum(keep, axis=-1) * gates[..., FROM_START, -1]
         d_sums = jnp.sum(rows[..., D_CUMULATIVE, :], axis=3).at[..., -1].add(left)
-        d_log_decay = from_chunks(lax.cumsum(d_sums, axis=3, reverse=True))
+        decays = [from_chunks(lax.cumsum(d_sums, axis=3, reverse=True))]
     elif log_decay is not None and chunks.carry is not None:
+        q, k, w = inputs.q, inputs.k, inputs.k if inputs.w is None else inputs.w
         *keys, inside = channel_gradients(q, k, w, log_decay, pairs, keys, static)
-        d_log_decay = inside + jnp.repeat((chunks.carry * keep).swapaxes(1, 2), CHUNK, axis=1)
-    d_q, d_w = _per_key_head(keys[0], q), _per_key_head(keys[-1], w)
-    d_k = _per_key_head(keys[1], k) if static.erase else jnp.zeros_like(k)
+        keys = keys if static.erase else [keys[0], keys[-1]]
+        decays = [inside + jnp.repeat((chunks.carry * keep).swapaxes(1, 2), CHUNK, axis=1)]
     d_beta = from_chunks(rows[..., 0, Z_WRITE, :] / gates[..., BETA, :])
-    if inputs.w is None:
-        return Inputs(d_q, d_k + d_w, None, back.d_v, d_beta, d_log_decay, d_initial), None
-    return Inputs(d_q, d_k, d_w, back.d_v, d_beta, d_log_decay, d_initial), None
+    d_keys, d_values, d_decays = ([pieces.join(x) for x in group] for group in (keys, (back.d_v, d_beta), decays))
+    return [*d_keys, *d_values, pieces.first(back.d_initial), *d_decays]
 
 
 def _per_key_head(gradient: jax.Array, x: jax.Array) -> jax.Array:

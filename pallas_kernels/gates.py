@@ -1,8 +1,11 @@
 """What every token of a chunk is scaled by, as the kernels read it."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.tiles import CHUNK
 
@@ -11,9 +14,16 @@ BETA = 0
 FROM_START = 1  # what is left, at a token, of the memory that the chunk starts with
 TO_END = 2  # what is left, at the end of the chunk, of what a token writes
 SCALES = 3
-CUMULATIVE = 3  # the sum of the log decays from the start of the chunk
-DOCUMENT = 4  # how often the memory has restarted since the start of the chunk
-GATES = 5
+# The last three are read along columns too. The sum of the log decays from the start of the chunk is two numbers, a
+# multiple of 1/256 and the rest: the first's differences are exact beside resets, and the second's are small.
+COARSE, FINE = 3, 4
+DOCUMENT = 5  # how often the memory has restarted since the start of the chunk
+GATES = 6
+AGAIN = 3
+
+# The least log decay that kernels are given; its exp is 0, as is that of anything below -104. With it the sums of 64
+# tokens stay within 2^16, up to which multiples of 1/256 are exact, so that it adds no error to the decays beside it.
+LOWEST = -1000.0
 
 
 def to_chunks(x: jax.Array) -> jax.Array:
@@ -37,18 +47,37 @@ def documents_of(restarts: jax.Array) -> jax.Array:
     return jnp.cumsum(in_chunks, axis=-1).astype(jnp.float32)
 
 
+def clamped(log_decay: jax.Array) -> jax.Array:
+    """Log decays of at least `LOWEST`, in place of resets down to -inf, which get no gradient. NaN stays NaN."""
+    return jnp.where(log_decay < LOWEST, LOWEST, log_decay)
+
+
+def two_sums(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Log decays [..., 64] summed from the start, as a multiple of 1/256 and the rest."""
+    coarse = jnp.round(log_decay * 256.0) / 256.0
+    return jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_decay - coarse, axis=-1)
+
+
+def again_of(gates: Any) -> Any:
+    """The rows of the gates of a chunk that are read along columns, [AGAIN, 64]."""
+    return gates.at[pl.ds(GATES - AGAIN, AGAIN)]
+
+
+def again_tile(*stages: int) -> Any:
+    """Shared memory for them: the compiler gives one vector one layout, along rows or along columns."""
+    return plgpu.SMEM((*stages, AGAIN, CHUNK), jnp.float32)
+
+
 def gates_of(beta: jax.Array, log_decay: jax.Array | None, documents: jax.Array | None) -> jax.Array:
     """[B, H, N, GATES, 64] of beta and a scalar log decay [B, T, H], and the documents [B, N, 64] float32."""
     beta = to_chunks(beta)
     ones, zeros = jnp.ones_like(beta), jnp.zeros_like(beta)
-    rows = [beta, ones, ones, zeros, zeros]
+    rows = [beta, ones, ones, zeros, zeros, zeros]
     if log_decay is not None:
-        log_decay = to_chunks(log_decay)
-        rows[CUMULATIVE] = jnp.cumsum(log_decay, axis=-1)
-        rows[FROM_START] = jnp.exp(rows[CUMULATIVE])
-        # A sum of its own: a difference of two long sums would lose digits beside strong decays.
-        after = lax.cumsum(log_decay, axis=3, reverse=True)
-        rows[TO_END] = jnp.exp(jnp.pad(after[..., 1:], [(0, 0)] * 3 + [(0, 1)]))
+        coarse, fine = two_sums(to_chunks(log_decay))
+        rows[COARSE], rows[FINE] = coarse, fine
+        rows[FROM_START] = jnp.exp(coarse + fine)
+        rows[TO_END] = jnp.exp((coarse[..., -1:] - coarse) + (fine[..., -1:] - fine))
     if documents is not None:
         rows[DOCUMENT] = jnp.broadcast_to(documents[:, None], beta.shape)
         rows[FROM_START] = jnp.where(rows[DOCUMENT] == 0, rows[FROM_START], 0.0)

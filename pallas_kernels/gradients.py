@@ -12,7 +12,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.adjoint import Back
-from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END
+from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, again_of, again_tile
 from pallas_kernels.prepare import Chunks, Static, pair_decay
 from pallas_kernels.tiles import CHUNK, indices, launch, products, read, row_scale, smem, split, split_terms, zero_rows
 
@@ -65,7 +65,7 @@ def gradients(
         del inputs["k"]
     flat = [x for halves in inputs.values() for x in halves]
 
-    def body(*refs: Any) -> None:
+    def body(at: Any, *refs: Any) -> None:
         left = iter(refs)
         source = {name: [next(left) for _ in halves] for name, halves in inputs.items()}
         gates_ref, *out_refs = itertools.islice(left, 1 + len(out))
@@ -74,7 +74,7 @@ def gradients(
         tile = {name: halves[0] for name, halves in tiles.items()}
         tile["d_out"], out_s = tile["d_out"]
         tiles["d_out"] = [tile["d_out"]]
-        b, h, n, c = (lax.axis_index(name) for name in ("batch", "head", "chunk", "part"))
+        b, h, n, c = at("batch", "head", "chunk", "part")
         rows, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(c * PART, PART)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
         where: dict[str, tuple[Any, ...]] = {"w": (b, rows, write_head, channels)}
@@ -85,7 +85,7 @@ def gradients(
             for ref, target in zip(halves, tiles[name], strict=True):
                 plgpu.copy_gmem_to_smem(ref.at[where[name]], target, loaded)
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
-        plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], again_s, loaded)
+        plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s, loaded)
         plgpu.barrier_wait(loaded)
 
         def write_out(value: jax.Array, ref: Any) -> None:
@@ -159,12 +159,12 @@ def gradients(
         *(kinds.get(name, values) for name, halves in inputs.items() for _ in halves),
         *[smem(2, CHUNK, CHUNK, dtype=dtype)] * 2,
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
-        plgpu.SMEM((GATES, CHUNK), jnp.float32),
+        again_tile(),
         plgpu.SMEM((SUMS, CHUNK), jnp.float32),
         plgpu.SMEM((PART,), jnp.float32),
         plgpu.Barrier(num_arrivals=len(flat) + 2),
     ]
-    grid = {"part": key_dim // PART, "chunk": count, "head": heads, "batch": batch}
+    grid = {"batch": batch, "chunk": count, "part": key_dim // PART, "head": heads}
     arguments = [*flat, gates]
     return launch(body, "delta_rule_gradients", out, grid, scratch, static.interpret, arguments)
 

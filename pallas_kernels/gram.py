@@ -14,8 +14,21 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, documents_of, fill, from_chunks, gates_of
+from pallas_kernels.gates import (
+    BETA,
+    FROM_START,
+    GATES,
+    TO_END,
+    again_of,
+    again_tile,
+    clamped,
+    documents_of,
+    fill,
+    from_chunks,
+    gates_of,
+)
 from pallas_kernels.prepare import Static, pair_decay
+from pallas_kernels.shards import Heads, per_shard
 from pallas_kernels.tiles import (
     CHUNK,
     alike,
@@ -103,31 +116,45 @@ def gram(
     documents = None if restarts is None else documents_of(fill(restarts))
     static = Static(scale=1.0, erase=False, decay=True, documents=documents is not None, interpret=interpret)
     options = _Options(squash, multiply, static)
-    out, final = _gram(*alike((fill(k), fill(log_decay), fill(gain), center, initial, documents)), options)
+    tokens = (fill(k), fill(clamped(log_decay)), fill(gain))
+    out, final = _gram(*alike((*tokens, center, initial, documents)), options)
     return out[:, :length], final
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
 def _gram(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-    out, final, _ = _walk(*arguments)
-    return out, final
+    return _gram_fwd(*arguments)[0]
 
 
 def _gram_fwd(*arguments: Any) -> Any:
-    out, final, starts = _walk(*arguments)
-    return (out, final), (*arguments[:-1], starts)
+    *arrays, options = arguments
+    axes, interpret = (*_AXES, "bk.", _documents_axes(arrays[-1])), options.chunk.interpret
+    results = ("b.k.", "bk.", "bk..")
+    out, final, starts = per_shard(
+        _walk, tuple(arrays), axes, results, options, heads=Heads(arrays[0].shape[2]), interpret=interpret
+    )
+    return (out, final), (*arrays, starts)
 
 
 def _gram_bwd(options: _Options, saved: Any, cotangents: Any) -> Any:
     k, log_decay, gain, center, _, documents, starts = saved
-    d_out, d_final = cotangents
-    d_k, sums, d_initial = _walk_back(k, log_decay, gain, center, documents, starts, d_out, d_final, options)
-    sums = jnp.sum(sums, axis=3)  # over the parts of the key channels
-    d_gain, d_log_decay, d_center = (sums[:, :, :, row] for row in (_D_GAIN, _D_LOG_DECAY, _D_CENTER))
-    return d_k, from_chunks(d_log_decay), from_chunks(d_gain), jnp.sum(d_center, axis=(0, 2, 3)), d_initial, None
+    arrays = (k, log_decay, gain, center, documents, starts, *cotangents)
+    axes = (*_AXES, _documents_axes(documents), "bk..", "b.k.", "bk.")
+    results, interpret = ("b.k.", "b.k", "b.k", "bk", "bk."), options.chunk.interpret
+    *d_tokens, d_center, d_initial = per_shard(
+        _walk_back, arrays, axes, results, options, heads=Heads(k.shape[2]), interpret=interpret
+    )
+    return *d_tokens, jnp.sum(d_center, axis=0), d_initial, None
+
+
+def _documents_axes(documents: jax.Array | None) -> str | None:
+    return None if documents is None else "b.."
 
 
 _gram.defvjp(_gram_fwd, _gram_bwd)
+
+
+_AXES = ("b.k.", "b.k", "b.k", "k")  # of keys, log decay, gain and center, for `per_shard`
 
 
 class _Tiles(NamedTuple):
@@ -152,16 +179,9 @@ def _summed(tiles: _Tiles, *, transpose: bool = False) -> jax.Array:
     return products(split_terms(decay, value))[0]
 
 
-def _walk(
-    k: jax.Array,
-    log_decay: jax.Array,
-    gain: jax.Array,
-    center: jax.Array,
-    initial: jax.Array,
-    documents: jax.Array | None,
-    options: _Options,
-) -> list[jax.Array]:
+def _walk(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
     """(m or m k, A after the last token, A before each chunk [B, P, N, K])."""
+    k, log_decay, gain, center, initial, documents = arrays
     batch, length, heads, key_dim = k.shape
     count, static = length // CHUNK, options.chunk
     result = k.dtype if options.multiply else jnp.float32
@@ -172,6 +192,7 @@ def _walk(
     ]
 
     def body(
+        at: Any,
         k_ref: Any,
         gates_ref: Any,
         center_ref: Any,
@@ -182,13 +203,13 @@ def _walk(
         *refs: Any,
     ) -> None:
         k_s, gates_s, again_s, decay_s, value_s, out_s, start_s, loaded = refs
-        b, h, c = (lax.axis_index(name) for name in ("batch", "head", "part"))
+        b, h, c = at("batch", "head", "part")
         channels, tiles = pl.ds(c * PART, PART), _Tiles(decay_s, value_s)
 
         def load(n: Any, slot: Any) -> None:
             plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, channels], k_s.at[slot], loaded.at[slot])
-            for gates in (gates_s, again_s):
-                plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s.at[slot], loaded.at[slot])
 
         def chunk(n: Any, start: jax.Array) -> jax.Array:
             slot = lax.rem(n, jnp.int32(2))
@@ -220,13 +241,14 @@ def _walk(
 
     scratch = [
         smem(2, CHUNK, PART, dtype=k.dtype),
-        *[plgpu.SMEM((2, GATES, CHUNK), jnp.float32)] * 2,
+        plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
+        again_tile(2),
         *_Tiles.types(),
         smem(CHUNK, PART, dtype=result),
         plgpu.SMEM((PART,), jnp.float32),
         plgpu.Barrier(num_arrivals=3, num_barriers=2),
     ]
-    grid = {"part": key_dim // PART, "head": heads, "batch": batch}
+    grid = {"batch": batch, "part": key_dim // PART, "head": heads}
     arguments = [k, gates_of(gain, log_decay, documents), center, initial]
     return launch(body, "gram", out, grid, scratch, static.interpret, arguments)
 
@@ -237,18 +259,9 @@ def _multiplier(running: jax.Array, center: jax.Array, options: _Options) -> tup
     return r, jnp.exp(-math.log(options.squash) * r / (1.0 + jnp.abs(r)))
 
 
-def _walk_back(
-    k: jax.Array,
-    log_decay: jax.Array,
-    gain: jax.Array,
-    center: jax.Array,
-    documents: jax.Array | None,
-    starts: jax.Array,
-    d_out: jax.Array,
-    d_final: jax.Array,
-    options: _Options,
-) -> list[jax.Array]:
-    """(dk, sums over each part of the key channels [B, P, N, parts, SUMS, 64], gradient of the first A)."""
+def _walk_back(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
+    """The gradients of k, log_decay, gain, the center by sequence [B, P] and the first A."""
+    k, log_decay, gain, center, documents, starts, d_out, d_final = arrays
     batch, length, heads, key_dim = k.shape
     count, static, parts = length // CHUNK, options.chunk, key_dim // PART
     out = [
@@ -258,19 +271,19 @@ def _walk_back(
     ]
 
     def body(
-        k_ref: Any, gates_ref: Any, center_ref: Any, starts_ref: Any, d_out_ref: Any, d_final_ref: Any,
+        at: Any, k_ref: Any, gates_ref: Any, center_ref: Any, starts_ref: Any, d_out_ref: Any, d_final_ref: Any,
         d_k_ref: Any, sums_ref: Any, d_initial_ref: Any, *refs: Any,
     ) -> None:  # fmt: skip
         k_s, d_out_s, gates_s, again_s, start_s, decay_s, value_s, d_k_s, before_s, d_key_s, sums_s, loaded = refs
-        b, h, c = (lax.axis_index(name) for name in ("batch", "head", "part"))
+        b, h, c = at("batch", "head", "part")
         channels = pl.ds(c * PART, PART)
 
         def load(n: Any, slot: Any) -> None:
             rows = pl.ds(n * CHUNK, CHUNK)
             for ref, tile in ((k_ref, k_s), (d_out_ref, d_out_s)):
                 plgpu.copy_gmem_to_smem(ref.at[b, rows, h, channels], tile.at[slot], loaded.at[slot])
-            for gates in (gates_s, again_s):
-                plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(starts_ref.at[b, h, n, channels], start_s.at[slot], loaded.at[slot])
 
         def chunk(step: Any, d_after: jax.Array) -> jax.Array:
@@ -331,7 +344,8 @@ def _walk_back(
     scratch = [
         smem(2, CHUNK, PART, dtype=k.dtype),
         smem(2, CHUNK, PART, dtype=d_out.dtype),
-        *[plgpu.SMEM((2, GATES, CHUNK), jnp.float32)] * 2,
+        plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
+        again_tile(2),
         plgpu.SMEM((2, PART), jnp.float32),
         *_Tiles.types(),
         smem(CHUNK, PART, dtype=k.dtype),
@@ -339,6 +353,9 @@ def _walk_back(
         plgpu.SMEM((_SUMS, CHUNK), jnp.float32),
         plgpu.Barrier(num_arrivals=5, num_barriers=2),
     ]
-    grid = {"part": parts, "head": heads, "batch": batch}
+    grid = {"batch": batch, "part": parts, "head": heads}
     arguments = [k, gates_of(gain, log_decay, documents), center, starts, d_out, d_final]
-    return launch(body, "gram_back", out, grid, scratch, static.interpret, arguments)
+    d_k, sums, d_initial = launch(body, "gram_back", out, grid, scratch, static.interpret, arguments)
+    sums = jnp.sum(sums, axis=3)  # over the parts of the key channels
+    d_gain, d_log_decay, d_center = (sums[:, :, :, row] for row in (_D_GAIN, _D_LOG_DECAY, _D_CENTER))
+    return [d_k, from_chunks(d_log_decay), from_chunks(d_gain), jnp.sum(d_center, axis=(2, 3)), d_initial]

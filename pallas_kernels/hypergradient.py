@@ -12,13 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gates import fill, from_chunks
+from pallas_kernels.gates import clamped, fill, from_chunks
 from pallas_kernels.hypergradient_backward import walk_back
 from pallas_kernels.hypergradient_expand import expand
 from pallas_kernels.hypergradient_finish import D_BETA, D_LOG_FORGET, D_STEP, finish
 from pallas_kernels.hypergradient_forward import walk
 from pallas_kernels.hypergradient_parts import Static, make_gates
 from pallas_kernels.hypergradient_prepare import prepare
+from pallas_kernels.shards import Heads, per_shard
 from pallas_kernels.tiles import alike
 
 _SIZES = (64, 128, 256)
@@ -76,7 +77,7 @@ def hypergradient(
     reason = limitation(k)
     if reason is not None:
         raise NotImplementedError(reason)
-    if length == 0:
+    if 0 in k.shape[:3]:
         return jnp.zeros(k.shape, k.dtype if multiply else jnp.float32), initial.astype(jnp.float32)
     f32 = lambda x: jnp.asarray(x, jnp.float32)
     static = Static(
@@ -87,14 +88,11 @@ def hypergradient(
         multiply=multiply,
         interpret=interpret,
     )
-    step, beta, log_forget = (
-        f32(step),
-        jnp.ones(step.shape, jnp.float32) if beta is None else f32(beta),
-        jnp.zeros(step.shape, jnp.float32) if log_forget is None else f32(log_forget),
-    )
-    starts = jnp.zeros(k.shape[:2], jnp.float32) if restart is None else f32(restart)
+    beta = jnp.ones(step.shape, jnp.float32) if beta is None else f32(beta)
     # The tokens that fill the last chunk have a step of 0 and forget nothing.
-    k, step, beta, log_forget, starts = (fill(x) for x in (k, step, beta, log_forget, starts))
+    k, step, beta = fill(k), fill(f32(step)), fill(beta)
+    log_forget = None if log_forget is None else fill(clamped(f32(log_forget)))
+    starts = None if restart is None else fill(f32(restart))
     states = (f32(initial), f32(restart_state), jnp.zeros_like(f32(initial)) if anchor is None else f32(anchor))
     out, final = _hypergradient(*alike((k, step, beta, log_forget, starts, *states)), static)
     return out[:, :length], final
@@ -102,36 +100,57 @@ def hypergradient(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(8,))
 def _hypergradient(*arguments: Any) -> tuple[jax.Array, jax.Array]:
-    return _forward(*arguments)[0]
+    return _hypergradient_fwd(*arguments)[0]
 
 
-def _forward(
-    k: jax.Array,
-    step: jax.Array,
-    beta: jax.Array,
-    log_forget: jax.Array,
-    starts: jax.Array,
-    initial: jax.Array,
-    restart: jax.Array,
-    anchor: jax.Array,
-    static: Static,
-) -> tuple[Any, Any]:
+def _hypergradient_fwd(*arguments: Any) -> tuple[Any, Any]:
+    *arrays, static = arguments
+    forget, starts = (None if x is None else axes for x, axes in zip(arrays[3:5], ("b.k", "b."), strict=True))
+    axes, results = ("b.k.", "b.k", "b.k", forget, starts, *["bk."] * 3), ("b.k.", "bk.", *_WALKED[1:5])
+    out, final, *walked = per_shard(
+        _forward, tuple(arrays), axes, results, static, heads=Heads(arrays[0].shape[2]), interpret=static.interpret
+    )
+    return (out, final), (arrays[0], *walked, *arrays[6:])
+
+
+def _hypergradient_bwd(static: Static, walked: Any, cotangents: Any) -> Any:
+    results = ("b.k.", *["b.k"] * (2 + static.forget), *["bk."] * (2 + static.anchored))
+    arrays, axes = (*walked, *cotangents), (*_WALKED, "b.k.", "bk.")
+    found = per_shard(
+        _backward, arrays, axes, results, static, heads=Heads(arrays[0].shape[2]), interpret=static.interpret
+    )
+    (d_k, d_step, d_beta), found = found[:3], found[3:]
+    d_log_forget = found.pop(0) if static.forget else None
+    d_initial, d_restart, *d_anchor = found
+    return d_k, d_step, d_beta, d_log_forget, None, d_initial, d_restart, d_anchor[0] if d_anchor else None
+
+
+# For `per_shard`, the axes of what is kept for the gradient: k, gates, d before each chunk, feedback, which chunks go
+# token by token, what documents start from, anchor.
+_WALKED = ("b.k.", "bk...", "bk..", "bk..", "bk.", "bk.", "bk.")
+
+
+def _forward(arrays: tuple[Any, ...], static: Static) -> list[jax.Array]:
+    """(d or d k, d after the last token), then what is kept of the walk."""
+    k, step, beta, log_forget, starts, initial, restart, anchor = arrays
     gates = make_gates(step, beta, log_forget, starts)
     (inverse,) = prepare(k, gates, None, static)
     befores, feedback, final, redone = walk(k, gates, inverse, initial, restart, anchor, static)
     walked = (k, gates, befores, feedback, redone, restart, anchor)
-    return (expand(*walked, static=static, multiply=static.multiply), final), walked
+    return [expand(*walked, static=static, multiply=static.multiply), final, *walked[1:5]]
 
 
-def _backward(static: Static, walked: Any, cotangents: Any) -> Any:
+def _backward(arrays: tuple[Any, ...], static: Static) -> list[jax.Array]:
+    """The gradients of k, step, beta, log_forget, the two states and, if any, the anchor."""
+    walked, (used, final) = arrays[:7], arrays[7:]
     k, gates, befores, feedback, redone, _, anchor = walked
-    used, final = cotangents
     prepared = prepare(k, gates, used, static)
     d = expand(*walked, static=static, multiply=False, redone_only=True) if static.exact else None
     r, after, initial, restart = walk_back(k, gates, prepared, redone, d, used, final, anchor, static)
     d_k, d_gates, *d_anchor = finish(k, gates, befores, feedback, redone, d, used, r, after, anchor, static)
-    d_tokens = (from_chunks(d_gates[:, :, :, row]) for row in (D_STEP, D_BETA, D_LOG_FORGET))
-    return d_k, *d_tokens, None, initial, restart, jnp.sum(d_anchor[0], axis=2) if d_anchor else None
+    rows = (D_STEP, D_BETA, D_LOG_FORGET)[: 2 + static.forget]
+    d_tokens = (from_chunks(d_gates[:, :, :, row]) for row in rows)
+    return [d_k, *d_tokens, initial, restart, *(jnp.sum(x, axis=2) for x in d_anchor)]
 
 
-_hypergradient.defvjp(_forward, _backward)
+_hypergradient.defvjp(_hypergradient_fwd, _hypergradient_bwd)

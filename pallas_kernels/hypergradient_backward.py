@@ -54,12 +54,12 @@ def walk_back(
     shapes = [(batch, heads, count, CHUNK), (batch, heads, count, size), final.shape, final.shape]
     out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
 
-    def body(*refs: Any) -> None:
+    def body(at: Any, *refs: Any) -> None:
         ins, (r_ref, after_ref, initial_ref, restart_ref, *rest) = refs[: len(inputs)], refs[len(inputs) :]
         k_ref, gates_ref, inverse_ref, adds_ref, state_adds_ref, redone_ref, final_ref, anchor_ref, *token_refs = ins
         k_s, gates_s, inverse_s, adds_s, state_adds_s, state_s, r_s, tokens_s, restart_s, anchor_s, *rest = rest
         ready, loaded, token_scratch = rest
-        b, p = (lax.axis_index(name) for name in ("batch", "head"))
+        b, p = at("batch", "head")
 
         def here(step: Any) -> Any:
             return pl.ds(step * width, width)
@@ -177,6 +177,6 @@ def walk_back(
         plgpu.Barrier(num_arrivals=steps + 4, num_barriers=2),
         [*parts.blocks(size, k.dtype, cotangent.dtype), plgpu.Barrier(num_arrivals=3)] if static.exact else [],
     ]
-    grid = {"head": heads, "batch": batch}
+    grid = {"batch": batch, "head": heads}
     run = (body, "hypergradient_walk_back", out, grid, scratch, static.interpret, inputs)
     return list(launch(*run, automatic_barriers=True))

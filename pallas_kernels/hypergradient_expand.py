@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -44,10 +43,10 @@ def expand(
     inputs = [k, gates, starts, feedback, redone, restart, anchor]
     out = jax.ShapeDtypeStruct(k.shape, k.dtype if multiply else jnp.float32)
 
-    def body(*refs: Any) -> None:
+    def body(at: Any, *refs: Any) -> None:
         k_ref, gates_ref, starts_ref, feedback_ref, redone_ref, restart_ref, anchor_ref, out_ref, *rest = refs
         gates_s, start_s, restart_s, anchor_s, ready, token_scratch, chunk_scratch = rest
-        b, p, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+        b, p, n = at("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
 
         def closed_form() -> None:
@@ -117,5 +116,5 @@ def expand(
         [plgpu.SMEM((BLOCK, size), k.dtype), plgpu.Barrier()] if static.exact else [],
         [] if redone_only else of_a_chunk,  # blocks that need less of the memory leave room for others
     ]
-    grid = {"chunk": count, "head": heads, "batch": batch}
+    grid = {"batch": batch, "chunk": count, "head": heads}
     return launch(body, "hypergradient_expand", out, grid, scratch, static.interpret, inputs, automatic_barriers=True)

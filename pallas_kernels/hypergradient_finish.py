@@ -4,7 +4,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -63,13 +62,13 @@ def finish(
     out = [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct((*lead, 3, CHUNK), jnp.float32)]
     out += [jax.ShapeDtypeStruct((*lead, size), jnp.float32)] * static.anchored
 
-    def body(*refs: Any) -> None:
+    def body(at: Any, *refs: Any) -> None:
         ins, outs, rest = refs[: len(inputs)], refs[len(inputs) :][: len(out)], refs[len(inputs) + len(out) :]
         k_ref, gates_ref, starts_ref, feedback_ref, redone_ref, cotangent_ref, r_ref, after_ref, *more = ins
         (anchor_ref, *d_ref), (d_k_ref, d_gates_ref, *d_anchor_ref) = more, outs
         tiles, gates_s, after_s, anchor_s, d_gates_s, d_anchor_s, ready, loaded, block_loaded = rest
         of_a_chunk, blocks = tiles if static.exact else (tiles, None)
-        b, p, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+        b, p, n = at("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
 
         def closed_form() -> None:
@@ -186,6 +185,6 @@ def finish(
         plgpu.Barrier(num_arrivals=2 * pieces + 4),
         plgpu.Barrier(num_arrivals=3),
     ]
-    grid = {"chunk": count, "head": heads, "batch": batch}
+    grid = {"batch": batch, "chunk": count, "head": heads}
     run = (body, "hypergradient_finish", out, grid, scratch, static.interpret, inputs)
     return list(launch(*run, automatic_barriers=True))

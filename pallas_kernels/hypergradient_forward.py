@@ -60,12 +60,12 @@ def walk(
     shapes = [(*lead, size), (*lead, CHUNK), initial.shape]
     out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes] + [jax.ShapeDtypeStruct(lead, jnp.int32)]
 
-    def body(*refs: Any) -> None:
+    def body(at: Any, *refs: Any) -> None:
         k_ref, gates_ref, inverse_ref, initial_ref, restart_ref, anchor_ref, *rest = refs
         starts_ref, feedback_ref, final_ref, redone_ref, *rest = rest
         k_s, gates_s, inverse_s, state_s, feedback_s, tokens_s, restart_s, anchor_s, ready, loaded, *rest = rest
         token_scratch, test_scratch = rest
-        b, p = (lax.axis_index(name) for name in ("batch", "head"))
+        b, p = at("batch", "head")
 
         def here(step: Any) -> Any:
             return pl.ds(step * width, width)
@@ -215,7 +215,7 @@ def walk(
         [plgpu.SMEM((BLOCK, size), k.dtype), plgpu.Barrier()] if static.exact else [],
         [parts.again_tile(), *[parts.halves(1)] * 2, plgpu.Barrier()] if static.bounds is not None else [],
     ]
-    grid = {"head": heads, "batch": batch}
+    grid = {"batch": batch, "head": heads}
     arguments = [k, gates, inverse, initial, restart, anchor]
     run = (body, "hypergradient_walk", out, grid, scratch, static.interpret, arguments)
     return list(launch(*run, automatic_barriers=True))

@@ -17,11 +17,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import to_chunks
+from pallas_kernels.gates import to_chunks, two_sums
 from pallas_kernels.tiles import CHUNK, column_scale, indices, products, read, row_scale, smem, split, split_terms
 
-# Rows of the gates of a chunk, [GATES, 64] float32. The sums of log_forget are each kept as two numbers, a multiple of
-# 1/256 and the rest: the first's differences are exact beside strong forgetting, and the second's are small.
+# Rows of the gates of a chunk, [GATES, 64] float32. The sums of log_forget are each kept as two numbers, of `two_sums`.
 STEP, BETA, FORGET, DRAW, RESTART, FORCED = range(6)
 LEAD, TO_END, *SUMS = range(6, 12)
 COARSE, FINE, COARSE_BEFORE, FINE_BEFORE = SUMS
@@ -60,22 +59,32 @@ def sums_of(gates: Any) -> Any:
     return gates.at[pl.ds(SUMS[0], len(SUMS))]
 
 
-def make_gates(step: jax.Array, beta: jax.Array, log_forget: jax.Array, restart: jax.Array) -> jax.Array:
+def make_gates(step: jax.Array, beta: jax.Array, log_forget: jax.Array | None, restart: jax.Array | None) -> jax.Array:
     """[B, P, N, GATES, 64] of step, beta and log_forget [B, T, P] and restart [B, T], float32, T a multiple of 64."""
-    forget = to_chunks(jnp.maximum(log_forget, -110.0))  # its exp is 0, as is that of anything below
-    coarse = jnp.round(forget * 256.0) / 256.0
-    fine = forget - coarse
-    coarse_sum, fine_sum = jnp.cumsum(coarse, axis=-1), jnp.cumsum(fine, axis=-1)
-    coarse_before, fine_before = coarse_sum - coarse, fine_sum - fine
+    step, beta = to_chunks(step), to_chunks(beta)
+    ones, zeros = jnp.ones_like(step), jnp.zeros_like(step)
+    # What is absent is not summed as zeros: the compiler would do that itself, for minutes where sequences are long.
+    restarts = forced = zeros
+    if restart is not None:
+        restarts = to_chunks(jnp.broadcast_to(restart[..., None], (*restart.shape, step.shape[1])))
+        forced = jnp.broadcast_to(jnp.max(restarts[..., 1:], axis=-1, keepdims=True), restarts.shape)
+    if log_forget is None:
+        return jnp.stack([step, beta, ones, zeros, restarts, forced, ones, ones, *[zeros] * len(SUMS)], axis=3)
+    forget = to_chunks(log_forget)
+    coarse_sum, fine_sum = two_sums(forget)
+    coarse_before, fine_before = (_before(sums) for sums in (coarse_sum, fine_sum))
     to_end = (coarse_sum[..., -1:] - coarse_sum) + (fine_sum[..., -1:] - fine_sum)
-    restarts = to_chunks(jnp.broadcast_to(restart[..., None], step.shape))
-    forced = jnp.broadcast_to(jnp.max(restarts[..., 1:], axis=-1, keepdims=True), restarts.shape)
     rows = [
-        *(to_chunks(step), to_chunks(beta), jnp.exp(forget), -jnp.expm1(forget), restarts, forced),
+        *(step, beta, jnp.exp(forget), -jnp.expm1(forget), restarts, forced),
         *(jnp.exp(coarse_before + fine_before), jnp.exp(to_end)),
         *(coarse_sum, fine_sum, coarse_before, fine_before),
     ]
     return jnp.stack(rows, axis=3)
+
+
+def _before(sums: jax.Array) -> jax.Array:
+    """Sums [..., 64] without each token's own term."""
+    return jnp.pad(sums[..., :-1], [(0, 0)] * (sums.ndim - 1) + [(1, 0)])
 
 
 def left_before(gates: Any, again: Any, static: Static) -> jax.Array:

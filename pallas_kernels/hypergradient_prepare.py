@@ -5,7 +5,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
@@ -45,12 +44,12 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
     shapes = [(CHUNK, CHUNK), (CHUNK,), (size,)] if backward else [(CHUNK, CHUNK)]
     out = [jax.ShapeDtypeStruct((batch, heads, count, *shape), jnp.float32) for shape in shapes]
 
-    def body(*refs: Any) -> None:
+    def body(at: Any, *refs: Any) -> None:
         ins, outs, scoped = refs[: len(inputs)], refs[len(inputs) :][: len(out)], refs[len(inputs) + len(out) :]
         k_s, gates_s, again_s, adds_s, state_s, loaded, g_loaded, g_s, shared = scoped
         (u,), inverse_s, (x_s, left, g) = shared
         left, g = parts.at(left, 0), parts.at(g, 0)
-        b, p, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+        b, p, n = at("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
         for piece in range(pieces):
             plgpu.copy_gmem_to_smem(ins[0].at[b, rows, p, parts.channels(piece)], k_s.at[piece], loaded)
@@ -110,5 +109,5 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
         plgpu.SMEM((1,), jnp.float32) if cotangent is None else smem(pieces, CHUNK, PIECE, dtype=cotangent.dtype),
         shared,
     ]
-    grid = {"chunk": count, "head": heads, "batch": batch}
+    grid = {"batch": batch, "chunk": count, "head": heads}
     return list(launch(body, "hypergradient_prepare", out, grid, scratch, static.interpret, inputs))

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, CUMULATIVE, DOCUMENT, GATES, TO_END
+from pallas_kernels.gates import AGAIN, BETA, COARSE, DOCUMENT, FINE, GATES, TO_END, again_of, again_tile
 from pallas_kernels.inverse import SCRATCH as INVERSE
 from pallas_kernels.inverse import times_inverse, unit_lower_inverse
 from pallas_kernels.tiles import CHUNK, column_scale, indices, launch, product, products, row_scale, smem, split
@@ -19,7 +19,7 @@ class Static(NamedTuple):
 
     scale: float
     erase: bool
-    decay: bool  # scalar decay: CUMULATIVE holds its sum since the start of the chunk
+    decay: bool  # scalar decay: COARSE and FINE hold its sum since the start of the chunk
     documents: bool  # DOCUMENT numbers the documents of a chunk from 0
     interpret: bool
 
@@ -45,18 +45,26 @@ class Chunks(NamedTuple):
 def pair_decay(gates: Any, again: Any, static: Static) -> jax.Array:
     """What is left at token i of what token j <= i wrote, else 0: [64, 64].
 
-    The gates lie in shared memory twice, since the compiler gives one vector one layout: along rows or along columns.
+    Args:
+        gates: of the chunk [GATES, 64], in shared memory.
+        again: those rows of them that are read along columns, of `again_of`.
+        static: the options.
     """
     i, j = indices((CHUNK, CHUNK))
     keep = i >= j
     left = jnp.where(keep, 1.0, 0.0)
     if static.documents:
-        left = jnp.where(row_scale(gates.at[DOCUMENT], left) == column_scale(again.at[DOCUMENT], left), left, 0.0)
+        left = jnp.where(row_scale(gates.at[DOCUMENT], left) == _column(again, DOCUMENT, left), left, 0.0)
     if static.decay:
         # Above the diagonal the difference is positive and may overflow: it is cut before it is exponentiated.
-        sums = row_scale(gates.at[CUMULATIVE], left) - column_scale(again.at[CUMULATIVE], left)
+        sums = row_scale(gates.at[COARSE], left) - _column(again, COARSE, left)
+        sums = sums + (row_scale(gates.at[FINE], left) - _column(again, FINE, left))
         left = left * jnp.exp(jnp.where(keep, sums, 0.0))
     return left
+
+
+def _column(again: Any, row: int, like: jax.Array) -> jax.Array:
+    return column_scale(again.at[row - (GATES - AGAIN)], like)
 
 
 def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: Static, *, gradient: bool) -> Chunks:
@@ -81,17 +89,17 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
     out += [jax.ShapeDtypeStruct((batch, length, heads, key_dim), q.dtype)] * static.erase
     out += [square] * (2 * invert)
 
-    def body(q_ref: Any, k_ref: Any, w_ref: Any, gates_ref: Any, *refs: Any) -> None:
+    def body(at: Any, q_ref: Any, k_ref: Any, w_ref: Any, gates_ref: Any, *refs: Any) -> None:
         (scores_ref, *solution_refs), refs = refs[: len(out)], refs[len(out) :]
         w_s, shared, gates_s, again_s, loaded = refs
         (q_s, k_s), inverse_s, (p_s, x_s) = shared
-        b, h, n = (lax.axis_index(name) for name in ("batch", "head", "chunk"))
+        b, h, n = at("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
         key_head, write_head = lax.div(h, heads // key_heads), lax.div(h, heads // w.shape[2])
         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head], q_s, loaded)
         plgpu.copy_gmem_to_smem(w_ref.at[b, rows, write_head], w_s, loaded)
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
-        plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], again_s, loaded)
+        plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s, loaded)
         if static.erase:
             plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head], k_s, loaded)
         plgpu.barrier_wait(loaded)
@@ -126,11 +134,16 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
         plgpu.wait_smem_to_gmem(0)
 
     keys, square = smem(CHUNK, key_dim, dtype=q.dtype), smem(CHUNK, CHUNK, dtype=q.dtype)
-    gates_tile = plgpu.SMEM((GATES, CHUNK), jnp.float32)
     # One after the other: what is read, what the inverse works in, what is written. So an H200 holds two blocks.
     shared = plgpu.RefUnion([keys, keys], INVERSE, [square, smem(2, CHUNK, CHUNK, dtype=q.dtype)])
-    scratch = [keys, shared, gates_tile, gates_tile, plgpu.Barrier(num_arrivals=4 + static.erase)]
-    grid = {"chunk": count, "head": heads, "batch": batch}
+    scratch = [
+        keys,
+        shared,
+        plgpu.SMEM((GATES, CHUNK), jnp.float32),
+        again_tile(),
+        plgpu.Barrier(num_arrivals=4 + static.erase),
+    ]
+    grid = {"batch": batch, "chunk": count, "head": heads}
     results = launch(body, "delta_rule_prepare", out, grid, scratch, static.interpret, [q, k, w, gates])
     scores, solved = (*results, None)[:2]
     return Chunks(q, k, w, gates, None, scores, solved, results[2:])

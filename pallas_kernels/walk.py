@@ -87,12 +87,12 @@ def walk(
 
     carries = [] if carry is None else [carry]
 
-    def body(*refs: Any) -> None:
+    def body(at: Any, *refs: Any) -> None:
         left, sizes = iter(refs), (len(inputs), len(carries), 1, len(out), len(inputs), len(scratch), 1)
         parts = [list(itertools.islice(left, size)) for size in sizes]
         sources, carry_refs, (initial_ref,), out_refs, tiles, scratch_refs, (loaded,) = parts
         source, buffer = (dict(zip(inputs, part, strict=True)) for part in (sources, tiles))
-        b, h, column = (lax.axis_index(axis) for axis in ("batch", "head", "values"))
+        b, h, column = at("batch", "head", "values")
         columns = pl.ds(column * width, width)
 
         def load(n: Any, slot: Any) -> None:
@@ -135,7 +135,7 @@ def walk(
         plgpu.wait_smem_to_gmem(0)
 
     barrier = plgpu.Barrier(num_arrivals=len(inputs), num_barriers=stages)
-    grid = {"values": value_dim // width, "head": heads, "batch": values.shape[0]}
+    grid = {"batch": values.shape[0], "values": value_dim // width, "head": heads}
     arguments = [*inputs.values(), *carries, initial]
     shared = [*(tile(name) for name in inputs), *scratch, barrier]
     return launch(body, name, list(out), grid, shared, static.interpret, arguments)

@@ -32,7 +32,7 @@ def _scan(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -> t
 
 def _fastest(call: Call, *, erase: bool, scale: float, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
     options: dict[str, Any] = {"erase": erase, "scale": scale, "chunk_size": chunk_size}
-    if mosaic_gpu.on_hopper() and mosaic_gpu.limitation(call, chunk_size) is None:
+    if mosaic_gpu.by_default() and mosaic_gpu.limitation(call, chunk_size) is None:
         return _contained(mosaic_gpu.delta_rule, call, **options)
     if not forward_by_scan(call):
         return _contained(chunkwise.chunk, call, **options)

@@ -128,7 +128,7 @@ def preconditioned(
 
 
 def _fastest(k: jax.Array, log_decay: jax.Array, chunk_size: int | None) -> str:
-    if mosaic_gpu.on_hopper() and mosaic_gpu.gram_limitation(k, log_decay, chunk_size) is None:
+    if mosaic_gpu.by_default() and mosaic_gpu.gram_limitation(k, log_decay, chunk_size) is None:
         return "mosaic_gpu"
     return "scan" if on_cpu() else "chunk"
 

@@ -279,7 +279,7 @@ def _names(call: Call) -> list[str]:
 
 
 def _fastest(k: jax.Array, tokens: Tokens, chunk_size: int | None) -> str:
-    if mosaic_gpu.on_hopper() and mosaic_gpu.hypergradient_limitation(k, tokens, chunk_size) is None:
+    if mosaic_gpu.by_default() and mosaic_gpu.hypergradient_limitation(k, tokens, chunk_size) is None:
         return "mosaic_gpu"
     # One token costs a CPU a few hundred nanoseconds, less than its share of a chunk's small products.
     return "scan" if on_cpu() else "chunk"

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 
+from osdn_jax.ops import selection
 from osdn_jax.ops.arguments import Call
 from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
 from osdn_jax.ops.selection import on_hopper
@@ -10,6 +11,11 @@ from pallas_kernels import delta_rule as kernels
 from pallas_kernels import gram as gram_kernels
 from pallas_kernels import hypergradient as hypergradient_kernels
 from pallas_kernels.tiles import CHUNK
+
+
+def by_default() -> bool:
+    """Whether None is the kernels here, for what they serve."""
+    return selection.MOSAIC_GPU_MEASURED and on_hopper()
 
 
 def limitation(call: Call, chunk_size: int | None) -> str | None:

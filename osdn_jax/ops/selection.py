@@ -10,6 +10,10 @@ import jax
 
 from osdn_jax.ops.arguments import Call
 
+# None picks the Mosaic GPU kernels on Hopper once this is True. No GPU has run them yet. Set it when benchmarks/results
+# holds a GPU run (`python -m benchmarks.gpu_suite`) in which every check passed and the kernels were the faster.
+MOSAIC_GPU_MEASURED = False
+
 _HOPPER = re.compile(r"\b(GH200|H20|H100|H200|H800)\b")
 
 

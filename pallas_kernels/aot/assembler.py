@@ -11,10 +11,19 @@ _ENTRY = re.compile(r"Compiling entry function '(\w+?)(?:_mosaic_gpu_kernel)?' f
 _SPILLS = re.compile(r"(\d+) bytes stack frame, (\d+) bytes spill stores, (\d+) bytes spill loads")
 _USED = re.compile(r"ptxas info\s*: Used (\d+) registers(?:, used (\d+) barriers)?")
 _LAUNCH = re.compile(r"call .*@mosaic_gpu_(?:build_kernel_spec|launch_kernel)\(ptr %\w+((?:, i32 -?\d+)+), ptr")
-_BLOCK, _SHARED_MEMORY = slice(6, 9), 9  # of the launch's numbers: first three each of grid, cluster and block
+# Of the numbers of a launch: first three each of the grid, the cluster and the block.
+_GRID, _BLOCK, _SHARED_MEMORY = slice(0, 3), slice(6, 9), 9
 _REMARK = re.compile(r"(?:ptxas )?(?:.*; )?(?:warning|info)\s*: (.*)")
 _REMARKS = re.compile(r"\bwarning\s*:|\(C\d+\)|Potential ")
-_CALL = re.compile(r'custom_call_target="mosaic_gpu_v2".*?op_name="([^"]*)".*?kernel_hash = "((?:[^"\\]|\\.)*)"')
+_CALL = re.compile(
+    r'custom_call_target="mosaic_gpu_v2".*?op_name="([^"]*)".*?kernel_hash = "((?:[^"\\]|\\.)*)"'
+    r'(?:, module = "((?:[^"\\]|\\.)*)")?'
+)
+_NAME = re.compile(
+    r"\\00(?!stable_)(\w+)_mosaic_gpu\\00"
+)  # in the module; a program for several GPUs tells it nowhere else
+_LARGEST_GRID = (2**31 - 1, 65535, 65535)  # along x, y and z; a launch of more ends the process
+_LARGEST_BLOCK = (1024, 1024, 64)
 _SPILLED = "Registers are spilled to local memory"  # the same again, as a warning
 
 
@@ -27,7 +36,7 @@ class Kernel:
         registers: per thread.
         stack, spill_stores, spill_loads: bytes per thread.
         barriers: named barriers per block.
-        threads: per block; None where no launch was printed.
+        grid, block: blocks, and threads of a block, along x, y and z; None where no launch was printed.
         shared_memory: bytes per block that its launch asks for; None where no launch was printed.
         remarks: the assembler's warnings (C7514, say: products on the tensor cores that wait for each other).
     """
@@ -38,7 +47,8 @@ class Kernel:
     spill_stores: int = 0
     spill_loads: int = 0
     barriers: int = 0
-    threads: int | None = None
+    grid: tuple[int, ...] | None = None
+    block: tuple[int, ...] | None = None
     shared_memory: int | None = None
     remarks: list[str] = field(default_factory=list)
 
@@ -46,6 +56,21 @@ class Kernel:
     def spill(self) -> int:
         """Bytes per thread that have no place in registers: the larger of stores and loads."""
         return max(self.spill_stores, self.spill_loads)
+
+    @property
+    def threads(self) -> int | None:
+        """Threads per block; None where no launch was printed."""
+        return None if self.block is None else math.prod(self.block)
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why CUDA would not launch it, in words: what is above its limits along an axis."""
+        found = []
+        for what, sizes, limits in (("blocks", self.grid, _LARGEST_GRID), ("threads", self.block, _LARGEST_BLOCK)):
+            for axis, size, limit in zip("xyz", sizes or (), limits, strict=False):
+                if size > limit:
+                    found.append(f"{self.name} has {size:,} {what} along {axis}, a launch takes at most {limit:,}")
+        return found
 
     @property
     def blocks(self) -> int | None:
@@ -92,9 +117,10 @@ def of_program(program: str, printed: Sequence[Kernel], known: dict[str, Kernel]
         LookupError: there is no kernel, or nothing was printed of one that is not known.
     """
     left, hashes = list(printed), []
-    for path, identity in _CALL.findall(program):
+    for path, identity, module in _CALL.findall(program):
         if identity not in known:
-            name = path.split("/")[-2]
+            named = _NAME.search(module)
+            name = named[1] if named else path.split("/")[-2]
             found = next((kernel for kernel in left if kernel.name == name), None)
             if found is None:
                 raise LookupError(f"the assembler printed nothing of {name}")
@@ -114,4 +140,5 @@ def _read(line: str, kernel: Kernel) -> None:
         kernel.registers, kernel.barriers = int(found[1]), int(found[2] or 0)
     elif found := _LAUNCH.search(line):
         numbers = [int(number) for number in re.findall(r"i32 (-?\d+)", found[1])]
-        kernel.threads, kernel.shared_memory = math.prod(numbers[_BLOCK]), numbers[_SHARED_MEMORY]
+        kernel.grid, kernel.block = tuple(numbers[_GRID]), tuple(numbers[_BLOCK])
+        kernel.shared_memory = numbers[_SHARED_MEMORY]

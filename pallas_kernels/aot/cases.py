@@ -19,6 +19,9 @@ class Case:
             and "no-erase" of the delta rule; "forget" (with an anchor), "bounds" and "documents" of a hypergradient;
             "documents" of a Gram preconditioner; "multiply" (write keys at once) of both preconditioners.
         dtype: of q, k, v.
+        length: tokens of a sequence.
+        mapped: calls that vmap makes one of; 0: no vmap.
+        sharded: for two GPUs, with "batch" or "heads" split over them. Its program may gather nothing.
     """
 
     function: str
@@ -28,6 +31,9 @@ class Case:
     decay: str | None = None
     options: tuple[str, ...] = ()
     dtype: str = "bfloat16"
+    length: int = 1024
+    mapped: int = 0
+    sharded: str | None = None
 
     @property
     def name(self) -> str:
@@ -35,6 +41,9 @@ class Case:
         size = f"K{self.key_dim}" + ("" if self.value_dim is None else f"V{self.value_dim}")
         direction = "gradient" if self.gradient else "forward"
         parts = [self.function, direction, self.decay, size, "+".join(self.options), self.dtype]
+        parts.append(f"T{self.length}" if self.length != 1024 else "")
+        parts.append(f"vmap{self.mapped}" if self.mapped else "")
+        parts.append(f"two-gpus-{self.sharded}" if self.sharded else "")
         return "/".join(part for part in parts if part)
 
 
@@ -73,6 +82,28 @@ def all_cases() -> list[Case]:
     cases.append(Case("gram", True, 128, options=("documents", "multiply"), dtype="float16"))
     for dtype in ("float16", "float32"):
         cases.append(Case("hypergradient", True, 128, options=write_keys, dtype=dtype))
+    return cases + _many_blocks() + _sharded()
+
+
+def _many_blocks() -> list[Case]:
+    """Chunks beyond the 65,535 blocks of a launch's y and z."""
+    cases = [Case("delta_rule", False, 64, 64, "scalar", length=2**22)]
+    cases += [Case("delta_rule", True, 256, 256, decay, length=2**20) for decay in ("scalar", "channel")]
+    cases += [Case("hypergradient", True, 64, options=("bounds",), length=2**22)]
+    cases += [Case("delta_rule", gradient, 64, 64, "scalar", length=2**14, mapped=256) for gradient in (False, True)]
+    cases += [Case(name, True, 64, length=2**14, mapped=2**17) for name in ("hypergradient", "gram")]
+    return cases
+
+
+def _sharded() -> list[Case]:
+    """What each of two GPUs does by itself."""
+    cases = []
+    for split in ("batch", "heads"):
+        for gradient in (False, True):
+            cases.append(Case("delta_rule", gradient, 64, 64, "scalar", ("grouped", "documents"), sharded=split))
+            for name in ("hypergradient", "gram"):
+                cases.append(Case(name, gradient, 64, options=("documents", "multiply"), sharded=split))
+        cases.append(Case("delta_rule", True, 64, 64, "channel", sharded=split))
     return cases
 
 

@@ -6,6 +6,7 @@ import importlib.machinery
 import importlib.metadata
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 import time
@@ -30,6 +31,7 @@ _ENVIRONMENT = {
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
+_MOVES = re.compile(r"\b(all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")  # not sums
 _KNOWN: dict[str, Kernel] = {}  # by the hash of their code
 _VERSIONS = ("jax", "jaxlib", "nvidia-cuda-nvcc", "nvidia-nvjitlink")
 
@@ -123,22 +125,26 @@ def _compile(case: Case, gpu: str) -> str:
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
-    from pallas_kernels.aot.programs import program
+    from pallas_kernels.aot.programs import program, splits
 
-    mesh = _mesh(gpu)
-    everywhere = NamedSharding(mesh, PartitionSpec())
+    mesh = _mesh(gpu, 2 if case.sharded else 1)
     function, arguments = program(case)
-    arguments = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), arguments)
+    specs = splits(case, arguments, "x") if case.sharded else jax.tree.map(lambda _: PartitionSpec(), arguments)
+    place = lambda x, spec: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(mesh, spec))
+    arguments = jax.tree.map(place, arguments, specs)
     with jax.set_mesh(mesh):
-        return jax.jit(function).lower(*arguments).compile().as_text() or ""
+        text = jax.jit(function).lower(*arguments).compile().as_text() or ""
+    if moves := sorted(set(_MOVES.findall(text))):
+        raise RuntimeError(f"the program of two GPUs moves arguments between them: {', '.join(moves)}")
+    return text
 
 
 @functools.cache
-def _mesh(gpu: str) -> Any:
+def _mesh(gpu: str, count: int) -> Any:
     import jax
     import numpy as np
 
-    return jax.sharding.Mesh(np.array(described_devices(gpu)), ("x",))
+    return jax.sharding.Mesh(np.array(described_devices(gpu, per_host=count)), ("x",))
 
 
 def described_devices(gpu: str, hosts: int = 1, per_host: int = 1) -> list[Any]:

@@ -5,10 +5,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.aot.cases import Case
 
-BATCH, LENGTH, HEADS = 2, 1024, 4
+BATCH, HEADS = 2, 4
 
 
 def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
@@ -19,6 +20,9 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     a second time.
     """
     arrays, results, call = _PROGRAMS[case.function](case)
+    if case.mapped:
+        more = lambda x: jax.ShapeDtypeStruct((case.mapped, *x.shape), x.dtype)
+        (arrays, results), call = jax.tree.map(more, (arrays, results)), jax.vmap(call)
     if not case.gradient:
         return call, (arrays,)
     variables = {name: x for name, x in arrays.items() if x.dtype != bool}
@@ -30,6 +34,22 @@ def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     return gradient, (variables, rest, results)
 
 
+def splits(case: Case, arguments: Any, axis: str) -> Any:
+    """How the arguments of a program lie on the GPUs of a mesh axis: a PartitionSpec for each."""
+
+    def split(path: tuple[Any, ...], x: Any) -> P:
+        name = getattr(path[-1], "key", None) or ("out", "state")[path[-1].idx]
+        if case.sharded == "batch":
+            return P() if name == "center" else P(axis)
+        heads = {"center": 0, "restart": None, "restarts": None, **dict.fromkeys(_STATES, 1)}.get(name, 2)
+        return P() if heads is None else P(*[None] * heads, axis)
+
+    return jax.tree.map_with_path(split, arguments)
+
+
+_STATES = ("state", "initial_state", "initial", "restart_state", "anchor")
+
+
 def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -38,18 +58,18 @@ def _delta_rule(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     from pallas_kernels.delta_rule import delta_rule
 
     key_dim, value_dim, dtype = case.key_dim, case.value_dim or case.key_dim, jnp.dtype(case.dtype)
-    keys = _array(BATCH, LENGTH, HEADS // 2 if "grouped" in case.options else HEADS, key_dim, dtype=dtype)
-    values = _array(BATCH, LENGTH, HEADS, value_dim, dtype=dtype)
+    keys = _array(BATCH, case.length, HEADS // 2 if "grouped" in case.options else HEADS, key_dim, dtype=dtype)
+    values = _array(BATCH, case.length, HEADS, value_dim, dtype=dtype)
     memory = _array(BATCH, HEADS, key_dim, value_dim)
-    arrays = {"q": keys, "k": keys, "v": values, "beta": _array(BATCH, LENGTH, HEADS), "initial_state": memory}
+    arrays = {"q": keys, "k": keys, "v": values, "beta": _array(BATCH, case.length, HEADS), "initial_state": memory}
     if case.decay == "scalar":
-        arrays["log_decay"] = _array(BATCH, LENGTH, HEADS)
+        arrays["log_decay"] = _array(BATCH, case.length, HEADS)
     elif case.decay == "channel":
-        arrays["log_decay"] = _array(BATCH, LENGTH, HEADS, key_dim)
+        arrays["log_decay"] = _array(BATCH, case.length, HEADS, key_dim)
     if "write-key" in case.options:
-        arrays["write_key"] = _array(BATCH, LENGTH, HEADS, key_dim, dtype=dtype)
+        arrays["write_key"] = _array(BATCH, case.length, HEADS, key_dim, dtype=dtype)
     if "documents" in case.options:
-        arrays["restarts"] = _array(BATCH, LENGTH, dtype=bool)
+        arrays["restarts"] = _array(BATCH, case.length, dtype=bool)
     options = {"erase": "no-erase" not in case.options, "scale": key_dim**-0.5}
     return arrays, (values, memory), lambda given: delta_rule(**given, **options)
 
@@ -58,14 +78,14 @@ def _hypergradient(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]
     from pallas_kernels.hypergradient import hypergradient
 
     dtype, multiply = jnp.dtype(case.dtype), "multiply" in case.options
-    keys, tokens = (BATCH, LENGTH, HEADS, case.key_dim), _array(BATCH, LENGTH, HEADS)
+    keys, tokens = (BATCH, case.length, HEADS, case.key_dim), _array(BATCH, case.length, HEADS)
     state = _array(BATCH, HEADS, case.key_dim)
     arrays = {"k": _array(*keys, dtype=dtype), "step": tokens, "beta": tokens}
     arrays |= {"initial": state, "restart_state": state}
     if "forget" in case.options:
         arrays |= {"log_forget": tokens, "anchor": state}
     if "documents" in case.options:
-        arrays["restart"] = _array(BATCH, LENGTH, dtype=bool)
+        arrays["restart"] = _array(BATCH, case.length, dtype=bool)
     absent = dict.fromkeys(("log_forget", "restart", "anchor"))
     options: dict[str, Any] = {"bounds": (0.0, 2.0) if "bounds" in case.options else None, "multiply": multiply}
     out = _array(*keys, dtype=dtype if multiply else jnp.float32)
@@ -76,12 +96,12 @@ def _gram(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     from pallas_kernels.gram import gram
 
     dtype, multiply = jnp.dtype(case.dtype), "multiply" in case.options
-    keys, tokens = (BATCH, LENGTH, HEADS, case.key_dim), _array(BATCH, LENGTH, HEADS)
+    keys, tokens = (BATCH, case.length, HEADS, case.key_dim), _array(BATCH, case.length, HEADS)
     state = _array(BATCH, HEADS, case.key_dim)
     arrays = {"k": _array(*keys, dtype=dtype), "log_decay": tokens, "gain": tokens, "center": _array(HEADS)}
     arrays["initial"] = state
     if "documents" in case.options:
-        arrays["restarts"] = _array(BATCH, LENGTH, dtype=bool)
+        arrays["restarts"] = _array(BATCH, case.length, dtype=bool)
     out = _array(*keys, dtype=dtype if multiply else jnp.float32)
     return arrays, (out, state), lambda given: gram(**({"restarts": None} | given), squash=1.5, multiply=multiply)
 

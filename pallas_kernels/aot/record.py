@@ -36,7 +36,7 @@ class Record:
             return [] if self.limits.get(outcome.name) == outcome.message else [f"refused: {outcome.message}"]
         if outcome.status == "failed":
             return [outcome.message]
-        found = []
+        found = [refusal for kernel in outcome.kernels for refusal in kernel.refusals]
         for kernel, spill in spills_of(outcome).items():
             budget = self.budget(outcome.name, kernel)
             if spill > budget:

@@ -21,7 +21,7 @@ def as_data(outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> dict[str, 
     cases = [dataclasses.asdict(outcome) for outcome in outcomes]
     for case, outcome in zip(cases, outcomes, strict=True):
         for data, kernel in zip(case["kernels"], outcome.kernels, strict=True):
-            data["blocks"] = kernel.blocks
+            data |= {"threads": kernel.threads, "blocks": kernel.blocks}
     return {**about, "cases": cases}
 
 

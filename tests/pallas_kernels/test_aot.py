@@ -19,7 +19,7 @@ from pallas_kernels.aot import compiler, occupancy, record, workers
 from pallas_kernels.aot.assembler import Kernel, of_program, parse
 from pallas_kernels.aot.cases import Case, all_cases, matching
 from pallas_kernels.aot.compiler import Outcome, compile_case
-from pallas_kernels.aot.programs import program
+from pallas_kernels.aot.programs import BATCH, HEADS, program, splits
 from pallas_kernels.aot.record import Record
 
 ROOT = Path(__file__).parent.parent.parent
@@ -64,7 +64,9 @@ NAME = "delta_rule/gradient/scalar/K128V128/bfloat16"
 
 def test_the_assembler_of_the_path_is_read():
     recur, back = parse(PTXAS)
-    assert recur == Kernel("delta_rule_recur", registers=222, barriers=2, threads=128, shared_memory=183312)
+    launch = {"grid": (1, 2, 2), "block": (128, 1, 1), "shared_memory": 183312}
+    assert recur == Kernel("delta_rule_recur", registers=222, barriers=2, **launch)
+    assert recur.threads == 128
     assert back == Kernel(
         "delta_rule_recur_back",
         registers=255,
@@ -80,7 +82,9 @@ def test_the_assembler_of_the_path_is_read():
 
 def test_the_assembler_in_jaxlib_is_read():
     (kernel,) = parse(NVJITLINK)
-    assert kernel == Kernel("a", 255, 264, 260, 260, barriers=2, threads=128, shared_memory=126984, remarks=[BOUNDS])
+    launch = {"grid": (1, 2, 8), "block": (128, 1, 1), "shared_memory": 126984}
+    assert kernel == Kernel("a", 255, 264, 260, 260, barriers=2, **launch, remarks=[BOUNDS])
+    assert kernel.threads == 128
 
 
 def test_a_remark_belongs_to_the_next_kernel_once_one_is_launched():
@@ -108,8 +112,63 @@ def test_a_remark_belongs_to_the_next_kernel_once_one_is_launched():
 )
 def test_blocks_of_a_multiprocessor(registers, threads, shared_memory, expected):
     assert occupancy.blocks(registers, threads, shared_memory) == expected
-    kernel = Kernel("a", registers=registers, threads=threads, shared_memory=shared_memory)
+    kernel = Kernel("a", registers=registers, block=(threads, 1, 1), shared_memory=shared_memory)
     assert kernel.blocks == expected
+
+
+@pytest.mark.parametrize(
+    ("grid", "block", "refusals"),
+    [
+        ((2**31 - 1, 65535, 65535), (1024, 1, 1), []),
+        ((2**31, 1, 1), (128, 1, 1), ["a has 2,147,483,648 blocks along x, a launch takes at most 2,147,483,647"]),
+        ((1, 65536, 1), (128, 1, 1), ["a has 65,536 blocks along y, a launch takes at most 65,535"]),
+        (
+            (1, 1, 65536),
+            (128, 1, 65),
+            [
+                "a has 65,536 blocks along z, a launch takes at most 65,535",
+                "a has 65 threads along z, a launch takes at most 64",
+            ],
+        ),
+        (None, None, []),
+    ],
+)
+def test_a_launch_beyond_the_limits_is_wrong(grid, block, refusals):
+    kernel = Kernel("a", grid=grid, block=block)
+    assert kernel.refusals == refusals
+    assert Record().problems(Outcome(NAME, "compiled", kernels=[kernel])) == refusals
+
+
+def kernel_grids(jaxpr):
+    for eqn in jaxpr.eqns:
+        for value in jax.tree.leaves(list(eqn.params.values())):
+            value = getattr(value, "jaxpr", value)
+            if hasattr(value, "grid_names"):
+                yield tuple(value.grid)
+            elif hasattr(value, "eqns"):
+                yield from kernel_grids(value)
+
+
+@pytest.mark.parametrize("case", matching("/T"), ids=lambda case: case.name)
+def test_the_grid_of_every_kernel_is_one_axis(case):
+    """CUDA takes 65,535 blocks along the others, and a launch of more ends the process."""
+    function, arguments = program(case)
+    grids = list(kernel_grids(jax.make_jaxpr(function)(*arguments).jaxpr))
+    assert {len(grid) for grid in grids} == {1}
+    assert max(grids)[0] > 65535
+
+
+@pytest.mark.parametrize("case", [case for case in all_cases() if case.sharded], ids=lambda case: case.name)
+def test_a_program_for_two_gpus_is_split_along_its_batch_or_its_heads(case):
+    _, arguments = program(case)
+    specs = splits(case, arguments, "x")
+    sizes = [
+        x.shape[tuple(spec).index("x")]
+        for x, spec in zip(*map(jax.tree.leaves, (arguments, specs)), strict=True)
+        if "x" in tuple(spec)
+    ]
+    assert set(sizes) <= ({BATCH} if case.sharded == "batch" else {HEADS, HEADS // 2})
+    assert len(sizes) >= 4
 
 
 def test_nothing_is_read_from_nothing():
@@ -127,7 +186,7 @@ def test_cases_have_names_of_their_own_and_are_found_by_them():
 
 
 def test_cases_cover_what_the_functions_take():
-    cases = all_cases()
+    cases, functions = all_cases(), ("delta_rule", "hypergradient", "gram")
     sizes = {(64, 64), (128, 128), (256, 256), (64, 256), (256, 64), (128, 256)}
     for gradient in (False, True):
         for decay in ("scalar", "channel"):
@@ -136,6 +195,11 @@ def test_cases_cover_what_the_functions_take():
     options = {option for case in cases for option in case.options}
     assert options == {"no-erase", "documents", "grouped", "write-key", "forget", "bounds", "multiply"}
     assert {case.dtype for case in cases if case.function == "delta_rule"} == {"bfloat16", "float16"}
+    assert {(case.function, case.length) for case in cases if case.mapped} >= {("delta_rule", 2**14), ("gram", 2**14)}
+    every = {
+        (name, gradient, split) for name in functions for gradient in (False, True) for split in ("batch", "heads")
+    }
+    assert every == {(case.function, case.gradient, case.sharded) for case in cases if case.sharded}
 
 
 @pytest.mark.parametrize("case", all_cases(), ids=lambda case: case.name)
@@ -175,6 +239,14 @@ def test_kernels_are_found_by_their_code():
         of_program('custom_call_target="other"', [], known)
     with pytest.raises(LookupError, match="printed nothing of walk"):
         of_program(_call("walk", "new"), [forward], known)
+
+
+def test_a_kernel_of_several_gpus_is_found_by_the_name_in_its_code():
+    call = _call("jit(f)", "hash").replace(
+        r'"ML\EF"', r'"ML\EF\00stable_mosaic_gpu\00\22\00delta_rule_recur_mosaic_gpu\00"'
+    )
+    recur = Kernel("delta_rule_recur", 1)
+    assert of_program(call, [Kernel("gram", 2), recur], {}) == [recur]
 
 
 def _prints(text, error=None):
@@ -247,7 +319,7 @@ def test_a_compiler_that_dies_takes_one_case_with_it(monkeypatch, jobs):
 
 
 def _outcome(*spills, status="compiled", message=""):
-    kernels = [Kernel("a", registers=9, spill_stores=spill, threads=128, shared_memory=1024) for spill in spills]
+    kernels = [Kernel("a", registers=9, spill_stores=spill, block=(128, 1, 1), shared_memory=1024) for spill in spills]
     return Outcome(NAME, status, kernels=kernels, message=message)
 
 

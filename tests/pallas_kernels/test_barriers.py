@@ -83,7 +83,7 @@ def tile():
 def kernel(body, *scratch):
     """Runs body(input, output, *scratch) as a kernel on a matrix of bfloat16."""
     out = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
-    return lambda x: launch(body, "probe", out, {"block": 1}, scratch, False, [x])
+    return lambda x: launch(lambda at, *refs: body(*refs), "probe", out, {"block": 1}, scratch, False, [x])
 
 
 def of(body, *scratch):

@@ -9,11 +9,11 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from osdn_jax import ops
-from osdn_jax.ops import mosaic_gpu
+from osdn_jax.ops import mosaic_gpu, selection
 from pallas_kernels import delta_rule as kernels
 from pallas_kernels.pieces import piece_count
 from support import assert_close, random_like, value_and_gradient
-from support.cases import delta, growth, strong_decay, unit
+from support.cases import RESETS, delta, growth, strong_decay, unit
 from support.interpreter import assert_no_races
 
 KERNEL = "mosaic_gpu_interpret"
@@ -99,6 +99,26 @@ def test_values_and_gradients_equal_the_scans(case):
     check(case, jnp.bfloat16, 1e-2, 2e-2)
 
 
+@pytest.mark.parametrize("decay", ["scalar", "channel"])
+@pytest.mark.parametrize("kind", RESETS)
+def test_resets(kind, decay):
+    """They leave no error beside them, and have no gradient."""
+    case = kernel_case(kind, length=130, decay=decay, change=RESETS[kind])
+    x = rounded(case.arrays)
+    cotangents = cotangents_of(case, x)
+    value, gradient = by_kernel(case, x, cotangents)
+    want_value, want_gradient = by_scan(case, x, cotangents)
+    assert np.all(np.asarray(gradient["log_decay"])[case.arrays["log_decay"] < -1000] == 0)
+    assert_close((value, gradient), (want_value, want_gradient), 6e-3)
+
+
+def test_a_log_decay_that_is_no_number_is_no_number_afterwards():
+    x = arguments(log_decay=jnp.zeros((1, 8, 1)).at[0, 3].set(jnp.nan))
+    o, memory = ops.delta_rule(**x, implementation=KERNEL)
+    assert np.isnan(np.asarray(o[0, 3:], np.float32)).all()
+    assert np.isnan(memory).all()
+
+
 @pytest.mark.parametrize("decay", [None, "channel"])
 def test_float16(decay):
     check(kernel_case("float16", length=70, decay=decay, write_key="key"), jnp.float16, 2e-3, 4e-3)
@@ -118,6 +138,29 @@ def test_near_parallel_keys_without_a_cotangent_on_the_memory():
     cotangents["memory"] = jnp.zeros_like(cotangents["memory"])
     _, gradient = by_kernel(case, x, cotangents)
     assert_close(gradient, by_scan(case, x, cotangents)[1], 1e-2)
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 1), (2, 0, 1), (2, 3, 0)], ids=["batch", "tokens", "heads"])
+def test_nothing(shape):
+    """Values and gradients of nothing, in the shapes and types of nothing."""
+    state = jnp.ones((shape[0], shape[2], 64, 64))
+    keys, rows, restarts = jnp.zeros((*shape, 64), jnp.bfloat16), jnp.zeros(shape), jnp.zeros(shape[:2], bool)
+    x = dict.fromkeys("qkv", keys) | {"beta": rows, "log_decay": rows, "initial_state": state}
+    (o, memory), pull = jax.vjp(lambda x: kernels.delta_rule(**x, restarts=restarts, scale=1.0, interpret=True), x)
+    assert (o.shape, o.dtype) == (keys.shape, jnp.bfloat16)
+    np.testing.assert_array_equal(memory, state)
+    (gradient,) = pull((o, memory))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), gradient) == jax.tree.map(lambda a: (a.shape, a.dtype), x)
+    np.testing.assert_array_equal(gradient["initial_state"], memory)
+
+
+def test_vmap_over_nothing():
+    x, _ = of_two(heads=1)
+    out = jax.vmap(program)(jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), x))
+    assert {name: a.shape for name, a in out.items()} == {
+        "o": (0, *x["v"].shape),
+        "memory": (0, *x["initial_state"].shape),
+    }
 
 
 def test_two_calls_with_a_carried_state_equal_one():
@@ -268,8 +311,9 @@ def test_what_the_kernels_do_not_serve(limit, monkeypatch):
     x = arguments(**changes)
     with pytest.raises(NotImplementedError, match=f"implementation '{KERNEL}': {message}"):
         ops.delta_rule(**x, implementation=KERNEL)
-    want = ops.delta_rule(**x)
+    want = ops.delta_rule(**x, implementation="scan")
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
+    monkeypatch.setattr(selection, "MOSAIC_GPU_MEASURED", True)
     assert_close(ops.delta_rule(**x), floats(want), 1e-2)
 
 
@@ -278,14 +322,21 @@ def test_without_a_hopper_gpu():
         ops.delta_rule(**arguments(), implementation="mosaic_gpu")
 
 
-def test_hopper_chooses_the_kernels(monkeypatch):
-    x = arguments()
+@pytest.mark.parametrize("measured", [False, True])
+def test_hopper_chooses_the_kernels_once_they_are_measured(measured, monkeypatch):
+    length = 6 + measured  # of its own: equal calls are compiled once, whatever is patched in between
+    x = {name: array[:, :length] for name, array in arguments().items()}
     want = ops.delta_rule(**x, implementation="scan")
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
+    monkeypatch.setattr(selection, "MOSAIC_GPU_MEASURED", measured)
     interpreted = functools.partial(mosaic_gpu.delta_rule, interpret=True)
     calls = []
     monkeypatch.setattr(
         mosaic_gpu, "delta_rule", lambda *call, **options: calls.append(1) or interpreted(*call, **options)
     )
     assert_close(ops.delta_rule(**x), floats(want), 1e-2)
-    assert calls
+    assert bool(calls) is measured
+
+
+def test_no_gpu_has_measured_the_kernels():
+    assert selection.MOSAIC_GPU_MEASURED is False

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 
 from osdn_jax import ops
-from osdn_jax.ops import mosaic_gpu
+from osdn_jax.ops import mosaic_gpu, selection
 from pallas_kernels import gram as kernels
 from support import assert_close, random_like, value_and_gradient
-from support.cases import gram, strong_decay
+from support.cases import RESETS, gram, strong_decay
 from support.interpreter import assert_no_races
 
 KERNEL = "mosaic_gpu_interpret"
@@ -26,6 +26,7 @@ CASES = [
     kernel_case("from nothing", length=63, initial=False, center=-0.2, squash=2.5),
     kernel_case("decays of 0 and -20", length=65, packed=True, change=strong_decay),
     kernel_case("K 128", length=64, key_dim=128),
+    *(kernel_case(kind, length=130, change=change) for kind, change in RESETS.items()),
 ]
 
 
@@ -65,6 +66,26 @@ def test_write_keys_at_once():
     assert_close(jax.tree.map(lambda a: a.astype(jnp.float32), one), jax.tree.map(np.float32, two), 5e-3)
 
 
+@pytest.mark.parametrize("empty", [0, 1, 2], ids=["batch", "tokens", "heads"])
+def test_nothing(empty):
+    """Values and gradients of nothing, in the shapes of nothing."""
+    shape = [2, 3, 1]
+    shape[empty] = 0
+    k, rows, state = jnp.zeros((*shape, 64)), jnp.zeros(shape), jnp.ones((shape[0], shape[2], 64))
+
+    def run(k, log_decay, gain, center, initial):
+        return kernels.gram(k, log_decay, gain, center, 1.5, initial, jnp.zeros(shape[:2], bool), interpret=True)
+
+    arguments = (k, rows, rows, jnp.zeros(shape[2:]), state)
+    (out, final), pull = jax.vjp(run, *arguments)
+    assert (out.shape, out.dtype) == (k.shape, jnp.float32)
+    np.testing.assert_array_equal(final, state)
+    *zeros, d_state = pull((out, final))
+    assert [x.shape for x in zeros] == [x.shape for x in arguments[:-1]]
+    assert not any(np.any(x) for x in zeros)
+    np.testing.assert_array_equal(d_state, final)
+
+
 def test_what_the_kernels_do_not_serve(monkeypatch):
     k, rows = jnp.full((1, 8, 1, 96), 0.1), jnp.zeros((1, 8, 1))
     with pytest.raises(NotImplementedError, match=f"implementation '{KERNEL}': k: got 96 channels"):
@@ -73,6 +94,7 @@ def test_what_the_kernels_do_not_serve(monkeypatch):
         ops.gram_preconditioner(k, rows, rows + 1, center=0.0, chunk_size=16, implementation=KERNEL)
     with pytest.raises(NotImplementedError, match="'mosaic_gpu': got a cpu"):
         ops.gram_preconditioner(k[..., :64], rows, rows + 1, center=0.0, implementation="mosaic_gpu")
-    want = ops.gram_preconditioner(k, rows, rows + 1, center=0.0)
+    want = ops.gram_preconditioner(k, rows, rows + 1, center=0.0, implementation="scan")
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
+    monkeypatch.setattr(selection, "MOSAIC_GPU_MEASURED", True)
     assert_close(ops.gram_preconditioner(k, rows, rows + 1, center=0.0), want, 1e-6)

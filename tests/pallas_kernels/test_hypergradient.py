@@ -77,6 +77,18 @@ def strong_forgetting():
     return x
 
 
+def resets(every=False):
+    """Tokens that forget all, however that is written, in a chunk that is to be done again and in others."""
+    x = base(130)
+    if every:
+        x["log_forget"][:] = -np.inf
+    else:
+        x["log_forget"][0, 5:40:3], x["log_forget"][0, 70:73], x["log_forget"][0, 129] = -np.inf, -1e6, -1e9
+        x["log_forget"][0, 80] = np.finfo(np.float32).min
+        x["k"][0, 20] *= 30
+    return x
+
+
 # The numbers, what does not follow from them, and in which of its chunks which head leaves the bounds.
 CASES = {
     "no bounds, no beta, no forgetting": (without(base(57), "beta", "log_forget", "anchor"), {}, None),
@@ -86,6 +98,8 @@ CASES = {
     "write keys, bounds that bind once": (one_token(), {"bounds": BOUNDS, "multiply": True}, [[1, 0], [0, 1]]),
     "bounds that bind almost always": (almost_always(), {"bounds": BOUNDS}, [[1, 1]]),
     "an update that overflows": (overflow(), {"bounds": BOUNDS}, [[1]]),
+    "resets": (resets(), {"bounds": BOUNDS}, [[1, 0, 0]]),
+    "a reset at every token": (resets(every=True), {}, None),
     "write keys, documents": (base(70), {"bounds": BOUNDS, "starts": (30, 31, 64), "multiply": True}, [[0, 0]]),
 }
 
@@ -250,6 +264,24 @@ def test_a_missing_number_spreads_as_in_the_scan():
     for a, b in zip(got, want, strict=True):
         np.testing.assert_allclose(a, b, rtol=TOLERANCE)
     assert not np.all(np.isnan(want[0]))
+
+
+@pytest.mark.parametrize("multiply", [False, True])
+@pytest.mark.parametrize("axis", ["batch", "tokens", "heads"])
+def test_nothing(axis, multiply):
+    """Values and gradients of nothing, in the shapes and types of nothing."""
+    of_tokens, of_states = (("batch", "tokens", "heads", "K"), ("batch", "heads", "K"))
+    axes = dict.fromkeys(("k", "beta", "log_forget"), of_tokens) | {"anchor": ("heads", "K")}
+    axes |= dict.fromkeys(("initial", "restart"), of_states)
+    x = {name: a[tuple(slice(0 if n == axis else None) for n in axes[name][: a.ndim])]
+         for name, a in as_arrays(base(3), jnp.bfloat16).items()}  # fmt: skip
+    (d, final), pull = jax.vjp(lambda x: kernel(x, bounds=BOUNDS, multiply=multiply), x)
+    assert (d.shape, d.dtype) == (x["k"].shape, jnp.bfloat16 if multiply else jnp.float32)
+    np.testing.assert_array_equal(final, x["initial"])
+    (gradient,) = pull((d, final))
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), gradient) == jax.tree.map(lambda a: (a.shape, a.dtype), x)
+    np.testing.assert_array_equal(gradient.pop("initial"), final)
+    assert not any(np.any(g) for g in gradient.values())
 
 
 def test_no_tokens():

@@ -24,7 +24,7 @@ def _copy(wait_first):
     x = jnp.zeros((128,), jnp.float32)
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
     scratch = [plgpu.SMEM(x.shape, x.dtype)] * 2 + [plgpu.Barrier()]
-    return launch(body, "copy", out, {"block": 1}, scratch, True, [x])
+    return launch(lambda _at, *refs: body(*refs), "copy", out, {"block": 1}, scratch, True, [x])
 
 
 def test_a_kernel_that_waits_for_its_copy_passes():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from osdn_jax import ops
-from osdn_jax.ops import gram, hypergradient, mosaic_gpu
+from osdn_jax.ops import gram, hypergradient, mosaic_gpu, selection
 from support import assert_close, random_like, value_and_gradient
 from support.interpreter import assert_no_races
 
@@ -76,8 +76,9 @@ def test_what_the_preconditioners_kernels_do_not_serve(monkeypatch):
     ):
         with pytest.raises(NotImplementedError, match=f"implementation '{KERNEL}': {message}"):
             ops.hypergradient_preconditioner(k, eta=0.1, implementation=KERNEL, **options)
-        want = ops.hypergradient_preconditioner(k, eta=0.1, **options)
+        want = ops.hypergradient_preconditioner(k, eta=0.1, implementation="scan", **options)
         monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
+        monkeypatch.setattr(selection, "MOSAIC_GPU_MEASURED", True)
         assert_close(ops.hypergradient_preconditioner(k, eta=0.1, **options), want, 1e-6)
         monkeypatch.undo()
     with pytest.raises(NotImplementedError, match="'mosaic_gpu': got a cpu"):

@@ -92,6 +92,31 @@ def strong_decay(x, rng):
     x["log_decay"] = np.select([kind == 0, kind == 1], [0.0, -20.0], x["log_decay"])
 
 
+def resets(x, rng):
+    """Log decays of which a few forget all, however they are written, beside small ones."""
+    small = -0.01 * rng.uniform(0.5, 1.5, size=x["log_decay"].shape)
+    for token, value in {10: -np.inf, 11: -1e9, 30: -1e6, 40: np.finfo(np.float32).min}.items():
+        small[:, token] = value
+    x["log_decay"] = small
+
+
+def many_resets(x, rng):
+    """The first 50 of 64 tokens forget all, or, per channel, three in ten numbers; the others next to nothing."""
+    log_decay = x["log_decay"]
+    small = -0.01 * rng.uniform(0.5, 1.5, size=log_decay.shape)
+    where = rng.uniform(size=log_decay.shape) < 0.3 if log_decay.ndim == 4 else np.zeros(log_decay.shape, bool)
+    if log_decay.ndim == 3:
+        where[:, np.arange(log_decay.shape[1]) % 64 < 50] = True
+    x["log_decay"] = np.where(where, -np.inf, small)
+
+
+def only_resets(x, rng):
+    x["log_decay"] = np.full(x["log_decay"].shape, -np.inf)
+
+
+RESETS = {"a few resets": resets, "many resets": many_resets, "only resets": only_resets}
+
+
 def growth(x, rng):
     x["log_decay"] = rng.uniform(-0.2, 0.1, size=x["log_decay"].shape)
 
