@@ -103,27 +103,33 @@ def delta_rule(
         beta: write strengths, [B, T, H].
         write_key: w, [B, T, Hk, K] or [B, T, H, K]; default k.
         log_decay: log of the factor on the memory before each token, [B, T, H] or per channel [B, T, H, K]; 0 keeps
-            everything. Meant to be at most 0; a positive value grows the memory and is taken as it is.
+            everything, -inf nothing (a full reset; whatever is below -1000 is one). Meant to be at most 0; a positive
+            value grows the memory and is taken as it is.
         erase: False leaves out the correction, e = v: linear attention, Mamba-2's scalar decay, GLA.
         scale: factor on the output; default K^-1/2.
         initial_state: memory before the first token, [B, H, K, V]; default zeros.
-        segment_ids: [B, T], packed documents: the memory restarts from zeros where the id changes. initial_state
-            serves the first document, and the returned memory is the last one's. A call knows no ids before its own:
-            where a sequence is cut at the start of a document, hand no state on.
+        segment_ids: [B, T] integers, packed documents: the memory restarts from zeros where the id changes.
+            initial_state serves the first document, and the returned memory is the last one's. Nothing passes from one
+            document to another, NaN and infinities included. A call knows no ids before its own: where a sequence is
+            cut at the start of a document, hand no state on.
         chunk_size: tokens per chunk of the implementations that have chunks; default by device.
         implementation: "scan" (one token at a time, the specification), "chunk" (matrix products), "mosaic_gpu"
             (kernels for Hopper GPUs: bfloat16 or float16, K and V of 64, 128 or 256), "mosaic_gpu_interpret" (the same
-            kernels on any machine, slowly), or None for the fastest here. Only "scan" has forward-mode gradients.
+            kernels on any machine, slowly), or None for the fastest of "scan" and "chunk" here: it does not pick the
+            kernels, which no GPU has run yet. Only "scan" has forward-mode gradients.
         context_axis: inside `jax.shard_map`, the mesh axis that the sequence is split over in equal parts, in order.
             States, before the first token of all and after the last of all, are the same on every device.
+
+    Arrays may be split over devices by batch and heads, on mesh axes of either kind. Equal calls compile once, also
+    outside of `jax.jit`.
 
     Returns:
         (o [B, T, H, V] in the type of v, final memory [B, H, K, V] float32, or float64 where an input is).
 
     Raises:
         ValueError: a shape does not fit the others, chunk_size is below 1, or implementation is not known;
-            context_axis is no mesh axis here.
-        TypeError: an argument is not an array of the expected kind of type.
+            context_axis is no mesh axis here; an Explicit mesh axis splits anything but batch and heads.
+        TypeError: an argument is not an array of the expected kind of type, or erase is no bool.
         NotImplementedError: the named implementation does not serve these types, shapes or this device.
     """
     checks.implementation(implementation, IMPLEMENTATIONS)

@@ -43,7 +43,7 @@ def gram_preconditioner(
 
     Args:
         k: keys, [B, T, Hk, K].
-        log_decay: log of the decay of A, [B, T, Hk], at most 0.
+        log_decay: log of the decay of A, [B, T, Hk], at most 0; -inf forgets everything.
         gain: weight of each token in A, [B, T, Hk], at least 0.
         center: per key head [Hk], or a number (learned from -0.2 in the paper).
         squash: x > 0; the multiplier stays within [1/x, x]. 1 is no preconditioner.
@@ -52,7 +52,7 @@ def gram_preconditioner(
         chunk_size: tokens per chunk of "chunk"; default 64.
         implementation: "scan" (the specification), "chunk" (prefix sums by matrix products), "mosaic_gpu" (kernels for
             Hopper GPUs: K of 64, 128 or 256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or
-            None for the fastest here.
+            None for the fastest of "scan" and "chunk" here.
         context_axis: as for `delta_rule`.
 
     Returns:

@@ -137,7 +137,7 @@ def hypergradient_preconditioner(
         k: keys, [B, T, Hk, K], as the delta rule reads them (L2-normalised in the paper).
         beta: b_t, the write strengths, one per key head [B, T, Hk]; None is 1, the paper's first form.
         eta: step size of the preconditioner.
-        log_forget: log of g_t, [B, T, Hk], at most 0; None forgets nothing.
+        log_forget: log of g_t, [B, T, Hk], at most 0; -inf forgets everything, None nothing.
         initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used as it is, outside the bounds too.
         anchor: what forgetting draws d toward, [Hk, K] or a number: 0 in the paper, 1 for plain DeltaNet.
         bounds: (lo, hi) of the projection of every update, or None for no projection; either may be infinite. The
@@ -148,7 +148,8 @@ def hypergradient_preconditioner(
         segment_ids: [B, T], packed documents: the state starts anew where the id changes.
         chunk_size: tokens per chunk of the implementations that have chunks; default 64.
         implementation: "scan" (the specification), "chunk", "mosaic_gpu" (kernels for Hopper GPUs: K of 64, 128 or
-            256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or None for the fastest here.
+            256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or None for the
+            fastest of "scan" and "chunk" here.
         context_axis: as for `delta_rule`. The devices work at once where no projection binds in any of their tokens,
             and in order, one after the other, where one does.
 

@@ -25,7 +25,11 @@ PerChannel = Float[Array, "B T H K"]
 
 
 class State(NamedTuple):
-    """What a rule carries from one piece of a sequence to the next; a pytree."""
+    """What a rule carries from one piece of a sequence to the next; a pytree.
+
+    Rules with a preconditioner return a kind of their own, so that a state of another rule is refused by name. One that
+    is made by hand, `State(memory, preconditioner)`, is taken by any rule and comes back as a plain State.
+    """
 
     memory: Float[Array, "B H K V"]
     preconditioner: Float[Array, "B P ..."] | None = None  # d (hypergradient) or A (Gram), where the rule has one
