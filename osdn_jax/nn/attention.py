@@ -14,6 +14,7 @@ from osdn_jax.nn import initializers
 from osdn_jax.nn.config import AttentionConfig
 from osdn_jax.nn.layers import RMSNorm, linear
 from osdn_jax.nn.parallel import part_of
+from osdn_jax.nn.sharding import module_with_auto_axes
 from osdn_jax.ops import checks
 from osdn_jax.ops.containment import contained
 
@@ -87,6 +88,12 @@ class SoftmaxAttention(nnx.Module):
             ValueError: a state of another batch or config; segment_ids of another shape than x.
             TypeError: a state of another mixer; segment_ids that are no integers.
         """
+        attend = functools.partial(SoftmaxAttention._mix, context_axis=context_axis)
+        return module_with_auto_axes(attend, self, x, state, segment_ids)
+
+    def _mix(
+        self, x: jax.Array, state: AttentionState | None, segment_ids: jax.Array | None, *, context_axis: str | None
+    ) -> tuple[jax.Array, AttentionState]:
         config = self.config
         (batch, length), heads = x.shape[:2], config.read_heads
         if segment_ids is not None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from osdn_jax.nn.sharding import with_auto_axes
 from osdn_jax.ops import checks, collectives
 
 
@@ -55,7 +56,7 @@ def cross_entropy(
     for name, size in chunks._asdict().items():
         if size < 1:
             raise ValueError(f"chunks.{name}: got {size}, expected at least 1")
-    return _jitted(hidden, unembedding, targets, chunks)
+    return with_auto_axes(functools.partial(_jitted, chunks), hidden, unembedding, targets)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
@@ -136,7 +137,14 @@ def _backward(
 
 
 _cross_entropy.defvjp(_forward, _backward)
-_jitted = jax.jit(_cross_entropy, static_argnums=3)  # compiles once for equal calls, also outside of any other jit
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _jitted(
+    chunks: Chunks, hidden: jax.Array, unembedding: jax.Array, targets: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Compiles once for equal calls, also where nothing around it is under jit."""
+    return _cross_entropy(hidden, unembedding, targets, chunks)
 
 
 def _logits(

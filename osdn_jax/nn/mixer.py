@@ -16,6 +16,7 @@ from osdn_jax.nn.config import MixerConfig
 from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
 from osdn_jax.nn.layers import Exempt, RMSNorm, ShortConvolution, linear, unit_norm
 from osdn_jax.nn.parallel import part_of
+from osdn_jax.nn.sharding import module_with_auto_axes
 from osdn_jax.ops import State
 
 
@@ -95,6 +96,12 @@ class DeltaMixer(nnx.Module):
         """
         if not isinstance(state, MixerState | None):
             raise TypeError(f"state: got a {type(state).__name__}, expected the MixerState of such a mixer or None")
+        mix = functools.partial(DeltaMixer._mix, context_axis=context_axis)
+        return module_with_auto_axes(mix, self, x, state, segment_ids)
+
+    def _mix(
+        self, x: jax.Array, state: MixerState | None, segment_ids: jax.Array | None, *, context_axis: str | None
+    ) -> tuple[jax.Array, MixerState]:
         window, carried = (None, None) if state is None else state
         q, k, v, window = self._heads(x, window, segment_ids, context_axis)
         out, rule = self._rule(x, q, k, v, carried, segment_ids, context_axis)

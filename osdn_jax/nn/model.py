@@ -14,7 +14,7 @@ from osdn_jax.nn.config import AttentionConfig, ModelConfig
 from osdn_jax.nn.layers import RMSNorm, SwiGLU, dropout, embed, linear
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
 from osdn_jax.nn.parallel import look_up, over_mesh
-from osdn_jax.nn.sharding import ambient_mesh, constrain, explicit_mesh, with_auto_axes
+from osdn_jax.nn.sharding import ambient_mesh, constrain, module_with_auto_axes
 from osdn_jax.ops import checks
 
 State = MixerState | AttentionState
@@ -109,25 +109,13 @@ class CausalLM(nnx.Module):
                 another batch or config.
             TypeError: tokens or segment_ids are no integers; states of another kind of mixer.
         """
-        return self._anywhere("_logits", tokens, states, segment_ids, dropout_key)
+        tokens = self._check_tokens(tokens)
+        return module_with_auto_axes(CausalLM._logits, self, tokens, states, segment_ids, dropout_key)
 
     def _logits(self, tokens: jax.Array, *more: Any) -> tuple[jax.Array, tuple[State | None, ...]]:
         x, after = self._features(tokens, *more)
         logits = constrain(self.embedding.attend(x) if self.head is None else self.head(x), "batch", "time", None)
         return logits.astype(jnp.float32), after
-
-    def _anywhere(self, method: str, tokens: jax.Array, *more: Any) -> Any:
-        """The method, called where the compiler finds how arrays lie, if types say it outside (Explicit axes)."""
-        tokens = self._check_tokens(tokens)
-        mesh = explicit_mesh(tokens)
-        if mesh is None:
-            return getattr(self, method)(tokens, *more)
-        graph, parameters = nnx.split(self)
-
-        def call(tokens: jax.Array, parameters: Any, *more: Any) -> Any:
-            return getattr(nnx.merge(graph, parameters), method)(tokens, *more)
-
-        return with_auto_axes(call, mesh, tokens, parameters, *more)
 
     def features(
         self,
@@ -137,7 +125,8 @@ class CausalLM(nnx.Module):
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[State | None, ...]]:
         """What the head reads, in the config's dtype, and the states; arguments as of a call."""
-        return self._anywhere("_features", tokens, states, segment_ids, dropout_key)
+        tokens = self._check_tokens(tokens)
+        return module_with_auto_axes(CausalLM._features, self, tokens, states, segment_ids, dropout_key)
 
     def _features(
         self, tokens: jax.Array, states: Any, segment_ids: jax.Array | None, dropout_key: jax.Array | None
@@ -164,7 +153,7 @@ class CausalLM(nnx.Module):
         "mean", "min" and "max", and for bounded ones "clipped", the share of the multipliers on a bound. Raises
         ValueError for a model whose rule has no preconditioner.
         """
-        return self._anywhere("_preconditioners", tokens, segment_ids)
+        return module_with_auto_axes(CausalLM._preconditioners, self, self._check_tokens(tokens), segment_ids)
 
     def _preconditioners(self, tokens: jax.Array, segment_ids: jax.Array | None) -> dict[str, jax.Array]:
         x, rows = self._embed(tokens), []

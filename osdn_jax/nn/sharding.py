@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
@@ -63,37 +64,52 @@ def spec(*axes: str | None) -> P:
     return P(*(RULES[axis] for axis in axes))
 
 
-def explicit_mesh(tokens: jax.Array) -> jax.sharding.AbstractMesh | None:
-    """The mesh that types say arrays are split over (Explicit axes): that of `jax.set_mesh`, or of the tokens."""
-    for mesh in (jax.sharding.get_abstract_mesh(), jax.typeof(tokens).sharding.mesh):
+def with_auto_axes(call: Callable[..., Any], x: jax.Array, *arrays: Any) -> Any:
+    """call(x, *arrays), with Auto axes in place of a mesh's Explicit ones: the compiler finds how arrays lie.
+
+    On a mesh with Explicit axes, that of `jax.set_mesh` or of x [B, T, ...], results of two axes and more lead with the
+    rows of x and are split by them as x is; in a mesh with the axes `MESH_AXES` as those say. Other results are whole
+    on every device. Without such a mesh it is the plain call.
+    """
+    mesh = _explicit_mesh(x)
+    if mesh is None:
+        return call(x, *arrays)
+    if set(MESH_AXES) <= set(mesh.axis_names):
+        rows, time = RULES["batch"], RULES["time"]
+    else:
+        rows, time = jax.typeof(x).sharding.spec[0], None
+    auto = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, (AxisType.Auto,) * len(mesh.axis_names))
+    with jax.sharding.use_abstract_mesh(auto):
+        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (x, *arrays))
+        shapes = jax.eval_shape(call, *plain)
+    batch, length = x.shape[:2]
+
+    def place(y: Any) -> P:
+        if y.ndim < 2 or y.shape[0] != batch:
+            return P()
+        return P(rows, time) if y.shape[1] == length else P(rows)
+
+    with jax.sharding.use_abstract_mesh(mesh):
+        return jax.sharding.auto_axes(call, out_sharding=jax.tree.map(place, shapes))(x, *arrays)
+
+
+def _explicit_mesh(x: jax.Array) -> jax.sharding.AbstractMesh | None:
+    for mesh in (jax.sharding.get_abstract_mesh(), jax.typeof(x).sharding.mesh):
         if AxisType.Explicit in mesh.axis_types:
             return mesh
     return None
 
 
-def with_auto_axes(call: Callable[..., Any], mesh: jax.sharding.AbstractMesh, tokens: jax.Array, *arrays: Any) -> Any:
-    """call(tokens, *arrays), where the compiler finds how arrays lie (Auto axes), on a mesh with Explicit axes.
+def module_with_auto_axes(method: Callable[..., Any], module: nnx.Module, x: jax.Array, *more: Any) -> Any:
+    """method(module, x, *more) likewise, where the module's parameters may be split over the mesh, too."""
+    if _explicit_mesh(x) is None:
+        return method(module, x, *more)
+    graph, parameters = nnx.split(module)
 
-    Results of two axes and more lead with the rows of the tokens [B, T] and are split by them as the tokens are; in a
-    mesh with the axes `MESH_AXES` as those say. Others are whole on every device.
-    """
-    if set(MESH_AXES) <= set(mesh.axis_names):
-        rows, time = RULES["batch"], RULES["time"]
-    else:
-        rows, time = jax.typeof(tokens).sharding.spec[0], None
-    auto = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, (AxisType.Auto,) * len(mesh.axis_names))
-    with jax.sharding.use_abstract_mesh(auto):
-        plain = jax.tree.map(lambda x: jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)), (tokens, *arrays))
-        shapes = jax.eval_shape(call, *plain)
-    batch, length = tokens.shape
+    def call(x: jax.Array, parameters: Any, *more: Any) -> Any:
+        return method(nnx.merge(graph, parameters), x, *more)
 
-    def place(x: Any) -> P:
-        if x.ndim < 2 or x.shape[0] != batch:
-            return P()
-        return P(rows, time) if x.shape[1] == length else P(rows)
-
-    with jax.sharding.use_abstract_mesh(mesh):
-        return jax.sharding.auto_axes(call, out_sharding=jax.tree.map(place, shapes))(tokens, *arrays)
+    return with_auto_axes(call, x, parameters, *more)
 
 
 def ambient_mesh() -> jax.sharding.AbstractMesh | None:

@@ -8,7 +8,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from osdn_jax.nn import MESH_AXES, CausalLM, ModelConfig, mixer_config
+from osdn_jax.nn import MESH_AXES, CausalLM, DeltaMixer, ModelConfig, SoftmaxAttention, mixer_config
+from osdn_jax.nn.cross_entropy import Chunks, cross_entropy
 from osdn_jax.nn.functional import functional
 from support import assert_close, jit
 
@@ -85,3 +86,39 @@ def test_statistics_of_preconditioners():
     want = call(parameters, TOKENS)
     tokens = jax.device_put(TOKENS, NamedSharding(jax.make_mesh((4,), ("rows",)), P("rows")))
     assert_close(whole(call(parameters, tokens)), whole(want), 1e-5)
+
+
+@pytest.mark.parametrize("rule", ["gdn2", "pkda", "transformer"])
+def test_a_mixer_in_a_model_of_ones_own(rule):
+    """Values, states and gradients, with a mesh that is set and one that only x knows of."""
+    config = mixer_config(rule, width=16, heads=4, key_heads=2, key_dim=8, value_dim=8)
+    kind = SoftmaxAttention if rule == "transformer" else DeltaMixer
+    apply, parameters = functional(kind(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, 16)), jnp.float32)
+
+    def step(parameters, x, segments):
+        def loss(parameters):
+            out, state = apply(parameters, x, None, segments)
+            return jnp.sum(out**2), state
+
+        return jax.value_and_grad(loss, has_aux=True)(parameters)
+
+    want = jit(step)(parameters, x, SEGMENTS)
+    mesh = jax.make_mesh((4,), ("rows",))
+    place = lambda x, *spec: jax.device_put(x, NamedSharding(mesh, P(*spec)))
+    split = place(x, "rows"), place(SEGMENTS, "rows")
+    assert_close(whole(jit(step)(jax.tree.map(place, parameters), *split)), whole(want), 1e-4)
+    with jax.set_mesh(mesh):
+        assert_close(whole(jit(step)(parameters, *split)), whole(want), 1e-4)
+
+
+def test_cross_entropy():
+    hidden = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, 4)), jnp.float32)
+    table = jnp.asarray(np.random.default_rng(1).normal(size=(12, 4)), jnp.float32)
+    step = jax.value_and_grad(lambda x, w, t: jnp.sum(cross_entropy(x, w, t, Chunks(4, 4))[0]), argnums=(0, 1))
+    want = jit(step)(hidden, table, TOKENS)
+    mesh = jax.make_mesh((4,), ("rows",))
+    x, targets = (jax.device_put(y, NamedSharding(mesh, P("rows"))) for y in (hidden, TOKENS))
+    assert_close(whole(jit(step)(x, table, targets)), whole(want), 1e-5)
+    with jax.set_mesh(mesh):
+        assert_close(whole(jit(step)(x, table, targets)), whole(want), 1e-5)
