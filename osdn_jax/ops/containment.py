@@ -32,20 +32,20 @@ def contained(fast: Run, exact: Run, inputs: PyTree, starts: PyTree) -> PyTree:
     """
     if starts is None:
         return fast(inputs, None)
-    axes = collectives.axes_of((inputs, starts))  # of a jax.shard_map: both branches of a cond vary over the same
+    axes = collectives.axes_of((inputs, starts))  # of a jax.shard_map: what a loop carries keeps what it varies over
     return _contained(fast, exact, *collectives.vary((inputs, starts), axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _contained(fast: Run, exact: Run, inputs: PyTree, starts: PyTree) -> PyTree:
     results = fast(inputs, starts)
-    return _unless(all_finite(results), results, exact, (inputs, starts))
+    return _unless(exact, all_finite(results), results, (inputs, starts))
 
 
 def _contained_fwd(fast: Run, exact: Run, inputs: PyTree, starts: PyTree) -> tuple[PyTree, Any]:
     results, pull = jax.vjp(lambda x: fast(x, starts), inputs)
     finite = all_finite(results)
-    results = _unless(finite, results, exact, (inputs, starts))
+    results = _unless(exact, finite, results, (inputs, starts))
     return results, (pull, finite, inputs, starts)
 
 
@@ -58,25 +58,38 @@ def _contained_bwd(fast: Run, exact: Run, saved: Any, cotangents: PyTree) -> tup
         return pull(cotangents)[0]
 
     finite &= all_finite(gradients)
-    return _unless(finite, gradients, again, (inputs, starts, cotangents)), None
+    return _unless(again, finite, gradients, (inputs, starts, cotangents)), None
 
 
 _contained.defvjp(_contained_fwd, _contained_bwd)
 
 
-def _unless(finite: jax.Array, results: PyTree, again: Callable[..., PyTree], arguments: tuple[PyTree, ...]) -> PyTree:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _unless(again: Callable[..., PyTree], finite: jax.Array, results: PyTree, arguments: tuple[PyTree, ...]) -> PyTree:
     """The results where they are finite, else again(*arguments): a loop of at most one turn.
 
-    XLA keeps what a loop carries where it is; what the branches of a `lax.cond` hand on it would copy.
+    XLA keeps what a loop carries where it is; what the branches of a `lax.cond` return it would copy.
     """
 
     def turn(carry: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
         finite, results = carry
-        # Nothing else here changes from turn to turn, and XLA would compute it before the loop, needed or not.
+        # Without the barrier nothing here changes from turn to turn, and XLA would compute it before the loop.
         finite, now = lax.optimization_barrier((finite, arguments))
         return ~finite, _typed_as(results, again(*now))
 
     return lax.while_loop(lambda carry: ~carry[0], turn, (finite, results))[1]
+
+
+@_unless.defjvp
+def _unless_jvp(again: Callable[..., PyTree], primals: Any, tangents: Any) -> tuple[PyTree, PyTree]:
+    """For second derivatives: a loop has no gradient in reverse, a branch has."""
+    finite, results, arguments = primals
+    _, d_results, d_arguments = tangents
+
+    def d_again() -> PyTree:
+        return _typed_as(results, jax.jvp(again, arguments, d_arguments)[1])
+
+    return _unless(again, *primals), lax.cond(finite, lambda: d_results, d_again)
 
 
 def _typed_as(like: PyTree, results: PyTree) -> PyTree:
@@ -84,21 +97,25 @@ def _typed_as(like: PyTree, results: PyTree) -> PyTree:
     return jax.tree.map(lambda x, y: y.astype(x.dtype), like, results)
 
 
-@jax.custom_batching.custom_vmap
 def all_finite(tree: PyTree) -> jax.Array:
     """Whether every number of the floating-point arrays is finite; under vmap, those of the whole batch.
 
-    So a `lax.cond` on it stays one: with a predicate for each row, vmap would run both branches every time.
+    One answer for all keeps the choice a choice: with an answer for each row, vmap would compute both forms every time.
     """
-    # A sum over rows of 0 or NaN: a CPU makes vectors of it, and not of a test of every number.
+    return _all_finite(lax.stop_gradient(tree))
+
+
+@jax.custom_batching.custom_vmap
+def _all_finite(tree: PyTree) -> jax.Array:
+    # Sums over rows, of 0 or NaN, are vectorised on a CPU; a test of every number is not.
     finite = [jnp.all(jnp.isfinite(jnp.sum(jnp.atleast_1d(x) * 0, axis=-1))) for x in jax.tree.leaves(tree)]
     return functools.reduce(jnp.logical_and, finite, jnp.asarray(True))
 
 
-@all_finite.def_vmap
+@_all_finite.def_vmap
 def _all_finite_of_batch(axis_size: int, in_batched: PyTree, tree: PyTree) -> tuple[jax.Array, bool]:
     del axis_size, in_batched
-    return all_finite(tree), False
+    return _all_finite(tree), False
 
 
 def scan_in_blocks(

@@ -163,6 +163,24 @@ def test_under_vmap_one_question_is_asked_for_all():
     assert not np.isfinite(np.asarray(value["o"][1])).all()
 
 
+@pytest.mark.parametrize("case", [MIXED[1], MIXED[5]], ids=lambda case: case.name)
+def test_second_derivatives(case):
+    """A gradient of a gradient, in reverse both times, goes through the choice between the two forms."""
+    arrays = jax.tree.map(jnp.asarray, case.arrays)
+    tokens, name = case.operator.outputs[0], "k"
+
+    def norm(implementation):
+        run = case.run(implementation)
+
+        def loss(k):
+            return jnp.sum(run(arrays | {name: k})[tokens] ** 2)
+
+        return jit(jax.grad(lambda k: jnp.sum(jax.grad(loss)(k) ** 2)))
+
+    want, got = (norm(implementation)(arrays[name]) for implementation in ("scan", "chunk"))
+    assert_close(got, want, 1e-10)
+
+
 def test_all_finite():
     assert all_finite({"a": jnp.ones((2, 3)), "b": jnp.full((), 1e300)})
     assert not all_finite([jnp.ones(3), jnp.array([[0.0, jnp.nan]])])
