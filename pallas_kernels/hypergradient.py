@@ -60,7 +60,7 @@ def hypergradient(
         step: [B, T, P].
         beta: [B, T, P]; None is 1.
         log_forget: [B, T, P], at most 0; None forgets nothing.
-        restart: [B, T] bool: the state starts anew, from restart_state, before this token. None: nowhere.
+        restart: [B, T] bool: the state restarts from restart_state before this token. None: nowhere.
         initial, restart_state: [B, P, K].
         anchor: [B, P, K]; None is 0.
         bounds: (lo, hi) of every update, or None; either may be infinite.
