@@ -226,11 +226,12 @@ def _by_chunks(attend: Callable[..., jax.Array], heads: Any, seen: Any, size: in
 
     def chunks(x: jax.Array, axis: int) -> jax.Array:
         padding = [(0, -length % size if i == axis else 0) for i in range(x.ndim)]
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(*x.shape[:axis], -1, size, *x.shape[axis + 1 :]), axis, 0)
+        parts = (*x.shape[:axis], -(-length // size), size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(parts), axis, 0)
 
     rows = (chunks(q, 1), chunks(first, 1), chunks(last, 0))
     out = jax.lax.map(lambda row: attend(row[0], k, v, *row[1:]), rows)
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -1, q.shape[2], v.shape[-1])[:, :length]
+    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -(-length // size) * size, q.shape[2], v.shape[-1])[:, :length]
 
 
 @jax.checkpoint

@@ -179,4 +179,4 @@ def _piece(x: jax.Array, i: jax.Array, axis: int) -> jax.Array:
 def _join(x: jax.Array, length: int) -> jax.Array:
     """[pieces, B, size, ...] -> [B, length, ...], the reverse of `_cut`."""
     x = jnp.moveaxis(x, 0, 2)
-    return x.reshape(x.shape[0], -1, *x.shape[3:])[:, :length]
+    return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :length]

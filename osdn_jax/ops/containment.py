@@ -140,11 +140,11 @@ def scan_in_blocks(
 
     def cut(x: jax.Array) -> jax.Array:
         x = jnp.pad(x, [(0, -length % size)] + [(0, 0)] * (x.ndim - 1))
-        return x.reshape(-1, size, *x.shape[1:])
+        return x.reshape(x.shape[0] // size, size, *x.shape[1:])  # no -1: an array may be empty
 
     @jax.checkpoint
     def block(carry: PyTree, tokens: PyTree) -> tuple[PyTree, PyTree]:
         return scan_in_blocks(step, carry, tokens, tuple(smaller))
 
     carry, out = lax.scan(block, carry, jax.tree.map(cut, tokens))
-    return carry, jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:])[:length], out)
+    return carry, jax.tree.map(lambda x: x.reshape(x.shape[0] * size, *x.shape[2:])[:length], out)

@@ -68,7 +68,7 @@ def _halved_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Arra
         columns = left_w * jnp.exp(suffix_sum(left_decay))
         rows = right_x * jnp.exp(inclusive_sum(right_decay))[..., None, :, :, :]
         corner = jnp.einsum("...mnik,...njk->...mnij", rows, columns)
-        pairs = scores.reshape(*scores.shape[:-3], -1, 2, half, half)
+        pairs = scores.reshape(*scores.shape[:-3], scores.shape[-3] // 2, 2, half, half)
         first, second = pairs[..., 0, :, :], pairs[..., 1, :, :]
         top = jnp.concatenate([first, jnp.zeros_like(first)], axis=-1)
         bottom = jnp.concatenate([corner, second], axis=-1)

@@ -127,6 +127,17 @@ def test_over_devices(case, implementation):
         np.testing.assert_allclose(outside(gradient_split[name]), outside(gradient[name]), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.parametrize("case", MIXED[:1] + MIXED[3:], ids=lambda case: case.name)
+def test_an_empty_batch(case):
+    """Values and gradients of nothing, in the shapes of nothing."""
+    batched = {name: x[:0] if x.shape[0] == len(BAD) else x for name, x in case.arrays.items()}
+    options = case.options | {"segment_ids": jnp.asarray(case.segment_ids[:0]), "implementation": "chunk"}
+    out, pull = jax.vjp(lambda x: case.operator.function(**x, **options), batched)
+    (gradient,) = pull(out)
+    assert not any(x.size for x in out)
+    assert jax.tree.map(jnp.shape, gradient) == jax.tree.map(jnp.shape, batched)
+
+
 @pytest.mark.parametrize("rule", ["osdn", "pgdn"])
 def test_rules_carry_a_bad_document_no_further(rule):
     """A state that is not finite is left behind where the next document starts."""
