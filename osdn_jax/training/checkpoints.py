@@ -99,16 +99,28 @@ class Checkpoints:
             keep.append(checkpoint_managers.EveryNSteps(keep_period))
         self._directory = Path(directory).absolute()
         self._fingerprints = dict(fingerprints or {})
-        self._moved = _move_impostors_aside(self._directory) if distributed.is_primary() else []
-        for warning in self._moved:
-            log.warning("%s", warning)
-        distributed.meet("links are moved")
+        self._moved = self._move_impostors_aside()
         self._manager = _manager(
             self._directory,
             cleanup_tmp_directories=True,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
         )
         self._saving: int | None = None
+
+    def _move_impostors_aside(self) -> list[str]:
+        """As the function of that name, in the first process. Raises its error in every process, so that none waits."""
+        warnings: list[str] = []
+        failed: CheckpointError | OSError | None = None
+        try:
+            if distributed.is_primary():
+                warnings = _move_impostors_aside(self._directory)
+        except (CheckpointError, OSError) as error:
+            failed = error
+        if not distributed.everywhere(failed is None):
+            raise failed or CheckpointError(f"process 0 cannot use {self._directory}; its own message says why")
+        for warning in warnings:
+            log.warning("%s", warning)
+        return warnings
 
     @property
     def latest_step(self) -> int | None:
