@@ -1,6 +1,7 @@
 """What the command lines of the package share: how they end, and how they refuse a wrong flag."""
 
 import argparse
+import errno
 import os
 import re
 import signal
@@ -12,6 +13,7 @@ from typing import NoReturn
 USAGE_ERROR = 2  # the exit status that shells and argparse give a wrong command line
 INTERRUPTED = 130  # that of a command ended by Ctrl-C
 READER_LEFT = 141  # that of a command whose reader has ended before it, as in `command | head`
+_DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Parser(argparse.ArgumentParser):
@@ -39,11 +41,30 @@ def output_file(flag: str, value: str, *, replaced: bool = False) -> Path:
     return path
 
 
+def local_directory(text: str) -> Path:
+    """The directory that a user means, with "~" expanded; it does not have to exist.
+
+    Raises ValueError, saying why, for an empty name, for an address such as gs://bucket/run, which would become a
+    folder "gs:", and for the home of an unknown user.
+    """
+    if not text.strip():
+        raise ValueError("got an empty name, expected a directory, such as runs/NAME")
+    if "\0" in text:
+        raise ValueError("got a NUL character, expected a directory")
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):  # Path makes one slash of two
+        raise ValueError("got an address, expected a directory on this machine or mounted on it")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise ValueError(str(error)) from error
+
+
 def directory(flag: str, value: str) -> Path:
-    """The directory that a flag names, which need not exist. Raises ValueError, naming the flag, for what is none."""
-    if not value or re.match(r"\w+://", value):
-        raise ValueError(f"--{flag}: got {value!r}, expected a directory of this machine")
-    path = Path(os.path.expanduser(value))
+    """As `local_directory`, of a flag. Raises ValueError, naming the flag, also where a part of the path is a file."""
+    try:
+        path = local_directory(value)
+    except ValueError as error:
+        raise ValueError(f"--{flag}: got {value!r}, expected a directory of this machine") from error
     files = [place for place in (path, *path.parents) if place.exists() and not place.is_dir()]
     if files:
         raise ValueError(f"--{flag}: got {value!r}, but {files[0]} is no directory")
@@ -77,7 +98,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except BrokenPipeError:
         status = READER_LEFT
     except OSError as error:
-        place = "" if error.filename else "standard output: "
+        place = "standard output: " if error.filename is None and error.errno in _DISK_ERRORS else ""
         print(f"{Path(sys.argv[0]).name}: error: {place}{error}", file=sys.stderr)
         status = USAGE_ERROR
     _give_up_output()
