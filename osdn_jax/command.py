@@ -26,10 +26,10 @@ class Parser(argparse.ArgumentParser):
 
 
 def output_file(flag: str, value: str, *, replaced: bool = False) -> Path:
-    """The file that a flag names, to be written when all is done.
+    """Checks a file that a flag names before the work whose results it will hold.
 
-    Raises ValueError, naming the flag, where it is a folder, or in none: at the end what was measured would be lost.
-    So it does for a device or a pipe if another file is to take its place (`replaced`).
+    Raises ValueError, naming the flag, for a folder, for a file in a folder that does not exist or may not be written,
+    and, if the file will be replaced by another (`replaced`), for a device or a pipe.
     """
     path = Path(os.path.expanduser(value))
     if not path.name or path.is_dir() or (replaced and path.exists() and not path.is_file()):
@@ -80,8 +80,8 @@ def start() -> None:
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Calls a command and ends the process with the exit status that it returns; None is 0.
 
-    Ctrl-C ends it with 130, and a reader of its output that has ended, such as `head`, with 141; both without a word.
-    Output that cannot be written, to a full disk say, is one line and status 2.
+    Ctrl-C ends it with 130, and a reader of its output that has ended, such as `head`, with 141, both without a
+    message. Output that cannot be written, to a full disk say, is one line and status 2.
     """
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -106,7 +106,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
 
 
 def _give_up_output() -> None:
-    """What cannot be written goes nowhere: when Python ends it would be reported once more."""
+    """Discards output that cannot be written, which Python would report once more when it ends."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -440,7 +440,7 @@ def _check_same_fingerprints(record: Mapping[str, Any], here: Mapping[str, str] 
 
 
 def _without_fingerprints(step: int, record: Mapping[str, Any], here: Mapping[str, str] | None) -> list[str]:
-    """A warning where there is nothing to compare the fingerprints with, as an earlier version saved none."""
+    """Warns where the checkpoint has no fingerprints to compare with, because an earlier version saved it."""
     missing = [name for name in here or {} if name not in record.get("fingerprints", {})]
     if not missing:
         return []
@@ -448,7 +448,7 @@ def _without_fingerprints(step: int, record: Mapping[str, Any], here: Mapping[st
 
 
 def _move_impostors_aside(directory: Path) -> list[str]:
-    """Renames links and files that have a step's name, for orbax would count them; returns a warning for each.
+    """Renames links and files that have a step's name, as orbax would count them; returns a warning for each.
 
     Raises CheckpointError for a link to a folder elsewhere: that may be a checkpoint that somebody moved.
     """
