@@ -11,28 +11,29 @@ trains nothing: it compiles the step for 8 hosts of 8 GPUs that need not be here
 
 from collections.abc import Sequence
 
-try:
-    from absl import flags, logging
-    from ml_collections import config_flags
+from osdn_jax import command
 
-    from osdn_jax.training import (
-        CheckpointError,
-        CheckpointMismatchError,
-        ConfigError,
-        DataError,
-        DivergedError,
-        Interrupted,
-        agreement,
-        check_ranges,
-        distributed,
-        train,
-    )
-    from osdn_jax.training.config import checked_workdir, run, write_atomically
-    from osdn_jax.training.interruption import INTERRUPTED
-    from osdn_jax.training.profiling import parse_range
-    from osdn_jax.training.progress import say
-except KeyboardInterrupt:  # while all of JAX is imported
-    raise SystemExit(130) from None
+if __name__ == "__main__":
+    command.start()
+
+from absl import flags, logging
+from ml_collections import config_flags
+
+from osdn_jax.training import (
+    CheckpointError,
+    CheckpointMismatchError,
+    ConfigError,
+    DataError,
+    DivergedError,
+    Interrupted,
+    agreement,
+    check_ranges,
+    distributed,
+    train,
+)
+from osdn_jax.training.config import checked_workdir, run, write_atomically
+from osdn_jax.training.profiling import parse_range
+from osdn_jax.training.progress import say
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, configs/NAME.py[:key=value,...].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, picture.")
@@ -66,7 +67,7 @@ def main(_: list[str]) -> int | None:
     try:
         result = train(_CONFIG.value, workdir, stop_at=_STOP_AT.value, profile=profile)
     except Interrupted as interrupted:
-        result, status = interrupted.result, INTERRUPTED
+        result, status = interrupted.result, command.INTERRUPTED
     if not distributed.is_primary():
         return status
     if result.bits_per_byte is None:
@@ -77,7 +78,7 @@ def main(_: list[str]) -> int | None:
 
 
 def _plan() -> None:
-    from osdn_jax import command, planning
+    from osdn_jax import planning
 
     try:
         check_ranges(_CONFIG.value)

@@ -1,5 +1,8 @@
 """Consoles of the command lines."""
 
+import errno
+import os
+
 from rich.console import Console
 
 
@@ -8,4 +11,4 @@ class PipedConsole(Console):
 
     def on_broken_pipe(self) -> None:
         """Instead of exit status 1, which may mean something else to the command."""
-        raise BrokenPipeError
+        raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

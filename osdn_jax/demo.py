@@ -35,6 +35,7 @@ from osdn_jax.training import (
     train,
 )
 from osdn_jax.training.config import fail
+from osdn_jax.training.interruption import end_at_second_interrupt
 
 _CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.py"
 _WORKDIR = "runs/demo"
@@ -116,6 +117,7 @@ def _config(rule: str, given: argparse.Namespace) -> ConfigDict:
 
 
 def _run() -> None:
+    end_at_second_interrupt()
     try:
         main(sys.argv[1:])
     except (ConfigError, DataError, DivergedError, CheckpointError, CheckpointMismatchError) as error:

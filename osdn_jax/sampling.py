@@ -53,7 +53,7 @@ def _number(name: str, value: float) -> float:
 def _tempered(logits: Float[Array, " Vocab"], temperature: float) -> Float[Array, " Vocab"]:
     """logits / temperature for any temperature above 0, less a constant that makes the largest 0.
 
-    Of a quotient that overflows inf - inf would be left; a temperature that its type cannot hold would be 0 or inf.
+    Dividing first could overflow to inf and leave inf - inf; a temperature that the type cannot hold would be 0 or inf.
     """
     logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
     limits = jnp.finfo(logits.dtype)
@@ -87,8 +87,8 @@ def sample(
 
     Raises:
         ValueError: an empty prompt, tokens below 0, a seed, temperature or top_p out of range, a token of prompt or
-            forbidden outside the vocabulary, or all of it forbidden; on the call itself. While drawing: the model has
-            no logits for the next token but NaN or -inf.
+            forbidden outside the vocabulary, or all of it forbidden; on the call itself. While drawing: the logits of
+            the next token are NaN, or -inf for all tokens that are allowed.
         TypeError: an argument that is no integer or no number; on the call itself.
     """
     text = np.asarray(prompt)
@@ -118,7 +118,9 @@ def sample(
         for i in range(tokens):
             token, states = step(parameters, current, states, jax.random.fold_in(root, i))
             if int(token) < 0:
-                raise ValueError(f"token {i} cannot be drawn: the model's logits are NaN, or -inf for all that may be")
+                raise ValueError(
+                    f"token {i} cannot be drawn: the model's logits are NaN, or -inf for all allowed tokens"
+                )
             yield int(token)
             current = token.astype(jnp.int32)[None, None]
 

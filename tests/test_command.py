@@ -66,6 +66,12 @@ def no_reader():
             "",
             "-c: error: [Errno 2] gone: 'x.txt'\n",
         ),
+        (
+            "command.run(lambda: fail(ConnectionRefusedError(111, 'refused')))",
+            2,
+            "",
+            "-c: error: [Errno 111] refused\n",
+        ),
     ],
 )
 def test_a_command_ends_with_its_status(script, status, out, err):
@@ -122,3 +128,30 @@ def test_a_file_that_may_not_be_written(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: path != tmp_path)
     with pytest.raises(ValueError, match="--json: got .*new', which may not be written"):
         command.output_file("json", str(tmp_path / "new"))
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("", "an empty name"),
+        (" ", "an empty name"),
+        ("gs://bucket", "an address"),
+        ("gs:/bucket", "an address"),
+        ("hdfs+x://a", "an address"),
+        ("a\0b", "a NUL character"),
+        ("~nobody-of-that-name/run", "home"),
+    ],
+)
+def test_what_is_no_directory_of_this_machine_is_refused(name, reason):
+    with pytest.raises(ValueError, match=reason):
+        command.local_directory(name)
+    with pytest.raises(ValueError, match=f"^--output: got {re.escape(repr(name))}, expected a directory of this mac"):
+        command.directory("output", name)
+
+
+def test_a_directory_does_not_have_to_exist(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert command.directory("output", "~/a:b/c~") == tmp_path / "a:b" / "c~"
+    (tmp_path / "file").touch()
+    with pytest.raises(ValueError, match="^--output: got '~/file/run', but .*/file is no directory"):
+        command.directory("output", "~/file/run")

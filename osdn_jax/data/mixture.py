@@ -10,7 +10,7 @@ from osdn_jax.data.streamed import StreamedWindows
 from osdn_jax.data.windows import Window, WindowSource
 
 _LEAST = 1e-300  # weights are divided by the smallest
-_LEAST_SHARE = 1e-12  # one window in that many is none in any training
+_LEAST_SHARE = 1e-12  # of the largest weight; less would draw no window in any training
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +74,7 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
 
 
 def _check_weights(weights: Sequence[float], paths: Sequence[str] = ()) -> None:
-    """Raises ValueError, naming a weight and its path where there are paths, for one that is no share."""
+    """Raises ValueError, naming the weight and its path if paths are given, for one that is out of range."""
     named = [("" if path is None else f"weight of {path}: ", w) for w, path in itertools.zip_longest(weights, paths)]
     for place, weight in named:
         if not (weight > 0 and math.isfinite(weight)):

@@ -46,7 +46,7 @@ def prepare(
 
     The shards are the same for any number of workers. Where the folder holds complete shards of the same settings,
     only what is missing is written. Files are then read again up to there: a text that has changed is refused, whatever
-    its size. Of a data set of the hub the name has to do.
+    its size. A data set of the hub is compared by its name alone.
 
     Args:
         source: a file or folder as `read_documents` takes it, or "hf:NAME" as `HubStream` does.

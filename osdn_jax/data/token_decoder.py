@@ -13,7 +13,7 @@ _PROBE = ord("A")  # the byte of a visible character
 
 
 class TokenDecoder:
-    """Decodes ids one after the other: the text is that of all ids together, and no character appears by halves.
+    """Decodes ids one after the other: the text is that of all ids together, and every character is whole.
 
     New text is what the last few tokens, the window, say with the new one and did not say without it. The window is cut
     only behind a complete character: in the middle of one the tokens that are left would say something else.

@@ -42,13 +42,13 @@ def agree(description: Mapping[str, Any]) -> None:
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Tells the processes that wait in `agree`, then raises: ConfigError, or what is no fault of the user as it is."""
+    """Tells the processes that wait in `agree`, then raises ConfigError, or the error itself if it is no user's."""
     together = jax.process_count() > 1
     told = _inform(error) if together else str(error)
     if isinstance(error, _USER_ERRORS):
         raise (type(error) if isinstance(error, ConfigError) else ConfigError)(told) from error
     if together:
-        distributed.leave()  # the others do, and this process may end in a way that leaves no time for it
+        distributed.leave()  # as the others do; this process may not get the chance later
     raise error
 
 

@@ -99,16 +99,28 @@ class Checkpoints:
             keep.append(checkpoint_managers.EveryNSteps(keep_period))
         self._directory = Path(directory).absolute()
         self._fingerprints = dict(fingerprints or {})
-        self._moved = _move_impostors_aside(self._directory) if distributed.is_primary() else []
-        for warning in self._moved:
-            log.warning("%s", warning)
-        distributed.meet("links are moved")
+        self._moved = self._move_impostors_aside()
         self._manager = _manager(
             self._directory,
             cleanup_tmp_directories=True,
             preservation_policy=checkpoint_managers.AnyPreservationPolicy(keep),
         )
         self._saving: int | None = None
+
+    def _move_impostors_aside(self) -> list[str]:
+        """As the function of that name, in the first process. Raises its error in every process, so that none waits."""
+        warnings: list[str] = []
+        failed: CheckpointError | OSError | None = None
+        try:
+            if distributed.is_primary():
+                warnings = _move_impostors_aside(self._directory)
+        except (CheckpointError, OSError) as error:
+            failed = error
+        if not distributed.everywhere(failed is None):
+            raise failed or CheckpointError(f"process 0 cannot use {self._directory}; its own message says why")
+        for warning in warnings:
+            log.warning("%s", warning)
+        return warnings
 
     @property
     def latest_step(self) -> int | None:
@@ -428,7 +440,7 @@ def _check_same_fingerprints(record: Mapping[str, Any], here: Mapping[str, str] 
 
 
 def _without_fingerprints(step: int, record: Mapping[str, Any], here: Mapping[str, str] | None) -> list[str]:
-    """A warning where there is nothing to compare the fingerprints with, as an earlier version saved none."""
+    """Warns where the checkpoint has no fingerprints to compare with, because an earlier version saved it."""
     missing = [name for name in here or {} if name not in record.get("fingerprints", {})]
     if not missing:
         return []
@@ -436,7 +448,7 @@ def _without_fingerprints(step: int, record: Mapping[str, Any], here: Mapping[st
 
 
 def _move_impostors_aside(directory: Path) -> list[str]:
-    """Renames links and files that have a step's name, for orbax would count them; returns a warning for each.
+    """Renames links and files that have a step's name, as orbax would count them; returns a warning for each.
 
     Raises CheckpointError for a link to a folder elsewhere: that may be a checkpoint that somebody moved.
     """

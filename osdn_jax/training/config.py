@@ -20,18 +20,19 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_path
 
+from osdn_jax import command
+from osdn_jax.command import INTERRUPTED, USAGE_ERROR
 from osdn_jax.training.defaults import default_config
-from osdn_jax.training.interruption import INTERRUPTED, end_at_second_interrupt
+from osdn_jax.training.interruption import end_at_second_interrupt
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
-USAGE_ERROR = 2  # the exit status that shells and argparse give a wrong command line
 
 _PARSERS: dict[type, flags.ArgumentParser] = {
     bool: flags.BooleanParser(),
@@ -264,8 +265,8 @@ def parse_flags(
     return rest
 
 
-def fail(error: Exception) -> None:
-    """Prints the first line of `error` and what follows it to stderr and exits with status 2."""
+def fail(error: Exception) -> NoReturn:
+    """Prints an error of the user's to stderr and exits with status 2."""
     print_error(error)
     raise SystemExit(USAGE_ERROR)
 
@@ -280,10 +281,11 @@ def run(
     *,
     errors: tuple[type[Exception], ...] = (ConfigError,),
     tell: Callable[[Exception, Sequence[str]], Exception] | None = None,
-) -> None:
-    """`absl.app.run` for a script with a `--config` flag: a user's mistake ends in one clear message, status 2.
+) -> NoReturn:
+    """Runs a script with a `--config` flag by `absl.app.run`: a user's mistake ends in one clear message, status 2.
 
-    Ctrl-C ends it with status 130 and one line; a second one at once, whatever it is doing.
+    Ctrl-C ends it with status 130 and one line; a second one at once, whatever it is doing. Output that cannot be
+    written ends it as in `command.run`.
 
     Args:
       main: called with [program name].
@@ -294,19 +296,24 @@ def run(
     def guarded(argv: list[str]) -> Any:
         try:
             return main(argv)
+        except BrokenPipeError:
+            raise
         except errors as error:
             return fail(error if tell is None else tell(error, argv))
 
-    try:
-        end_at_second_interrupt()
-        app.run(guarded, flags_parser=lambda argv: parse_flags(argv, tell=tell))
-    except KeyboardInterrupt:
-        print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-        raise SystemExit(INTERRUPTED) from None
-    except Exception as error:
-        if tell is not None:
-            tell(error, sys.argv)
-        raise
+    def script() -> None:
+        try:
+            app.run(guarded, flags_parser=lambda argv: parse_flags(argv, tell=tell))
+        except KeyboardInterrupt:
+            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+            raise SystemExit(INTERRUPTED) from None
+        except Exception as error:
+            if tell is not None:
+                tell(error, sys.argv)
+            raise
+
+    end_at_second_interrupt()
+    command.run(script)
 
 
 # Comparing and recording configurations
@@ -406,19 +413,14 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
 
 
 def checked_workdir(workdir: str | os.PathLike[str]) -> Path:
-    """The directory of a run as it is meant, "~" expanded. Makes nothing.
+    """The directory of a run, with "~" expanded. Makes nothing.
 
-    Raises ConfigError for an empty name, for an address such as gs://bucket/run, which would become a folder "gs:", and
-    for a file.
+    Raises ConfigError for a file, and for a name that `command.local_directory` refuses.
     """
     text = os.fspath(workdir)
-    if not text.strip():
-        raise ConfigError(f"--workdir={text}: got an empty name, expected a directory, such as runs/NAME")
-    if "\0" in text or re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):  # Path makes one slash of two
-        raise ConfigError(f"--workdir={text}: got an address, expected a directory on this machine or mounted on it")
     try:
-        path = Path(text).expanduser()
-    except RuntimeError as error:
+        path = command.local_directory(text)
+    except ValueError as error:
         raise ConfigError(f"--workdir={text}: {error}") from error
     if path.exists() and not path.is_dir():
         raise WorkdirConfigError(f"--workdir={path} is a file, not a directory")

@@ -18,14 +18,14 @@ _FLUSH_SECONDS = 30
 
 
 class EventFile:
-    """An event file that may fail without consequence: an error of the disk is one warning, and no more is written.
+    """An event file that training does not depend on: after an error of the disk, one warning, it writes no more.
 
-    Everything is written by the calling thread. A background thread would die of a full disk unseen, and whoever fills
-    its queue would wait for it without end.
+    The calling thread writes everything. A background thread would die of a full disk unnoticed, and the caller would
+    wait for ever once its queue is full.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Opens a new file in the folder, made if need be, and tells TensorBoard to forget steps from first_step on."""
+        """Opens a new file in the folder, creating both, and tells TensorBoard to forget steps from first_step on."""
         self._folder = folder
         self._record: RecordWriter | None = None
         self._flushed = time.monotonic()

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-INTERRUPTED = 130  # the exit status of a program that Ctrl-C ended: 128 + SIGINT
+from osdn_jax.command import INTERRUPTED
 
 
 class Interrupted(KeyboardInterrupt):

@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 
 
 class WorkdirInUseError(ConfigError):
-    """Another run has the working directory at this moment; the message says whose it is."""
+    """Another run is using the working directory; the message names its process, machine and time."""
 
 
 class WorkdirLock:
@@ -31,7 +31,7 @@ class WorkdirLock:
     """
 
     def __init__(self, workdir: Path) -> None:
-        """workdir: made if need be, on entering."""
+        """workdir: created on entering if it does not exist."""
         self._workdir = workdir
         self._file: IO[str] | None = None
 

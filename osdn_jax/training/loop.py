@@ -247,11 +247,22 @@ def _train(
 
 
 def _metrics(workdir: Path, start: int, primary: bool) -> MetricsWriter:
-    """The metrics of a run that goes on from a step. Raises ConfigError where what is there is damaged."""
+    """The metrics of a run that goes on from a step.
+
+    Raises ConfigError where the file is damaged, and OSError where it cannot be written: ConfigError in every process
+    where there are several.
+    """
     try:
-        return MetricsWriter(workdir, resume_step=start if start else None, enabled=primary)
+        metrics = MetricsWriter(workdir, resume_step=start if start else None, enabled=primary)
     except ValueError as error:
-        raise ConfigError(f"{error}; mend or remove that line, or remove the file to go on without it") from error
+        advice = "mend or remove that line, or remove the file to go on without it"
+        agreement.fail(ConfigError(f"{error}; {advice}"))
+    except OSError as error:
+        if jax.process_count() == 1:
+            raise
+        agreement.fail(error)
+    agreement.agree({})
+    return metrics
 
 
 def _next(batches: Iterator[Window]) -> Window:

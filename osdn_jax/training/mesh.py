@@ -15,6 +15,7 @@ from ml_collections import ConfigDict
 from osdn_jax.data import Window
 from osdn_jax.nn.config import TRANSFORMER
 from osdn_jax.nn.sharding import MESH_AXES, RULES, parameter_spec, spec
+from osdn_jax.training.ranges import check_ranges
 
 PyTree = Any
 
@@ -62,8 +63,7 @@ def mesh_sizes(config: ConfigDict, devices: int) -> dict[str, int]:
 
 def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
     """Raises ValueError, naming the key, where a mesh of these sizes does not divide what lies on it."""
-    if config.accumulate < 1:
-        raise ValueError(f"accumulate: got {config.accumulate}, expected at least 1")
+    check_ranges(config, "accumulate")  # before it is computed with
     rows = ("mesh.data × mesh.fsdp", sizes["data"] * sizes["fsdp"])
     columns = ("mesh.context × mesh.tensor", sizes["context"] * sizes["tensor"])
     width = ("mesh.fsdp × mesh.tensor", sizes["fsdp"] * sizes["tensor"])

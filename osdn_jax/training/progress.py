@@ -11,6 +11,8 @@ from types import TracebackType
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from osdn_jax.console import PipedConsole
+
 log = logging.getLogger(__name__)
 
 SPEED_WINDOW = 20  # updates that the speed is averaged over
@@ -40,7 +42,7 @@ class ProgressBar:
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=SPEED_WINDOW + 1)  # (seconds, step, tokens)
         self._started = time.monotonic()
         self._tokens = 0
-        self._console = console or Console(force_terminal=sys.stdout.isatty())
+        self._console = console or PipedConsole(force_terminal=sys.stdout.isatty())
         self._bar: Progress | None = None
         if self._console.is_terminal and not self._console.is_dumb_terminal:
             self._bar = Progress(

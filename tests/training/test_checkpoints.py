@@ -20,6 +20,7 @@ import numpy as np
 import optax
 import pytest
 
+from osdn_jax.training import distributed
 from osdn_jax.training.checkpoints import (
     CheckpointError,
     CheckpointMismatchError,
@@ -493,6 +494,18 @@ def test_a_checkpoint_that_is_a_link_to_elsewhere_is_named_and_left_alone(tmp_pa
     shutil.move(tmp_path / "elsewhere", tmp_path / "run" / "2")
     with Checkpoints(tmp_path / "run") as checkpoints:
         assert checkpoints.restore(state_at(0)).step == 2
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_an_error_of_the_first_process_is_raised_in_every_one(tmp_path, monkeypatch, first):
+    """Neither waits for the other."""
+    save(tmp_path / "run", 1)
+    (tmp_path / "run" / "2").symlink_to(tmp_path)
+    monkeypatch.setattr(distributed, "is_primary", lambda: first)
+    monkeypatch.setattr(distributed, "everywhere", lambda here: False)
+    words = "is a link to" if first else "process 0 cannot use .*run; its own message says why"
+    with pytest.raises(CheckpointError, match=words):
+        Checkpoints(tmp_path / "run")
 
 
 # A save that fails

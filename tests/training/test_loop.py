@@ -385,6 +385,7 @@ def test_a_run_in_which_every_count_is_the_largest(tmp_path):
 
 
 def test_a_full_disk_of_event_files_does_not_stop_training(tmp_path, monkeypatch, caplog):
+    finished()  # before the disk is full
     real = event_files.RecordWriter
     monkeypatch.setattr(event_files, "RecordWriter", lambda path: real("/dev/full"))
     monkeypatch.setattr(event_files, "_FLUSH_SECONDS", -1)
@@ -410,6 +411,24 @@ def test_a_damaged_line_of_metrics_is_named_and_nothing_is_lost(tmp_path):
     file.write_text("".join(lines))
     train(tiny_config(text()), tmp_path / "run")
     assert_same_run(tmp_path / "run", finished()[0])
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_metrics_that_the_first_process_cannot_open_end_all(tmp_path, monkeypatch, first):
+    """Every process asks the others; what they answer is made up here."""
+    reports = []
+
+    def settle(description, reason):
+        reports.append(reason)
+        raise ConfigError(f"process 0 failed: {reason}")
+
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(loop.agreement, "_settle", settle)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(ConfigError, match="process 0 failed"):
+        loop._metrics(tmp_path, 0, first)
+    assert len(reports) == 1
+    assert (reports[0] is None) != first
 
 
 # What is refused

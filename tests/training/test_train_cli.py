@@ -1,6 +1,8 @@
 """The command line of train.py: a mistake ends in one clear line and status 2, whatever it is."""
 
 import json
+import os
+import select
 
 import pytest
 
@@ -103,6 +105,25 @@ def test_an_address_and_an_empty_name_make_nothing(answers):
 
 def test_the_run_of_another_configuration_is_untouched(answers, folder):
     assert train(tiny_config(text()), folder / "run", stop_at=1).step == 1
+
+
+def test_a_reader_that_leaves_does_not_stop_training(forks, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
+    forks.start(command(tmp_path / "run", "--stop_at=4")[0][1:], out=tmp_path / "pipe", err=tmp_path / "err")
+    assert select.select([reader], [], [], 60)[0]  # the first line is here
+    os.close(reader)
+    assert forks.wait() == 0
+    for warning in (tmp_path / "err").read_text().splitlines():
+        assert "no more progress is shown: standard output: [Errno 32] Broken pipe" in warning
+    assert (tmp_path / "run" / "checkpoints" / "4").is_dir()
+
+
+def test_the_help_into_a_full_disk_is_one_line(forks, tmp_path):
+    forks.start([command(None)[0][1], "--help"], out="/dev/full", err=tmp_path / "err")
+    assert forks.wait() == 2
+    said = "train.py: error: standard output: [Errno 28] No space left on device\n"
+    assert (tmp_path / "err").read_text() == said
 
 
 def test_a_log_on_a_full_disk_does_not_stop_training(forks, tmp_path):
