@@ -189,7 +189,7 @@ def attend(
     What a query does not see does not reach it, NaN included. Chunks of queries are computed one after another, and
     again in the backward pass, so that [B, H, chunk_size, S] scores are held at a time; those of keys that a query does
     not see are computed too. Key head h serves the query heads h H / Hk and those after it. Scores and softmax are
-    float32 (float64 for float64 inputs).
+    float32 (float64 for float64 inputs). Gradients are in reverse mode only.
 
     Args:
         q, k, v: queries, keys and values.

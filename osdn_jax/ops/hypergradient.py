@@ -145,7 +145,7 @@ def hypergradient_preconditioner(
         normalize: divides the update by sum(u_t) + 1e-5.
         restart: what documents that start inside the sequence begin with; default `initial`. Differs from it where
             `initial` is the state carried over from an earlier piece of the sequence.
-        segment_ids: [B, T], packed documents: the state starts anew where the id changes.
+        segment_ids: [B, T], packed documents: the state restarts where the id changes.
         chunk_size: tokens per chunk of the implementations that have chunks; default 64.
         implementation: "scan" (the specification), "chunk", "mosaic_gpu" (kernels for Hopper GPUs: K of 64, 128 or
             256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or None for the

@@ -27,7 +27,7 @@ class Tokens(NamedTuple):
     beta: jax.Array | None  # [..., P]; None is 1
     step: jax.Array  # eta * b_t, divided by the normaliser if there is one [..., P]
     log_forget: jax.Array | None  # [..., P]
-    restart: jax.Array | None  # [...] bool: the state starts anew before this token
+    restart: jax.Array | None  # [...] bool: the state restarts before this token
 
 
 class Start(NamedTuple):

@@ -54,7 +54,7 @@ def _forward(inputs: Inputs, restart: jax.Array | None, run: Run, bounds: Bounds
 
 
 def _in_order(local: Any, first: jax.Array, like: jax.Array, bounds: Bounds, axis: str) -> Any:
-    """(d before each token, d after this device's last, d before its first): each device in its turn."""
+    """(d before each token, d after this device's last, d before its first): one device after another."""
     index = lax.axis_index(axis)
     used, d, final = like, first, first
     for turn in range(lax.axis_size(axis)):

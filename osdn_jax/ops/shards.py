@@ -41,6 +41,8 @@ def over_shards(
         results: likewise for what run returns.
         names: of the arrays' leaves, for messages.
 
+    Under `jax.vmap` over an axis that an Explicit mesh axis splits, JAX refuses it: split rows or heads instead.
+
     Raises:
         ValueError: an axis other than batch or heads is split, or two arrays are split in different ways.
     """

@@ -21,7 +21,7 @@ _CALL = re.compile(
 )
 _NAME = re.compile(
     r"\\00(?!stable_)(\w+)_mosaic_gpu\\00"
-)  # in the module; a program for several GPUs tells it nowhere else
+)  # in the module; a program for several GPUs names it only here
 _LARGEST_GRID = (2**31 - 1, 65535, 65535)  # along x, y and z; a launch of more ends the process
 _LARGEST_BLOCK = (1024, 1024, 64)
 _SPILLED = "Registers are spilled to local memory"  # the same again, as a warning
