@@ -20,7 +20,9 @@ from unittest import mock
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 
+from osdn_jax import nn
 from osdn_jax.comparison import (
     Contender,
     Shape,
@@ -37,6 +39,7 @@ from osdn_jax.comparison import (
 from osdn_jax.comparison.environment import load
 from osdn_jax.comparison.measure import quartiles
 from osdn_jax.comparison.report import duration, size
+from osdn_jax.nn.functional import functional
 from osdn_jax.ops import chunkwise
 
 RESULTS = Path(__file__).parent / "results"
@@ -54,12 +57,16 @@ class Program:
     chunk_size: int | None = None
     anchor: float | None = None  # of the hypergradient preconditioner; None is the one of comparison.RULES
     direct_scores: bool = False  # form channel decay with C x C x K numbers, as a peer might
+    packed: bool = False  # documents of some hundred tokens
+    checked: bool = True  # keep a packed document that is not finite to itself (ops/containment.py)
 
     def __str__(self) -> str:
         parts = [self.rule, str(self.shape), self.implementation]
         parts += [f"C={self.chunk_size}"] if self.chunk_size else []
         parts += [f"anchor={self.anchor:g}"] if self.anchor is not None else []
         parts += ["direct C x C x K"] if self.direct_scores else []
+        parts += ["packed"] if self.packed else []
+        parts += ["unchecked"] if not self.checked else []
         return " ".join([*parts, "forward + backward" if self.gradient else "forward"])
 
 
@@ -110,6 +117,22 @@ class Bench:
             print(f"  {p}: {cost}, compiled in {duration(c.compile_seconds)}", file=sys.stderr, flush=True)
         return running
 
+    def run_models(self, running: list[Contender]) -> list[Contender]:
+        """Times programs that are no single operator, and keeps what it measured."""
+        take_turns(running, self.repeats)
+        self.rows += [
+            {
+                "name": c.name,
+                "compile_seconds": c.compile_seconds,
+                "median_seconds": float(np.median(c.seconds)),
+                "quartile_seconds": quartiles(c.seconds),
+                "temporary_bytes": c.temporary_bytes,
+                "refusal": c.refusal,
+            }
+            for c in running
+        ]
+        return running
+
     def figure(self, what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
         if self.quick:
             at_most = at_least = None  # they are asked of other sizes
@@ -119,15 +142,38 @@ class Bench:
 def _contender(p: Program) -> Contender:
     arrays = draw_inputs(p.rule, p.shape, "float32", seed=0)
     options: dict = {"chunk_size": p.chunk_size} | ({} if p.anchor is None else {"anchor": p.anchor})
+    if p.packed:
+        options["segment_ids"] = packed_ids(p.shape.batch, p.shape.length)
     run: Callable = program(p.rule, None if p.implementation == "auto" else p.implementation, **options)
     arguments: tuple = (arrays,)
     if p.gradient:
         arguments = (arrays, draw_cotangents(jax.eval_shape(program(p.rule, "scan"), arrays), "float32", seed=0))
         run = value_and_gradient(run)
-    with (
-        mock.patch.object(chunkwise, "channel_scores", _direct_scores) if p.direct_scores else contextlib.nullcontext()
-    ):
-        return contender(str(p), run, jax.device_put(arguments))
+    with contextlib.ExitStack() as patches:
+        if p.direct_scores:
+            patches.enter_context(mock.patch.object(chunkwise, "channel_scores", _direct_scores))
+        if not p.checked:
+            patches.enter_context(unchecked())
+        jax.clear_caches()  # an operator traced before would be used again, patched or not
+        made = contender(str(p), run, jax.device_put(arguments))
+    jax.clear_caches()
+    return made
+
+
+def packed_ids(batch: int, length: int) -> jax.Array:
+    """[B, T], documents of 100 tokens on average."""
+    starts = np.random.default_rng(0).random((batch, length)) < 1 / 100
+    return jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
+
+
+@contextlib.contextmanager
+def unchecked() -> Iterator[None]:
+    """Operators and attention as they would be without the check for documents that are not finite."""
+    with contextlib.ExitStack() as patches:
+        for module in ("ops.delta_rule", "ops.gram", "ops.hypergradient", "nn.attention"):
+            name = f"osdn_jax.{module}.contained"
+            patches.enter_context(mock.patch(name, lambda fast, exact, inputs, starts: fast(inputs, starts)))
+        yield
 
 
 def _direct_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Array:
@@ -224,12 +270,48 @@ def chunks(b: Bench) -> None:
                 b.figure(f"decay {decay}, {shape}: time of C = {p.chunk_size} / the best of these", value)
 
 
+def packed(b: Bench) -> None:
+    """The check that keeps a packed document that is not finite to itself, forward + backward."""
+    for text in ("B8T256H2D64", "B1T4096H4D128", "B4T512H8D64")[: 1 if b.quick else None]:
+        shape = b.shape(text, "B2T16H2D8")
+        for rule in ("delta_net", "os_gdn_trust", "pdn"):
+            plain, kept = b.run([Program(rule, shape, packed=True, checked=checked) for checked in (False, True)])
+            b.figure(f"{rule}, {shape}: time of checked / unchecked", ratio(kept.seconds, plain.seconds))
+            b.figure(f"{rule}, {shape}: temporary memory of checked / unchecked", _memory(kept, plain))
+    sizes = ((2, 16, 8),) if b.quick else ((8, 256, 128), (4, 1024, 128))
+    for batch, tokens, width in sizes:
+        for rule in ("delta_net", "osdn", "os_gdn", "transformer"):
+            plain, kept = b.run_models([_model(rule, batch, tokens, width, checked) for checked in (False, True)])
+            value = ratio(kept.seconds, plain.seconds)
+            b.figure(f"gradient of a model of {rule}, {batch} x {tokens}: time of checked / unchecked", value)
+
+
+def _model(rule: str, batch: int, tokens: int, width: int, checked: bool) -> Contender:
+    """The gradient of the loss of the demo's model."""
+    mixer = nn.mixer_config(rule, width=width, heads=2, key_dim=width // 2, value_dim=width // 2)
+    config = nn.ModelConfig(vocab_size=256, layers=2, mixer=mixer, mlp_dim=2 * width)
+    apply, parameters = functional(nn.CausalLM(config, rngs=nnx.Rngs(0)))
+    ids, text = packed_ids(batch, tokens), np.random.default_rng(0).integers(0, 256, (batch, tokens))
+
+    def loss(parameters: dict) -> jax.Array:
+        logits, _ = apply(parameters, jnp.asarray(text, jnp.int32), segment_ids=ids)
+        return -jnp.mean(jax.nn.log_softmax(logits)[..., 0])
+
+    name = f"model of {rule}, {batch} x {tokens}, {'checked' if checked else 'unchecked'}"
+    with contextlib.nullcontext() if checked else unchecked():
+        jax.clear_caches()
+        made = contender(name, jax.grad(loss), (parameters,))
+    jax.clear_caches()
+    return made
+
+
 SECTIONS = {
     "auto": auto_against_scan,
     "rules": rules_against_each_other,
     "length": length,
     "forward": forward,
     "chunks": chunks,
+    "packed": packed,
 }
 
 
