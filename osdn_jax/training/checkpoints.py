@@ -16,7 +16,6 @@ when it is complete, so a killed process leaves the checkpoints before it whole.
 
 import json
 import logging
-import math
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -26,12 +25,12 @@ from typing import Any, NamedTuple
 import grain
 import grain.checkpoint
 import jax
-import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
 from osdn_jax.training import distributed
+from osdn_jax.training.checkpoint_arrays import abstract, checksums, leaves
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +155,7 @@ class Checkpoints:
         latest = self.latest_step
         if latest is not None and step <= latest:
             raise ValueError(f"cannot save step {step}: {self._directory} already holds step {latest}")
-        record = {"metadata": metadata or {}, "checksums": _checksums(state), "step": step}
+        record = {"metadata": metadata or {}, "checksums": checksums(state), "step": step}
         if self._fingerprints:
             record["fingerprints"] = self._fingerprints
         json.dumps(record)  # a TypeError here is better than one from the background thread
@@ -183,7 +182,7 @@ class Checkpoints:
           CheckpointError: there are checkpoints, but none can be read. Nothing is renamed.
         """
         self.wait()
-        target = _abstract(target)
+        target = abstract(target)
         step, found, unreadable = _newest_readable(
             self._manager,
             lambda step: _read(
@@ -270,7 +269,7 @@ def load_parameters(
     directory = Path(directory).absolute()
     if not directory.is_dir():
         raise FileNotFoundError(f"no folder of checkpoints {directory}")
-    target = {key: _abstract(target)}
+    target = {key: abstract(target)}
     with _manager(directory, read_only=True) as manager:
         if step is not None and step not in manager.all_steps():
             raise FileNotFoundError(f"no checkpoint {step} in {directory}; there are {sorted(manager.all_steps())}")
@@ -362,9 +361,9 @@ def _read(
     )
     position = None if iterator is None else _iterator_state(folder)
     state = _reading(lambda: manager.restore(step, args=ocp.args.Composite(state=arrays))).state
-    checksums = record.get("checksums", {})
-    for path, checksum in _checksums(state).items():
-        if checksums.get(path) != checksum:
+    saved_checksums = record.get("checksums", {})
+    for path, checksum in checksums(state).items():
+        if saved_checksums.get(path) != checksum:
             raise _UnreadableError(f"the content of {path} is not what was saved")
     if iterator is not None:  # last, so that it keeps its position if the arrays cannot be read
         try:
@@ -413,7 +412,7 @@ def _iterator_state(folder: Path) -> dict[str, Any]:
 
 def _check_same_arrays(saved: PyTree, target: PyTree, folder: Path, *, partial: bool, show: int = 5) -> None:
     """Raises CheckpointMismatchError naming the first arrays whose path, shape or dtype differs."""
-    there, here = ({p: f"{np.dtype(x.dtype)}{list(x.shape)}" for p, x in _leaves(tree)} for tree in (saved, target))
+    there, here = ({p: f"{np.dtype(x.dtype)}{list(x.shape)}" for p, x in leaves(tree)} for tree in (saved, target))
     paths = list(here) if partial else [*here, *(path for path in there if path not in here)]
     differ = [
         f"\n  {path}: {there.get(path, 'absent')} in the checkpoint, {here.get(path, 'absent')} expected"
@@ -470,58 +469,6 @@ def _name_aside(path: Path, why: str = "corrupt") -> Path:
     while os.path.lexists(moved := path.with_name(f"{path.name}.{why}{number if number > 1 else ''}")):
         number += 1
     return moved
-
-
-# Leaves
-
-
-def _leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    return [
-        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
-        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
-    ]
-
-
-def _check_leaf(path: str, leaf: Any) -> None:
-    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
-        raise TypeError(f"{path} is a {type(leaf).__name__}; a checkpoint holds jax arrays")
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        raise TypeError(f"{path} is a typed random key; give jax.random.key_data of it, and wrap_key_data on restoring")
-    if leaf.size == 0:
-        raise TypeError(f"{path} has no elements (shape {leaf.shape}), which orbax cannot save")
-
-
-def _abstract(tree: PyTree) -> PyTree:
-    """The tree's shapes, dtypes and shardings. Raises TypeError for a leaf that is no array and no such struct."""
-    for path, leaf in _leaves(tree):
-        _check_leaf(path, leaf)
-    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), tree)
-
-
-def _checksums(tree: PyTree) -> dict[str, int]:
-    """{path: checksum} of each array; one transfer of a number per array."""
-    for path, leaf in _leaves(tree):
-        _check_leaf(path, leaf)
-    return {path: int(x) for path, x in [(path, _checksum(leaf)) for path, leaf in _leaves(tree)]}
-
-
-@jax.jit
-def _checksum(x: jax.Array) -> jax.Array:
-    """Σ word · (2 · position + 1) mod 2³² over the array's words of at most 32 bits: uint32 [].
-
-    Any one changed word changes it, because an odd factor is invertible mod 2³². Positions come from the indices of
-    each axis, so a sharded array is summed where it is.
-    """
-    if x.dtype == jnp.bool_:
-        x = x.astype(jnp.uint8)
-    width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
-    words = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
-    position = jnp.zeros(words.shape, jnp.uint32)
-    for axis in range(words.ndim):
-        stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
-        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
-    return jnp.sum(words * (position * np.uint32(2) + np.uint32(1)), dtype=jnp.uint32)
 
 
 # Words

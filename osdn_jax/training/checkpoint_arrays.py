@@ -1,0 +1,60 @@
+"""The arrays of a checkpoint: their names, shapes, dtypes and shardings, and a checksum of each."""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+type PyTree = Any
+
+
+def leaves(tree: PyTree) -> list[tuple[str, Any]]:
+    """(path, leaf) of each leaf, such as ("params/head/kernel", array)."""
+    return [
+        (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
+        for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
+    ]
+
+
+def _check_leaf(path: str, leaf: Any) -> None:
+    if not isinstance(leaf, jax.Array | jax.ShapeDtypeStruct):
+        raise TypeError(f"{path} is a {type(leaf).__name__}; a checkpoint holds jax arrays")
+    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        raise TypeError(f"{path} is a typed random key; give jax.random.key_data of it, and wrap_key_data on restoring")
+    if leaf.size == 0:
+        raise TypeError(f"{path} has no elements (shape {leaf.shape}), which orbax cannot save")
+
+
+def abstract(tree: PyTree) -> PyTree:
+    """The tree's shapes, dtypes and shardings. Raises TypeError for a leaf that is no array and no such struct."""
+    for path, leaf in leaves(tree):
+        _check_leaf(path, leaf)
+    first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding or first), tree)
+
+
+def checksums(tree: PyTree) -> dict[str, int]:
+    """{path: checksum} of each array; one transfer of a number per array."""
+    for path, leaf in leaves(tree):
+        _check_leaf(path, leaf)
+    return {path: int(x) for path, x in [(path, _checksum(leaf)) for path, leaf in leaves(tree)]}
+
+
+@jax.jit
+def _checksum(x: jax.Array) -> jax.Array:
+    """Σ word · (2 · position + 1) mod 2³² over the array's words of at most 32 bits: uint32 [].
+
+    Any one changed word changes it, because an odd factor is invertible mod 2³². Positions come from the indices of
+    each axis, so a sharded array is summed where it is.
+    """
+    if x.dtype == jnp.bool_:
+        x = x.astype(jnp.uint8)
+    width = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
+    words = jax.lax.bitcast_convert_type(x, width).astype(jnp.uint32)
+    position = jnp.zeros(words.shape, jnp.uint32)
+    for axis in range(words.ndim):
+        stride = np.uint32(math.prod(words.shape[axis + 1 :]) % 2**32)
+        position += jax.lax.broadcasted_iota(jnp.uint32, words.shape, axis) * stride
+    return jnp.sum(words * (position * np.uint32(2) + np.uint32(1)), dtype=jnp.uint32)
