@@ -67,10 +67,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     saved, unsaved = _save(given, results, about, f"{where}, {about['date']}", passed=not wrong)
     out.print(result_table(results, out.width), soft_wrap=True)
     for line in refusals(results):
-        out.print(line, style="yellow", highlight=False)
+        out.print(line, style="yellow", highlight=False, soft_wrap=True)
     for line in wrong:
-        out.print(line, style="bold red", highlight=False)
-    out.print(f"On {where}; medians of {given.repeats} interleaved rounds; speed-up over the scan.", highlight=False)
+        out.print(line, style="bold red", highlight=False, soft_wrap=True)
+    out.print(
+        f"On {where}; medians of {given.repeats} interleaved rounds; speed-up over the scan.",
+        highlight=False,
+        soft_wrap=True,
+    )
     for line in saved:
         out.print(line, highlight=False, soft_wrap=True)
     for line in unsaved:

@@ -12,6 +12,7 @@ from osdn_jax import command
 
 START = """
 import os, signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script starts in the background ignores it
 from osdn_jax import command
 
 def interrupt():

@@ -113,7 +113,7 @@ class SwiGLU(nnx.Module):
 
 
 def embed(table: Float[Array, "Vocab D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of an embedding for tokens; a token of -1 has NaN, so that a mistake shows."""
+    """Rows of an embedding for tokens; a token outside the vocabulary has NaN, so that a mistake shows."""
     return jnp.take(table, jnp.where(tokens < 0, table.shape[0], tokens), axis=0, mode="fill", fill_value=jnp.nan)
 
 

@@ -69,7 +69,7 @@ def over_mesh(
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
     """Rows of an embedding [Vocab, D] for tokens [B, T], over the mesh of `jax.set_mesh`: [B, T, D].
 
-    A token of -1 has NaN, as in `layers.embed`.
+    A token outside the vocabulary has NaN, as in `layers.embed`.
     """
 
     def body(table: jax.Array, tokens: jax.Array) -> jax.Array:
@@ -77,8 +77,9 @@ def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
         row = tokens - table.shape[0] * lax.axis_index("tensor")
         here = (row >= 0) & (row < table.shape[0])
         rows = jnp.take(table, jnp.where(here, row, 0), axis=0)
-        rows = lax.psum(jnp.where(here[..., None], rows, jnp.zeros_like(rows)), "tensor")
-        return jnp.where((tokens < 0)[..., None], jnp.asarray(jnp.nan, rows.dtype), rows)
+        outside = (tokens < 0) | (tokens >= table.shape[0] * lax.axis_size("tensor"))
+        others = jnp.where(outside, jnp.asarray(jnp.nan, rows.dtype), jnp.zeros((), rows.dtype))
+        return lax.psum(jnp.where(here[..., None], rows, others[..., None]), "tensor")
 
     in_specs = (spec("vocabulary", "width"), spec("batch", "time"))
     return jax.shard_map(body, in_specs=in_specs, out_specs=spec("batch", "time", None))(table, tokens)

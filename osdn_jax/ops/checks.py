@@ -58,16 +58,18 @@ def integer_array(name: str, value: Any, shape: Shape, layout: str) -> jax.Array
 
 
 def indices(name: str, value: Any, shape: Shape, layout: str, size: int) -> jax.Array:
-    """Returns indices below size as an int32 array of this shape, -1 for those outside; raises as `integer_array`.
+    """Returns indices below size as an int32 array of this shape; raises as `integer_array`.
 
-    So nothing outside comes back inside: neither by a cut to 32 bits nor by counting from the end.
+    Those outside stay outside, below 0 or not below size: no cut to 32 bits brings one back.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
         inside = (value >= 0) & (value < size)
         value = np.where(inside, value.astype(np.int32), -1)  # here, since JAX would cut 64 bits to 32
     array = integer_array(name, value, shape, layout)
     if array.dtype.itemsize < 4:
-        array = array.astype(jnp.int32)  # size may be no number of its type
+        return array.astype(jnp.int32)
+    if array.dtype == jnp.int32:
+        return array
     return jnp.where((array >= 0) & (array < size), array.astype(jnp.int32), -1)
 
 
