@@ -1,4 +1,4 @@
-"""What the checks call, and on which numbers: every kernel and every way through one that inputs decide."""
+"""The cases of the checks and their inputs: every kernel, and every path through one that inputs decide."""
 
 import dataclasses
 from typing import Any

@@ -45,7 +45,7 @@ def both(case: Case, implementation: str) -> Program:
 
 
 def judge_of(case: Case) -> Program:
-    """What a case is measured against."""
+    """Return the reference of a case."""
     if case.judge == "numpy":
         return lambda x, ids, cotangents: loop.value_and_gradient(x, cotangents, erase=case.erase)
     if case.preset is not None:

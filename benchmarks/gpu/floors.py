@@ -20,7 +20,7 @@ CHUNK = 64
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """What the device reached for plain work, per second."""
+    """Rates that the device reached for plain work, per second."""
 
     bytes: float  # of a copy from device memory to device memory, read and written bytes both counted
     flops: float  # of a bfloat16 matrix product

@@ -83,7 +83,7 @@ class Running:
             )
 
     def new_rows(self) -> list[Row]:
-        """What has been written since the last time, events apart."""
+        """Return what was written since the last call, with events split off."""
         if not self._file.exists():
             return []
         with self._file.open() as file:

@@ -149,10 +149,10 @@ def release() -> None:
 
 
 @contextlib.contextmanager
-def tuning(milliseconds: tuple[int, int], *, anew: bool = False):
+def tuning(milliseconds: tuple[int, int], *, forget: bool = False):
     """Triton's autotuner takes so much time for each configuration inside (its own: 25 and 100 ms).
 
-    anew forgets what it chose before, without compiling again: a choice made while other programs used the device
+    forget: drops what it chose before, without compiling again: a choice made while other programs used the device
     would be unfair to the peer.
     """
     try:
@@ -163,7 +163,7 @@ def tuning(milliseconds: tuple[int, int], *, anew: bool = False):
     for thing in gc.get_objects():
         if issubclass(type(thing), autotuner.Autotuner):
             thing.__dict__.pop("do_bench", None)  # it keeps the function that is replaced here
-            if anew:
+            if forget:
                 thing.cache.clear()
     original = testing.do_bench
     warmup, rep = milliseconds

@@ -1,4 +1,4 @@
-"""What each stage of the suite does, in order of importance, as jobs: each is a process of its own."""
+"""The jobs of each stage of the suite, in order of importance; each job is a process."""
 
 import dataclasses
 import fnmatch
@@ -72,7 +72,7 @@ class Plan:
 
 @dataclasses.dataclass(frozen=True)
 class Request:
-    """What a call of the suite asks for."""
+    """The options of one call of the suite."""
 
     implementation: str
     dry: bool

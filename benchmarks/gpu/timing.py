@@ -242,7 +242,7 @@ class Race:
             return Contender(name, lambda i: run(*sets[i % len(sets)]), jax.block_until_ready)
         run = peers.program(run, drawn[0][1], gradient)
         leaves = [peers.tensors(self.rule, x) for x, _ in drawn]
-        with peers.tuning(peers.TUNING, anew=not self.tuned):
+        with peers.tuning(peers.TUNING, forget=not self.tuned):
             peers.synchronize(run(leaves[0]))
         self.tuned = True
         return Contender(name, lambda i: run(leaves[i % len(leaves)]), peers.synchronize)

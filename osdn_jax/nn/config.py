@@ -15,6 +15,11 @@ Remat = Literal["none", "blocks", "full"]
 TRANSFORMER = "transformer"  # the one rule that is no delta rule
 
 
+def _positive(name: str, value: float) -> None:
+    if checks.number(name, value) <= 0:
+        raise ValueError(f"{name}: got {value}, expected more than 0")
+
+
 @dataclasses.dataclass(frozen=True)
 class HypergradientConfig:
     """Settings of the hypergradient preconditioner (arXiv 2605.13473); see `ops.hypergradient_preconditioner`.
@@ -61,8 +66,7 @@ class GramConfig:
     def __post_init__(self) -> None:
         """Checks the fields."""
         checks.number("center", self.center)
-        if checks.number("squash", self.squash) <= 0:
-            raise ValueError(f"squash: got {self.squash}, expected more than 0")
+        _positive("squash", self.squash)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -243,11 +247,6 @@ class ModelConfig:
 def _at_least_one(name: str, value: int) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
-
-
-def _positive(name: str, value: float) -> None:
-    if checks.number(name, value) <= 0:
-        raise ValueError(f"{name}: got {value}, expected more than 0")
 
 
 def _nested(config: Any, name: str, *kinds: type[Any]) -> None:
