@@ -18,7 +18,7 @@ from osdn_jax.comparison import reference as judge
 from osdn_jax.comparison.inputs import input_bytes
 from osdn_jax.comparison.plot import plot_results
 from osdn_jax.comparison.report import duration, result_table, size
-from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
 from support import assert_close, jit
 
 SMALL = "B1T5H2Hk1K3V2"

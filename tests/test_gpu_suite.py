@@ -526,7 +526,7 @@ def test_a_process_that_hangs_is_ended(tmp_path):
 ODD = """
 import time
 import jax
-from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
 
 @jax.custom_vjp
 def odd(beta):

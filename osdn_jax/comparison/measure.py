@@ -20,7 +20,7 @@ from osdn_jax.comparison.inputs import (
 from osdn_jax.comparison.reference import reference
 from osdn_jax.comparison.tolerances import tolerance
 from osdn_jax.ops import mosaic_gpu
-from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
 
 AUTO = "auto"
 BASELINE = "scan"
