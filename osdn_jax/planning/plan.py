@@ -1,8 +1,6 @@
 """The plan of a run: its training step compiled for devices that need not be here, and what follows from that."""
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,6 +8,7 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from osdn_jax._versions import installed
 from osdn_jax.nn import flops, parameter_formula
 from osdn_jax.planning import advice, collectives, devices, memory
 from osdn_jax.planning.program import Program, build_program
@@ -167,7 +166,7 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
         suggestions=tuple(suggestions),
         smallest=smallest,
         seconds=seconds,
-        versions=_versions(),
+        versions=installed(_PACKAGES),
     )
 
 
@@ -213,11 +212,3 @@ def _costs(
         compute=compute,
         traffic=sending,
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found

@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from osdn_jax._errors import first_line
 from osdn_jax.training import distributed
 from osdn_jax.training.checkpoint_arrays import abstract, checksums, leaves
 
@@ -478,7 +479,7 @@ def _one_line(error: BaseException, length: int = 240) -> str:
     """The first line of an error's first cause; its middle left out if it is long (TensorStore's end with why)."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = (str(error).strip().splitlines() or [""])[0]
+    text = first_line(error) if str(error).strip() else ""
     if len(text) > length:
         text = f"{text[: length // 2]} … {text[-length // 2 :]}"
     return f"{type(error).__name__}: {text}"

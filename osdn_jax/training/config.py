@@ -9,7 +9,6 @@ with a config that fails on first use, so `run` checks the line first and says i
 2).
 """
 
-import contextlib
 import dataclasses
 import difflib
 import json
@@ -17,8 +16,7 @@ import os
 import re
 import runpy
 import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -27,6 +25,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 from ml_collections.config_flags import config_path
 
 from osdn_jax import command
+from osdn_jax._files import write_atomically
 from osdn_jax.command import INTERRUPTED, USAGE_ERROR
 from osdn_jax.training.defaults import default_config
 from osdn_jax.training.interruption import end_at_second_interrupt
@@ -355,42 +354,6 @@ def config_difference(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]
 
     pairs = [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in sorted(left.keys() | right.keys())]
     return [(key, x, y) for key, x, y in pairs if not same(x, y)]
-
-
-@contextlib.contextmanager
-def naming_the_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Gives errors of the operating system inside, such as of a full disk, the name of the file that they are about."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise OSError(f"{error}: {os.fspath(path)!r}") from error
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-
-
-def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
-
-    Raises OSError, with the name of the file, where it cannot be written.
-    """
-    with naming_the_file(path):
-        _write_atomically(Path(path), data)
-
-
-def _write_atomically(path: Path, data: str | bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp makes private files; this one should be like any other
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
 
 
 def save_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:

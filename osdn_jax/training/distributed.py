@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from osdn_jax._errors import first_line
 from osdn_jax.training.rendezvous import gather, parse_address
 from osdn_jax.training.reports import check_same, software
 
@@ -89,8 +90,7 @@ def _join(
             shutdown_timeout_seconds=_SHUTDOWN,
         )
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"cannot join the other processes: {reason}") from error
+        raise RuntimeError(f"cannot join the other processes: {first_line(error)}") from error
 
 
 def join_to_fail(arguments: Sequence[str], last_words: Callable[[], None]) -> bool:

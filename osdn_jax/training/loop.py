@@ -16,6 +16,7 @@ from osdn_jax.evaluation import make_evaluate
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.flops import per_token
 from osdn_jax.nn.functional import functional
+from osdn_jax.progress import ProgressBar, Stopwatch, say
 from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
 from osdn_jax.training.checkpoints import CheckpointError, Checkpoints
@@ -29,12 +30,10 @@ from osdn_jax.training.mesh import Layout, build_mesh, describe
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
-from osdn_jax.training.progress import ProgressBar, say
 from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.sources import build_data
 from osdn_jax.training.start import plan_start
 from osdn_jax.training.step import make_train_step
-from osdn_jax.training.stopwatch import Stopwatch
 
 _VALIDATION = "validation/bits_per_byte"  # its key in metrics.jsonl
 _STATISTICS_TOKENS = 1024  # that the preconditioners are looked at over

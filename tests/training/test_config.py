@@ -321,17 +321,3 @@ def test_the_home_directory_is_expanded(tmp_path, monkeypatch):
     assert C.checked_workdir("runs/a:b c~/d").parts == ("runs", "a:b c~", "d")
     with pytest.raises(C.ConfigError, match="~nobody-of-that-name"):
         C.checked_workdir("~nobody-of-that-name/run")
-
-
-def test_write_atomically_keeps_the_old_content_when_it_fails(tmp_path, monkeypatch):
-    path = tmp_path / "file"
-    C.write_atomically(path, "old")
-
-    def fail(*_):
-        raise OSError("disk full")
-
-    monkeypatch.setattr(C.os, "replace", fail)
-    with pytest.raises(OSError, match="disk full"):
-        C.write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["file"]
