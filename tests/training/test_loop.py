@@ -30,7 +30,7 @@ from osdn_jax.training import (
     train,
 )
 from osdn_jax.training import events as event_files
-from osdn_jax.training.gpus import peak_flops
+from osdn_jax.hardware import peak_flops
 from support import assert_close
 from support.models import reference_logits
 from support.runs import assert_same_run, finished, rows, text, tiny_config, write_text
