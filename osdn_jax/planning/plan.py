@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from osdn_jax import hardware
 from osdn_jax.nn import flops, parameter_formula
 from osdn_jax.planning import advice, collectives, devices, memory
 from osdn_jax.planning.program import Program, build_program
-from osdn_jax import hardware
 from osdn_jax.training.config import ConfigError
 
 _REMATS = ("none", "blocks", "full")
