@@ -9,7 +9,7 @@ import pytest
 from rich.console import Console
 
 from osdn_jax import progress
-from osdn_jax.data.manifest import Shard
+from osdn_jax.data.shards.manifest import Shard
 from osdn_jax.progress import PrepareBar, ProgressBar, Stopwatch
 
 

@@ -116,7 +116,7 @@ class Checkpoints:
                 warnings = _move_impostors_aside(self._directory)
         except (CheckpointError, OSError) as error:
             failed = error
-        if not distributed.everywhere(failed is None):
+        if not distributed.all_processes(failed is None):
             raise failed or CheckpointError(f"process 0 cannot use {self._directory}; its own message says why")
         for warning in warnings:
             log.warning("%s", warning)
@@ -194,16 +194,16 @@ class Checkpoints:
             return None
         warnings = [*self._moved, *_without_fingerprints(step, found.record, self._fingerprints)]
         self._moved = []
-        distributed.meet("read")  # before anything is moved
+        distributed.barrier("read")  # before anything is moved
         for bad, reason in unreadable.items():
             moved = _name_aside(self._directory / str(bad))
-            distributed.meet("named")
+            distributed.barrier("named")
             if distributed.is_primary():
                 (self._directory / str(bad)).rename(moved)
             warnings.append(f"checkpoint {bad} cannot be read ({reason}); it is now {moved.name}; using step {step}")
             log.warning("%s", warnings[-1])
         if unreadable:
-            distributed.meet("moved")
+            distributed.barrier("moved")
             self._manager.reload()
         return Restored(step, found.state, found.record.get("metadata", {}), tuple(warnings))
 
@@ -322,7 +322,7 @@ def _newest_readable(
             found = read(step)
         except _UnreadableError as error:
             fault = str(error)
-        if distributed.everywhere(found is not None) and found is not None:
+        if distributed.all_processes(found is not None) and found is not None:
             return step, found, unreadable
         unreadable[step] = fault or "another process cannot read it"
     if unreadable:

@@ -145,13 +145,13 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Waits until all processes are here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def everywhere(here: bool) -> bool:
+def all_processes(here: bool) -> bool:
     """Whether it holds in every process; all have to ask."""
     if jax.process_count() == 1:
         return here

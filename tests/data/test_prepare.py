@@ -145,9 +145,9 @@ def test_an_interrupted_run_is_gone_on_with(corpus, tmp_path, monkeypatch, sourc
         write_jsonl(tmp_path / "set" / "rows.jsonl")
         path = f"hf:{tmp_path / 'set'}"
     made(corpus, tmp_path / "want", source=path)
-    from osdn_jax.data import encoding
+    from osdn_jax.data.shards import encoder
 
-    real, count = encoding._record, [0]
+    real, count = encoder._record, [0]
 
     def interrupted(*arguments):
         count[0] += 1
@@ -156,7 +156,7 @@ def test_an_interrupted_run_is_gone_on_with(corpus, tmp_path, monkeypatch, sourc
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "_record", interrupted)
+        patch.setattr(encoder, "_record", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made(corpus, tmp_path / "out", source=path)
     left = contents(tmp_path / "out")
