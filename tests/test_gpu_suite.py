@@ -16,7 +16,7 @@ from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
 from benchmarks.gpu.report import markdown
 from osdn_jax.comparison import Shape, parse_shapes
 from osdn_jax.comparison.measure import relative_error
-from pallas_kernels.pieces import piece_count
+from pallas_kernels.delta_rule.split_sequence import split_count
 
 SHAPE = parse_shapes("B1T8192H64D128")[0]
 IDENTITY = {
@@ -352,7 +352,7 @@ def test_the_cases_reach_pieces_waves_types_and_lengths():
     rules = [case for case in all_cases if case.preset is None]
 
     def pieces(c):
-        return piece_count(c.batch, c.heads, -(-c.length // 64), c.key_dim, c.value_dim)
+        return split_count(c.batch, c.heads, -(-c.length // 64), c.key_dim, c.value_dim)
 
     assert {case.decay for case in rules if pieces(case) > 1} == {"scalar", "channel"}
     assert max(case.batch * case.heads * -(-case.length // 64) for case in rules) > 4 * 132
