@@ -39,8 +39,8 @@ from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
 from benchmarks.gpu.plan import NOT_RUN, Request, Row
 from benchmarks.gpu.record import Record, Refused
 from benchmarks.gpu.report import markdown
-from osdn_jax.comparison import environment
-from osdn_jax.comparison.environment import usable_cores
+from osdn_jax.compare import environment
+from osdn_jax.compare.machine import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 # The interpreter is slow, and a machine without a GPU may be too: nothing of a dry run is called hung before this.
@@ -91,7 +91,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="tiny shapes and the interpreter: does everything run?")
     parser.add_argument("--budget", type=_seconds, default=540.0, help="seconds for the whole call (default 540)")
     parser.add_argument("--cases", default="*", help="of smoke and check: a pattern, e.g. 'scalar*' (default all)")
-    parser.add_argument("--rules", nargs="+", choices=plan.RULES, default=list(plan.RULES), help="to time")
+    parser.add_argument("--rules", nargs="+", choices=plan.TIMED_RULES, default=list(plan.TIMED_RULES), help="to time")
     parser.add_argument(
         "--implementation",
         help="of ours (default mosaic_gpu, with --dry mosaic_gpu_interpret), never another in its place",

@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from osdn_jax.console import PipedConsole
-from osdn_jax.data import compressed_bits_per_byte
+from osdn_jax.evaluation import compressed_bits_per_byte
 from osdn_jax.generate import generate
 from osdn_jax.training import (
     CheckpointError,

@@ -15,7 +15,7 @@ from benchmarks.gpu.plan import NOT_RUN, Row
 from benchmarks.gpu.report import markdown
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pallas_kernels", "osdn_jax/ops", "osdn_jax/comparison", "benchmarks/gpu")
+SOURCES = ("pallas_kernels", "osdn_jax/ops", "osdn_jax/compare", "benchmarks/gpu")
 # fla-core is the part of flash-linear-attention that has the functions; nothing else of it is needed.
 PACKAGES = ("jax-cuda13-plugin", "torch", "triton", "fla-core", "tilelang")
 FORMAT = 2

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from osdn_jax.console import PipedConsole
-from osdn_jax.data.manifest import Shard
+from osdn_jax.data.shards.manifest import Shard
 
 
 class PrepareBar:

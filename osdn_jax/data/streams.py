@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from osdn_jax.data.documents import Document
-from osdn_jax.data.extras import require
-from osdn_jax.data.reading import checked_field, file_documents, missing_field, text_files
+from osdn_jax._optional import require
+from osdn_jax.data.documents import Document, checked_field, file_documents, missing_field, text_files
 
 HUB = "hf:"  # what paths of data sets on the hub start with
 

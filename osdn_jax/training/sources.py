@@ -26,7 +26,7 @@ from osdn_jax.data import (
     shakespeare,
     split_documents,
 )
-from osdn_jax.data.streamed import digest
+from osdn_jax.data.streamed_windows import digest
 from osdn_jax.data.streams import HUB
 from osdn_jax.training import fingerprints
 

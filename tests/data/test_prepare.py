@@ -13,9 +13,9 @@ import pytest
 from rich.console import Console
 
 from osdn_jax.data import PreparedTokens, TokenizedDocuments, TokenWindows, is_prepared, load_manifest, load_tokenizer
-from osdn_jax.data.manifest import Shard
 from osdn_jax.data.prepare import main, prepare
 from osdn_jax.data.prepare_bar import PrepareBar
+from osdn_jax.data.shards.manifest import Shard
 from support.corpora import TEXTS, documents, write_jsonl, write_parquet, write_sentencepiece, write_tokenizer
 
 
@@ -148,9 +148,9 @@ def test_an_interrupted_run_is_gone_on_with(corpus, tmp_path, monkeypatch, sourc
         write_jsonl(tmp_path / "set" / "rows.jsonl")
         path = f"hf:{tmp_path / 'set'}"
     made(corpus, tmp_path / "want", source=path)
-    from osdn_jax.data import encoding
+    from osdn_jax.data.shards import encoder
 
-    real, count = encoding._record, [0]
+    real, count = encoder._record, [0]
 
     def interrupted(*arguments):
         count[0] += 1
@@ -159,7 +159,7 @@ def test_an_interrupted_run_is_gone_on_with(corpus, tmp_path, monkeypatch, sourc
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "_record", interrupted)
+        patch.setattr(encoder, "_record", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made(corpus, tmp_path / "out", source=path)
     left = contents(tmp_path / "out")

@@ -10,8 +10,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from types import TracebackType
 
 from osdn_jax.data.documents import Document
-from osdn_jax.data.token_windows import encode_document
-from osdn_jax.data.tokenizers import Tokenizer, load_tokenizer
+from osdn_jax.data.tokenizers import Tokenizer, encode_document, load_tokenizer
 
 type Record = tuple[bytes, int, int]  # the bytes of the ids, how many they are, bytes of text
 

@@ -21,8 +21,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from osdn_jax.data.token_windows import token_dtype
-from osdn_jax.data.tokenizers import Tokenizer
+from osdn_jax.data.tokenizers import Tokenizer, token_dtype
 
 MANIFEST_FILE = "dataset.json"
 

@@ -8,7 +8,7 @@ from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from osdn_jax.comparison.measure import Result
+from osdn_jax.compare.measure import Result
 from osdn_jax.console import PipedConsole
 
 _WIDTH = 132  # of a table that goes to a file or a pipe
@@ -81,9 +81,9 @@ def refusals(results: Iterable[Result]) -> list[str]:
 
 
 def failures(results: Iterable[Result]) -> list[str]:
-    """What passed its tolerance."""
+    """What exceeded its tolerance."""
     return [
-        f"{_case(r)}: error {r.error:.1e} in {r.worst} passes its tolerance of {r.tolerance:.0e}"
+        f"{_case(r)}: error {r.error:.1e} in {r.worst} exceeds its tolerance of {r.tolerance:.0e}"
         for r in results
         if not r.passed
     ]

@@ -13,7 +13,7 @@ pass. What a kernel computes again, the inverse (I + A)^-1 and the preconditione
 import dataclasses
 from collections.abc import Mapping
 
-from osdn_jax.comparison import Shape
+from osdn_jax.compare import Shape
 
 CHUNK = 64
 

@@ -11,7 +11,7 @@ import jax
 from ml_collections import ConfigDict
 
 from osdn_jax.nn import flops, parameter_formula
-from osdn_jax.planning import advice, collectives, devices, memory
+from osdn_jax.planning import advice, devices, hlo, memory
 from osdn_jax.planning.program import Program, build_program
 from osdn_jax.training import gpus
 from osdn_jax.training.config import ConfigError
@@ -89,7 +89,7 @@ class Plan:
     @property
     def fits(self) -> bool | None:
         """Whether the step fits in what JAX takes of a GPU by default; None without a GPU."""
-        return None if self.gpu is None else self.memory.total <= advice.BY_DEFAULT * self.gpu.memory
+        return None if self.gpu is None else self.memory.total <= advice.DEFAULT_MEMORY_FRACTION * self.gpu.memory
 
 
 def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
@@ -124,7 +124,7 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
     seconds = {"lower": middle - start, "compile": time.perf_counter() - middle}
 
     used = memory.measure(program, compiled)
-    found = collectives.parse(compiled.as_text() or "", program.mesh.size)
+    found = hlo.parse(compiled.as_text() or "", program.mesh.size)
     hosts = [devices.host_of(device, shape) for device in program.mesh.devices.flat]
     traffic = _traffic(found.collectives, hosts, chosen)
     length = config.sequence_length
@@ -140,7 +140,7 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
         ceiling = model / chosen.flops / max(compute, sending)
         costs = _costs(config, there, program, used, {name: n / chosen.flops for name, n in executed.items()}, sending)
         rows = config.batch_size // (program.mesh.shape["data"] * program.mesh.shape["fsdp"])
-        suggestions = advice.suggest(costs, rows, advice.BY_DEFAULT * chosen.memory)
+        suggestions = advice.suggest(costs, rows, advice.DEFAULT_MEMORY_FRACTION * chosen.memory)
         smallest = min(advice.options(costs, rows), key=lambda option: option.memory)
     return Plan(
         topology=str(shape),
@@ -171,9 +171,7 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
     )
 
 
-def _traffic(
-    found: Sequence[collectives.Collective], hosts: Sequence[int], gpu: gpus.GPU | None
-) -> tuple[Traffic, ...]:
+def _traffic(found: Sequence[hlo.Collective], hosts: Sequence[int], gpu: gpus.GPU | None) -> tuple[Traffic, ...]:
     rows: dict[tuple[str, int, bool], tuple[int, float, float]] = {}
     for one in found:
         per_host = one.per_host(hosts)

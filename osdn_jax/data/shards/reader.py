@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int
 
-from osdn_jax.data.manifest import MANIFEST_FILE, Manifest, load_manifest
-from osdn_jax.data.shards import ShardReader, check_size, index_file, read_lengths, record_file
-from osdn_jax.data.token_windows import token_dtype
+from osdn_jax.data.shards.files import ShardReader, check_size, index_file, read_lengths, record_file
+from osdn_jax.data.shards.manifest import MANIFEST_FILE, Manifest, load_manifest
+from osdn_jax.data.tokenizers import token_dtype
 
 _OPEN_FILES = 64
 

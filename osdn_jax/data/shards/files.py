@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Int, UInt32
 
-from osdn_jax.data.extras import require
+from osdn_jax._optional import require
 
 _INDEX = np.dtype("<u4")
 

@@ -58,7 +58,7 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Traffic:
+class Collectives:
     """What a program sends.
 
     Args:
@@ -70,7 +70,7 @@ class Traffic:
     uncounted_loops: int
 
 
-def parse(text: str, devices: int) -> Traffic:
+def parse(text: str, devices: int) -> Collectives:
     """The collectives of a program of the compiler, `Compiled.as_text()`, that runs on so many devices.
 
     One device's share is counted; in loops, as often as they run. Those of a single device are left out. Of a
@@ -109,7 +109,7 @@ def parse(text: str, devices: int) -> Traffic:
     return _count(entry, own, calls)
 
 
-def _count(entry: str, own: dict[str, list], calls: dict[str, list[tuple[str, int | None]]]) -> Traffic:
+def _count(entry: str, own: dict[str, list], calls: dict[str, list[tuple[str, int | None]]]) -> Collectives:
     totals: dict[tuple, int] = {}
     holds: dict[str, bool] = {}  # whether a computation, or one that it calls, has a collective
     uncounted = 0
@@ -119,18 +119,18 @@ def _count(entry: str, own: dict[str, list], calls: dict[str, list[tuple[str, in
             holds[name] = bool(own.get(name)) or any(has(inner) for inner, _ in calls.get(name, []))
         return holds[name]
 
-    def walk(name: str, times: int) -> None:
+    def count(name: str, times: int) -> None:
         nonlocal uncounted
         for key in own[name]:
             totals[key] = totals.get(key, 0) + times
         for inner, trips in calls[name]:
             if inner in own and has(inner):
                 uncounted += trips is None
-                walk(inner, times * (1 if trips is None else trips))
+                count(inner, times * (1 if trips is None else trips))
 
-    walk(entry, 1)
+    count(entry, 1)
     found = [Collective(kind, groups, size, count) for (kind, groups, size), count in totals.items()]
-    return Traffic(tuple(sorted(found, key=lambda x: -x.sent)), uncounted)
+    return Collectives(tuple(sorted(found, key=lambda x: -x.sent)), uncounted)
 
 
 def _size(kind: str, result: str, started: bool, members: int) -> int:

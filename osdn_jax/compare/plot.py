@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
-from osdn_jax.comparison.measure import AUTO, Result
-from osdn_jax.comparison.report import duration, size
+from osdn_jax.compare.measure import AUTO, Result
+from osdn_jax.compare.report import duration, size
 from osdn_jax.training.plots import COLOURS, GREY, INK, PALE
 
 _LEFT = 0.055  # of the first panel, as a part of the figure

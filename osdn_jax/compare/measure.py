@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import numpy as np
 
-from osdn_jax.comparison.environment import available_bytes
-from osdn_jax.comparison.inputs import (
+from osdn_jax.compare.float64_scan import reference
+from osdn_jax.compare.inputs import (
     Arrays,
     Shape,
     draw_cotangents,
@@ -17,8 +17,8 @@ from osdn_jax.comparison.inputs import (
     program,
     value_and_gradient,
 )
-from osdn_jax.comparison.reference import reference
-from osdn_jax.comparison.tolerances import tolerance
+from osdn_jax.compare.machine import available_bytes
+from osdn_jax.compare.tolerances import tolerance
 from osdn_jax.ops import mosaic_gpu
 from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
 
@@ -74,11 +74,11 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether no error passes its tolerance."""
+        """Whether no error exceeds its tolerance."""
         return self.error is None or self.tolerance is None or self.error <= self.tolerance
 
 
-def compare(
+def compare_implementations(
     rule: str,
     shape: Shape,
     dtype: str,
@@ -93,7 +93,7 @@ def compare(
     Where inputs or the float64 scan need more memory than there is, each result is a refusal that says so.
 
     Args:
-        rule: one of RULES.
+        rule: one of COMPARED_RULES.
         shape: the sizes.
         dtype: float64, float32 or bfloat16.
         names: of `implementations()`. The scan always runs, as what the speed-up is over.

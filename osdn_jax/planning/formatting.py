@@ -4,7 +4,7 @@ import dataclasses
 import json
 
 from osdn_jax.planning import advice
-from osdn_jax.planning.plan import Plan
+from osdn_jax.planning.planner import Plan
 
 _MEMORY = {
     "parameters": "parameters",
@@ -92,13 +92,13 @@ def _compute(plan: Plan) -> list[str]:
 def _advice(plan: Plan) -> list[str]:
     if plan.gpu is None:
         return ["name a GPU to learn whether this fits and how fast it can be: --gpu=h200"]
-    total, by_default = plan.memory.total, advice.BY_DEFAULT * plan.gpu.memory
+    total, by_default = plan.memory.total, advice.DEFAULT_MEMORY_FRACTION * plan.gpu.memory
     used = f"{total / 1e9:.1f} of {plan.gpu.memory / 1e9:.0f} GB"
     lines = []
     if total <= by_default:
         lines.append(f"It fits: {used}; JAX takes {by_default / 1e9:.0f} GB by default.")
-    elif total <= advice.AT_MOST * plan.gpu.memory:
-        fraction = f"XLA_PYTHON_CLIENT_MEM_FRACTION={advice.AT_MOST}"
+    elif total <= advice.MAX_MEMORY_FRACTION * plan.gpu.memory:
+        fraction = f"XLA_PYTHON_CLIENT_MEM_FRACTION={advice.MAX_MEMORY_FRACTION}"
         lines.append(f"It fits with {fraction} alone: {used}; JAX takes {by_default / 1e9:.0f} GB by default.")
     else:
         lines.append(f"It does not fit: {used}.")

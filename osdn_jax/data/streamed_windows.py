@@ -10,8 +10,7 @@ import numpy as np
 
 from osdn_jax.data.documents import Document
 from osdn_jax.data.streams import DocumentStream
-from osdn_jax.data.token_windows import encode_document
-from osdn_jax.data.tokenizers import Tokenizer
+from osdn_jax.data.tokenizers import Tokenizer, encode_document
 from osdn_jax.data.windows import Window, checked_count, cut_window
 
 

@@ -173,7 +173,7 @@ def _start(of_value_heads: bool, around: float) -> Draw:
 
 
 @dataclasses.dataclass(frozen=True)
-class Rule:
+class ComparedRule:
     """A rule, what its array arguments are drawn from, and its static options."""
 
     function: Callable[..., tuple[jax.Array, ops.State]]
@@ -188,7 +188,7 @@ _CHANNELS = {**_DELTA, "log_decay": _channel_decay}
 _GRAM = {"gram_log_decay": _gram_decay, "gram_gain": _key_gate, "center": _center}
 
 
-def _scaled(function: Callable, arguments: Mapping[str, Draw], preset: str, of_value_heads: bool) -> Rule:
+def _scaled(function: Callable, arguments: Mapping[str, Draw], preset: str, of_value_heads: bool) -> ComparedRule:
     options = {name: value for name, value in ops.hypergradient_preset(preset).items() if name != "initial"}
     around = 0.0
     if preset == "trust":
@@ -196,29 +196,29 @@ def _scaled(function: Callable, arguments: Mapping[str, Draw], preset: str, of_v
         # crossed it.
         around = options["anchor"] = 1.0
     draws = {"log_forget": _forget(of_value_heads), "initial": _start(of_value_heads, around)}
-    return Rule(function, {**arguments, **draws}, options)
+    return ComparedRule(function, {**arguments, **draws}, options)
 
 
 # The float64-only exact_pdn is not here: it is a reference itself.
-RULES: dict[str, Rule] = {
-    "delta_net": Rule(ops.delta_net, _DELTA),
-    "gated_delta_net": Rule(ops.gated_delta_net, _GATED),
-    "kda": Rule(ops.kda, _CHANNELS),
-    "gdn2": Rule(
+COMPARED_RULES: dict[str, ComparedRule] = {
+    "delta_net": ComparedRule(ops.delta_net, _DELTA),
+    "gated_delta_net": ComparedRule(ops.gated_delta_net, _GATED),
+    "kda": ComparedRule(ops.kda, _CHANNELS),
+    "gdn2": ComparedRule(
         ops.gdn2, {**_READ, "erase_gate": _erase_gate, "write_gate": _write_gate, "log_decay": _channel_decay}
     ),
-    "linear_attention": Rule(ops.linear_attention, _READ),
-    "mamba2": Rule(ops.mamba2, {**_READ, "beta": _time_step, "log_decay": _scalar_decay}),
-    "gla": Rule(ops.gla, {**_READ, "log_decay": _channel_decay}),
+    "linear_attention": ComparedRule(ops.linear_attention, _READ),
+    "mamba2": ComparedRule(ops.mamba2, {**_READ, "beta": _time_step, "log_decay": _scalar_decay}),
+    "gla": ComparedRule(ops.gla, {**_READ, "log_decay": _channel_decay}),
     "osdn": _scaled(ops.osdn, _DELTA, "paper", False),
     "os_gdn": _scaled(ops.os_gdn, _GATED, "paper", True),
     "os_kda": _scaled(ops.os_kda, _CHANNELS, "paper", True),
     "osdn_trust": _scaled(ops.osdn, _DELTA, "trust", False),
     "os_gdn_trust": _scaled(ops.os_gdn, _GATED, "trust", True),
     "os_kda_trust": _scaled(ops.os_kda, _CHANNELS, "trust", True),
-    "pdn": Rule(ops.pdn, {**_DELTA, **_GRAM}),
-    "pgdn": Rule(ops.pgdn, {**_GATED, **_GRAM}),
-    "pkda": Rule(ops.pkda, {**_CHANNELS, **_GRAM}),
+    "pdn": ComparedRule(ops.pdn, {**_DELTA, **_GRAM}),
+    "pgdn": ComparedRule(ops.pgdn, {**_GATED, **_GRAM}),
+    "pkda": ComparedRule(ops.pkda, {**_CHANNELS, **_GRAM}),
 }
 
 _WITHOUT_TIME = ("initial_state", "initial", "center")
@@ -239,7 +239,9 @@ def dtype_of(name: str, dtype: str) -> np.dtype:
 def draw_inputs(rule: str, shape: Shape, dtype: str, seed: int) -> Arrays:
     """NumPy arrays by argument, rounded to their types. `initial_state` is the memory alone."""
     rng = np.random.default_rng(seed)
-    return {name: draw(rng, shape).astype(dtype_of(name, dtype)) for name, draw in RULES[rule].arguments.items()}
+    return {
+        name: draw(rng, shape).astype(dtype_of(name, dtype)) for name, draw in COMPARED_RULES[rule].arguments.items()
+    }
 
 
 _MARKED = {"B": 2, "T": 3, "H": 20, "Hk": 5, "K": 7, "V": 11}  # sizes that tell which of them an axis has
@@ -266,7 +268,7 @@ def draw_cotangents(outputs: Mapping[str, Any], dtype: str, seed: int) -> Arrays
 def program(rule: str, implementation: str | None, **options: Any) -> Callable[[Arrays], dict[str, jax.Array]]:
     """A rule as a function from a dict of arguments to the dict of its outputs: o, memory and preconditioner.
 
-    Further options of the rule go before those of RULES.
+    Further options of the rule go before those of COMPARED_RULES.
     """
 
     def run(arrays: Arrays) -> dict[str, jax.Array]:
@@ -278,7 +280,7 @@ def program(rule: str, implementation: str | None, **options: Any) -> Callable[[
 
 def call(rule: str, arrays: Arrays, state: ops.State, **options: Any) -> tuple[dict[str, jax.Array], ops.State]:
     """The outputs by name, and the state to go on from."""
-    spec = RULES[rule]
+    spec = COMPARED_RULES[rule]
     arguments = {name: x for name, x in arrays.items() if name != "initial_state"}
     o, state = spec.function(**arguments, **{**spec.options, **options}, initial_state=state)
     outputs = {"o": o, "memory": state.memory}

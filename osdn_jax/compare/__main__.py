@@ -1,7 +1,7 @@
 """Implementations of the delta rule beside each other, under jit:  python -m osdn_jax.compare --rules kda,osdn --grad
 
 Each implementation's outputs (and with --grad its gradients) are compared with the float64 scan, and its compile time,
-run time and temporary memory with those of the scan beside it. Exit status 1 if an error passes its tolerance.
+run time and temporary memory with those of the scan beside it. Exit status 1 if an error exceeds its tolerance.
 """
 
 import argparse
@@ -22,12 +22,11 @@ if __name__ == "__main__":
 from rich.console import Console
 from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
-from osdn_jax.comparison import CANCELLING_FACTOR, RULES, TOLERANCES, Result, Shape, environment, parse_shapes
-from osdn_jax.comparison.environment import available_bytes
-from osdn_jax.comparison.inputs import SHAPE_SYNTAX, input_bytes
-from osdn_jax.comparison.measure import compare, implementations, usual
-from osdn_jax.comparison.report import console, failures, refusals, result_table
-from osdn_jax.comparison.tolerances import CANCELLING
+from osdn_jax.compare.inputs import COMPARED_RULES, SHAPE_SYNTAX, Shape, input_bytes, parse_shapes
+from osdn_jax.compare.machine import available_bytes, environment
+from osdn_jax.compare.measure import Result, compare_implementations, implementations, usual
+from osdn_jax.compare.report import console, failures, refusals, result_table
+from osdn_jax.compare.tolerances import CANCELLING, CANCELLING_FACTOR, TOLERANCES
 
 _PROGRAM = "python -m osdn_jax.compare"
 _RULES = "delta_net,gated_delta_net,kda,osdn"
@@ -39,7 +38,7 @@ _EPILOG = f"""\
 A shape is {SHAPE_SYNTAX}.
 Tolerances, of the norm: {_TOLERANCES};
 {CANCELLING_FACTOR:g} times that for the gradients of {", ".join(name.removeprefix("d_") for name in CANCELLING)}.
-Exit status: 1 if an error passes its tolerance, 2 for a wrong command line, else 0.
+Exit status: 1 if an error exceeds its tolerance, 2 for a wrong command line, else 0.
 """
 
 
@@ -50,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     cases = [(rule, shape, dtype) for rule in given.rules for shape in given.shapes for dtype in given.dtypes]
     results: list[Result] = []
     for rule, shape, dtype in _announced(cases):
-        results += compare(
+        results += compare_implementations(
             rule,
             shape,
             dtype,
@@ -102,7 +101,7 @@ def _save(
         except OSError as error:
             unsaved.append(f"--json: {error}")
     if given.plot is not None:
-        from osdn_jax.comparison.plot import plot_results  # it takes a second to import
+        from osdn_jax.compare.plot import plot_results  # it takes a second to import
 
         try:
             if any(r.median_seconds is not None for r in results):
@@ -146,7 +145,13 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     known = implementations()
     add = parser.add_argument
-    add("--rules", nargs="+", default=[_RULES], metavar="RULE", help=f"of {', '.join(RULES)} (default {_RULES})")
+    add(
+        "--rules",
+        nargs="+",
+        default=[_RULES],
+        metavar="RULE",
+        help=f"of {', '.join(COMPARED_RULES)} (default {_RULES})",
+    )
     add(
         "--implementations",
         nargs="+",
@@ -197,7 +202,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         except ValueError as error:
             parser.error(f"--shapes: {error}")
     checked: dict[str, Any] = {
-        "rules": names("rules", given.rules, list(RULES)),
+        "rules": names("rules", given.rules, list(COMPARED_RULES)),
         "implementations": names("implementations", given.implementations, known),
         "shapes": list(dict.fromkeys(shapes)),
         "dtypes": names("dtypes", given.dtypes, list(TOLERANCES)),

@@ -12,7 +12,7 @@ from osdn_jax import planning
 from osdn_jax.nn import parameter_formula
 from osdn_jax.planning import advice, devices
 from osdn_jax.planning.memory import activations, on_a_device
-from osdn_jax.planning.plan import Plan
+from osdn_jax.planning.planner import Plan
 from osdn_jax.planning.program import build_program
 from osdn_jax.training import ConfigError, default_config
 from osdn_jax.training.gpus import GPUS

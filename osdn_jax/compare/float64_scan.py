@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from osdn_jax.comparison.environment import available_bytes
-from osdn_jax.comparison.inputs import Arrays, call, has_time, value_and_gradient
+from osdn_jax.compare.inputs import Arrays, call, has_time, value_and_gradient
+from osdn_jax.compare.machine import available_bytes
 from osdn_jax.ops import State
 
 
@@ -21,7 +21,7 @@ def reference(rule: str, arrays: Arrays, cotangents: Arrays | None = None) -> tu
     again for its gradient. That is the same scan, token by token, in the same order: no chunkwise form judges here.
 
     Args:
-        rule: one of RULES.
+        rule: one of COMPARED_RULES.
         arrays: the arguments, of any type: they are taken as the exact numbers that they are.
         cotangents: of the outputs, by name.
 

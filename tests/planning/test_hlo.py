@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from osdn_jax.planning.collectives import Collective, parse
+from osdn_jax.planning.hlo import Collective, parse
 
 # Of the compiler for GPUs, shortened: asynchronous forms, a loop inside of a loop, three notations of groups.
 TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
