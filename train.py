@@ -33,7 +33,7 @@ from osdn_jax.training import (
     distributed,
     train,
 )
-from osdn_jax.training.config import checked_workdir, run
+from osdn_jax.training.command_line import checked_workdir, run
 from osdn_jax.training.profiling import parse_range
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, configs/NAME.py[:key=value,...].")

@@ -8,7 +8,7 @@ from osdn_jax.training.build import (
     build_step_config,
 )
 from osdn_jax.training.checkpoints import CheckpointError, CheckpointMismatchError, Checkpoints, load_parameters
-from osdn_jax.training.config import ConfigError, WorkdirConfigError, load_config, parse_arg
+from osdn_jax.training.command_line import ConfigError, WorkdirConfigError, load_config, parse_arg
 from osdn_jax.training.data import Data, build_corpus, build_data, build_tokenizer
 from osdn_jax.training.defaults import default_config
 from osdn_jax.training.interruption import Interrupted

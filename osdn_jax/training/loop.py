@@ -21,7 +21,7 @@ from osdn_jax.progress import ProgressBar, Stopwatch, say
 from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
 from osdn_jax.training.checkpoints import CheckpointError, Checkpoints
-from osdn_jax.training.config import CHECKPOINT_FOLDER, CONFIG_FILE, ConfigError, check_workdir, checked_workdir
+from osdn_jax.training.command_line import CHECKPOINT_FOLDER, CONFIG_FILE, ConfigError, check_workdir, checked_workdir
 from osdn_jax.training.data import build_data
 from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
 from osdn_jax.training.initial_state import plan_start

@@ -8,12 +8,12 @@ from types import SimpleNamespace
 import pytest
 from ml_collections import ConfigDict, config_dict
 
-from osdn_jax.training import config as C
+from osdn_jax.training import command_line as C
 from support.forks import Forks
 
 CONFIG = """
     from ml_collections import ConfigDict, config_dict
-    from osdn_jax.training.config import parse_arg
+    from osdn_jax.training.command_line import parse_arg
 
     def get_config(arg=None):
         arg = parse_arg(arg, rule="osdn", seed=0, tiny=False)
@@ -27,7 +27,7 @@ CONFIG = """
 SCRIPT = """
     from absl import flags
     from ml_collections import config_flags
-    from osdn_jax.training import config
+    from osdn_jax.training import command_line as config
 
     CONFIG = config_flags.DEFINE_config_file("config", lock_config=True)
     WORKDIR = flags.DEFINE_string("workdir", None, "where the run writes")
