@@ -13,7 +13,7 @@ from osdn_jax._versions import installed
 from osdn_jax.nn import flops, parameter_formula
 from osdn_jax.planning import advice, devices, hlo, memory
 from osdn_jax.planning.program import Program, build_program
-from osdn_jax.training.command_line import ConfigError
+from osdn_jax.training.config import ConfigError
 
 _REMATS = ("none", "blocks", "full")
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax")

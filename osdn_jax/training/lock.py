@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO
 
-from osdn_jax.training.command_line import ConfigError
+from osdn_jax.training.config import ConfigError
 
 LOCK_FILE = ".lock"
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from ml_collections import ConfigDict
 
-from osdn_jax.training.command_line import flatten
+from osdn_jax.training.config import flatten
 
 _INT32 = 2**31 - 1  # steps and sizes are int32 on the device
 _LEAST, _MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float32).max))

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 import osdn_jax
-from osdn_jax.training.command_line import ABSENT, ConfigError
+from osdn_jax.training.config import ABSENT, ConfigError
 
 _SHOWN = 4  # differences in one message
 

@@ -24,7 +24,7 @@ from osdn_jax.training import (
     parse_arg,
 )
 from osdn_jax.training.build import random_state
-from osdn_jax.training.command_line import flatten
+from osdn_jax.training.config import flatten
 from support import jit
 from support.runs import write_text
 

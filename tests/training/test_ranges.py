@@ -6,7 +6,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from osdn_jax.training import ConfigError, check_ranges, default_config, train
-from osdn_jax.training.command_line import flatten
+from osdn_jax.training.config import flatten
 from osdn_jax.training.ranges import RANGES
 from support.runs import text, tiny_config
 

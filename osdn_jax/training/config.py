@@ -1,0 +1,146 @@
+"""The configuration of a training run: every key with its default. Files in `configs/` change some of them.
+
+`ranges.py` has the range of each number.
+"""
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any
+
+from ml_collections import ConfigDict, FrozenConfigDict
+from ml_collections.config_dict import placeholder
+
+
+class ConfigError(ValueError):
+    """A mistake in a configuration or on the command line; its message is shown to the user as it is."""
+
+
+def default_config() -> ConfigDict:
+    """Return the default configuration: a small Online Scaled DeltaNet on Shakespeare's works, byte by byte.
+
+    Returns:
+        A new ConfigDict, to change and to give to `train`.
+
+    Example:
+        >>> from osdn_jax.training import default_config
+        >>> config = default_config()
+        >>> config.model.rule = "gated_delta_net"
+        >>> config.model.layers, config.optimizer.learning_rate
+        (4, 0.003)
+    """
+    config = ConfigDict()
+    config.seed = 0  # of the initial parameters, the data order and dropout
+    config.steps = 1000  # optimiser updates; the learning rate's schedule ends with them
+    config.batch_size = 16  # windows per step
+    config.sequence_length = 256  # tokens per window
+    config.accumulate = 1  # micro-batches per step (gradient accumulation); divides batch_size
+    config.ema = 0.0  # decay of a moving average of the parameters, used for validation and sampling; 0: none
+    config.max_skipped_steps = 10  # a step with a non-finite loss or gradient is skipped; more in a row end the run
+
+    config.data = ConfigDict()
+    # A .txt, .jsonl (or .gz, .xz of one) or .parquet file, or a folder of them; a folder of shards that
+    # `python -m osdn_jax.data.prepare` wrote; hf:NAME streams a data set of the Hugging Face hub; "" is Shakespeare.
+    config.data.path = ""
+    config.data.mixture = ""  # instead of a path: path:weight,path:weight; a weight is a share of the windows
+    config.data.tokenizer = "bytes"  # or a tokenizer.json, a SentencePiece .model, or a folder with one of them
+    config.data.field = "text"  # column of the text in .jsonl, .parquet and hf:
+    config.data.subset = ""  # of hf:, such as sample-10BT
+    config.data.split = "train"  # of hf:
+    config.data.shuffle_windows = 256  # of hf:, size of the shuffle buffer in windows; 1: the stream's order
+    config.data.validation_fraction = 0.1  # held-out share of files and prepared data; Shakespeare has held-out plays
+    config.data.validation_documents = 1000  # of hf:, number of documents at its start that are held out
+    config.data.validation_path = ""  # a text to validate on, as path but not hf:; then nothing else is held out
+
+    config.model = ConfigDict()
+    config.model.rule = "osdn"  # a key of osdn_jax.nn.RULES
+    config.model.vocab_size = placeholder(int)  # default: the tokenizer's; may be larger
+    config.model.layers = 4
+    config.model.width = 128
+    config.model.heads = 2
+    config.model.key_heads = placeholder(int)  # default: heads
+    config.model.key_dim = placeholder(int)  # per head; default: width / heads
+    config.model.value_dim = placeholder(int)  # per head; default: width / heads
+    config.model.mlp_dim = 344
+    config.model.conv_size = 4  # taps of the delta rules' short convolution; the transformer has none
+    config.model.tied_embeddings = True
+    config.model.dropout = 0.0
+    config.model.dtype = "float32"  # of activations and matrix products: float32 or bfloat16
+    config.model.remat = "none"  # recomputed for the gradient: none, blocks (all but weight products), full
+    config.model.output_gate = placeholder(bool)  # default: the rule's
+    config.model.negative_eigenvalues = False  # beta, or the erase gate, in (0, 2) instead of (0, 1)
+    config.model.preset = placeholder(str)  # of the hypergradient preconditioner: paper or trust; default: the rule's
+    config.model.forget = True  # Adaptive Preconditioner Forgetting
+    config.model.anchor = placeholder(float)  # what forgetting pulls the preconditioner toward; default: the preset's
+    config.model.rotary_base = 10_000.0  # of the transformer's rotary positions
+    config.model.qk_norm = False  # of the transformer
+    config.model.max_length = placeholder(int)  # tokens in the transformer's key-value cache; default: sequence_length
+    config.model.chunk_size = placeholder(int)  # of the rule; default: by measurement
+    config.model.implementation = placeholder(str)  # of the rule; default: the fastest available (transformer: chunk)
+
+    config.loss = ConfigDict()
+    config.loss.sequence_chunk = 512  # tokens of each window per block of logits
+    config.loss.vocabulary_chunk = 8192  # vocabulary entries per block of logits
+    config.loss.z_loss = 0.0  # coefficient of the mean of logsumexp(logits)^2; not part of the reported loss
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or muon: Muon for the weight matrices of the blocks, AdamW for the rest
+    config.optimizer.learning_rate = 3e-3  # at the peak of the schedule
+    config.optimizer.muon_learning_rate = 2e-2  # at the peak, for Muon's matrices
+    config.optimizer.muon_momentum = 0.95
+    config.optimizer.warmup_steps = 100
+    config.optimizer.final_fraction = 0.1  # of the peak, at the end of the cosine
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.95
+    config.optimizer.clip_norm = 1.0  # of the gradient over all parameters; inf: no clipping
+
+    config.validation = ConfigDict()
+    config.validation.every = 250  # steps
+    config.validation.windows = 64  # per evaluation, evenly spaced (the last step uses all); 0: always all
+    config.validation.batch_size = 16
+    config.validation.sequence_length = 1024  # tokens; a recurrence can read further than it was trained
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 250  # steps
+    config.checkpoint.keep = 3  # number of newest checkpoints kept
+    config.checkpoint.keep_every = placeholder(int)  # also keep each multiple of this many steps; default: none
+
+    config.mesh = ConfigDict()  # devices along each axis; one may be -1: all remaining devices
+    config.mesh.data = 1  # copies of the model; each takes some of the rows
+    config.mesh.fsdp = 1  # devices that shard parameters and optimiser state; each takes some of the rows
+    config.mesh.tensor = 1  # devices that shard the heads and hidden units
+    config.mesh.context = 1  # devices that shard the tokens of each window
+
+    config.log_every = 10  # steps
+    config.hang_seconds = 1800  # abort if no step completes within this time; 0: never
+    return config
+
+
+# What may change when a run is resumed: nothing that the result depends on, up to the order of sums over a mesh.
+MAY_CHANGE_ON_RESUME = ("log_every", "checkpoint", "validation", "max_skipped_steps", "mesh", "hang_seconds")
+
+
+@dataclasses.dataclass(frozen=True)
+class Absent:
+    """The value of a key that one of two configurations does not have."""
+
+    def __repr__(self) -> str:
+        return "(absent)"
+
+
+ABSENT = Absent()
+
+
+def flatten(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
+    """Return {dotted key: value} of every leaf; an empty sub-configuration counts as a leaf."""
+
+    def items(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+        if isinstance(value, ConfigDict | FrozenConfigDict):
+            value = value.to_dict()
+        if not isinstance(value, dict) or (prefix and not value):
+            yield prefix, value
+            return
+        for key, inner in value.items():
+            yield from items(f"{prefix}.{key}" if prefix else str(key), inner)
+
+    return dict(items("", config))
