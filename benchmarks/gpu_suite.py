@@ -39,6 +39,7 @@ from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
 from benchmarks.gpu.plan import NOT_RUN, Request, Row
 from benchmarks.gpu.record import Record, Refused
 from benchmarks.gpu.report import markdown
+from osdn_jax._versions import installed
 from osdn_jax.compare import environment
 from osdn_jax.compare.machine import usable_cores
 
@@ -153,13 +154,14 @@ def _open(given: argparse.Namespace, command: str) -> Record:
     about = environment(command)
     if about["platform"] != "gpu" and not given.dry:
         raise Refused(f"got a {about['device']}, the suite needs a GPU; --dry shows on any machine that it runs")
+    versions = installed(record.PACKAGES)
     identity: dict[str, Any] = {
         "device": about["device"],
         "dry": given.dry,
         "source": record.source(),
         "implementation": given.implementation or ("mosaic_gpu_interpret" if given.dry else "mosaic_gpu"),
         **{name: about[name] for name in ("jax", "jaxlib", "python")},
-        **{name: record.version(name) for name in record.PACKAGES},
+        **{name: versions.get(name) for name in record.PACKAGES},
     }
     call = {name: about[name] for name in ("date", "command", "cpu", "cpu_cores", "numpy", "osdn_jax")}
     call |= {"commit": record.commit(), "driver": record.driver(), "budget": given.budget}

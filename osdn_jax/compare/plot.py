@@ -1,6 +1,5 @@
 """Time and memory against the length of the sequence, log-log."""
 
-import io
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -8,13 +7,11 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, NullLocator
 
 from osdn_jax.compare.measure import AUTO, Result
 from osdn_jax.compare.report import duration, size
-from osdn_jax.training.plots import COLOURS, GREY, INK, PALE
+from osdn_jax.plotting import COLOURS, GREY, INK, label_ends, new_canvas, png, style_axes, widest_label
 
 _LEFT = 0.055  # of the first panel, as a part of the figure
 _GAP = 0.062  # least distance of two labels, as a part of the axes' height
@@ -39,23 +36,21 @@ def plot_results(results: Sequence[Result], path: str | Path, *, title: str, not
     measured = [r for r in results if r.median_seconds is not None]
     if not measured:
         raise ValueError("there is nothing to plot: no case was served")
-    figure = Figure(figsize=(15, 6.75), dpi=100, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    canvas = new_canvas(15, 6.75)
+    figure = canvas.figure
     panels = [figure.add_axes((x, 0.15, 0.30, 0.66)) for x in (_LEFT, _LEFT + 0.5)]
     gradient = measured[0].gradient
     kind = "Forward and backward pass" if gradient else "Forward pass"
     _panel(panels[0], measured, lambda r: r.median_seconds, duration, f"{kind}: median time")
     _panel(panels[1], measured, lambda r: r.temporary_bytes, size, f"{kind}: temporary memory")
     for axes in panels:
-        widest = max((t.get_window_extent(canvas.get_renderer()).width for t in axes.texts), default=0.0)
+        margin = (widest_label(axes, canvas) + 20) / figure.bbox.width
         place = axes.get_position()
-        axes.set_position((place.x0, place.y0, 0.485 - _LEFT - (widest + 20) / figure.bbox.width, place.height))
+        axes.set_position((place.x0, place.y0, 0.485 - _LEFT - margin, place.height))
     figure.text(_LEFT, 0.935, title, fontsize=18, fontweight="bold", color=INK, va="center")
     if note:
         figure.text(_LEFT, 0.025, note, fontsize=11, color=GREY, va="center")
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    Path(path).write_bytes(buffer.getvalue())
+    Path(path).write_bytes(png(canvas))
 
 
 def _panel(
@@ -83,7 +78,7 @@ def _panel(
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     _style(axes, lengths, text, title)
-    _label_ends(axes, ends)
+    label_ends(axes, ends, gap=_GAP, fontsize=12)
 
 
 def _line(implementation: str) -> dict[str, Any]:
@@ -105,13 +100,7 @@ def _distinct(groups: Sequence[tuple[str, ...]]) -> list[str]:
 
 
 def _style(axes: Axes, lengths: Sequence[int], text: Callable[[float], str], title: str) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GREY)
-    axes.grid(axis="y", color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="both", which="both", colors=GREY, labelcolor=INK, labelsize=12, length=0, pad=7)
-    axes.tick_params(axis="x", length=4)
+    style_axes(axes, xlabel="Tokens in the sequence")
     axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:,.0f}"))
@@ -120,34 +109,4 @@ def _style(axes: Axes, lengths: Sequence[int], text: Callable[[float], str], tit
     axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if narrow else (1.0,), numticks=12))
     axes.yaxis.set_minor_locator(NullLocator())
     axes.yaxis.set_major_formatter(FuncFormatter(lambda y, _: text(y)))
-    axes.set_xlabel("Tokens in the sequence", fontsize=13, color=INK, labelpad=8)
     axes.set_title(title, fontsize=14, color=INK, loc="left", pad=14)
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Each curve's name at its end, moved up where it would cover another."""
-    low, high = (math.log(y) for y in axes.get_ylim())
-    last = -math.inf
-    places = sorted(((math.log(value) - low) / (high - low), label, colour) for value, label, colour in ends)
-    overhang = max(0.0, max((p for p, _, _ in _stacked(places)), default=0.0) - 1.02)
-    for place, label, colour in places:
-        last = max(place - overhang, last + _GAP)
-        axes.annotate(
-            label,
-            (1.0, last),
-            xytext=(12, 0),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            va="center",
-            fontsize=12,
-            fontweight="bold",
-            color=colour,
-            annotation_clip=False,
-        )
-
-
-def _stacked(places: Sequence[tuple[float, str, str]]) -> list[tuple[float, str, str]]:
-    out: list[tuple[float, str, str]] = []
-    for place, label, colour in places:
-        out.append((max(place, out[-1][0] + _GAP) if out else place, label, colour))
-    return out

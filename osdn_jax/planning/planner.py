@@ -1,8 +1,6 @@
 """The plan of a run: its training step compiled for devices that need not be here, and what follows from that."""
 
-import contextlib
 import dataclasses
-import importlib.metadata
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -10,10 +8,11 @@ from typing import Any
 import jax
 from ml_collections import ConfigDict
 
+from osdn_jax import hardware
+from osdn_jax._versions import installed
 from osdn_jax.nn import flops, parameter_formula
 from osdn_jax.planning import advice, devices, hlo, memory
 from osdn_jax.planning.program import Program, build_program
-from osdn_jax.training import gpus
 from osdn_jax.training.config import ConfigError
 
 _REMATS = ("none", "blocks", "full")
@@ -57,7 +56,7 @@ class Plan:
 
     topology: str
     compiled_for: str
-    gpu: gpus.GPU | None
+    gpu: hardware.GPU | None
     mesh: dict[str, int]
     rule: str
     remat: str
@@ -101,14 +100,14 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
     Args:
         config: of the run.
         topology: HOSTSxGPUS, such as "8x8".
-        gpu: a key of `gpus.GPUS`.
+        gpu: a key of `hardware.GPUS`.
 
     Raises:
         ConfigError: the topology, the GPU or the configuration cannot be used; the message says why.
     """
     try:
         shape = devices.parse_topology(topology)
-        chosen = None if gpu is None else gpus.gpu(gpu)
+        chosen = None if gpu is None else hardware.gpu(gpu)
         described = gpu is not None and devices.can_compile_for_gpus()
         there = devices.described_gpus(shape, gpu) if described and gpu else devices.virtual_devices(shape)
         program = build_program(config, there)
@@ -167,11 +166,11 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
         suggestions=tuple(suggestions),
         smallest=smallest,
         seconds=seconds,
-        versions=_versions(),
+        versions=installed(_PACKAGES),
     )
 
 
-def _traffic(found: Sequence[hlo.Collective], hosts: Sequence[int], gpu: gpus.GPU | None) -> tuple[Traffic, ...]:
+def _traffic(found: Sequence[hlo.Collective], hosts: Sequence[int], gpu: hardware.GPU | None) -> tuple[Traffic, ...]:
     rows: dict[tuple[str, int, bool], tuple[int, float, float]] = {}
     for one in found:
         per_host = one.per_host(hosts)
@@ -181,7 +180,7 @@ def _traffic(found: Sequence[hlo.Collective], hosts: Sequence[int], gpu: gpus.GP
     return tuple(Traffic(*key, count, sent, seconds if gpu else None) for key, (count, sent, seconds) in rows.items())
 
 
-def _seconds(sent: float, per_host: int | None, gpu: gpus.GPU) -> float:
+def _seconds(sent: float, per_host: int | None, gpu: hardware.GPU) -> float:
     # Over hosts the members of a host share what leaves it: as many rings as they have ports, NVLink in between.
     return sent / (gpu.nvlink if per_host is None else min(gpu.nvlink, per_host * gpu.network))
 
@@ -211,11 +210,3 @@ def _costs(
         compute=compute,
         traffic=sending,
     )
-
-
-def _versions() -> dict[str, str]:
-    found = {}
-    for name in _PACKAGES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return found

@@ -1,6 +1,5 @@
 """Token shards: the same however they are made, resumed after any interruption, refused where they are not whole."""
 
-import io
 import json
 import os
 import signal
@@ -10,12 +9,10 @@ import time
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from osdn_jax.data import PreparedTokens, TokenizedDocuments, TokenWindows, is_prepared, load_manifest, load_tokenizer
 from osdn_jax.data.prepare import main, prepare
-from osdn_jax.data.prepare_bar import PrepareBar
-from osdn_jax.data.shards.manifest import Shard
+from osdn_jax.progress import PrepareBar
 from support.corpora import TEXTS, documents, write_jsonl, write_parquet, write_sentencepiece, write_tokenizer
 
 
@@ -397,18 +394,6 @@ def test_the_command_ends_in_one_line_of_what_there_is(corpus, tmp_path, command
     assert out.splitlines()[-1].startswith(summary)
     status, out, _ = command(*arguments, "--workers", 1)
     assert (status, out.count("\n")) == (0, 1)
-
-
-def test_a_terminal_gets_a_bar():
-    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
-    with PrepareBar(1000, console=console) as bar:
-        bar.skipped(Shard(documents=3, tokens=40, text_bytes=400, file_bytes=1, end={}))
-        bar.advance(tokens=20, text_bytes=100)
-        bar.finished(1)
-    shown = console.file.getvalue()
-    assert "4 documents  60 tokens" in shown
-    assert "\u2501" * 20 in shown
-    assert "is complete" not in shown
 
 
 @pytest.mark.parametrize(

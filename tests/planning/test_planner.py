@@ -9,13 +9,13 @@ import jax.numpy as jnp
 import pytest
 
 from osdn_jax import planning
+from osdn_jax.hardware import GPUS
 from osdn_jax.nn import parameter_formula
 from osdn_jax.planning import advice, devices
 from osdn_jax.planning.memory import activations, on_a_device
 from osdn_jax.planning.planner import Plan
 from osdn_jax.planning.program import build_program
 from osdn_jax.training import ConfigError, default_config
-from osdn_jax.training.gpus import GPUS
 from support.runs import ROOT, command, run, scratch
 
 MESHES = {"fsdp": {"fsdp": 8}, "fsdp, tensor": {"fsdp": 4, "tensor": 2}, "data, context": {"data": 2, "context": 4}}

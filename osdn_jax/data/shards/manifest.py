@@ -17,10 +17,10 @@ from another one; folders of earlier versions do not have it.
 import dataclasses
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
+from osdn_jax._files import write_atomically
 from osdn_jax.data.tokenizers import Tokenizer, token_dtype
 
 MANIFEST_FILE = "dataset.json"
@@ -104,18 +104,7 @@ class Manifest:
             "complete": self.complete,
             "shards": [dataclasses.asdict(shard) for shard in self.shards],
         }
-        handle, name = tempfile.mkstemp(dir=folder, prefix=f".{MANIFEST_FILE}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                json.dump(values, file, indent=1)
-                file.write("\n")
-                file.flush()
-                os.fsync(file.fileno())
-            os.chmod(name, 0o644)
-            os.replace(name, folder / MANIFEST_FILE)
-        except BaseException:
-            Path(name).unlink(missing_ok=True)
-            raise
+        write_atomically(folder / MANIFEST_FILE, json.dumps(values, indent=1) + "\n")
 
 
 def load_manifest(folder: str | os.PathLike[str]) -> Manifest:
