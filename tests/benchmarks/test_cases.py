@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import cases, check
-from pallas_kernels.pieces import piece_count
+from pallas_kernels.delta_rule.split_sequence import split_count
 
 
 @pytest.mark.parametrize("case", check.CASES.values(), ids=check.CASES)
@@ -73,7 +73,7 @@ def test_the_cases_reach_pieces_waves_types_and_lengths():
     rules = [case for case in all_cases if case.preset is None]
 
     def pieces(c):
-        return piece_count(c.batch, c.heads, -(-c.length // 64), c.key_dim, c.value_dim)
+        return split_count(c.batch, c.heads, -(-c.length // 64), c.key_dim, c.value_dim)
 
     assert {case.decay for case in rules if pieces(case) > 1} == {"scalar", "channel"}
     assert max(case.batch * case.heads * -(-case.length // 64) for case in rules) > 4 * 132

@@ -9,7 +9,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.tiles import CHUNK, indices, products, read, smem, split, split_terms
+from pallas_kernels.common.tiles import CHUNK, indices, products, read, smem, split, split_terms
 
 BLOCK = 16  # the tensor cores' shortest sum
 

@@ -1,9 +1,9 @@
 """The hypergradient preconditioner of OSDN on Hopper's tensor cores, forward and backward, with exact projection.
 
-Five kernels. Forward: `prepare` solves every chunk of 64 tokens in parallel, `walk` takes the state from chunk to chunk
+Five kernels. Forward: `prepare` solves every chunk of 64 tokens in parallel, `scan` takes the state from chunk to chunk
 in closed form, or token by token where a value of the chunk leaves the bounds or a document starts inside of it, and
 `expand` gives every token its d, or its write key at once, in parallel. Backward: `prepare` once more, `expand` for the
-chunks that go token by token, `walk_back` for the cotangent of the state, `finish` for all else.
+chunks that go token by token, `scan_backward` for the cotangent of the state, `gradients` for all else.
 """
 
 import functools
@@ -12,15 +12,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.gates import clamped, fill, from_chunks
-from pallas_kernels.hypergradient_backward import walk_back
-from pallas_kernels.hypergradient_expand import expand
-from pallas_kernels.hypergradient_finish import D_BETA, D_LOG_FORGET, D_STEP, finish
-from pallas_kernels.hypergradient_forward import walk
-from pallas_kernels.hypergradient_parts import Static, make_gates
-from pallas_kernels.hypergradient_prepare import prepare
-from pallas_kernels.shards import Heads, per_shard
-from pallas_kernels.tiles import alike
+from pallas_kernels.common.gates import clamped, from_chunks, pad_to_multiple
+from pallas_kernels.common.partitioning import Heads, per_shard
+from pallas_kernels.common.shard_map import match_varying_axes
+from pallas_kernels.hypergradient.chunk import Static, make_gates
+from pallas_kernels.hypergradient.expand import expand
+from pallas_kernels.hypergradient.gradients import D_BETA, D_LOG_FORGET, D_STEP, gradients
+from pallas_kernels.hypergradient.prepare import prepare
+from pallas_kernels.hypergradient.scan import scan
+from pallas_kernels.hypergradient.scan_backward import scan_backward
 
 _SIZES = (64, 128, 256)
 
@@ -90,11 +90,11 @@ def hypergradient(
     )
     beta = jnp.ones(step.shape, jnp.float32) if beta is None else f32(beta)
     # The tokens that fill the last chunk have a step of 0 and forget nothing.
-    k, step, beta = fill(k), fill(f32(step)), fill(beta)
-    log_forget = None if log_forget is None else fill(clamped(f32(log_forget)))
-    starts = None if restart is None else fill(f32(restart))
+    k, step, beta = pad_to_multiple(k), pad_to_multiple(f32(step)), pad_to_multiple(beta)
+    log_forget = None if log_forget is None else pad_to_multiple(clamped(f32(log_forget)))
+    starts = None if restart is None else pad_to_multiple(f32(restart))
     states = (f32(initial), f32(restart_state), jnp.zeros_like(f32(initial)) if anchor is None else f32(anchor))
-    out, final = _hypergradient(*alike((k, step, beta, log_forget, starts, *states)), static)
+    out, final = _hypergradient(*match_varying_axes((k, step, beta, log_forget, starts, *states)), static)
     return out[:, :length], final
 
 
@@ -131,11 +131,11 @@ _WALKED = ("b.k.", "bk...", "bk..", "bk..", "bk.", "bk.", "bk.")
 
 
 def _forward(arrays: tuple[Any, ...], static: Static) -> list[jax.Array]:
-    """(d or d k, d after the last token), then what is kept of the walk."""
+    """(d or d k, d after the last token), then what is kept of the scan."""
     k, step, beta, log_forget, starts, initial, restart, anchor = arrays
     gates = make_gates(step, beta, log_forget, starts)
     (inverse,) = prepare(k, gates, None, static)
-    befores, feedback, final, redone = walk(k, gates, inverse, initial, restart, anchor, static)
+    befores, feedback, final, redone = scan(k, gates, inverse, initial, restart, anchor, static)
     walked = (k, gates, befores, feedback, redone, restart, anchor)
     return [expand(*walked, static=static, multiply=static.multiply), final, *walked[1:5]]
 
@@ -146,8 +146,8 @@ def _backward(arrays: tuple[Any, ...], static: Static) -> list[jax.Array]:
     k, gates, befores, feedback, redone, _, anchor = walked
     prepared = prepare(k, gates, used, static)
     d = expand(*walked, static=static, multiply=False, redone_only=True) if static.exact else None
-    r, after, initial, restart = walk_back(k, gates, prepared, redone, d, used, final, anchor, static)
-    d_k, d_gates, *d_anchor = finish(k, gates, befores, feedback, redone, d, used, r, after, anchor, static)
+    r, after, initial, restart = scan_backward(k, gates, prepared, redone, d, used, final, anchor, static)
+    d_k, d_gates, *d_anchor = gradients(k, gates, befores, feedback, redone, d, used, r, after, anchor, static)
     rows = (D_STEP, D_BETA, D_LOG_FORGET)[: 2 + static.forget]
     d_tokens = (from_chunks(d_gates[:, :, :, row]) for row in rows)
     return [d_k, *d_tokens, initial, restart, *(jnp.sum(x, axis=2) for x in d_anchor)]

@@ -15,16 +15,15 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, GATES, TO_END, again_of, again_tile
-from pallas_kernels.inverse import SCRATCH as INVERSE
-from pallas_kernels.inverse import times_inverse, unit_lower_inverse
-from pallas_kernels.prepare import Chunks, Static, pair_decay
-from pallas_kernels.tiles import (
+from pallas_kernels.common.gates import BETA, FROM_START, GATES, TO_END, pair_decay, pair_rows_of, pair_rows_tile
+from pallas_kernels.common.inverse import SCRATCH as INVERSE
+from pallas_kernels.common.inverse import times_inverse, unit_lower_inverse
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import (
     CHUNK,
     along_columns,
-    anew,
     indices,
-    launch,
+    opaque_address,
     product,
     products,
     read,
@@ -33,9 +32,10 @@ from pallas_kernels.tiles import (
     split,
     zeros,
 )
+from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions
 
 _Q, _K, _W = range(3)
-PART = 64  # key channels at a time
+SLAB = 64  # key channels at a time
 LEVELS = 6  # of halving, from single tokens to the whole chunk
 
 
@@ -73,8 +73,15 @@ def summed(mask_s: Any, halves: Any, *, transpose: bool = False) -> jax.Array:
     return products([(mask_s, halves.at[0]), (mask_s, halves.at[1])])[0]
 
 
-def prepare_channel(
-    q: jax.Array, k: jax.Array, w: jax.Array, log_decay: jax.Array, gates: jax.Array, static: Static, *, gradient: bool
+def prepare_channel_decay(
+    q: jax.Array,
+    k: jax.Array,
+    w: jax.Array,
+    log_decay: jax.Array,
+    gates: jax.Array,
+    options: DeltaRuleOptions,
+    *,
+    gradient: bool,
 ) -> Chunks:
     """The chunks under a decay per channel.
 
@@ -82,28 +89,28 @@ def prepare_channel(
         q, k: [B, T, Hk, K], T a multiple of 64; w: [B, T, Hw, K].
         log_decay: [B, T, H, K] float32.
         gates: [B, H, N, GATES, 64].
-        static: the options.
+        options: fixed options of the kernels.
         gradient: whether to return the inverse.
     """
     batch, length, heads, key_dim = log_decay.shape
-    count, dtype, parts = length // CHUNK, q.dtype, key_dim // PART
-    invert = static.erase and gradient
+    count, dtype, parts = length // CHUNK, q.dtype, key_dim // SLAB
+    invert = options.erase and gradient
     out = [jax.ShapeDtypeStruct(log_decay.shape, dtype)] * 3
     square = jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), dtype)
-    out += [square, *[jax.ShapeDtypeStruct(log_decay.shape, dtype)] * static.erase, *[square] * (2 * invert)]
+    out += [square, *[jax.ShapeDtypeStruct(log_decay.shape, dtype)] * options.erase, *[square] * (2 * invert)]
 
     def body(at: Any, q_ref: Any, k_ref: Any, w_ref: Any, decay_ref: Any, gates_ref: Any, *refs: Any) -> None:
         decayed_refs, (scores_ref, *solution_refs), refs = refs[:3], refs[3 : len(out)], refs[len(out) :]
-        w_s, shared, gates_s, again_s, loaded, keys_loaded = refs
+        w_s, shared, gates_s, pair_rows_s, loaded, keys_loaded = refs
         (keys_s, x_s, log_decay_s, decay_s, mask_s), inverse_s, (p_s, halves_s, solved_s) = shared
         b, h, n = at("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
-        plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s, loaded)
+        plgpu.copy_gmem_to_smem(pair_rows_of(gates_ref.at[b, h, n]), pair_rows_s, loaded)
 
         def channels(c: Any) -> Any:
-            return pl.ds(c * PART, PART)
+            return pl.ds(c * SLAB, SLAB)
 
         def set_mask(mask: jax.Array) -> None:
             mask_s[...] = mask.astype(jnp.bfloat16)
@@ -137,12 +144,12 @@ def prepare_channel(
 
             def join(level: Any, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
                 scores, lower = carry
-                new_x_s, new_keys_s, new_w_s = anew(x_s, keys_s, w_s)
+                new_x_s, new_keys_s, new_w_s = opaque_address(x_s, keys_s, w_s)
                 x = [new_x_s.at[slot] for slot in (_Q, _K, _W)]
                 set_mask(level_mask(level))
                 decayed([new_keys_s.at[_Q], new_keys_s.at[_K], new_w_s.at[c]], x)
                 scores = scores + jnp.where(corners(level), product(x[_Q], x[_W].T), 0.0)
-                if static.erase:
+                if options.erase:
                     lower = lower + jnp.where(corners(level), product(x[_K], x[_W].T), 0.0)
                 return scores, lower
 
@@ -155,19 +162,19 @@ def prepare_channel(
 
         scores, lower = lax.fori_loop(0, parts, part, (zeros(CHUNK, CHUNK), zeros(CHUNK, CHUNK)))
         plgpu.barrier_wait(loaded)
-        same = pair_decay(gates_s, again_s, static)
-        scores = scores * (same * static.scale)
-        if static.erase:
+        same = pair_decay(gates_s, pair_rows_s, decay=options.decay, resets=options.resets)
+        scores = scores * (same * options.scale)
+        if options.erase:
             lower = lower * same
             inverse = unit_lower_inverse(lower * row_scale(gates_s.at[BETA], lower), inverse_s)
             scores = times_inverse(scores, inverse_s)
-            until_end = inverse * row_scale(gates_s.at[TO_END], inverse) if static.gated else inverse
+            until_end = inverse * row_scale(gates_s.at[TO_END], inverse) if options.gated else inverse
             plgpu.commit_smem()  # the inverse's memory has served
             split(until_end, halves_s.at[0], halves_s.at[1])
         p_s[...] = scores.astype(dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(p_s, scores_ref.at[b, h, n])
-        if static.erase:
+        if options.erase:
 
             @pl.loop(0, parts)
             def _(c: Any) -> None:
@@ -185,17 +192,17 @@ def prepare_channel(
             plgpu.copy_smem_to_gmem(halves_s.at[half], solution_refs[1 + half].at[b, h, n])
         plgpu.wait_smem_to_gmem(0)
 
-    tile, square = smem(CHUNK, PART, dtype=dtype), smem(CHUNK, CHUNK, dtype=dtype)
+    tile, square = smem(CHUNK, SLAB, dtype=dtype), smem(CHUNK, CHUNK, dtype=dtype)
     # One after the other: what a part works in, what the inverse does, what is written. So an H200 holds two blocks, up
     # to K = 128.
-    working = [smem(count, CHUNK, PART, dtype=dtype) for count in (2, 3)] + [smem(CHUNK, PART, dtype=jnp.float32)]
-    working += [smem(2, CHUNK, PART, dtype=jnp.bfloat16), smem(CHUNK, CHUNK, dtype=jnp.bfloat16)]
+    working = [smem(count, CHUNK, SLAB, dtype=dtype) for count in (2, 3)] + [smem(CHUNK, SLAB, dtype=jnp.float32)]
+    working += [smem(2, CHUNK, SLAB, dtype=jnp.bfloat16), smem(CHUNK, CHUNK, dtype=jnp.bfloat16)]
     shared = plgpu.RefUnion(working, INVERSE, [square, smem(2, CHUNK, CHUNK, dtype=dtype), tile])
-    scratch = [smem(parts, CHUNK, PART, dtype=dtype), shared, plgpu.SMEM((GATES, CHUNK), jnp.float32), again_tile()]
+    scratch = [smem(parts, CHUNK, SLAB, dtype=dtype), shared, plgpu.SMEM((GATES, CHUNK), jnp.float32), pair_rows_tile()]
     scratch += [plgpu.Barrier(num_arrivals=2), plgpu.Barrier(num_arrivals=4)]
     grid = {"batch": batch, "chunk": count, "head": heads}
     arguments = [q, k, w, log_decay, gates]
-    results = launch(body, "delta_rule_prepare_channel", out, grid, scratch, static.interpret, arguments)
+    results = launch(body, "delta_rule_prepare_channel", out, grid, scratch, options.interpret, arguments)
     q, k, w, scores, solved = (*results, None)[:5]
     sums = jnp.sum(log_decay.reshape(batch, count, CHUNK, heads, key_dim), axis=2).swapaxes(1, 2)
     carry = jnp.exp(sums) * gates[..., FROM_START, -1:]

@@ -8,13 +8,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hypergradient_parts as parts
-from pallas_kernels.hypergradient_parts import BETA, GATES, LEAD, PIECE, STEP, Static
-from pallas_kernels.inverse import SCRATCH, unit_lower_inverse
-from pallas_kernels.tiles import (
+from pallas_kernels.common.inverse import SCRATCH, unit_lower_inverse
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import (
     CHUNK,
     column_scale,
-    launch,
     products,
     read,
     row_scale,
@@ -23,6 +21,8 @@ from pallas_kernels.tiles import (
     split_terms,
     zero_rows,
 )
+from pallas_kernels.hypergradient import chunk as parts
+from pallas_kernels.hypergradient.chunk import BETA, GATES, LEAD, PIECE, STEP, Static
 
 
 def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static: Static) -> list[jax.Array]:

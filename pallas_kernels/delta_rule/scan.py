@@ -8,14 +8,19 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, TO_END
-from pallas_kernels.prepare import Chunks, Static
-from pallas_kernels.tiles import CHUNK, products, read, row_scale, smem, split, split_terms
-from pallas_kernels.walk import Chunk, tile_width, walk
+from pallas_kernels.common.gates import BETA, FROM_START, TO_END
+from pallas_kernels.common.tiles import CHUNK, products, read, row_scale, smem, split, split_terms
+from pallas_kernels.delta_rule.chunk_loop import Chunk, chunk_loop, tile_width
+from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions
 
 
-def recur(
-    chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static, *, keep: Literal["outputs", "states", "final"]
+def scan(
+    chunks: Chunks,
+    v: jax.Array,
+    initial: jax.Array,
+    options: DeltaRuleOptions,
+    *,
+    keep: Literal["outputs", "states", "final"],
 ) -> list[jax.Array]:
     """The recurrence, and what is to be kept of it.
 
@@ -25,10 +30,10 @@ def recur(
         the type of v; the memory before each chunk [B, H, N, K, V]; what rounding takes off R.
 
     Args:
-        chunks: of `prepare` or `prepare_channel`.
+        chunks: of `prepare` or `prepare_channel_decay`.
         v: [B, T, H, V].
         initial: [B, H, K, V] float32.
-        static: the options.
+        options: fixed options of the kernels.
         keep: see above.
     """
     q, k, w, gates, carry, scores, solved, inverse = chunks
@@ -41,9 +46,9 @@ def recur(
     inputs = {"w": w if solved is None else solved, "v": v, "gates": gates}
     if keep == "outputs":
         inputs |= {"q": q, "scores": scores}
-    if static.erase:
+    if options.erase:
         inputs["k"] = k
-    solve = keep == "states" and static.erase
+    solve = keep == "states" and options.erase
     if solve:
         inputs |= zip(("inverse", "rest"), inverse, strict=True)
 
@@ -59,10 +64,10 @@ def recur(
         gates_s = now["gates"]
         # What the memory holds for queries and read keys, then both products with what is missing.
         held = _products({name: [(now[name], state_s)] for name in ("k", "q") if name in now})
-        if static.gated:
+        if options.gated:
             held = {name: x * row_scale(gates_s.at[FROM_START], x) for name, x in held.items()}
         residual = read(now["v"])
-        if static.erase:
+        if options.erase:
             residual = residual - held["k"]
         residual = residual * row_scale(gates_s.at[BETA], residual)
         if solve:
@@ -71,7 +76,7 @@ def recur(
             residual_s[...] = residual.astype(dtype)
         # With erase the scale to the end of the chunk is in the write keys.
         scaled_s = residual_s
-        if static.gated and not static.erase:
+        if options.gated and not options.erase:
             scaled_s = write_s
             write_s[...] = (residual * row_scale(gates_s.at[TO_END], residual)).astype(dtype)
         plgpu.commit_smem()
@@ -83,7 +88,7 @@ def recur(
         results = _products(terms)
         plgpu.wait_smem_to_gmem(int(keep == "states"), wait_read_only=True)  # all else of the chunk before
         if keep == "outputs":
-            out_s[...] = (held["q"] * static.scale + results["out"]).astype(dtype)
+            out_s[...] = (held["q"] * options.scale + results["out"]).astype(dtype)
         elif keep == "states":
             split(results.get("write", residual), out_s, rest_s)
         plgpu.commit_smem()
@@ -98,7 +103,7 @@ def recur(
     width = tile_width(key_dim)
     tile = functools.partial(smem, dtype=dtype, swizzle=2 * width)
     scratch = [tile(key_dim, width), *[tile(CHUNK, width)] * 5]
-    return walk("delta_rule_recur", inputs, carry, initial, out, scratch, step, static, returns=keep != "states")
+    return chunk_loop("delta_rule_recur", inputs, carry, initial, out, scratch, step, options, returns=keep != "states")
 
 
 def _products(terms: dict[str, list[tuple[Any, Any]]]) -> dict[str, jax.Array]:

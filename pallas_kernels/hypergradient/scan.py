@@ -12,8 +12,11 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hypergradient_parts as parts
-from pallas_kernels.hypergradient_parts import (
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import CHUNK, column_scale, indices, read_rows, smem, zero_rows
+from pallas_kernels.hypergradient import chunk as parts
+from pallas_kernels.hypergradient import tokens
+from pallas_kernels.hypergradient.chunk import (
     BETA,
     BLOCK,
     FORCED,
@@ -26,13 +29,12 @@ from pallas_kernels.hypergradient_parts import (
     TO_END,
     Static,
 )
-from pallas_kernels.tiles import CHUNK, column_scale, indices, launch, read_rows, smem, zero_rows
 
 # Relative errors far above those of `expand`: in a sum of terms of one sign, and in what is left of the start.
 _ROUNDING, _LEFT = 2.0**-12, 2.0**-18
 
 
-def walk(
+def scan(
     k: jax.Array,
     gates: jax.Array,
     inverse: jax.Array,
@@ -132,7 +134,7 @@ def walk(
                     least, most = least - jnp.abs(least) * _LEFT, most + jnp.abs(most) * _LEFT
                 least, most = least + down * (1.0 + _ROUNDING), most + up * (1.0 + _ROUNDING)
                 infinite = jnp.where(up - down < jnp.inf, 0.0, 1.0)
-                return leaving + parts.outside(least, static) + parts.outside(most, static) + infinite
+                return leaving + tokens.outside(least, static) + tokens.outside(most, static) + infinite
 
             leaving = parts.over(steps, add, parts.no_channels(width))
             return 0.0 if static.bounds is None else jnp.sum(leaving)
@@ -152,17 +154,17 @@ def walk(
                     keys = k_s.at[slot, step, :, pl.ds(begin, PIECE)]
                     states = state_s.at[slot, channels], anchor_s.at[channels]
                     values = parts.closed_form(keys, *states, gates_s.at[slot], u, weights, static)
-                    leaving = leaving + jnp.sum(jnp.where(first, 0.0, parts.outside(values, static)), axis=1)
+                    leaving = leaving + jnp.sum(jnp.where(first, 0.0, tokens.outside(values, static)), axis=1)
                 return leaving
 
             tokens_s[...] = parts.over(steps, count_leaving, zero_rows(CHUNK))
-            after = parts.outside(parts.load_row(state_s.at[1 - slot]), static)
-            return jnp.sum(parts.load_row(tokens_s)) + jnp.sum(after)
+            after = tokens.outside(tokens.load_row(state_s.at[1 - slot]), static)
+            return jnp.sum(tokens.load_row(tokens_s)) + jnp.sum(after)
 
         def redo(n: Any, slot: Any) -> None:
             rows = lambda first: k_ref.at[b, pl.ds(n * CHUNK + first, BLOCK), p]
-            start, memory = parts.load_row(state_s.at[slot]), (restart_s, anchor_s, *token_scratch)
-            state_s[1 - slot] = parts.token_by_token(start, rows, gates_s.at[slot], *memory, static=static)
+            start, memory = tokens.load_row(state_s.at[slot]), (restart_s, anchor_s, *token_scratch)
+            state_s[1 - slot] = tokens.token_by_token(start, rows, gates_s.at[slot], *memory, static=static)
 
         def chunk(n: Any, _: Any) -> None:
             slot = lax.rem(n, jnp.int32(2))
@@ -172,7 +174,7 @@ def walk(
 
                 @pl.when(gates_s[slot, RESTART, 0] > 0.0)
                 def _start() -> None:
-                    state_s[slot] = parts.load_row(restart_s)
+                    state_s[slot] = tokens.load_row(restart_s)
                     plgpu.commit_smem()
 
             plgpu.copy_smem_to_gmem(state_s.at[slot], starts_ref.at[b, p, n])

@@ -7,9 +7,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hypergradient_parts as parts
-from pallas_kernels.hypergradient_parts import BLOCK, GATES, PIECE, Static
-from pallas_kernels.tiles import CHUNK, launch, read, smem
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import CHUNK, read, smem
+from pallas_kernels.hypergradient import chunk as parts
+from pallas_kernels.hypergradient import tokens
+from pallas_kernels.hypergradient.chunk import BLOCK, GATES, PIECE, Static
 
 
 def expand(
@@ -27,12 +29,12 @@ def expand(
 ) -> jax.Array:
     """d before every token [B, T, P, K] float32, or the write keys d k in the type of k.
 
-    A chunk that goes token by token does so here once more, as in `walk`, which then has no rows to write.
+    A chunk that goes token by token does so here once more, as in `scan`, which then has no rows to write.
 
     Args:
         k: [B, T, P, K], T a multiple of 64.
         gates: [B, P, N, GATES, 64].
-        starts, feedback, redone: of `walk`.
+        starts, feedback, redone: of `scan`.
         restart, anchor: [B, P, K] float32.
         static: the options.
         multiply: return the write keys.
@@ -82,7 +84,7 @@ def expand(
 
             block = lambda first: k_ref.at[b, pl.ds(n * CHUNK + first, BLOCK), p]
             memory = (restart_s, anchor_s, *token_scratch)
-            parts.token_by_token(parts.load_row(start_s), block, gates_s, *memory, static=static, write=write)
+            tokens.token_by_token(tokens.load_row(start_s), block, gates_s, *memory, static=static, write=write)
 
         def begin(do: Any) -> None:
             plgpu.copy_gmem_to_smem(gates_ref.at[b, p, n], gates_s, ready)
@@ -100,12 +102,12 @@ def expand(
         if not redone_only:
             pl.when(jnp.logical_not(again))(lambda: begin(closed_form))
 
-    row, tokens = plgpu.SMEM((size,), jnp.float32), plgpu.SMEM((CHUNK,), jnp.float32)
+    row, per_token = plgpu.SMEM((size,), jnp.float32), plgpu.SMEM((CHUNK,), jnp.float32)
     of_a_chunk = [
         smem(pieces, CHUNK, PIECE, dtype=k.dtype),
         plgpu.SMEM((1,), jnp.float32) if multiply else smem(CHUNK, PIECE, dtype=jnp.float32),
         parts.again_tile(),
-        tokens,
+        per_token,
         *[parts.halves(1)] * 2,
         plgpu.Barrier(num_arrivals=pieces + 2),
     ]

@@ -9,16 +9,16 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.prepare import Chunks, Static
-from pallas_kernels.recurrence import recur
-from pallas_kernels.walk import tile_width
+from pallas_kernels.delta_rule.chunk_loop import tile_width
+from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions
+from pallas_kernels.delta_rule.scan import scan
 
 _MULTIPROCESSORS = 132
 _SHORTEST = 16  # chunks
 _FEWEST = 4  # pieces: the work is some three times that of the sequence in one
 
 
-def piece_count(batch: int, heads: int, chunks: int, key_dim: int, value_dim: int) -> int:
+def split_count(batch: int, heads: int, chunks: int, key_dim: int, value_dim: int) -> int:
     """Pieces, a power of two, that one wave of blocks holds; 1 where heads fill the GPU or the sequence is short."""
     blocks = batch * heads * value_dim // tile_width(key_dim)
     count = 1
@@ -27,21 +27,23 @@ def piece_count(batch: int, heads: int, chunks: int, key_dim: int, value_dim: in
     return count if count >= _FEWEST else 1
 
 
-def first_memories(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Static) -> tuple[jax.Array, jax.Array]:
+def initial_states(
+    chunks: Chunks, v: jax.Array, initial: jax.Array, options: DeltaRuleOptions
+) -> tuple[jax.Array, jax.Array]:
     """The memory that every piece begins with [B P, H, K, V], and M of every piece [B, P, H, K, K].
 
     Args:
         chunks: of the pieces, batch and pieces being one axis.
         v: [B P, T / P, H, V].
         initial: of the whole sequences [B, H, K, V] float32.
-        static: the options.
+        options: fixed options of the kernels.
     """
     batch, heads, key_dim, value_dim = initial.shape
     count, length = v.shape[0] // batch, v.shape[1]
-    (own,) = recur(chunks, v, jnp.zeros((batch * count, heads, key_dim, value_dim), jnp.float32), static, keep="final")
+    (own,) = scan(chunks, v, jnp.zeros((batch * count, heads, key_dim, value_dim), jnp.float32), options, keep="final")
     identity = jnp.broadcast_to(jnp.eye(key_dim, dtype=jnp.float32), (batch * count, heads, key_dim, key_dim))
     nothing = jnp.zeros((batch * count, length, heads, key_dim), v.dtype)
-    (through,) = recur(chunks, nothing, identity, static, keep="final")
+    (through,) = scan(chunks, nothing, identity, options, keep="final")
     through = through.reshape(batch, count, heads, key_dim, key_dim)
 
     def step(memory: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
@@ -53,7 +55,7 @@ def first_memories(chunks: Chunks, v: jax.Array, initial: jax.Array, static: Sta
     return memories.swapaxes(0, 1).reshape(own.shape), through
 
 
-def last_gradients(through: jax.Array, own: jax.Array, d_final: jax.Array) -> jax.Array:
+def final_state_gradients(through: jax.Array, own: jax.Array, d_final: jax.Array) -> jax.Array:
     """The gradient of the memory that every piece ends with [B P, H, K, V].
 
     Args:

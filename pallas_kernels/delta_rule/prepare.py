@@ -8,25 +8,34 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import AGAIN, BETA, COARSE, DOCUMENT, FINE, GATES, TO_END, again_of, again_tile
-from pallas_kernels.inverse import SCRATCH as INVERSE
-from pallas_kernels.inverse import times_inverse, unit_lower_inverse
-from pallas_kernels.tiles import CHUNK, column_scale, indices, launch, product, products, row_scale, smem, split
+from pallas_kernels.common.gates import (
+    BETA,
+    GATES,
+    TO_END,
+    pair_decay,
+    pair_rows_of,
+    pair_rows_tile,
+)
+from pallas_kernels.common.inverse import SCRATCH as INVERSE
+from pallas_kernels.common.inverse import times_inverse, unit_lower_inverse
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import CHUNK, product, products, row_scale, smem, split
 
 
-class Static(NamedTuple):
-    """What is fixed when a kernel is built."""
+class DeltaRuleOptions(NamedTuple):
+    """Options that are fixed when a kernel is built."""
 
     scale: float
     erase: bool
-    decay: bool  # scalar decay: COARSE and FINE hold its sum since the start of the chunk
-    documents: bool  # DOCUMENT numbers the documents of a chunk from 0
+    decay: bool  # scalar decay: the gates COARSE and FINE hold its sum since the start of the chunk
+    resets: bool  # the gate SEGMENT counts the resets since the start of the chunk
     interpret: bool
+    splits: int | None = None  # of the sequence; None: chosen by `split_count`
 
     @property
     def gated(self) -> bool:
-        """Whether FROM_START and TO_END are anything but ones."""
-        return self.decay or self.documents
+        """Return True if FROM_START or TO_END can differ from 1."""
+        return self.decay or self.resets
 
 
 class Chunks(NamedTuple):
@@ -42,32 +51,9 @@ class Chunks(NamedTuple):
     inverse: list[jax.Array]  # (I + A)^-1 [B, H, N, 64, 64] and what rounding takes off it; only for a gradient
 
 
-def pair_decay(gates: Any, again: Any, static: Static) -> jax.Array:
-    """What is left at token i of what token j <= i wrote, else 0: [64, 64].
-
-    Args:
-        gates: of the chunk [GATES, 64], in shared memory.
-        again: those rows of them that are read along columns, of `again_of`.
-        static: the options.
-    """
-    i, j = indices((CHUNK, CHUNK))
-    keep = i >= j
-    left = jnp.where(keep, 1.0, 0.0)
-    if static.documents:
-        left = jnp.where(row_scale(gates.at[DOCUMENT], left) == _column(again, DOCUMENT, left), left, 0.0)
-    if static.decay:
-        # Above the diagonal the difference is positive and may overflow: it is cut before it is exponentiated.
-        sums = row_scale(gates.at[COARSE], left) - _column(again, COARSE, left)
-        sums = sums + (row_scale(gates.at[FINE], left) - _column(again, FINE, left))
-        left = left * jnp.exp(jnp.where(keep, sums, 0.0))
-    return left
-
-
-def _column(again: Any, row: int, like: jax.Array) -> jax.Array:
-    return column_scale(again.at[row - (GATES - AGAIN)], like)
-
-
-def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: Static, *, gradient: bool) -> Chunks:
+def prepare(
+    q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, options: DeltaRuleOptions, *, gradient: bool
+) -> Chunks:
     """The chunks without a decay or under a scalar one.
 
     A_ij = beta_i <k_i, w_j> decay_ij below the diagonal and P_ij = scale <q_i, w_j> decay_ij on and below it. Beside
@@ -78,20 +64,20 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
         q, k: [B, T, Hk, K], T a multiple of 64.
         w: [B, T, Hw, K].
         gates: [B, H, N, GATES, 64].
-        static: the options.
+        options: fixed options of the kernels.
         gradient: whether to return the inverse.
     """
     batch, length, key_heads, key_dim = q.shape
     heads, count = gates.shape[1:3]
-    invert = static.erase and gradient
+    invert = options.erase and gradient
     square = jax.ShapeDtypeStruct((batch, heads, count, CHUNK, CHUNK), q.dtype)
     out = [square]
-    out += [jax.ShapeDtypeStruct((batch, length, heads, key_dim), q.dtype)] * static.erase
+    out += [jax.ShapeDtypeStruct((batch, length, heads, key_dim), q.dtype)] * options.erase
     out += [square] * (2 * invert)
 
     def body(at: Any, q_ref: Any, k_ref: Any, w_ref: Any, gates_ref: Any, *refs: Any) -> None:
         (scores_ref, *solution_refs), refs = refs[: len(out)], refs[len(out) :]
-        w_s, shared, gates_s, again_s, loaded = refs
+        w_s, shared, gates_s, pair_rows_s, loaded = refs
         (q_s, k_s), inverse_s, (p_s, x_s) = shared
         b, h, n = at("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
@@ -99,29 +85,29 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
         plgpu.copy_gmem_to_smem(q_ref.at[b, rows, key_head], q_s, loaded)
         plgpu.copy_gmem_to_smem(w_ref.at[b, rows, write_head], w_s, loaded)
         plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s, loaded)
-        plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s, loaded)
-        if static.erase:
+        plgpu.copy_gmem_to_smem(pair_rows_of(gates_ref.at[b, h, n]), pair_rows_s, loaded)
+        if options.erase:
             plgpu.copy_gmem_to_smem(k_ref.at[b, rows, key_head], k_s, loaded)
         plgpu.barrier_wait(loaded)
-        decay = pair_decay(gates_s, again_s, static)
-        if static.erase:
+        decay = pair_decay(gates_s, pair_rows_s, decay=options.decay, resets=options.resets)
+        if options.erase:
             scores, lower = products([(q_s, w_s.T)], [(k_s, w_s.T)])
             lower = lower * decay
-            scores = scores * (decay * static.scale)
+            scores = scores * (decay * options.scale)
             plgpu.commit_smem()  # queries and read keys have served
             inverse = unit_lower_inverse(lower * row_scale(gates_s.at[BETA], lower), inverse_s)
             scores = times_inverse(scores, inverse_s)
             # The scale goes on the inverse's rows, in float32, and not on those of w.
-            until_end = inverse * row_scale(gates_s.at[TO_END], inverse) if static.gated else inverse
+            until_end = inverse * row_scale(gates_s.at[TO_END], inverse) if options.gated else inverse
             plgpu.commit_smem()  # the inverse's memory has served
             split(until_end, x_s.at[0], x_s.at[1])
         else:
-            scores = product(q_s, w_s.T) * (decay * static.scale)
+            scores = product(q_s, w_s.T) * (decay * options.scale)
             plgpu.commit_smem()
         p_s[...] = scores.astype(q.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(p_s, scores_ref.at[b, h, n])
-        if static.erase:
+        if options.erase:
             (solved,) = products([(x_s.at[0].T, w_s), (x_s.at[1].T, w_s)])
             plgpu.commit_smem()  # so have write keys
             w_s[...] = solved.astype(q.dtype)
@@ -140,10 +126,10 @@ def prepare(q: jax.Array, k: jax.Array, w: jax.Array, gates: jax.Array, static: 
         keys,
         shared,
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
-        again_tile(),
-        plgpu.Barrier(num_arrivals=4 + static.erase),
+        pair_rows_tile(),
+        plgpu.Barrier(num_arrivals=4 + options.erase),
     ]
     grid = {"batch": batch, "chunk": count, "head": heads}
-    results = launch(body, "delta_rule_prepare", out, grid, scratch, static.interpret, [q, k, w, gates])
+    results = launch(body, "delta_rule_prepare", out, grid, scratch, options.interpret, [q, k, w, gates])
     scores, solved = (*results, None)[:2]
     return Chunks(q, k, w, gates, None, scores, solved, results[2:])

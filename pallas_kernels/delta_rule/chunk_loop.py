@@ -1,4 +1,4 @@
-"""The walk from chunk to chunk that the recurrence and its gradient share.
+"""The loop over chunks that the scan and its gradient share.
 
 One block per batch, head and tile of values holds [K, width] float32 in registers, while the tiles of the next chunk
 arrive in shared memory.
@@ -14,9 +14,10 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import FROM_START, SCALES
-from pallas_kernels.prepare import Static
-from pallas_kernels.tiles import CHUNK, along_columns, launch, read_global, read_global_rows, smem
+from pallas_kernels.common.gates import FROM_START, SCALES
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import CHUNK, along_columns, read_global, read_global_rows, smem
+from pallas_kernels.delta_rule.prepare import DeltaRuleOptions
 
 _KEYS = ("q", "k", "w")  # [B, T, heads, K]
 _VALUES = ("v", "d_out")  # [B, T, H, V]
@@ -28,7 +29,7 @@ def tile_width(key_dim: int) -> int:
 
 
 class Chunk(NamedTuple):
-    """One chunk of a walk, as seen by a block."""
+    """One chunk of the loop, as seen by a block."""
 
     batch: Any
     head: Any
@@ -47,7 +48,7 @@ class Chunk(NamedTuple):
         return self.batch, self.head, self.number, slice(None), self.columns
 
 
-def walk(
+def chunk_loop(
     name: str,
     inputs: dict[str, jax.Array],
     carry: jax.Array | None,
@@ -55,7 +56,7 @@ def walk(
     out: Sequence[jax.ShapeDtypeStruct],
     scratch: Sequence[Any],
     step: Callable[[Chunk, jax.Array, Sequence[Any], Sequence[Any]], jax.Array],
-    static: Static,
+    options: DeltaRuleOptions,
     *,
     returns: bool = True,
     reverse: bool = False,
@@ -66,12 +67,12 @@ def walk(
         name: of the kernel.
         inputs: by the names of `Chunks`, with values "v" or "d_out" and the halves of the inverse "inverse", "rest".
         carry: per channel what is left of the memory at the end of a chunk [B, H, N, K]; None for a scalar, or none.
-        initial: what the walk starts from [B, H, K, V] float32.
-        out: results that the steps write, and last, if it returns one, the memory after the walk.
+        initial: what the loop starts from [B, H, K, V] float32.
+        out: results that the steps write, and last, if it returns one, the memory after the loop.
         scratch: shared memory for the steps.
-        step: returns the memory after the chunk; the walk waits for the copies that it starts at its end only.
-        static: the options.
-        returns: whether the memory after the walk is a result.
+        step: returns the memory after the chunk; the loop waits for the copies that it starts at its end only.
+        options: fixed options of the kernels.
+        returns: whether the memory after the loop is a result.
         reverse: from the last chunk to the first.
     """
     _, heads, key_dim, value_dim = initial.shape
@@ -123,7 +124,7 @@ def walk(
                 now = {name: ref.at[slot] for name, ref in buffer.items()}
                 if carry_refs:
                     return now, along_columns(read_global_rows(carry_refs[0].at[b, h, n]), memory)
-                return now, now["gates"][FROM_START, CHUNK - 1] if static.gated else None
+                return now, now["gates"][FROM_START, CHUNK - 1] if options.gated else None
 
             return step(Chunk(b, h, n, columns, arrive), memory, out_refs, scratch_refs)
 
@@ -138,4 +139,4 @@ def walk(
     grid = {"batch": values.shape[0], "values": value_dim // width, "head": heads}
     arguments = [*inputs.values(), *carries, initial]
     shared = [*(tile(name) for name in inputs), *scratch, barrier]
-    return launch(body, name, list(out), grid, shared, static.interpret, arguments)
+    return launch(body, name, list(out), grid, shared, options.interpret, arguments)

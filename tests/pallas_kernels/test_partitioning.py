@@ -13,7 +13,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from pallas_kernels.shards import Heads, per_shard
+from pallas_kernels.common.partitioning import Heads, per_shard
 
 B, T, K = 4, 6, 3
 AXES, RESULTS = ("b.k.", "b.h.", "h", "b."), ("b.h.", "bh.")

@@ -5,7 +5,7 @@ With g the cotangents of d and l that of the state after a chunk that was not do
     (I + L)^T r = step (adds + to_end <l, u>)       adds_i = sum_{j > i} E_ji <u_i, g_j>, from `prepare`
     l before the chunk = lead_C l + sum_j lead_j (g_j - beta_j r_j u_j)
 
-and r is the cotangent of the feedback. What follows from r and l within a chunk is done by `finish`, in parallel.
+and r is the cotangent of the feedback. What follows from r and l within a chunk is done by `gradients`, in parallel.
 """
 
 from typing import Any
@@ -16,12 +16,14 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hypergradient_parts as parts
-from pallas_kernels.hypergradient_parts import BETA, BLOCK, FORGET, GATES, LEAD, RESTART, STEP, TO_END, WIDTH, Static
-from pallas_kernels.tiles import CHUNK, column_scale, launch, read_rows, smem, zero_rows
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import CHUNK, column_scale, read_rows, smem, zero_rows
+from pallas_kernels.hypergradient import chunk as parts
+from pallas_kernels.hypergradient import tokens
+from pallas_kernels.hypergradient.chunk import BETA, BLOCK, FORGET, GATES, LEAD, RESTART, STEP, TO_END, WIDTH, Static
 
 
-def walk_back(
+def scan_backward(
     k: jax.Array,
     gates: jax.Array,
     prepared: list[jax.Array],
@@ -38,7 +40,7 @@ def walk_back(
         k: [B, T, P, K], T a multiple of 64.
         gates: [B, P, N, GATES, 64].
         prepared: of `prepare`, with cotangents.
-        redone: [B, P, N], of `walk`.
+        redone: [B, P, N], of `scan`.
         d: [B, T, P, K] float32, of `expand`; read where a chunk goes token by token. None where none does.
         cotangent: of d, or with `static.multiply` of d k.
         final: that of the final state [B, P, K].
@@ -112,18 +114,18 @@ def walk_back(
 
             def step(t: Any, token: list[Any], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 gate = lambda row: gates_s[slot, row, t]
-                key, d, used = (parts.load_row(ref) for ref in token)
+                key, d, used = (tokens.load_row(ref) for ref in token)
                 if static.multiply:
                     used = used * key
-                state = parts.pull(carry[0], used, d, key * key, gate, anchor_s, static).before
+                state = tokens.pull(carry[0], used, d, key * key, gate, anchor_s, static).before
                 if not static.documents:
                     return (state,)
-                before, start = parts.stopped(gate(RESTART), state)
+                before, start = tokens.stopped(gate(RESTART), state)
                 return before, carry[1] + start
 
-            state = parts.load_row(state_s.at[slot])
-            start = (state, parts.load_row(restart_s)) if static.documents else (state,)
-            ends = parts.reversed_tokens(rows, blocks, block_loaded, step, start)
+            state = tokens.load_row(state_s.at[slot])
+            start = (state, tokens.load_row(restart_s)) if static.documents else (state,)
+            ends = tokens.reversed_tokens(rows, blocks, block_loaded, step, start)
             state_s[1 - slot] = ends[0]
             if static.documents:
                 restart_s[...] = ends[1]
@@ -144,13 +146,13 @@ def walk_back(
 
                 @pl.when(gates_s[slot, RESTART, 0] > 0.0)
                 def _start() -> None:
-                    restart_s[...] = parts.load_row(restart_s) + parts.load_row(state_s.at[1 - slot])
-                    state_s[1 - slot] = parts.no_row(size)
+                    restart_s[...] = tokens.load_row(restart_s) + tokens.load_row(state_s.at[1 - slot])
+                    state_s[1 - slot] = tokens.no_row(size)
 
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(r_s.at[slot], r_ref.at[b, p, n])  # nobody reads it where it was not made
 
-        restart_s[...] = parts.no_row(size)
+        restart_s[...] = tokens.no_row(size)
         plgpu.copy_gmem_to_smem(final_ref.at[b, p], state_s.at[0], ready)
         plgpu.copy_gmem_to_smem(anchor_ref.at[b, p], anchor_s, ready)
         load(count - 1, 0)
@@ -175,7 +177,7 @@ def walk_back(
         row,
         plgpu.Barrier(num_arrivals=2),
         plgpu.Barrier(num_arrivals=steps + 4, num_barriers=2),
-        [*parts.blocks(size, k.dtype, cotangent.dtype), plgpu.Barrier(num_arrivals=3)] if static.exact else [],
+        [*tokens.blocks(size, k.dtype, cotangent.dtype), plgpu.Barrier(num_arrivals=3)] if static.exact else [],
     ]
     grid = {"batch": batch, "head": heads}
     run = (body, "hypergradient_walk_back", out, grid, scratch, static.interpret, inputs)

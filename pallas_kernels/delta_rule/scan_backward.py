@@ -8,10 +8,10 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import BETA, FROM_START, TO_END
-from pallas_kernels.prepare import Chunks, Static
-from pallas_kernels.tiles import CHUNK, products, read, row_scale, smem, split
-from pallas_kernels.walk import Chunk, tile_width, walk
+from pallas_kernels.common.gates import BETA, FROM_START, TO_END
+from pallas_kernels.common.tiles import CHUNK, products, read, row_scale, smem, split
+from pallas_kernels.delta_rule.chunk_loop import Chunk, chunk_loop, tile_width
+from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions
 
 
 class Back(NamedTuple):
@@ -23,14 +23,16 @@ class Back(NamedTuple):
     d_initial: jax.Array  # of the initial memory [B, H, K, V] float32
 
 
-def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Static, *, rests: bool = False) -> Back:
+def scan_backward(
+    chunks: Chunks, d_out: jax.Array, d_final: jax.Array, options: DeltaRuleOptions, *, rests: bool = False
+) -> Back:
     """The recurrence of the gradient.
 
     Args:
-        chunks: as for `recur`, made for a gradient.
+        chunks: as for `scan`, made for a gradient.
         d_out: gradient of the outputs [B, T, H, V].
         d_final: gradient of the final memory [B, H, K, V] float32.
-        static: the options.
+        options: fixed options of the kernels.
         rests: whether to return also what rounding takes off z and d_states.
     """
     q, k, w, gates, carry, scores, solved, _ = chunks
@@ -56,7 +58,7 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
         from_later, from_inside = products(
             [(now["w"], state_s.at[0]), (now["w"], state_s.at[1])], [(now["scores"].T, now["d_out"])]
         )
-        if static.gated and not static.erase:  # else the scale is in the write keys
+        if options.gated and not options.erase:  # else the scale is in the write keys
             from_later = from_later * row_scale(gates_s.at[TO_END], from_later)
         z = from_later + from_inside
         plgpu.wait_smem_to_gmem(halves, wait_read_only=True)  # all else of the chunk after
@@ -66,19 +68,19 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
             z_s[0, ...] = z.astype(dtype)
         d_v = z * row_scale(gates_s.at[BETA], z)
         d_v_s[...] = d_v.astype(dtype)
-        read_gradient = read(now["d_out"]) * static.scale
-        if static.gated:
+        read_gradient = read(now["d_out"]) * options.scale
+        if options.gated:
             read_gradient = read_gradient * row_scale(gates_s.at[FROM_START], read_gradient)
             d_v = d_v * row_scale(gates_s.at[FROM_START], d_v)
         x_s[0, ...] = read_gradient.astype(dtype)
-        if static.erase:
+        if options.erase:
             x_s[1, ...] = (-d_v).astype(dtype)
         plgpu.commit_smem()
         for half, ref in enumerate(z_refs):
             plgpu.copy_smem_to_gmem(z_s.at[half], ref.at[chunk.rows])
         plgpu.copy_smem_to_gmem(d_v_s, d_v_ref.at[chunk.rows])
         pairs = [(now["q"].T, x_s.at[0])]
-        if static.erase:
+        if options.erase:
             pairs += [(now["k"].T, x_s.at[1])]
         (added,) = products(pairs)
         plgpu.commit_smem()  # the tiles have served: those of the next chunk but one may take their place
@@ -89,5 +91,5 @@ def recur_back(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, static: Sta
     width = tile_width(key_dim)
     tile = functools.partial(smem, dtype=dtype, swizzle=2 * width)
     scratch = [tile(2, key_dim, width), tile(halves, CHUNK, width), tile(2, CHUNK, width), tile(CHUNK, width)]
-    results = walk("delta_rule_recur_back", inputs, carry, d_final, out, scratch, step, static, reverse=True)
+    results = chunk_loop("delta_rule_recur_back", inputs, carry, d_final, out, scratch, step, options, reverse=True)
     return Back(results[0], results[1 : 1 + halves], results[1 + halves : -1], results[-1])

@@ -8,14 +8,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.channel import LEVELS, PART, corners, from_start_mask, level_mask, summed, to_end_mask
-from pallas_kernels.prepare import Static
-from pallas_kernels.tiles import (
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import (
     CHUNK,
     along_columns,
-    anew,
     indices,
-    launch,
+    opaque_address,
     product,
     products,
     read,
@@ -23,6 +21,16 @@ from pallas_kernels.tiles import (
     smem,
     split,
     zeros,
+)
+from pallas_kernels.delta_rule.prepare import DeltaRuleOptions
+from pallas_kernels.delta_rule.prepare_channel_decay import (
+    LEVELS,
+    SLAB,
+    corners,
+    from_start_mask,
+    level_mask,
+    summed,
+    to_end_mask,
 )
 
 _Q, _K, _W, _DECAY = range(4)
@@ -38,18 +46,18 @@ class _Operands(NamedTuple):
 
     @staticmethod
     def types(dtype: Any) -> list[Any]:
-        half = smem(2, CHUNK, PART, dtype=jnp.bfloat16)
-        return [smem(3, CHUNK, PART, dtype=dtype), smem(2, CHUNK, CHUNK, dtype=dtype), half, half]
+        half = smem(2, CHUNK, SLAB, dtype=jnp.bfloat16)
+        return [smem(3, CHUNK, SLAB, dtype=dtype), smem(2, CHUNK, CHUNK, dtype=dtype), half, half]
 
 
-def channel_gradients(
+def gradients_channel_decay(
     q: jax.Array,
     k: jax.Array,
     w: jax.Array,
     log_decay: jax.Array,
     pairs: list[jax.Array],
     decayed: list[jax.Array],
-    static: Static,
+    options: DeltaRuleOptions,
 ) -> list[jax.Array]:
     """Gradients by value head: dq, dk, dw, and that of log_decay but for the part through what a chunk keeps.
 
@@ -62,14 +70,14 @@ def channel_gradients(
         log_decay: [B, T, H, K] float32.
         pairs: of `gradients` without inside: the gradients of <q, w> and, with erase, <k, w>, [B, H, N, 64, 64].
         decayed: likewise those of the decayed q, k (with erase) and w, [B, T, H, K].
-        static: the options.
+        options: fixed options of the kernels.
     """
     batch, length, heads, key_dim = log_decay.shape
     count, dtype = length // CHUNK, q.dtype
     alone = heads == q.shape[2] == w.shape[2]
     result = jax.ShapeDtypeStruct(log_decay.shape, dtype if alone else jnp.float32)
     out = [result] * 3 + [jax.ShapeDtypeStruct(log_decay.shape, jnp.float32)]
-    kinds = (_Q, _K, _W) if static.erase else (_Q, _W)
+    kinds = (_Q, _K, _W) if options.erase else (_Q, _W)
     arguments = [q, k, w, log_decay, *pairs, *decayed]
 
     def body(at: Any, *refs: Any) -> None:
@@ -82,7 +90,7 @@ def channel_gradients(
         )
         (keys_s, given_s, pairs_s, mask_s, sums_s, loaded), operands = refs[:6], _Operands(*refs[6:])
         b, h, n, c = at("batch", "head", "chunk", "part")
-        rows, part = pl.ds(n * CHUNK, CHUNK), pl.ds(c * PART, PART)
+        rows, part = pl.ds(n * CHUNK, CHUNK), pl.ds(c * SLAB, SLAB)
         key_head, write_head = lax.div(h, heads // q.shape[2]), lax.div(h, heads // w.shape[2])
         for slot, ref, head in ((_Q, q_ref, key_head), (_K, k_ref, key_head), (_W, w_ref, write_head)):
             plgpu.copy_gmem_to_smem(ref.at[b, rows, head, part], keys_s.at[slot], loaded)
@@ -110,10 +118,10 @@ def channel_gradients(
             return at_tokens
 
         # Through the memories at the two ends of the chunk.
-        sums_s[_DECAY, ...] = zeros(CHUNK, PART)
+        sums_s[_DECAY, ...] = zeros(CHUNK, SLAB)
         for mask, slots in ((from_start_mask(), kinds[:-1]), (to_end_mask(), (_W,))):
             factor = decay_under(mask, operands, *slots)
-            exponent = zeros(CHUNK, PART)
+            exponent = zeros(CHUNK, SLAB)
             for slot in slots:
                 given = read(given_s.at[slot])
                 sums_s[slot, ...] = factor * given
@@ -122,18 +130,18 @@ def channel_gradients(
 
         # Of each token with itself, which no decay comes between.
         i, j = indices((CHUNK, CHUNK))
-        own = along_columns(jnp.sum(jnp.where(i == j, read(pairs_s.at[0]), 0.0), axis=1), zeros(CHUNK, PART))
+        own = along_columns(jnp.sum(jnp.where(i == j, read(pairs_s.at[0]), 0.0), axis=1), zeros(CHUNK, SLAB))
         sums_s[_Q, ...] = read(sums_s.at[_Q]) + own * read(keys_s.at[_W])
         sums_s[_W, ...] = read(sums_s.at[_W]) + own * read(keys_s.at[_Q])
 
         @pl.loop(0, LEVELS)
         def _(level: Any) -> None:
-            tiles = _Operands(*anew(*operands))
+            tiles = _Operands(*opaque_address(*operands))
             factor = decay_under(level_mask(level), tiles, *kinds)
             for slot in range(len(pairs)):
                 tiles.pairs[slot, ...] = jnp.where(corners(level), read(pairs_s.at[slot]), 0.0).astype(dtype)
             plgpu.commit_smem()
-            exponent = zeros(CHUNK, PART)
+            exponent = zeros(CHUNK, SLAB)
             # What queries and read keys receive, then what write keys do from both.
             for slot in kinds:
                 if slot == _W:
@@ -146,7 +154,7 @@ def channel_gradients(
 
         log_decay_ref[b, rows, h, part] = read(sums_s.at[_DECAY])
         for slot, ref in enumerate(out_refs):
-            value = read(sums_s.at[slot]) if slot in kinds else zeros(CHUNK, PART)
+            value = read(sums_s.at[slot]) if slot in kinds else zeros(CHUNK, SLAB)
             if result.dtype == jnp.float32:
                 ref[b, rows, h, part] = value
             else:
@@ -158,13 +166,13 @@ def channel_gradients(
             plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        smem(3, CHUNK, PART, dtype=dtype),
-        smem(3, CHUNK, PART, dtype=dtype),
+        smem(3, CHUNK, SLAB, dtype=dtype),
+        smem(3, CHUNK, SLAB, dtype=dtype),
         smem(2, CHUNK, CHUNK, dtype=dtype),
         smem(CHUNK, CHUNK, dtype=jnp.bfloat16),
-        smem(4, CHUNK, PART, dtype=jnp.float32),
+        smem(4, CHUNK, SLAB, dtype=jnp.float32),
         plgpu.Barrier(num_arrivals=3 + len(kinds) + len(pairs)),
         *_Operands.types(dtype),
     ]
-    grid = {"batch": batch, "chunk": count, "part": key_dim // PART, "head": heads}
-    return launch(body, "delta_rule_channel_gradients", out, grid, scratch, static.interpret, arguments)
+    grid = {"batch": batch, "chunk": count, "part": key_dim // SLAB, "head": heads}
+    return launch(body, "delta_rule_channel_gradients", out, grid, scratch, options.interpret, arguments)

@@ -7,13 +7,11 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import hypergradient_parts as parts
-from pallas_kernels.hypergradient_parts import BETA, BLOCK, DRAW, FORGET, GATES, PIECE, RESTART, STEP, TO_END, Static
-from pallas_kernels.tiles import (
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import (
     CHUNK,
     along_columns,
     column_scale,
-    launch,
     products,
     read,
     read_rows,
@@ -23,12 +21,15 @@ from pallas_kernels.tiles import (
     split_terms,
     zero_rows,
 )
+from pallas_kernels.hypergradient import chunk as parts
+from pallas_kernels.hypergradient import tokens
+from pallas_kernels.hypergradient.chunk import BETA, BLOCK, DRAW, FORGET, GATES, PIECE, RESTART, STEP, TO_END, Static
 
 # Rows of the gradients of the gates of a chunk.
 D_STEP, D_BETA, D_LOG_FORGET = range(3)
 
 
-def finish(
+def gradients(
     k: jax.Array,
     gates: jax.Array,
     starts: jax.Array,
@@ -46,10 +47,10 @@ def finish(
     Args:
         k: [B, T, P, K], T a multiple of 64.
         gates: [B, P, N, GATES, 64].
-        starts, feedback, redone: of `walk`.
+        starts, feedback, redone: of `scan`.
         d: [B, T, P, K] float32, of `expand`; read where a chunk goes token by token. None where none does.
         cotangent: of d, or with `static.multiply` of d k.
-        r, after: of `walk_back`.
+        r, after: of `scan_backward`.
         anchor: [B, P, K].
         static: the options.
     """
@@ -130,9 +131,9 @@ def finish(
 
             def step(t: Any, token: list[Any], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 gate = lambda row: gates_s[row, t]
-                k, d, cotangent = (parts.load_row(ref) for ref in token)
+                k, d, cotangent = (tokens.load_row(ref) for ref in token)
                 used = cotangent * k if static.multiply else cotangent
-                pulled = parts.pull(carry[0], used, d, k * k, gate, anchor_s, static)
+                pulled = tokens.pull(carry[0], used, d, k * k, gate, anchor_s, static)
                 r = gate(STEP) * pulled.coefficient
                 d_u = (gate(STEP) * pulled.feedback) * pulled.after - (gate(BETA) * r) * d
                 d_k = 2.0 * (k * d_u)
@@ -142,21 +143,21 @@ def finish(
                 d_gates_s[D_STEP, t] = pulled.coefficient * pulled.feedback
                 d_gates_s[D_BETA, t] = -(r * pulled.predicted)
                 if static.anchored:
-                    d = d - parts.load_row(anchor_s)
-                    d_anchor_s[...] = parts.load_row(d_anchor_s) + gate(DRAW) * pulled.after
+                    d = d - tokens.load_row(anchor_s)
+                    d_anchor_s[...] = tokens.load_row(d_anchor_s) + gate(DRAW) * pulled.after
                 if static.forget:
                     d_gates_s[D_LOG_FORGET, t] = gate(FORGET) * jnp.sum(pulled.after * d)
-                return (parts.stopped(gate(RESTART), pulled.before)[0] if static.documents else pulled.before,)
+                return (tokens.stopped(gate(RESTART), pulled.before)[0] if static.documents else pulled.before,)
 
-            parts.reversed_tokens(block, blocks, block_loaded, step, (parts.load_row(after_s),))
+            tokens.reversed_tokens(block, blocks, block_loaded, step, (tokens.load_row(after_s),))
 
         for ref, target in [(gates_ref.at[b, p, n], gates_s), (after_ref.at[b, p, n], after_s)]:
             plgpu.copy_gmem_to_smem(ref, target, ready)
         plgpu.copy_gmem_to_smem(anchor_ref.at[b, p], anchor_s, ready)
         if not static.forget:
-            d_gates_s[D_LOG_FORGET] = parts.no_row(CHUNK)
+            d_gates_s[D_LOG_FORGET] = tokens.no_row(CHUNK)
         if static.anchored:
-            d_anchor_s[...] = parts.no_row(size)
+            d_anchor_s[...] = tokens.no_row(size)
         plgpu.barrier_wait(ready)
         if static.exact:
             again = redone_ref[b, p, n] > 0
@@ -170,10 +171,10 @@ def finish(
             plgpu.copy_smem_to_gmem(d_anchor_s, d_anchor_ref[0].at[b, p, n])
         plgpu.wait_smem_to_gmem(0)
 
-    row, tokens = plgpu.SMEM((size,), jnp.float32), plgpu.SMEM((CHUNK,), jnp.float32)
+    row, per_token = plgpu.SMEM((size,), jnp.float32), plgpu.SMEM((CHUNK,), jnp.float32)
     of_a_chunk = [smem(pieces, CHUNK, PIECE, dtype=dtype) for dtype in (k.dtype, cotangent.dtype)]
-    of_a_chunk += [parts.again_tile(), row, tokens, tokens, *[parts.halves(1)] * 3]
-    blocks = parts.blocks(size, k.dtype, cotangent.dtype)
+    of_a_chunk += [parts.again_tile(), row, per_token, per_token, *[parts.halves(1)] * 3]
+    blocks = tokens.blocks(size, k.dtype, cotangent.dtype)
     scratch = [
         plgpu.RefUnion(of_a_chunk, blocks) if static.exact else of_a_chunk,  # a chunk needs the one or the others
         plgpu.SMEM((GATES, CHUNK), jnp.float32),

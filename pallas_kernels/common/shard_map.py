@@ -19,3 +19,11 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
         return lax.pcast(x, tuple(sorted(missing)), to="varying") if missing else x
 
     return jax.tree.map(one, tree)
+
+
+def match_varying_axes(tree: Any) -> Any:
+    """The arrays, under shard_map as ones that vary over every mesh axis that any of them varies over.
+
+    A custom gradient needs it of its arguments: each cotangent must vary over the axes that its argument does.
+    """
+    return vary(tree, axes_of(tree))
