@@ -8,9 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from osdn_jax import ops
-from osdn_jax.comparison import Shape, draw_inputs
-from osdn_jax.comparison.inputs import Arrays
-from osdn_jax.ops import gram, hypergradient
+from osdn_jax.compare import Shape, draw_inputs
+from osdn_jax.compare.inputs import Arrays
 
 KEYS = ("random", "near-parallel")
 # A step size and bounds under which peaked keys leave the bounds in some chunks, nearly do in others, and stay far
@@ -205,13 +204,15 @@ def outputs(case: Case, x: Arrays, segment_ids: jax.Array | None, implementation
     """The case's outputs by name."""
     options: dict[str, Any] = {"segment_ids": segment_ids, "implementation": implementation}
     if case.preset is None:
-        o, memory = ops.delta_rule(**x, erase=case.erase, **options)
-        return {"o": o, "memory": memory}
+        o, state = ops.delta_rule(**x, erase=case.erase, **options)
+        return {"o": o, "state": state}
     if case.preset == "gram":
-        out, final = gram.preconditioned(**x, multiply=case.multiply, **options)
+        by_gram = ops.gram_write_key if case.multiply else ops.gram_preconditioner
+        out, final = by_gram(**x, **options)
         return {"multiplier": out, "final": final}
     preset = BINDING if case.preset == "binding" else ops.hypergradient_preset(case.preset)
     preset = {name: value for name, value in preset.items() if name != "initial"}
     anchor = 0.0 if case.preset == "paper" else 1.0
-    out, final = hypergradient.preconditioned(**x, **preset, anchor=anchor, multiply=case.multiply, **options)
+    by_hypergradient = ops.hypergradient_write_key if case.multiply else ops.hypergradient_preconditioner
+    out, final = by_hypergradient(**x, **preset, anchor=anchor, **options)
     return {"multiplier": out, "final": final}

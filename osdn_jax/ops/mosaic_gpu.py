@@ -16,15 +16,16 @@ from osdn_jax.ops.calls import (
     HypergradientCall,
     HypergradientOptions,
 )
+from osdn_jax.ops.selection import on_hopper
 from pallas_kernels import delta_rule as delta_rule_kernels
 from pallas_kernels import gram as gram_kernels
 from pallas_kernels import hypergradient as hypergradient_kernels
-from pallas_kernels.tiles import CHUNK
+from pallas_kernels.common.tiles import CHUNK
 
 
 def by_default() -> bool:
     """Return True if None picks the kernels on this device."""
-    return selection.MOSAIC_GPU_MEASURED and selection.on_hopper()
+    return selection.MOSAIC_GPU_MEASURED and on_hopper()
 
 
 def delta_rule_limitation(call: DeltaRuleCall, options: DeltaRuleOptions, *, interpret: bool = False) -> str | None:
@@ -50,7 +51,7 @@ def delta_rule(
         erase=options.erase,
         scale=options.scale,
         initial_state=call.state,
-        restarts=call.resets,
+        resets=call.resets,
         interpret=interpret,
     )
 
@@ -119,6 +120,6 @@ def _chunk_limitation(chunk_size: int | None) -> str | None:
 
 
 def _device_limitation(interpret: bool) -> str | None:
-    if interpret or selection.on_hopper():
+    if interpret or on_hopper():
         return None
     return f"got a {jax.devices()[0].device_kind}, the kernels need a GPU of compute capability 9.0"

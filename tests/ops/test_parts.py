@@ -78,9 +78,9 @@ def test_sums_and_pair_decay():
 def test_tiles(length, size, fitting):
     assert chunks.fitting_chunk(size, length) == fitting
     x = jnp.arange(2.0 * length * 3).reshape(2, length, 3)
-    chunks = chunks.to_chunks(x, fitting)
-    assert chunks.shape == (-(-length // fitting), 2, fitting, 3)
-    np.testing.assert_array_equal(chunks.from_chunks(chunks, length), x)
+    split = chunks.to_chunks(x, fitting)
+    assert split.shape == (-(-length // fitting), 2, fitting, 3)
+    np.testing.assert_array_equal(chunks.from_chunks(split, length), x)
 
 
 def test_accelerators_prepare_all_chunks_at_once(monkeypatch):

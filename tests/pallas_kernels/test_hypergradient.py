@@ -7,13 +7,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from osdn_jax.ops.gram import write_key
-from osdn_jax.ops.hypergradient import preconditioned
+from osdn_jax import ops
+from osdn_jax.ops.arguments import scaled
 from pallas_kernels.hypergradient import hypergradient
-from pallas_kernels.hypergradient_expand import expand
-from pallas_kernels.hypergradient_forward import walk
-from pallas_kernels.hypergradient_parts import Static, make_gates
-from pallas_kernels.hypergradient_prepare import prepare
+from pallas_kernels.hypergradient.chunk import Static, make_gates
+from pallas_kernels.hypergradient.expand import expand
+from pallas_kernels.hypergradient.prepare import prepare
+from pallas_kernels.hypergradient.scan import scan
 from support import assert_close, jit, random_like, value_and_gradient
 from support.interpreter import assert_no_races
 
@@ -115,7 +115,8 @@ def segments(x, starts):
 
 def reference(x, *, bounds=None, starts=(), normalize=False, multiply=False):
     named = {name: x.get(name) for name in ("beta", "log_forget", "initial", "restart")}
-    return preconditioned(
+    function = ops.hypergradient_write_key if multiply else ops.hypergradient_preconditioner
+    return function(
         x["k"],
         **named,
         eta=ETA,
@@ -124,7 +125,6 @@ def reference(x, *, bounds=None, starts=(), normalize=False, multiply=False):
         normalize=normalize,
         segment_ids=segments(x, starts),
         implementation="scan",
-        multiply=multiply,
     )
 
 
@@ -209,7 +209,7 @@ def one_chunk(x, bounds):
     gates = make_gates(ETA * x["beta"], x["beta"], x.get("log_forget", zeros), zeros[:, :, 0])
     (inverse,) = prepare(x["k"], gates, None, static)
     states = x["restart"], jnp.broadcast_to(x.get("anchor", 0.0), x["initial"].shape)
-    starts, feedback, final, redone = walk(x["k"], gates, inverse, x["initial"], *states, static)
+    starts, feedback, final, redone = scan(x["k"], gates, inverse, x["initial"], *states, static)
     d = expand(x["k"], gates, starts, feedback, redone, *states, static=static, multiply=False)
     return (d, final), redone[0, :, 0]
 
@@ -245,7 +245,7 @@ def test_write_keys_are_d_times_k_rounded_once():
     x = as_arrays(x, jnp.bfloat16)
     (written, _), (d, _) = (jit(functools.partial(kernel, bounds=BOUNDS, multiply=m))(x) for m in (True, False))
     np.testing.assert_array_equal(leaves(d, d[:, -1], BOUNDS), [[False, True]])
-    np.testing.assert_array_equal(written, write_key(d, x["k"]))
+    np.testing.assert_array_equal(written, scaled(x["k"], d))
 
 
 def test_vmap():
