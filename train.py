@@ -33,8 +33,9 @@ from osdn_jax.training import (
     distributed,
     train,
 )
-from osdn_jax.training.config import checked_workdir, run
+from osdn_jax.training.command_line import run
 from osdn_jax.training.profiling import parse_range
+from osdn_jax.training.workdir import checked_workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, configs/NAME.py[:key=value,...].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, picture.")

@@ -34,7 +34,7 @@ from osdn_jax.training import (
     read_metrics,
     train,
 )
-from osdn_jax.training.config import fail
+from osdn_jax.training.command_line import fail
 from osdn_jax.training.interruption import end_at_second_interrupt
 
 _CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.py"

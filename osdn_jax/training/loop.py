@@ -21,9 +21,8 @@ from osdn_jax.progress import ProgressBar, Stopwatch, say
 from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
 from osdn_jax.training.checkpoints import CheckpointError, Checkpoints
-from osdn_jax.training.config import CHECKPOINT_FOLDER, CONFIG_FILE, ConfigError, check_workdir, checked_workdir
+from osdn_jax.training.config import MAY_CHANGE_ON_RESUME, ConfigError
 from osdn_jax.training.data import build_data
-from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
 from osdn_jax.training.initial_state import plan_start
 from osdn_jax.training.interruption import Interrupted, Stop, Watchdog
 from osdn_jax.training.limits import check_memory, out_of_memory
@@ -34,6 +33,7 @@ from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
 from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.step import make_train_step
+from osdn_jax.training.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir, checked_workdir
 
 _VALIDATION = "validation/bits_per_byte"  # its key in metrics.jsonl
 _STATISTICS_TOKENS = 1024  # that the preconditioners are looked at over

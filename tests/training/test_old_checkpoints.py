@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from osdn_jax.generate import generate
-from osdn_jax.training import default_config, load_trained, train
-from osdn_jax.training.config import flatten, load_config
+from osdn_jax.training import default_config, load_config, load_trained, train
+from osdn_jax.training.config import flatten
 from support.runs import rows
 
 DATA = Path(__file__).parent / "data"
