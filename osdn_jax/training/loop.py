@@ -16,7 +16,7 @@ from osdn_jax.evaluation import make_evaluate
 from osdn_jax.hardware import peak_flops
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.flops import per_token
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.split import split_model
 from osdn_jax.progress import ProgressBar, Stopwatch, say
 from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
@@ -128,7 +128,7 @@ def _train(
 
     agreement.by_first(open_workdir, workdir / CONFIG_FILE)
 
-    apply, _ = functional(model)
+    apply, _ = split_model(model)
     evaluate = make_evaluate(apply, step_config.chunks)
     statistics = _make_statistics(apply, model.config.mixer, layout)
     parameters = count_parameters(model)
