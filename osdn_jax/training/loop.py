@@ -18,7 +18,7 @@ from osdn_jax.evaluation import make_evaluate
 from osdn_jax.hardware import peak_flops
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.flops import per_token
-from osdn_jax.nn.functional import Parameters, functional
+from osdn_jax.nn.split import Parameters, split_model
 from osdn_jax.progress import ProgressBar, Stopwatch, say
 from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
@@ -178,7 +178,7 @@ def _train(
         Watchdog(config.hang_seconds) as watchdog,
     ):
         # --- Create the state, or restore it.
-        apply, _ = functional(model)
+        apply, _ = split_model(model)
         validate = _make_validate(apply, model.config.mixer, step_config, data, held_out, layout, watchdog)
         parameters = count_parameters(model)
         state, shardings = create()
