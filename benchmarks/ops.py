@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from osdn_jax import nn
-from osdn_jax.comparison import (
+from osdn_jax.compare import (
     Contender,
     Shape,
     contender,
@@ -36,9 +36,9 @@ from osdn_jax.comparison import (
     take_turns,
     value_and_gradient,
 )
-from osdn_jax.comparison.environment import load
-from osdn_jax.comparison.measure import quartiles
-from osdn_jax.comparison.report import duration, size
+from osdn_jax.compare.machine import load
+from osdn_jax.compare.measure import quartiles
+from osdn_jax.compare.report import duration, size
 from osdn_jax.nn.functional import functional
 from osdn_jax.ops import chunkwise
 
@@ -55,7 +55,7 @@ class Program:
     implementation: str = "auto"
     gradient: bool = True
     chunk_size: int | None = None
-    anchor: float | None = None  # of the hypergradient preconditioner; None is the one of comparison.RULES
+    anchor: float | None = None  # of the hypergradient preconditioner; None is the one of compare.COMPARED_RULES
     direct_scores: bool = False  # form channel decay with C x C x K numbers, as a peer might
     packed: bool = False  # documents of some hundred tokens
     checked: bool = True  # keep a packed document that is not finite to itself (ops/containment.py)

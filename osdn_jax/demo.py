@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from rich.table import Table
 
 from osdn_jax.console import PipedConsole
-from osdn_jax.data import compressed_bits_per_byte
+from osdn_jax.evaluation import compressed_bits_per_byte
 from osdn_jax.generate import generate
 from osdn_jax.training import (
     CheckpointError,
@@ -34,7 +34,7 @@ from osdn_jax.training import (
     read_metrics,
     train,
 )
-from osdn_jax.training.config import fail
+from osdn_jax.training.command_line import fail
 from osdn_jax.training.interruption import end_at_second_interrupt
 
 _CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.py"

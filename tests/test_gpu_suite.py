@@ -11,12 +11,12 @@ import numpy as np
 import pytest
 
 from benchmarks import gpu_suite
-from benchmarks.gpu import cases, check, floors, loop, peers, plan, record, timing
+from benchmarks.gpu import cases, check, loop, peers, plan, record, roofline, timing
 from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
 from benchmarks.gpu.report import markdown
-from osdn_jax.comparison import Shape, parse_shapes
-from osdn_jax.comparison.measure import relative_error
-from pallas_kernels.pieces import piece_count
+from osdn_jax.compare import Shape, parse_shapes
+from osdn_jax.compare.measure import relative_error
+from pallas_kernels.delta_rule.split_sequence import split_count
 
 SHAPE = parse_shapes("B1T8192H64D128")[0]
 IDENTITY = {
@@ -69,20 +69,20 @@ def text(rows, *sections):
 
 def test_the_floors_are_those_that_were_counted_by_hand():
     one = Shape(1, 1, 1, 1, 128, 128)
-    assert floors.least_flops(one, False) == 163_840
-    assert floors.least_flops(one, True) == 3 * 163_840
+    assert roofline.least_flops(one, False) == 163_840
+    assert roofline.least_flops(one, True) == 3 * 163_840
     sizes = dict.fromkeys("qkwv", 256)
-    assert floors.least_bytes(sizes, 256, False) == 1280
-    assert floors.least_bytes(sizes, 256, True) == 1280 + 4 * 256 + 256 + 4 * 256
-    assert floors.shares(1e-3, 10**9, 10**11, floors.Ceilings(4e12, 4e14)) == pytest.approx((0.25, 0.25))
-    assert floors.per_head_and_token(1e-3, SHAPE) == pytest.approx(1.907, abs=1e-3)
+    assert roofline.least_bytes(sizes, 256, False) == 1280
+    assert roofline.least_bytes(sizes, 256, True) == 1280 + 4 * 256 + 256 + 4 * 256
+    assert roofline.shares(1e-3, 10**9, 10**11, roofline.Ceilings(4e12, 4e14)) == pytest.approx((0.25, 0.25))
+    assert roofline.per_head_and_token(1e-3, SHAPE) == pytest.approx(1.907, abs=1e-3)
 
 
 def test_every_rule_at_every_shape_owes_every_program():
     keys = everything()
-    of_peers = [rule for rule in plan.RULES if rule in peers.PEERS]
+    of_peers = [rule for rule in plan.TIMED_RULES if rule in peers.PEERS]
     heads = {re.sub(r"[BT]\d+", "", shape) for shape in plan.SHAPES}
-    times = len(plan.SHAPES) * 2 * (2 * len(plan.RULES) + len(of_peers))
+    times = len(plan.SHAPES) * 2 * (2 * len(plan.TIMED_RULES) + len(of_peers))
     compiled = len(heads) * 2 * len(of_peers)
     assert len(keys) == len(cases.SMOKE) + 2 * len(check.CASES) + 1 + times + compiled
     assert len({json.dumps(key) for key in keys}) == len(keys)
@@ -120,7 +120,7 @@ def test_what_hung_in_the_smoke_stage_is_not_started_later():
     assert ("kda", plan.BOTH) not in left
     assert not {(rule, program) for rule, program in left if rule in ("pgdn", "pkda")}
     assert {(key["rule"], key["program"]) for key in ours.owed if key.get("contender") == "xla"} == {
-        (rule, program) for rule in plan.RULES for program in plan.PROGRAMS
+        (rule, program) for rule in plan.TIMED_RULES for program in plan.PROGRAMS
     }
     assert len(ours.owed) + len(ours.skipped) == len(owed("ours"))
 
@@ -337,7 +337,7 @@ def test_every_case_names_its_kernel_which_serves_it(section):
             jax.eval_shape(lambda x, i, case=case: cases.outputs(case, x, i, "mosaic_gpu"), arrays, ids)
 
 
-@pytest.mark.parametrize("rule", plan.RULES)
+@pytest.mark.parametrize("rule", plan.TIMED_RULES)
 def test_every_rule_to_time_names_its_kernels_which_serve_it(rule):
     for shape in plan.SHAPES:
         arguments = timing.abstract(rule, parse_shapes(shape)[0])
@@ -352,7 +352,7 @@ def test_the_cases_reach_pieces_waves_types_and_lengths():
     rules = [case for case in all_cases if case.preset is None]
 
     def pieces(c):
-        return piece_count(c.batch, c.heads, -(-c.length // 64), c.key_dim, c.value_dim)
+        return split_count(c.batch, c.heads, -(-c.length // 64), c.key_dim, c.value_dim)
 
     assert {case.decay for case in rules if pieces(case) > 1} == {"scalar", "channel"}
     assert max(case.batch * case.heads * -(-case.length // 64) for case in rules) > 4 * 132

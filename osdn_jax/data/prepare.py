@@ -19,13 +19,13 @@ from typing import Any
 
 from osdn_jax import command
 from osdn_jax.data.documents import Document
-from osdn_jax.data.encoding import Encoder
-from osdn_jax.data.manifest import MANIFEST_FILE, Manifest, Shard, load_manifest
-from osdn_jax.data.prepare_bar import PrepareBar
-from osdn_jax.data.shards import ShardWriter, index_file, record_file
+from osdn_jax.data.shards.encoder import Encoder
+from osdn_jax.data.shards.files import ShardWriter, index_file, record_file
+from osdn_jax.data.shards.manifest import MANIFEST_FILE, Manifest, Shard, load_manifest
 from osdn_jax.data.streams import DocumentStream, StreamState, open_stream
 from osdn_jax.data.tokenizers import BYTES, load_tokenizer
 from osdn_jax.data.windows import checked_count
+from osdn_jax.progress import PrepareBar
 
 SHARD_BYTES = 256 << 20
 

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
 
-from osdn_jax.data.documents import Document
-from osdn_jax.data.extras import require
-from osdn_jax.data.reading import checked_field, file_documents, missing_field, text_files
+from osdn_jax._errors import first_line
+from osdn_jax._optional import require
+from osdn_jax.data.documents import Document, checked_field, file_documents, missing_field, text_files
 
 HUB = "hf:"  # what paths of data sets on the hub start with
 
@@ -169,15 +169,15 @@ class HubStream:
         try:
             return call()
         except FileNotFoundError as error:
-            raise ValueError(f"{self._path}: there is no such data set: {_first_line(error)}") from error
+            raise ValueError(f"{self._path}: there is no such data set: {first_line(error).rstrip('.')}") from error
         except (OSError, _transport_error()) as error:
             raise ConnectionError(
-                f"{self._path} cannot be reached: {_first_line(error)}. Without the hub give a file or folder of "
-                ".txt, .jsonl or .parquet, or a folder made on a machine that reaches it: "
+                f"{self._path} cannot be reached: {first_line(error).rstrip('.')}. Without the hub give a file or "
+                "folder of .txt, .jsonl or .parquet, or a folder made on a machine that reaches it: "
                 f"python -m osdn_jax.data.prepare --input {self._path} --tokenizer TOKENIZER --output FOLDER"
             ) from error
         except ValueError as error:
-            raise ValueError(f"{self._path}: {_first_line(error)}") from error
+            raise ValueError(f"{self._path}: {first_line(error).rstrip('.')}") from error
 
 
 def _transport_error() -> type[Exception]:
@@ -185,7 +185,3 @@ def _transport_error() -> type[Exception]:
     if importlib.util.find_spec("httpx") is None:
         return OSError
     return importlib.import_module("httpx").TransportError
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

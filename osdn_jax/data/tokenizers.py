@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
-from jaxtyping import Int32
+from jaxtyping import Int, Int32
 
-from osdn_jax.data.extras import require
+from osdn_jax._optional import require
+from osdn_jax.data.byte_tokenizer import ByteTokenizer, checked_ids, checked_text
+from osdn_jax.data.documents import Document
 from osdn_jax.data.token_decoder import TokenDecoder, byte_tokens
-from osdn_jax.data.tokens import ByteTokenizer, checked_ids, checked_text
 
 BYTES = "bytes"  # the name of the tokenizer without a file
 
@@ -101,6 +102,20 @@ def load_tokenizer(path: str | os.PathLike[str] = BYTES) -> Tokenizer:
         case ".model":
             return SentencePieceTokenizer(file)
     raise ValueError(f"unknown tokenizer file {file}; expected one ending in .json (Hugging Face) or .model")
+
+
+def token_dtype(vocab_size: int) -> np.dtype:
+    """The smallest unsigned integers, little endian, that hold the ids of a vocabulary."""
+    return np.dtype(np.min_scalar_type(vocab_size - 1)).newbyteorder("<")
+
+
+def encode_document(document: Document, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
+    """Token ids of a document, in the smallest dtype. Raises ValueError, naming it, for what cannot be encoded."""
+    try:
+        ids = tokenizer.encode(document.text.decode("utf-8"))
+    except ValueError as error:
+        raise ValueError(f"document {document.name!r}: {error}") from error
+    return ids.astype(token_dtype(tokenizer.vocab_size))
 
 
 class _FileTokenizer:

@@ -8,6 +8,7 @@ import numpy as np
 from jaxtyping import Float32, Int, Int32
 
 from osdn_jax.data.documents import Document
+from osdn_jax.data.tokenizers import Tokenizer, encode_document, token_dtype
 
 
 class Window(TypedDict):
@@ -32,6 +33,30 @@ class WindowSource(Protocol):
     def __len__(self) -> int: ...
 
     def __getitem__(self, index: int) -> Window: ...
+
+
+@runtime_checkable
+class TokenStream(Protocol):
+    """`start-token document start-token document ...` as token ids, read by position.
+
+    start_id: the token before each document.
+    text_tokens, text_bytes: how many tokens the documents have, and the bytes of the text that they stand for.
+    on_disk: whether reading takes files, so that it pays to read ahead.
+    """
+
+    on_disk: bool
+
+    start_id: int
+    text_tokens: int
+    text_bytes: int
+
+    def __len__(self) -> int:
+        """Tokens in all, start tokens included."""
+        ...
+
+    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
+        """The tokens at positions start to stop - 1, or to the end."""
+        ...
 
 
 def checked_count(name: str, value: SupportsIndex) -> int:
@@ -79,53 +104,108 @@ def cut_window(tokens: Int[np.ndarray, " n"], length: int, start_id: int) -> Win
     }
 
 
-def _stream(documents: Iterable[Document]) -> bytes:
-    parts = []
-    for document in documents:
-        if not isinstance(document, Document):
-            raise TypeError(f"documents must be Document(name, text); got {type(document).__name__}")
-        if not isinstance(document.text, bytes):
-            raise TypeError(f"text of document {document.name!r} must be bytes; got {type(document.text).__name__}")
-        if (at := document.text.find(b"\0")) >= 0:
-            raise ValueError(f"document {document.name!r} holds byte 0, the start token, at offset {at}")
-        parts.append(b"\0" + document.text)
-    return b"".join(parts)
+class ByteDocuments:
+    """The bytes of documents in memory, each document after byte 0: a `TokenStream` that no tokenizer is needed for.
+
+    Raises TypeError for what is not a Document of bytes; ValueError for documents without a single byte, or text with
+    byte 0.
+    """
+
+    on_disk = False
+    start_id = 0
+
+    def __init__(self, documents: Iterable[Document]) -> None:
+        parts = []
+        for document in documents:
+            if not isinstance(document, Document):
+                raise TypeError(f"documents must be Document(name, text); got {type(document).__name__}")
+            if not isinstance(document.text, bytes):
+                raise TypeError(f"text of document {document.name!r} must be bytes; got {type(document.text).__name__}")
+            if (at := document.text.find(b"\0")) >= 0:
+                raise ValueError(f"document {document.name!r} holds byte 0, the start token, at offset {at}")
+            parts.append(b"\0" + document.text)
+        # One byte per token; windows widen to int32 as they are read.
+        self._tokens = np.frombuffer(b"".join(parts), np.uint8)
+        self.text_tokens = self.text_bytes = len(self._tokens) - len(parts)
+        if not self.text_bytes:
+            raise ValueError("the documents hold no text: at least one byte is needed")
+
+    def __len__(self) -> int:
+        """Tokens in all, start tokens included."""
+        return len(self._tokens)
+
+    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
+        """The tokens at positions start to stop - 1, or to the end."""
+        return self._tokens[start:stop]
 
 
-class PackedWindows:
-    """Windows over the stream `0 text 0 text ...` of the documents in order: a random access source for grain.
+class TokenizedDocuments:
+    """Documents tokenised into memory: a `TokenStream`. Raises ValueError for documents without any token."""
 
-    Window i has the inputs at stream positions [i T, i T + T) and the targets one position later, so windows share no
-    input, and over all windows every byte of every document is a target of weight 1 exactly once. The last window is
-    padded. Use `segment_ids` to keep the memory of one document out of the next; a document that crosses into a new
-    window loses what it had before. `text_bytes` is the bytes of text in all, the sum of `weights` over all windows.
+    on_disk = False
+
+    def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
+        self.start_id = tokenizer.bos_id
+        self.text_tokens = self.text_bytes = 0
+        start = np.full(1, tokenizer.bos_id, token_dtype(tokenizer.vocab_size))
+        parts = []
+        for document in documents:
+            ids = encode_document(document, tokenizer)
+            parts += [start, ids]
+            self.text_tokens += len(ids)
+            self.text_bytes += len(document.text)
+        if not self.text_tokens:
+            raise ValueError("the documents hold no text: at least one token is needed")
+        self._tokens = np.concatenate(parts)
+
+    def __len__(self) -> int:
+        """Tokens in all, start tokens included."""
+        return len(self._tokens)
+
+    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
+        """The tokens at positions start to stop - 1, or to the end."""
+        return self._tokens[start:stop]
+
+
+class TokenWindows:
+    """Windows over a token stream, cut as `PackedWindows` cuts bytes: a random access source for grain.
+
+    Every token of every document is a target of weight 1 exactly once over all windows; the start tokens are targets
+    of weight 0. `text_tokens` is the sum of `weights`, and `text_bytes` the bytes of text that they stand for.
+
+    Raises TypeError for a sequence length that is no integer, ValueError for one below 1.
+    """
+
+    def __init__(self, stream: TokenStream, sequence_length: int) -> None:
+        self.sequence_length = checked_count("sequence length", sequence_length)
+        self.text_tokens, self.text_bytes = stream.text_tokens, stream.text_bytes
+        self.on_disk = stream.on_disk
+        self._stream = stream
+
+    def __len__(self) -> int:
+        """The number of windows, ≥ 1."""
+        return window_count(len(self._stream), self.sequence_length)
+
+    def __getitem__(self, index: SupportsIndex) -> Window:
+        """Window `index`; from the end if negative. Raises IndexError outside the source."""
+        start = checked_position(index, len(self)) * self.sequence_length
+        tokens = self._stream.read(start, start + self.sequence_length + 1)
+        return cut_window(tokens, self.sequence_length, self._stream.start_id)
+
+    def __repr__(self) -> str:
+        return f"TokenWindows({len(self)} windows of {self.sequence_length}, {self.text_tokens} tokens of text)"
+
+
+class PackedWindows(TokenWindows):
+    """The bytes of documents as windows: `TokenWindows(ByteDocuments(documents), sequence_length)`.
 
     Raises TypeError for what is not a Document of bytes or a sequence length that is no integer; ValueError for a
     sequence length below 1, documents without a single byte, or text with byte 0.
     """
 
     def __init__(self, documents: Iterable[Document], sequence_length: int) -> None:
-        self.sequence_length = checked_count("sequence length", sequence_length)
-        # One byte per token; windows widen to int32 as they are read.
-        self._tokens = np.frombuffer(_stream(documents), np.uint8)
-        self.text_bytes = int(np.count_nonzero(self._tokens))
-        if not self.text_bytes:
-            raise ValueError("the documents hold no text: at least one byte is needed")
-
-    @property
-    def text_tokens(self) -> int:
-        """The number of targets of weight 1: here a token is a byte."""
-        return self.text_bytes
-
-    def __len__(self) -> int:
-        """The number of windows, ≥ 1."""
-        return window_count(len(self._tokens), self.sequence_length)
-
-    def __getitem__(self, index: SupportsIndex) -> Window:
-        """Window `index`; from the end if negative. Raises IndexError outside the source."""
-        length = self.sequence_length
-        start = checked_position(index, len(self)) * length
-        return cut_window(self._tokens[start : start + length + 1], length, start_id=0)
+        checked_count("sequence length", sequence_length)
+        super().__init__(ByteDocuments(documents), sequence_length)
 
     def __repr__(self) -> str:
         return f"PackedWindows({len(self)} windows of {self.sequence_length}, {self.text_bytes} bytes of text)"

@@ -15,8 +15,8 @@ from osdn_jax.nn import ModelConfig
 from osdn_jax.nn.functional import Parameters, functional
 from osdn_jax.nn.sharding import MESH_AXES
 from osdn_jax.training.build import build_model_config, build_step_config
+from osdn_jax.training.initial_state import shapes_at_start
 from osdn_jax.training.mesh import Layout, build_mesh, mesh_sizes
-from osdn_jax.training.start import shapes_at_start
 from osdn_jax.training.step import StepConfig, TrainState, make_train_step
 
 _BATCH = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}

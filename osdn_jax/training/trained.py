@@ -12,8 +12,8 @@ from osdn_jax.nn.functional import Parameters, functional
 from osdn_jax.training import fingerprints
 from osdn_jax.training.build import build_model
 from osdn_jax.training.checkpoints import load_parameters
-from osdn_jax.training.config import CHECKPOINT_FOLDER, checked_workdir, load_config
-from osdn_jax.training.sources import build_tokenizer
+from osdn_jax.training.data import build_tokenizer
+from osdn_jax.training.workdir import CHECKPOINT_FOLDER, checked_workdir, load_config
 
 
 class Trained(NamedTuple):

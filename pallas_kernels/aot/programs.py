@@ -41,7 +41,7 @@ def splits(case: Case, arguments: Any, axis: str) -> Any:
         name = getattr(path[-1], "key", None) or ("out", "state")[path[-1].idx]
         if case.sharded == "batch":
             return P() if name == "center" else P(axis)
-        heads = {"center": 0, "restart": None, "restarts": None, **dict.fromkeys(_STATES, 1)}.get(name, 2)
+        heads = {"center": 0, "restart": None, "resets": None, **dict.fromkeys(_STATES, 1)}.get(name, 2)
         return P() if heads is None else P(*[None] * heads, axis)
 
     return jax.tree.map_with_path(split, arguments)
@@ -69,7 +69,7 @@ def _delta_rule(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     if "write-key" in case.options:
         arrays["write_key"] = _array(BATCH, case.length, HEADS, key_dim, dtype=dtype)
     if "documents" in case.options:
-        arrays["restarts"] = _array(BATCH, case.length, dtype=bool)
+        arrays["resets"] = _array(BATCH, case.length, dtype=bool)
     options = {"erase": "no-erase" not in case.options, "scale": key_dim**-0.5}
     return arrays, (values, state), lambda given: delta_rule(**given, **options)
 
@@ -101,9 +101,9 @@ def _gram(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     arrays = {"k": _array(*keys, dtype=dtype), "log_decay": tokens, "gain": tokens, "center": _array(HEADS)}
     arrays["initial"] = state
     if "documents" in case.options:
-        arrays["restarts"] = _array(BATCH, case.length, dtype=bool)
+        arrays["resets"] = _array(BATCH, case.length, dtype=bool)
     out = _array(*keys, dtype=dtype if multiply else jnp.float32)
-    return arrays, (out, state), lambda given: gram(**({"restarts": None} | given), squash=1.5, multiply=multiply)
+    return arrays, (out, state), lambda given: gram(**({"resets": None} | given), squash=1.5, multiply=multiply)
 
 
 _PROGRAMS: dict[str, Callable[[Case], tuple[dict[str, Any], Any, Callable[..., Any]]]] = {

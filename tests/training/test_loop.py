@@ -12,6 +12,7 @@ import pytest
 from osdn_jax.data import PackedWindows, validation_batches
 from osdn_jax.evaluation import make_evaluate
 from osdn_jax.generate import generate
+from osdn_jax.hardware import peak_flops
 from osdn_jax.nn import parameter_formula
 from osdn_jax.nn.flops import per_token
 from osdn_jax.nn.functional import functional
@@ -30,7 +31,6 @@ from osdn_jax.training import (
     train,
 )
 from osdn_jax.training import events as event_files
-from osdn_jax.training.gpus import peak_flops
 from support import assert_close
 from support.models import reference_logits
 from support.runs import assert_same_run, finished, rows, text, tiny_config, write_text

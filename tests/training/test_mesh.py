@@ -14,8 +14,8 @@ from osdn_jax.data import PackedWindows
 from osdn_jax.evaluation.likelihood import likelihood_sums
 from osdn_jax.nn.functional import functional
 from osdn_jax.training import ConfigError, build_corpus, build_model, train
+from osdn_jax.training.initial_state import build_start, shapes_at_start
 from osdn_jax.training.mesh import Layout, build_mesh, describe, mesh_sizes
-from osdn_jax.training.start import build_start, shapes_at_start
 from support.runs import rows, text, tiny_config
 
 MESHES = {

@@ -11,7 +11,6 @@ from osdn_jax.evaluation import likelihood_sums
 from osdn_jax.nn import CausalLM
 from osdn_jax.nn.functional import functional
 from osdn_jax.training import StepConfig, TrainState, make_train_step
-from osdn_jax.training.stopwatch import Stopwatch
 from support import assert_close, jit, relative_error
 from support.models import LENGTH, SEGMENTS, VOCABULARY, model_config, parameters_of, tokens
 
@@ -284,28 +283,3 @@ def test_trains_in_16_bits_with_master_weights_in_32():
     assert losses[-1] < losses[0] - 0.5
     gradient = jax.eval_shape(jax.grad(lambda p: likelihood_sums(apply, p, batch_of(tokens())).nats), state.params)
     assert {x.dtype for x in gradient.values()} == {jnp.dtype("float32")}
-
-
-# The stopwatch
-
-
-def test_the_stopwatch_leaves_out_what_it_should(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("osdn_jax.training.stopwatch.time.perf_counter", lambda: now[0])
-    clock = Stopwatch()
-    now[0] += 5
-    assert clock.rate(10) is None
-    clock.start()
-    assert clock.rate(10) is None
-    now[0] += 2
-    with clock.paused():
-        now[0] += 50
-        assert clock.seconds == 2
-    now[0] += 3
-    assert clock.seconds == 5
-    assert clock.rate(10) == 2.0
-    assert clock.rate(0) is None
-    with pytest.raises(KeyError), clock.paused():
-        raise KeyError
-    now[0] += 5
-    assert clock.rate(10) == 1.0  # it runs again, whatever happened inside
