@@ -37,8 +37,8 @@ from osdn_jax.compare import (
     value_and_gradient,
 )
 from osdn_jax.compare.machine import load
-from osdn_jax.compare.measure import quartiles
 from osdn_jax.compare.report import duration, size
+from osdn_jax.compare.timing import quartiles
 from osdn_jax.nn.functional import functional
 from osdn_jax.ops import chunkwise
 
