@@ -11,7 +11,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
 demo: venv ## train two small models and show what they do (ARGS="--steps 300")
-	@$(BIN)/python -m osdn_jax.demo $(ARGS)
+	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: venv ## run the tests (ARGS="-k ops" for some of them)
 	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)

@@ -34,6 +34,10 @@ _DEFAULT_RULES = "delta_net,gated_delta_net,kda,osdn"
 _DEFAULT_SHAPE = "B1T1024H4D64"
 _MAX_INPUT_BYTES = 2**46  # if the system does not say how much memory is free
 _TOLERANCES = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items())
+_DESCRIPTION = """\
+Compare implementations of the delta rule under jit: errors against the float64 scan, compile time, run time and
+temporary memory, one row for each implementation.
+"""
 _EPILOG = f"""\
 --rules, --implementations, --shapes and --dtypes take one or more values, separated by commas or spaces.
 A shape is {SHAPE_SYNTAX}.
@@ -197,7 +201,7 @@ def _file(flag: str, suffix: str = "") -> Callable[[str], Path]:
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = command.Parser(
         prog=_PROGRAM,
-        description=(__doc__ or "").split(":  ")[0] + ".",
+        description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
