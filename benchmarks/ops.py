@@ -188,7 +188,7 @@ def _direct_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Arra
 
 
 def auto_against_scan(b: Bench) -> None:
-    """(a) Cost of implementation=None relative to the scan"""
+    """Cost of implementation=None relative to the scan"""
     shape = b.shape("B1T4096H4D128", "B1T16H2D8")
     for rule in ("delta_net", "gated_delta_net"):
         scan, auto = b.run([Program(rule, shape, name, gradient=False) for name in ("scan", "auto")])
@@ -204,7 +204,7 @@ def auto_against_scan(b: Bench) -> None:
 
 
 def rules_against_each_other(b: Bench) -> None:
-    """(b), (c), (g) Cost of channel decay and of the preconditioners"""
+    """Cost of channel decay and of the preconditioners"""
     shape = b.shape("B1T4096H4D128", "B1T16H2D8")
     pairs = [("kda", "gated_delta_net", 2.0), ("osdn", "delta_net", 1.25), ("osdn_trust", "delta_net", 1.25)]
     pairs += [("os_gdn_trust", "gated_delta_net", None), ("pdn", "delta_net", None)]
@@ -228,7 +228,7 @@ def rules_against_each_other(b: Bench) -> None:
 
 
 def length(b: Bench) -> None:
-    """(d), (e) Time, memory and compile time against sequence length"""
+    """Time, memory and compile time against sequence length"""
     shapes = [b.shape(f"B1T{t}H4D128", f"B1T{t // 128}H2D8") for t in (1024, 4096, 16384)]
     rules = ("delta_net", "gated_delta_net", "kda", "osdn")
     for rule in rules[: 1 if b.quick else None]:
@@ -240,7 +240,7 @@ def length(b: Bench) -> None:
 
 
 def forward(b: Bench) -> None:
-    """(f) Forward pass by scan and by chunks: the source of `selection.forward_by_scan`"""
+    """Forward pass by scan and by chunks: the source of `selection.forward_by_scan`"""
     sizes = ((1, 1, 32), (1, 4, 64), (1, 4, 128), (4, 4, 64), (4, 4, 128), (16, 4, 128))
     lengths = (1, 64, 512, 4096)
     if b.quick:
@@ -255,7 +255,7 @@ def forward(b: Bench) -> None:
 
 
 def chunks(b: Bench) -> None:
-    """(f) Chunk length, forward + backward: the source of `selection.default_chunk`"""
+    """Chunk length, forward + backward: the source of `selection.default_chunk`"""
     sizes = ("B1T2048H4D64", "B1T2048H4D128", "B4T2048H4D128")
     chunk_sizes = (16, 32, 64, 128)
     for decay, rule in DECAYS.items():
@@ -323,7 +323,7 @@ def _memory(numerator: Contender, denominator: Contender) -> float:
 
 def markdown(record: dict) -> Iterator[str]:
     """Yield the lines of the table."""
-    yield "# What the operators cost"
+    yield "# Cost of the operators"
     yield ""
     yield "All float32, by `python -m benchmarks.ops`. The programs of a comparison run in turn in one process; a"
     yield "ratio is the median over rounds of the ratio within a round, a time the median over rounds. Other work on"
