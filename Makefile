@@ -13,7 +13,7 @@ help: ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: venv ## train two small models and show what they do (ARGS="--steps 300")
-	@$(BIN)/python -m osdn_jax.demo $(ARGS)
+	@$(BIN)/python examples/demo.py $(ARGS)
 
 test: venv ## run the tests on all cores (ARGS="-k ops" for some of them, ARGS="-n 2" for two cores)
 	@$(BIN)/python $(PYTEST) $(ARGS)

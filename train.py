@@ -19,6 +19,8 @@ if __name__ == "__main__":
 from absl import flags, logging
 from ml_collections import config_flags
 
+from osdn_jax._files import write_atomically
+from osdn_jax.progress import say
 from osdn_jax.training import (
     CheckpointError,
     CheckpointMismatchError,
@@ -31,9 +33,9 @@ from osdn_jax.training import (
     distributed,
     train,
 )
-from osdn_jax.training.config import checked_workdir, run, write_atomically
+from osdn_jax.training.command_line import run
 from osdn_jax.training.profiling import parse_range
-from osdn_jax.training.progress import say
+from osdn_jax.training.workdir import checked_workdir
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, configs/NAME.py[:key=value,...].")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, picture.")

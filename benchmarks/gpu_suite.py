@@ -39,8 +39,9 @@ from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
 from benchmarks.gpu.plan import NOT_RUN, Request, Row
 from benchmarks.gpu.record import Record, Refused
 from benchmarks.gpu.report import markdown
-from osdn_jax.comparison import environment
-from osdn_jax.comparison.environment import usable_cores
+from osdn_jax._versions import installed
+from osdn_jax.compare import environment
+from osdn_jax.compare.machine import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
 # The interpreter is slow, and a machine without a GPU may be too: nothing of a dry run is called hung before this.
@@ -91,7 +92,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--dry", action="store_true", help="tiny shapes and the interpreter: does everything run?")
     parser.add_argument("--budget", type=_seconds, default=540.0, help="seconds for the whole call (default 540)")
     parser.add_argument("--cases", default="*", help="of smoke and check: a pattern, e.g. 'scalar*' (default all)")
-    parser.add_argument("--rules", nargs="+", choices=plan.RULES, default=list(plan.RULES), help="to time")
+    parser.add_argument("--rules", nargs="+", choices=plan.TIMED_RULES, default=list(plan.TIMED_RULES), help="to time")
     parser.add_argument(
         "--implementation",
         help="of ours (default mosaic_gpu, with --dry mosaic_gpu_interpret), never another in its place",
@@ -153,13 +154,14 @@ def _open(given: argparse.Namespace, command: str) -> Record:
     about = environment(command)
     if about["platform"] != "gpu" and not given.dry:
         raise Refused(f"got a {about['device']}, the suite needs a GPU; --dry shows on any machine that it runs")
+    versions = installed(record.PACKAGES)
     identity: dict[str, Any] = {
         "device": about["device"],
         "dry": given.dry,
         "source": record.source(),
         "implementation": given.implementation or ("mosaic_gpu_interpret" if given.dry else "mosaic_gpu"),
         **{name: about[name] for name in ("jax", "jaxlib", "python")},
-        **{name: record.version(name) for name in record.PACKAGES},
+        **{name: versions.get(name) for name in record.PACKAGES},
     }
     call = {name: about[name] for name in ("date", "command", "cpu", "cpu_cores", "numpy", "osdn_jax")}
     call |= {"commit": record.commit(), "driver": record.driver(), "budget": given.budget}

@@ -23,7 +23,7 @@ import numpy as np
 from flax import nnx
 
 from osdn_jax import nn
-from osdn_jax.comparison import (
+from osdn_jax.compare import (
     Contender,
     Shape,
     contender,
@@ -36,10 +36,10 @@ from osdn_jax.comparison import (
     take_turns,
     value_and_gradient,
 )
-from osdn_jax.comparison.environment import load
-from osdn_jax.comparison.measure import quartiles
-from osdn_jax.comparison.report import duration, size
-from osdn_jax.nn.functional import functional
+from osdn_jax.compare.machine import load
+from osdn_jax.compare.measure import quartiles
+from osdn_jax.compare.report import duration, size
+from osdn_jax.nn.split import split_model
 from osdn_jax.ops import chunkwise
 
 RESULTS = Path(__file__).parent / "results"
@@ -55,7 +55,7 @@ class Program:
     implementation: str = "auto"
     gradient: bool = True
     chunk_size: int | None = None
-    anchor: float | None = None  # of the hypergradient preconditioner; None is the one of comparison.RULES
+    anchor: float | None = None  # of the hypergradient preconditioner; None is the one of compare.COMPARED_RULES
     direct_scores: bool = False  # form channel decay with C x C x K numbers, as a peer might
     packed: bool = False  # documents of some hundred tokens
     checked: bool = True  # keep a packed document that is not finite to itself (ops/containment.py)
@@ -290,7 +290,7 @@ def _model(rule: str, batch: int, tokens: int, width: int, checked: bool) -> Con
     """The gradient of the loss of the demo's model."""
     mixer = nn.mixer_config(rule, width=width, heads=2, key_dim=width // 2, value_dim=width // 2)
     config = nn.ModelConfig(vocab_size=256, layers=2, mixer=mixer, mlp_dim=2 * width)
-    apply, parameters = functional(nn.CausalLM(config, rngs=nnx.Rngs(0)))
+    apply, parameters = split_model(nn.CausalLM(config, rngs=nnx.Rngs(0)))
     ids, text = packed_ids(batch, tokens), np.random.default_rng(0).integers(0, 256, (batch, tokens))
 
     def loss(parameters: dict) -> jax.Array:

@@ -17,7 +17,7 @@ if __name__ == "__main__":
 
 from osdn_jax.sampling import sample
 from osdn_jax.training import CheckpointError, CheckpointMismatchError, load_trained
-from osdn_jax.training.config import fail
+from osdn_jax.training.command_line import fail
 
 
 def generate(

@@ -14,29 +14,29 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.gates import (
+from pallas_kernels.common.gates import (
     BETA,
     FROM_START,
     GATES,
     TO_END,
-    again_of,
-    again_tile,
     clamped,
-    documents_of,
-    fill,
     from_chunks,
     gates_of,
+    pad_to_multiple,
+    pair_decay,
+    pair_rows_of,
+    pair_rows_tile,
+    segments_of,
 )
-from pallas_kernels.prepare import Static, pair_decay
-from pallas_kernels.shards import Heads, per_shard
-from pallas_kernels.tiles import (
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.partitioning import Heads, per_shard
+from pallas_kernels.common.shard_map import match_varying_axes
+from pallas_kernels.common.tiles import (
     CHUNK,
-    alike,
     along_rows,
-    anew,
     column_scale,
     indices,
-    launch,
+    opaque_address,
     products,
     read,
     read_global_columns,
@@ -46,7 +46,7 @@ from pallas_kernels.tiles import (
     split_terms,
 )
 
-PART = 64  # key channels of one block
+SLAB = 64  # key channels of one block
 _EPSILON = 1e-6
 _SIZES = (64, 128, 256)
 _GAIN = BETA  # the row of the gates that holds it
@@ -56,10 +56,13 @@ _D_GAIN, _D_LOG_DECAY, _D_CENTER = range(3)
 _SUMS = 3
 
 
-class _Options(NamedTuple):
+class GramOptions(NamedTuple):
+    """Options that are fixed when a kernel is built."""
+
     squash: float
     multiply: bool  # whether the results are write keys, in the type of k, or multipliers in float32
-    chunk: Static
+    resets: bool
+    interpret: bool
 
 
 def limitation(k: jax.Array, log_decay: jax.Array) -> str | None:
@@ -80,7 +83,7 @@ def gram(
     center: jax.Array,
     squash: float,
     initial: jax.Array,
-    restarts: jax.Array | None,
+    resets: jax.Array | None,
     *,
     multiply: bool = False,
     interpret: bool = False,
@@ -96,7 +99,7 @@ def gram(
         center: [P] float32.
         squash: the largest multiplier.
         initial: A before the first token [B, P, K] float32.
-        restarts: [B, T] bool, where A restarts from zeros before a token.
+        resets: [B, T] bool; True resets A to zeros before that token.
         multiply: return the write keys m k, in the type of k, and not m, in float32.
         interpret: run on any machine, in the interpreter, with races detected.
 
@@ -113,11 +116,10 @@ def gram(
     if 0 in k.shape[:3]:
         return jnp.zeros(k.shape, k.dtype if multiply else jnp.float32), initial
 
-    documents = None if restarts is None else documents_of(fill(restarts))
-    static = Static(scale=1.0, erase=False, decay=True, documents=documents is not None, interpret=interpret)
-    options = _Options(squash, multiply, static)
-    tokens = (fill(k), fill(clamped(log_decay)), fill(gain))
-    out, final = _gram(*alike((*tokens, center, initial, documents)), options)
+    segment = None if resets is None else segments_of(pad_to_multiple(resets))
+    options = GramOptions(squash, multiply, resets=segment is not None, interpret=interpret)
+    tokens = (pad_to_multiple(k), pad_to_multiple(clamped(log_decay)), pad_to_multiple(gain))
+    out, final = _gram(*match_varying_axes((*tokens, center, initial, segment)), options)
     return out[:, :length], final
 
 
@@ -128,27 +130,27 @@ def _gram(*arguments: Any) -> tuple[jax.Array, jax.Array]:
 
 def _gram_fwd(*arguments: Any) -> Any:
     *arrays, options = arguments
-    axes, interpret = (*_AXES, "bk.", _documents_axes(arrays[-1])), options.chunk.interpret
+    axes, interpret = (*_AXES, "bk.", _segment_axes(arrays[-1])), options.interpret
     results = ("b.k.", "bk.", "bk..")
     out, final, starts = per_shard(
-        _walk, tuple(arrays), axes, results, options, heads=Heads(arrays[0].shape[2]), interpret=interpret
+        _scan, tuple(arrays), axes, results, options, heads=Heads(arrays[0].shape[2]), interpret=interpret
     )
     return (out, final), (*arrays, starts)
 
 
-def _gram_bwd(options: _Options, saved: Any, cotangents: Any) -> Any:
-    k, log_decay, gain, center, _, documents, starts = saved
-    arrays = (k, log_decay, gain, center, documents, starts, *cotangents)
-    axes = (*_AXES, _documents_axes(documents), "bk..", "b.k.", "bk.")
-    results, interpret = ("b.k.", "b.k", "b.k", "bk", "bk."), options.chunk.interpret
+def _gram_bwd(options: GramOptions, saved: Any, cotangents: Any) -> Any:
+    k, log_decay, gain, center, _, segment, starts = saved
+    arrays = (k, log_decay, gain, center, segment, starts, *cotangents)
+    axes = (*_AXES, _segment_axes(segment), "bk..", "b.k.", "bk.")
+    results, interpret = ("b.k.", "b.k", "b.k", "bk", "bk."), options.interpret
     *d_tokens, d_center, d_initial = per_shard(
-        _walk_back, arrays, axes, results, options, heads=Heads(k.shape[2]), interpret=interpret
+        _scan_backward, arrays, axes, results, options, heads=Heads(k.shape[2]), interpret=interpret
     )
     return *d_tokens, jnp.sum(d_center, axis=0), d_initial, None
 
 
-def _documents_axes(documents: jax.Array | None) -> str | None:
-    return None if documents is None else "b.."
+def _segment_axes(segment: jax.Array | None) -> str | None:
+    return None if segment is None else "b.."
 
 
 _gram.defvjp(_gram_fwd, _gram_bwd)
@@ -165,12 +167,12 @@ class _Tiles(NamedTuple):
 
     @staticmethod
     def types() -> list[Any]:
-        return [smem(2, CHUNK, CHUNK, dtype=jnp.bfloat16), smem(2, CHUNK, PART, dtype=jnp.bfloat16)]
+        return [smem(2, CHUNK, CHUNK, dtype=jnp.bfloat16), smem(2, CHUNK, SLAB, dtype=jnp.bfloat16)]
 
 
-def _before(gates_s: Any, again_s: Any, static: Static) -> jax.Array:
+def _before(gates_s: Any, pair_rows_s: Any, options: GramOptions) -> jax.Array:
     i, j = indices((CHUNK, CHUNK))
-    return jnp.where(i > j, pair_decay(gates_s, again_s, static), 0.0)
+    return jnp.where(i > j, pair_decay(gates_s, pair_rows_s, decay=True, resets=options.resets), 0.0)
 
 
 def _summed(tiles: _Tiles, *, transpose: bool = False) -> jax.Array:
@@ -179,11 +181,11 @@ def _summed(tiles: _Tiles, *, transpose: bool = False) -> jax.Array:
     return products(split_terms(decay, value))[0]
 
 
-def _walk(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
+def _scan(arrays: tuple[Any, ...], options: GramOptions) -> list[jax.Array]:
     """(m or m k, A after the last token, A before each chunk [B, P, N, K])."""
-    k, log_decay, gain, center, initial, documents = arrays
+    k, log_decay, gain, center, initial, segment = arrays
     batch, length, heads, key_dim = k.shape
-    count, static = length // CHUNK, options.chunk
+    count = length // CHUNK
     result = k.dtype if options.multiply else jnp.float32
     out = [
         jax.ShapeDtypeStruct(k.shape, result),
@@ -202,14 +204,14 @@ def _walk(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
         starts_ref: Any,
         *refs: Any,
     ) -> None:
-        k_s, gates_s, again_s, decay_s, value_s, out_s, start_s, loaded = refs
+        k_s, gates_s, pair_rows_s, decay_s, value_s, out_s, start_s, loaded = refs
         b, h, c = at("batch", "head", "part")
-        channels, tiles = pl.ds(c * PART, PART), _Tiles(decay_s, value_s)
+        channels, tiles = pl.ds(c * SLAB, SLAB), _Tiles(decay_s, value_s)
 
         def load(n: Any, slot: Any) -> None:
             plgpu.copy_gmem_to_smem(k_ref.at[b, pl.ds(n * CHUNK, CHUNK), h, channels], k_s.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(pair_rows_of(gates_ref.at[b, h, n]), pair_rows_s.at[slot], loaded.at[slot])
 
         def chunk(n: Any, start: jax.Array) -> jax.Array:
             slot = lax.rem(n, jnp.int32(2))
@@ -219,7 +221,7 @@ def _walk(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
             plgpu.barrier_wait(loaded.at[slot])
             gates, key = gates_s.at[slot], read(k_s.at[slot])
             added = key * key * row_scale(gates.at[_GAIN], key)
-            decay = _before(gates, again_s.at[slot], static)
+            decay = _before(gates, pair_rows_s.at[slot], options)
             split(decay, decay_s.at[0], decay_s.at[1])
             split(added, value_s.at[0], value_s.at[1])
             lead = row_scale(gates.at[FROM_START], key)
@@ -240,33 +242,33 @@ def _walk(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
         plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        smem(2, CHUNK, PART, dtype=k.dtype),
+        smem(2, CHUNK, SLAB, dtype=k.dtype),
         plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
-        again_tile(2),
+        pair_rows_tile(2),
         *_Tiles.types(),
-        smem(CHUNK, PART, dtype=result),
-        plgpu.SMEM((PART,), jnp.float32),
+        smem(CHUNK, SLAB, dtype=result),
+        plgpu.SMEM((SLAB,), jnp.float32),
         plgpu.Barrier(num_arrivals=3, num_barriers=2),
     ]
-    grid = {"batch": batch, "part": key_dim // PART, "head": heads}
-    arguments = [k, gates_of(gain, log_decay, documents), center, initial]
-    return launch(body, "gram", out, grid, scratch, static.interpret, arguments)
+    grid = {"batch": batch, "part": key_dim // SLAB, "head": heads}
+    arguments = [k, gates_of(gain, log_decay, segment), center, initial]
+    return launch(body, "gram", out, grid, scratch, options.interpret, arguments)
 
 
-def _multiplier(running: jax.Array, center: jax.Array, options: _Options) -> tuple[jax.Array, jax.Array]:
+def _multiplier(running: jax.Array, center: jax.Array, options: GramOptions) -> tuple[jax.Array, jax.Array]:
     """(r, the multiplier) of the running sum."""
     r = jnp.log(running + _EPSILON) - center
     return r, jnp.exp(-math.log(options.squash) * r / (1.0 + jnp.abs(r)))
 
 
-def _walk_back(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
+def _scan_backward(arrays: tuple[Any, ...], options: GramOptions) -> list[jax.Array]:
     """The gradients of k, log_decay, gain, the center by sequence [B, P] and the first A."""
-    k, log_decay, gain, center, documents, starts, d_out, d_final = arrays
+    k, log_decay, gain, center, segment, starts, d_out, d_final = arrays
     batch, length, heads, key_dim = k.shape
-    count, static, parts = length // CHUNK, options.chunk, key_dim // PART
+    count, slabs = length // CHUNK, key_dim // SLAB
     out = [
         jax.ShapeDtypeStruct(k.shape, k.dtype),
-        jax.ShapeDtypeStruct((batch, heads, count, parts, _SUMS, CHUNK), jnp.float32),
+        jax.ShapeDtypeStruct((batch, heads, count, slabs, _SUMS, CHUNK), jnp.float32),
         jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
     ]
 
@@ -274,22 +276,22 @@ def _walk_back(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
         at: Any, k_ref: Any, gates_ref: Any, center_ref: Any, starts_ref: Any, d_out_ref: Any, d_final_ref: Any,
         d_k_ref: Any, sums_ref: Any, d_initial_ref: Any, *refs: Any,
     ) -> None:  # fmt: skip
-        k_s, d_out_s, gates_s, again_s, start_s, decay_s, value_s, d_k_s, before_s, d_key_s, sums_s, loaded = refs
+        k_s, d_out_s, gates_s, pair_rows_s, start_s, decay_s, value_s, d_k_s, before_s, d_key_s, sums_s, loaded = refs
         b, h, c = at("batch", "head", "part")
-        channels = pl.ds(c * PART, PART)
+        channels = pl.ds(c * SLAB, SLAB)
 
         def load(n: Any, slot: Any) -> None:
             rows = pl.ds(n * CHUNK, CHUNK)
             for ref, tile in ((k_ref, k_s), (d_out_ref, d_out_s)):
                 plgpu.copy_gmem_to_smem(ref.at[b, rows, h, channels], tile.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(gates_ref.at[b, h, n], gates_s.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(again_of(gates_ref.at[b, h, n]), again_s.at[slot], loaded.at[slot])
+            plgpu.copy_gmem_to_smem(pair_rows_of(gates_ref.at[b, h, n]), pair_rows_s.at[slot], loaded.at[slot])
             plgpu.copy_gmem_to_smem(starts_ref.at[b, h, n, channels], start_s.at[slot], loaded.at[slot])
 
         def chunk(step: Any, d_after: jax.Array) -> jax.Array:
             n = count - 1 - step
             slot = lax.rem(step, jnp.int32(2))
-            tiles = _Tiles(*anew(decay_s, value_s))
+            tiles = _Tiles(*opaque_address(decay_s, value_s))
             pl.when(n > 0)(lambda: load(n - 1, 1 - slot))
             plgpu.barrier_wait(loaded.at[slot])
             gates = gates_s.at[slot]
@@ -299,7 +301,7 @@ def _walk_back(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
                 return key * key * row_scale(gates.at[_GAIN], key)
 
             # What is needed again is read or formed again: the registers hold no more.
-            decay = _before(gates, again_s.at[slot], static)
+            decay = _before(gates, pair_rows_s.at[slot], options)
             split(decay, tiles.decay.at[0], tiles.decay.at[1])
             split(added(), tiles.value.at[0], tiles.value.at[1])
             plgpu.commit_smem()
@@ -342,20 +344,20 @@ def _walk_back(arrays: tuple[Any, ...], options: _Options) -> list[jax.Array]:
         plgpu.wait_smem_to_gmem(0)
 
     scratch = [
-        smem(2, CHUNK, PART, dtype=k.dtype),
-        smem(2, CHUNK, PART, dtype=d_out.dtype),
+        smem(2, CHUNK, SLAB, dtype=k.dtype),
+        smem(2, CHUNK, SLAB, dtype=d_out.dtype),
         plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
-        again_tile(2),
-        plgpu.SMEM((2, PART), jnp.float32),
+        pair_rows_tile(2),
+        plgpu.SMEM((2, SLAB), jnp.float32),
         *_Tiles.types(),
-        smem(CHUNK, PART, dtype=k.dtype),
-        *[smem(CHUNK, PART, dtype=jnp.float32)] * 2,
+        smem(CHUNK, SLAB, dtype=k.dtype),
+        *[smem(CHUNK, SLAB, dtype=jnp.float32)] * 2,
         plgpu.SMEM((_SUMS, CHUNK), jnp.float32),
         plgpu.Barrier(num_arrivals=5, num_barriers=2),
     ]
-    grid = {"batch": batch, "part": parts, "head": heads}
-    arguments = [k, gates_of(gain, log_decay, documents), center, starts, d_out, d_final]
-    d_k, sums, d_initial = launch(body, "gram_back", out, grid, scratch, static.interpret, arguments)
-    sums = jnp.sum(sums, axis=3)  # over the parts of the key channels
+    grid = {"batch": batch, "part": slabs, "head": heads}
+    arguments = [k, gates_of(gain, log_decay, segment), center, starts, d_out, d_final]
+    d_k, sums, d_initial = launch(body, "gram_back", out, grid, scratch, options.interpret, arguments)
+    sums = jnp.sum(sums, axis=3)  # over the slabs of key channels
     d_gain, d_log_decay, d_center = (sums[:, :, :, row] for row in (_D_GAIN, _D_LOG_DECAY, _D_CENTER))
     return [d_k, from_chunks(d_log_decay), from_chunks(d_gain), jnp.sum(d_center, axis=(2, 3)), d_initial]

@@ -5,8 +5,8 @@ import numpy as np
 import optax
 import pytest
 
-from osdn_jax import comparison
-from osdn_jax.comparison import Shape
+from osdn_jax import compare
+from osdn_jax.compare import Shape
 from osdn_jax.training import TrainState, make_train_step
 from support.models import LENGTH, model_config, parameters_of
 
@@ -14,12 +14,12 @@ PLATFORMS = ["tpu", "cuda"]
 SHAPE = Shape(batch=2, length=65, key_heads=2, heads=4, key_dim=8, value_dim=6)
 
 
-@pytest.mark.parametrize("rule", comparison.RULES)
+@pytest.mark.parametrize("rule", compare.COMPARED_RULES)
 def test_rule_and_its_gradient(rule):
-    arrays = comparison.draw_inputs(rule, SHAPE, "float32", 0)
-    run = comparison.program(rule, None)
+    arrays = compare.draw_inputs(rule, SHAPE, "float32", 0)
+    run = compare.program(rule, None)
     cotangents = jax.eval_shape(run, arrays)
-    exported = jax.export.export(jax.jit(comparison.value_and_gradient(run)), platforms=PLATFORMS)(arrays, cotangents)
+    exported = jax.export.export(jax.jit(compare.value_and_gradient(run)), platforms=PLATFORMS)(arrays, cotangents)
     assert exported.platforms == tuple(PLATFORMS)
     assert [x.shape for x in exported.out_avals[-len(arrays) :]] == [x.shape for _, x in sorted(arrays.items())]
 

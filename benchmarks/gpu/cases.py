@@ -8,8 +8,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from osdn_jax import ops
-from osdn_jax.comparison import Shape, draw_inputs
-from osdn_jax.comparison.inputs import Arrays
+from osdn_jax.compare import Shape, draw_inputs
+from osdn_jax.compare.inputs import Arrays
 from osdn_jax.ops import gram, hypergradient
 
 KEYS = ("random", "near-parallel")

@@ -13,9 +13,9 @@ import numpy as np
 
 from benchmarks.gpu import loop
 from benchmarks.gpu.cases import CASES, DRY_CASES, KEYS, Case, cases, draw, outputs
-from osdn_jax.comparison import value_and_gradient
-from osdn_jax.comparison.inputs import Arrays
-from osdn_jax.comparison.measure import relative_error
+from osdn_jax.compare import value_and_gradient
+from osdn_jax.compare.inputs import Arrays
+from osdn_jax.compare.measure import relative_error
 from osdn_jax.ops import gram, hypergradient
 
 __all__ = ["CASES", "DRY_CASES", "KEYS", "Case", "draw"]

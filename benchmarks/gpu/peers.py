@@ -11,8 +11,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from osdn_jax.comparison import Shape
-from osdn_jax.comparison.inputs import Arrays
+from osdn_jax.compare import Shape
+from osdn_jax.compare.inputs import Arrays
 
 _DELTA = {"q": "q", "k": "k", "v": "v", "beta": "beta"}
 _GRAM = {"g_atk": "gram_log_decay", "beta_atk": "gram_gain", "log_atk_scale": "center"}

@@ -7,7 +7,7 @@ from typing import Any
 
 from benchmarks.gpu.cases import CASES, DRY_CASES, DRY_SMOKE, KEYS, SMOKE, Case, cases
 from benchmarks.gpu.peers import NO_PEER, PEERS
-from osdn_jax.comparison import parse_shapes
+from osdn_jax.compare import parse_shapes
 
 STAGES = ("smoke", "check", "ours", "peers-compile", "peers")
 SECTIONS = {"smoke": "smoke", "check": "check", "ours": "time", "peers-compile": "compile", "peers": "time"}
@@ -31,7 +31,7 @@ _FAMILIES = {
     "pgdn": ("scalar decay", "Gram"),
     "pkda": ("channel decay", "Gram"),
 }
-RULES = tuple(_FAMILIES)
+TIMED_RULES = tuple(_FAMILIES)
 
 FORWARD, BOTH = "forward", "forward + backward"
 PROGRAMS = (FORWARD, BOTH)
@@ -76,7 +76,7 @@ class Request:
 
     implementation: str
     dry: bool
-    rules: Sequence[str] = RULES
+    rules: Sequence[str] = TIMED_RULES
     cases: str = "*"  # a pattern
     imports: Sequence[str] = ()  # modules that every process imports first
 
@@ -220,7 +220,7 @@ def place(row: Row) -> tuple:
         return (section,)
     shape, program = [*SHAPES, *DRY_SHAPES].index(row["shape"]), PROGRAMS.index(row["program"])
     contender = CONTENDERS.index(row.get("contender", "peer"))
-    return section, shape, RULES.index(row["rule"]), program, contender
+    return section, shape, TIMED_RULES.index(row["rule"]), program, contender
 
 
 def is_of(row: Row, key: Row) -> bool:

@@ -1,7 +1,6 @@
 """The file that all stages add to, whole at any moment: rows, the calls that they come from, and what they are of."""
 
 import hashlib
-import importlib.metadata
 import json
 import subprocess
 import sys
@@ -13,9 +12,10 @@ from typing import Any
 from benchmarks.gpu import plan
 from benchmarks.gpu.plan import NOT_RUN, Row
 from benchmarks.gpu.report import markdown
+from osdn_jax._files import write_atomically
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pallas_kernels", "osdn_jax/ops", "osdn_jax/comparison", "benchmarks/gpu")
+SOURCES = ("pallas_kernels", "osdn_jax/ops", "osdn_jax/compare", "benchmarks/gpu")
 # fla-core is the part of flash-linear-attention that has the functions; nothing else of it is needed.
 PACKAGES = ("jax-cuda13-plugin", "torch", "triton", "fla-core", "tilelang")
 FORMAT = 2
@@ -90,8 +90,8 @@ class Record:
     def write(self) -> None:
         if self.file is not None:
             content = self.content()
-            _replace(self.file, json.dumps(content, indent=1) + "\n")
-            _replace(self.file.with_suffix(".md"), "\n".join(markdown(content)) + "\n")
+            write_atomically(self.file, json.dumps(content, indent=1) + "\n")
+            write_atomically(self.file.with_suffix(".md"), "\n".join(markdown(content)) + "\n")
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
@@ -143,13 +143,6 @@ def driver() -> str | None:
     return found[0] if found else None
 
 
-def version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
 def brief(row: Row) -> str:
     """A row in one line of the log."""
     names = (*plan.key_of(row), "status", "worst", "error", "reason")
@@ -157,9 +150,3 @@ def brief(row: Row) -> str:
     if "median_seconds" in row:
         words.append(f"{row['median_seconds'] * 1e3:.3f} ms")
     return " ".join(words)
-
-
-def _replace(file: Path, text: str) -> None:
-    new = file.with_name(file.name + ".new")
-    new.write_text(text)
-    new.replace(file)

@@ -3,10 +3,10 @@
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
-from benchmarks.gpu import floors
+from benchmarks.gpu import roofline
 from benchmarks.gpu.cases import KEYS
 from benchmarks.gpu.plan import CONTENDERS, NOT_RUN, PROGRAMS, Row, is_of
-from osdn_jax.comparison import parse_shapes
+from osdn_jax.compare import parse_shapes
 
 LONGEST = 130  # characters of a reason
 APART = 0.03
@@ -64,12 +64,12 @@ def _times(rows: Sequence[Row], ceilings: Row | None) -> Iterator[str]:
     yield from ("", "## Time", "")
     rates = None
     if ceilings and "bytes_per_second" in ceilings:
-        rates = floors.Ceilings(ceilings["bytes_per_second"], ceilings["flops_per_second"])
+        rates = roofline.Ceilings(ceilings["bytes_per_second"], ceilings["flops_per_second"])
         yield f"Ceilings measured here: copy {rates.bytes / 1e12:.2f} TB/s, matmul {rates.flops / 1e12:.0f} TFLOP/s."
     else:
         yield "No ceilings: " + (ceilings or {}).get("reason", "not measured") + "."
-    yield "f: forward, f+b: forward and backward. ±: half the quartiles' distance. ns: per head and token. mem, flop:"
-    yield "parts of our time that the floors are. FLA, XLA: times, and over ours in the same turns. h: host-bound."
+    yield "f: forward, f+b: forward and backward. ±: half the interquartile range. ns: per head and token. mem, flop:"
+    yield "roofline bounds as fractions of our time. FLA, XLA: times, and over ours in the same rounds. h: host-bound."
     yield "≠: outputs or gradients more than 3 % from those of the XLA form."
     yield from ("", "| | ours ms | ± | ns | mem | flop | FLA ms | /ours | XLA ms | /ours |", "|---|" + "---:|" * 9)
     shape = None
@@ -81,16 +81,16 @@ def _times(rows: Sequence[Row], ceilings: Row | None) -> Iterator[str]:
             yield _line(*pair, program, rows, rates)
 
 
-def _line(shape: str, rule: str, program: str, rows: Sequence[Row], rates: floors.Ceilings | None) -> str:
+def _line(shape: str, rule: str, program: str, rows: Sequence[Row], rates: roofline.Ceilings | None) -> str:
     key = {"shape": shape, "rule": rule, "program": program}
     found = [next((x for x in rows if is_of(x, {**key, "contender": c})), {"status": ""}) for c in CONTENDERS]
     ours = found[0]
     cells = [f"{rule} {_SHORT[program]}", *_milliseconds(ours), "", "", ""]
     seconds = ours.get("median_seconds")
     if seconds:
-        cells[3] = f"{floors.per_head_and_token(seconds, parse_shapes(shape)[0]):.2f}"
+        cells[3] = f"{roofline.per_head_and_token(seconds, parse_shapes(shape)[0]):.2f}"
         if rates:
-            moved, done = floors.shares(seconds, ours["bytes"], ours["flops"], rates)
+            moved, done = roofline.shares(seconds, ours["bytes"], ours["flops"], rates)
             cells[4:] = [f"{moved:.0%}", f"{done:.0%}"]
     for other in found[1:]:
         cells += [_milliseconds(other)[0], ""]

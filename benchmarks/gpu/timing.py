@@ -16,12 +16,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from benchmarks.gpu import floors, peers
+from benchmarks.gpu import peers, roofline
 from benchmarks.gpu.check import words
 from benchmarks.gpu.plan import BOTH, CONTENDERS, NOT_RUN, OUT_OF_TIME, PROGRAMS
-from osdn_jax.comparison import RULES, Shape, draw_inputs, parse_shapes
-from osdn_jax.comparison.inputs import Arrays, has_time
-from osdn_jax.comparison.measure import quartiles
+from osdn_jax.compare import COMPARED_RULES, Shape, draw_inputs, parse_shapes
+from osdn_jax.compare.inputs import Arrays, has_time
+from osdn_jax.compare.measure import quartiles
 
 BATCH_SECONDS, ROUNDS = 0.05, 7
 CACHE = 100_000_000  # bytes of inputs that no cache holds
@@ -123,7 +123,7 @@ def _pool(rule: str, shape: Shape, seed: int = 0) -> Arrays:
 
 def program_of(rule: str, implementation: str, gradient: bool) -> Callable[..., Any]:
     """arguments -> outputs, or (arguments, cotangent) -> (outputs, gradients); preconditioner included."""
-    spec = RULES[rule]
+    spec = COMPARED_RULES[rule]
 
     def forward(x: Arrays) -> jax.Array:
         return spec.function(**x, **spec.options, implementation=implementation)[0]
@@ -199,10 +199,10 @@ class Race:
                 more = {
                     "compile_seconds": self.compile_seconds[c.name, program],
                     **worst(differences[c.name]),
-                    "bytes": floors.least_bytes(
+                    "bytes": roofline.least_bytes(
                         self.sizes, 2 * int(np.prod(output_shape(self.shape))), program == BOTH
                     ),
-                    "flops": floors.least_flops(self.shape, program == BOTH),
+                    "flops": roofline.least_flops(self.shape, program == BOTH),
                     "input_sets": self.sets,
                 }
                 self._say(c.name, program, **c.row(), **more, **(ours if c.name != "ours" else {}))

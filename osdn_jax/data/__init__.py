@@ -1,17 +1,20 @@
-"""Text as tokens, packed into windows, in batches that can be resumed. NumPy arrays: nothing here runs on a device."""
+"""Text as tokens, packed into windows, in batches that can be resumed. Everything is NumPy arrays on the host."""
 
-from osdn_jax.data.batches import ValidationBatches, training_batches, validation_batches
-from osdn_jax.data.compressors import compressed_bits_per_byte
-from osdn_jax.data.corpus import VALIDATION_PLAYS, shakespeare
-from osdn_jax.data.documents import Document
-from osdn_jax.data.manifest import Manifest, load_manifest
-from osdn_jax.data.mixture import JoinedWindows, Mixture, parse_mixture
-from osdn_jax.data.prepared import PreparedTokens, is_prepared
-from osdn_jax.data.reading import SUPPORTED_ENDINGS, read_documents
+from osdn_jax.data.batches import (
+    JoinedWindows,
+    Mixture,
+    ValidationBatches,
+    parse_mixture,
+    training_batches,
+    validation_batches,
+)
+from osdn_jax.data.byte_tokenizer import ByteTokenizer, StreamDecoder
+from osdn_jax.data.documents import SUPPORTED_ENDINGS, Document, read_documents
+from osdn_jax.data.shakespeare_works import VALIDATION_PLAYS, shakespeare
+from osdn_jax.data.shards import Manifest, PreparedTokens, is_prepared, load_manifest
 from osdn_jax.data.splitting import split_documents
-from osdn_jax.data.streamed import StreamedWindows
+from osdn_jax.data.streamed_windows import StreamedWindows
 from osdn_jax.data.streams import DocumentStream, FileStream, HubStream, open_stream
-from osdn_jax.data.token_windows import TokenizedDocuments, TokenStream, TokenWindows
 from osdn_jax.data.tokenizers import (
     HuggingFaceTokenizer,
     SentencePieceTokenizer,
@@ -19,12 +22,20 @@ from osdn_jax.data.tokenizers import (
     Tokenizer,
     load_tokenizer,
 )
-from osdn_jax.data.tokens import ByteTokenizer, StreamDecoder
-from osdn_jax.data.windows import PackedWindows, Window, WindowSource
+from osdn_jax.data.windows import (
+    ByteDocuments,
+    PackedWindows,
+    TokenizedDocuments,
+    TokenStream,
+    TokenWindows,
+    Window,
+    WindowSource,
+)
 
 __all__ = [
     "SUPPORTED_ENDINGS",
     "VALIDATION_PLAYS",
+    "ByteDocuments",
     "ByteTokenizer",
     "Document",
     "DocumentStream",
@@ -47,7 +58,6 @@ __all__ = [
     "ValidationBatches",
     "Window",
     "WindowSource",
-    "compressed_bits_per_byte",
     "is_prepared",
     "load_manifest",
     "load_tokenizer",

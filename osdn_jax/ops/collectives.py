@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.varying import axes_of, vary
+from pallas_kernels.common.shard_map import axes_of, vary
 
 __all__ = [
     "axes_of",

@@ -10,7 +10,7 @@ from osdn_jax.ops.selection import on_hopper
 from pallas_kernels import delta_rule as kernels
 from pallas_kernels import gram as gram_kernels
 from pallas_kernels import hypergradient as hypergradient_kernels
-from pallas_kernels.tiles import CHUNK
+from pallas_kernels.common.tiles import CHUNK
 
 
 def by_default() -> bool:
@@ -43,7 +43,7 @@ def delta_rule(
         erase=erase,
         scale=scale,
         initial_state=call.memory,
-        restarts=call.restarts,
+        resets=call.restarts,
         interpret=interpret,
     )
 

@@ -3,8 +3,12 @@
 import dataclasses
 from collections.abc import Mapping
 
-BY_DEFAULT = 0.75  # of a GPU's memory: what JAX takes, https://docs.jax.dev/en/latest/gpu_memory_allocation.html
-AT_MOST = 0.92  # with XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is the driver's, NCCL's and what is lost in gaps
+DEFAULT_MEMORY_FRACTION = (
+    0.75  # of a GPU's memory: what JAX takes, https://docs.jax.dev/en/latest/gpu_memory_allocation.html
+)
+MAX_MEMORY_FRACTION = (
+    0.92  # with XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is the driver's, NCCL's and what is lost in gaps
+)
 
 
 @dataclasses.dataclass(frozen=True)

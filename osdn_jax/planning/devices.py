@@ -43,7 +43,7 @@ def can_compile_for_gpus() -> bool:
 def described_gpus(topology: Topology, gpu: str) -> list[jax.Device]:
     """GPUs that are only described; programs can be compiled for them and not run.
 
-    The GPU's name is one of `gpus.GPUS`. This process's own devices are its CPU, whatever it has: call it first of all.
+    gpu is a key of `hardware.GPUS`. This process's own devices are its CPU, whatever it has: call it first of all.
 
     Raises ValueError for more than MOST_DESCRIBED.
     """

@@ -18,8 +18,10 @@ from absl import flags
 from jax.experimental import multihost_utils
 from ml_collections import ConfigDict
 
+from osdn_jax.command import USAGE_ERROR
 from osdn_jax.training import distributed
-from osdn_jax.training.config import USAGE_ERROR, ConfigError, flatten, print_error
+from osdn_jax.training.command_line import print_error
+from osdn_jax.training.config import ConfigError, flatten
 from osdn_jax.training.reports import check_same, failures, software
 
 # Whose message is for the user as it is.

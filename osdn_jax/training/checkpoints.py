@@ -29,6 +29,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 from orbax.checkpoint import checkpoint_managers
 
+from osdn_jax._errors import first_line
 from osdn_jax.training import distributed
 from osdn_jax.training.checkpoint_arrays import abstract, checksums, leaves
 
@@ -115,7 +116,7 @@ class Checkpoints:
                 warnings = _move_impostors_aside(self._directory)
         except (CheckpointError, OSError) as error:
             failed = error
-        if not distributed.everywhere(failed is None):
+        if not distributed.all_processes(failed is None):
             raise failed or CheckpointError(f"process 0 cannot use {self._directory}; its own message says why")
         for warning in warnings:
             log.warning("%s", warning)
@@ -193,16 +194,16 @@ class Checkpoints:
             return None
         warnings = [*self._moved, *_without_fingerprints(step, found.record, self._fingerprints)]
         self._moved = []
-        distributed.meet("read")  # before anything is moved
+        distributed.barrier("read")  # before anything is moved
         for bad, reason in unreadable.items():
             moved = _name_aside(self._directory / str(bad))
-            distributed.meet("named")
+            distributed.barrier("named")
             if distributed.is_primary():
                 (self._directory / str(bad)).rename(moved)
             warnings.append(f"checkpoint {bad} cannot be read ({reason}); it is now {moved.name}; using step {step}")
             log.warning("%s", warnings[-1])
         if unreadable:
-            distributed.meet("moved")
+            distributed.barrier("moved")
             self._manager.reload()
         return Restored(step, found.state, found.record.get("metadata", {}), tuple(warnings))
 
@@ -321,7 +322,7 @@ def _newest_readable(
             found = read(step)
         except _UnreadableError as error:
             fault = str(error)
-        if distributed.everywhere(found is not None) and found is not None:
+        if distributed.all_processes(found is not None) and found is not None:
             return step, found, unreadable
         unreadable[step] = fault or "another process cannot read it"
     if unreadable:
@@ -478,7 +479,7 @@ def _one_line(error: BaseException, length: int = 240) -> str:
     """The first line of an error's first cause; its middle left out if it is long (TensorStore's end with why)."""
     while error.__cause__ is not None:
         error = error.__cause__
-    text = (str(error).strip().splitlines() or [""])[0]
+    text = first_line(error) if str(error).strip() else ""
     if len(text) > length:
         text = f"{text[: length // 2]} … {text[-length // 2 :]}"
     return f"{type(error).__name__}: {text}"

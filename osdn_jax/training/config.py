@@ -1,52 +1,123 @@
-"""Configurations: the command line, and the record of a configuration in a run's working directory.
+"""The configuration of a training run: every key with its default. Files in `configs/` change some of them.
 
-A configuration is a file `configs/<name>.py` with `get_config(arg: str | None = None) -> ConfigDict`, used as
-
-    train.py --config=configs/demo.py:rule=delta_net,seed=3 --config.optimizer.learning_rate=1e-3 --workdir=DIR
-
-`ml_collections.config_flags` reads that line. By itself it answers a misspelt key with a traceback and a missing file
-with a config that fails on first use, so `run` checks the line first and says in one line what is wrong (exit status
-2).
+`ranges.py` has the range of each number.
 """
 
-import contextlib
 import dataclasses
-import difflib
-import json
-import os
-import re
-import runpy
-import sys
-import tempfile
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from pathlib import Path
-from typing import Any, NoReturn
+from collections.abc import Iterable
+from typing import Any
 
-from absl import app, flags
 from ml_collections import ConfigDict, FrozenConfigDict
-from ml_collections.config_flags import config_path
-
-from osdn_jax import command
-from osdn_jax.command import INTERRUPTED, USAGE_ERROR
-from osdn_jax.training.defaults import default_config
-from osdn_jax.training.interruption import end_at_second_interrupt
-
-CONFIG_FILE = "config.json"
-CHECKPOINT_FOLDER = "checkpoints"
-
-_PARSERS: dict[type, flags.ArgumentParser] = {
-    bool: flags.BooleanParser(),
-    int: flags.IntegerParser(),
-    float: flags.FloatParser(),
-}
+from ml_collections.config_dict import placeholder
 
 
 class ConfigError(ValueError):
-    """A mistake in a configuration or on the command line; its message is meant for the user as it is."""
+    """A mistake in a configuration or on the command line; its message is shown to the user as it is."""
 
 
-class WorkdirConfigError(ConfigError):
-    """The working directory belongs to a run with another configuration."""
+def default_config() -> ConfigDict:
+    """Return the default configuration: a small Online Scaled DeltaNet on Shakespeare's works, byte by byte.
+
+    Returns:
+        A new ConfigDict, to change and to give to `train`.
+
+    Example:
+        >>> from osdn_jax.training import default_config
+        >>> config = default_config()
+        >>> config.model.rule = "gated_delta_net"
+        >>> config.model.layers, config.optimizer.learning_rate
+        (4, 0.003)
+    """
+    config = ConfigDict()
+    config.seed = 0  # of the initial parameters, the data order and dropout
+    config.steps = 1000  # optimiser updates; the learning rate's schedule ends with them
+    config.batch_size = 16  # windows per step
+    config.sequence_length = 256  # tokens per window
+    config.accumulate = 1  # micro-batches per step (gradient accumulation); divides batch_size
+    config.ema = 0.0  # decay of a moving average of the parameters, used for validation and sampling; 0: none
+    config.max_skipped_steps = 10  # a step with a non-finite loss or gradient is skipped; more in a row end the run
+
+    config.data = ConfigDict()
+    # A .txt, .jsonl (or .gz, .xz of one) or .parquet file, or a folder of them; a folder of shards that
+    # `python -m osdn_jax.data.prepare` wrote; hf:NAME streams a data set of the Hugging Face hub; "" is Shakespeare.
+    config.data.path = ""
+    config.data.mixture = ""  # instead of a path: path:weight,path:weight; a weight is a share of the windows
+    config.data.tokenizer = "bytes"  # or a tokenizer.json, a SentencePiece .model, or a folder with one of them
+    config.data.field = "text"  # column of the text in .jsonl, .parquet and hf:
+    config.data.subset = ""  # of hf:, such as sample-10BT
+    config.data.split = "train"  # of hf:
+    config.data.shuffle_windows = 256  # of hf:, size of the shuffle buffer in windows; 1: the stream's order
+    config.data.validation_fraction = 0.1  # held-out share of files and prepared data; Shakespeare has held-out plays
+    config.data.validation_documents = 1000  # of hf:, number of documents at its start that are held out
+    config.data.validation_path = ""  # a text to validate on, as path but not hf:; then nothing else is held out
+
+    config.model = ConfigDict()
+    config.model.rule = "osdn"  # a key of osdn_jax.nn.RULES
+    config.model.vocab_size = placeholder(int)  # default: the tokenizer's; may be larger
+    config.model.layers = 4
+    config.model.width = 128
+    config.model.heads = 2
+    config.model.key_heads = placeholder(int)  # default: heads
+    config.model.key_dim = placeholder(int)  # per head; default: width / heads
+    config.model.value_dim = placeholder(int)  # per head; default: width / heads
+    config.model.mlp_dim = 344
+    config.model.conv_size = 4  # taps of the delta rules' short convolution; the transformer has none
+    config.model.tied_embeddings = True
+    config.model.dropout = 0.0
+    config.model.dtype = "float32"  # of activations and matrix products: float32 or bfloat16
+    config.model.remat = "none"  # recomputed for the gradient: none, blocks (all but weight products), full
+    config.model.output_gate = placeholder(bool)  # default: the rule's
+    config.model.negative_eigenvalues = False  # beta, or the erase gate, in (0, 2) instead of (0, 1)
+    config.model.preset = placeholder(str)  # of the hypergradient preconditioner: paper or trust; default: the rule's
+    config.model.forget = True  # Adaptive Preconditioner Forgetting
+    config.model.anchor = placeholder(float)  # what forgetting pulls the preconditioner toward; default: the preset's
+    config.model.rotary_base = 10_000.0  # of the transformer's rotary positions
+    config.model.qk_norm = False  # of the transformer
+    config.model.max_length = placeholder(int)  # tokens in the transformer's key-value cache; default: sequence_length
+    config.model.chunk_size = placeholder(int)  # of the rule; default: by measurement
+    config.model.implementation = placeholder(str)  # of the rule; default: the fastest available (transformer: chunk)
+
+    config.loss = ConfigDict()
+    config.loss.sequence_chunk = 512  # tokens of each window per block of logits
+    config.loss.vocabulary_chunk = 8192  # vocabulary entries per block of logits
+    config.loss.z_loss = 0.0  # coefficient of the mean of logsumexp(logits)^2; not part of the reported loss
+
+    config.optimizer = ConfigDict()
+    config.optimizer.name = "adamw"  # or muon: Muon for the weight matrices of the blocks, AdamW for the rest
+    config.optimizer.learning_rate = 3e-3  # at the peak of the schedule
+    config.optimizer.muon_learning_rate = 2e-2  # at the peak, for Muon's matrices
+    config.optimizer.muon_momentum = 0.95
+    config.optimizer.warmup_steps = 100
+    config.optimizer.final_fraction = 0.1  # of the peak, at the end of the cosine
+    config.optimizer.weight_decay = 0.1
+    config.optimizer.beta1 = 0.9
+    config.optimizer.beta2 = 0.95
+    config.optimizer.clip_norm = 1.0  # of the gradient over all parameters; inf: no clipping
+
+    config.validation = ConfigDict()
+    config.validation.every = 250  # steps
+    config.validation.windows = 64  # per evaluation, evenly spaced (the last step uses all); 0: always all
+    config.validation.batch_size = 16
+    config.validation.sequence_length = 1024  # tokens; a recurrence can read further than it was trained
+
+    config.checkpoint = ConfigDict()
+    config.checkpoint.every = 250  # steps
+    config.checkpoint.keep = 3  # number of newest checkpoints kept
+    config.checkpoint.keep_every = placeholder(int)  # also keep each multiple of this many steps; default: none
+
+    config.mesh = ConfigDict()  # devices along each axis; one may be -1: all remaining devices
+    config.mesh.data = 1  # copies of the model; each takes some of the rows
+    config.mesh.fsdp = 1  # devices that shard parameters and optimiser state; each takes some of the rows
+    config.mesh.tensor = 1  # devices that shard the heads and hidden units
+    config.mesh.context = 1  # devices that shard the tokens of each window
+
+    config.log_every = 10  # steps
+    config.hang_seconds = 1800  # abort if no step completes within this time; 0: never
+    return config
+
+
+# What may change when a run is resumed: nothing that the result depends on, up to the order of sums over a mesh.
+MAY_CHANGE_ON_RESUME = ("log_every", "checkpoint", "validation", "max_skipped_steps", "mesh", "hang_seconds")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,412 +131,16 @@ class Absent:
 ABSENT = Absent()
 
 
-# Values and names
-
-
-def _parse_value(text: str, kind: type) -> Any:
-    """`text` as a bool, int, float or str, by the rules of absl flags. Raises ValueError."""
-    if kind is str:
-        return text
-    try:
-        return _PARSERS[kind].parse(text)
-    except (ValueError, TypeError) as error:
-        raise ValueError(f"expected {_kind_name(kind)}") from error
-
-
-def _kind_name(kind: type) -> str:
-    return {bool: "a bool (true or false)", int: "an int", float: "a float"}.get(kind, f"a {kind.__name__}")
-
-
-def _nearest(key: str, valid: Sequence[str]) -> list[str]:
-    """The valid dotted keys that look most like `key`: alike as a whole, or alike in their last part."""
-    whole = difflib.get_close_matches(key, valid, n=3, cutoff=0.6)
-    last = [name.rpartition(".")[2] for name in valid]
-    alike = difflib.get_close_matches(key.rpartition(".")[2], sorted(set(last)), n=2, cutoff=0.75)
-    return list(dict.fromkeys(whole + [name for name, part in zip(valid, last, strict=True) if part in alike]))[:3]
-
-
-def _did_you_mean(key: str, valid: Sequence[str]) -> str:
-    near = _nearest(key, valid)
-    return f" (did you mean {' or '.join(near)}?)" if near else ""
-
-
-def parse_arg(arg: str | None, **defaults: bool | float | str) -> ConfigDict:
-    """Reads the text after the colon of `--config=file.py:key=value,key=value`.
-
-    Args:
-      arg: "key=value,…"; None or "" gives the defaults; a bare "key" sets a bool to True.
-      **defaults: each key's default, whose type says how to read its value.
-
-    Returns:
-      A ConfigDict with every key of `defaults`.
-
-    Raises:
-      ConfigError: an unknown or repeated key, or a value that does not read as the type of its default.
-    """
-    for key, default in defaults.items():
-        if type(default) not in (bool, int, float, str):
-            raise TypeError(f"the default of {key!r} must be a bool, int, float or str, not {default!r}")
-    values = dict(defaults)
-    seen = set()
-    for item in filter(None, (part.strip() for part in (arg or "").split(","))):
-        key, equals, text = (part.strip() for part in item.partition("="))
-        if key not in defaults:
-            raise ConfigError(
-                f"unknown key {key!r} in {item!r}{_did_you_mean(key, list(defaults))}; valid keys: "
-                + (", ".join(defaults) or "none")
-            )
-        if key in seen:
-            raise ConfigError(f"key {key!r} is given twice in {arg!r}")
-        seen.add(key)
-        kind = type(defaults[key])
-        if not equals and kind is not bool:
-            raise ConfigError(f"key {key!r} needs a value, as in {key}={defaults[key]}")
-        try:
-            values[key] = _parse_value(text, kind) if equals else True
-        except ValueError as error:
-            raise ConfigError(f"cannot read {key}={text}: {error}; valid keys: {', '.join(defaults)}") from None
-    return ConfigDict(values)
-
-
-# The command line
-
-
-def _config_flags(argv: Sequence[str], name: str) -> list[tuple[str, str | None, str | None]]:
-    """[(dotted key, "" for --name itself; text after "=" or None; the argument that follows or None)]."""
-    found: list[tuple[str, str | None, str | None]] = []
-    for i, item in enumerate(argv):
-        if item == "--":
-            break
-        flag, equals, text = item.partition("=")
-        match = re.fullmatch(rf"--?(?:no)?{name}(?:\.(.+))?", flag)
-        if match:
-            following = argv[i + 1] if i + 1 < len(argv) else None
-            found.append((match[1] or "", text if equals else None, following))
-    return found
-
-
-def _load(spec: str) -> ConfigDict:
-    """The configuration that `--config=spec` names. Raises ConfigError."""
-    path_text, colon, arg = spec.partition(":")
-    path = Path(path_text)
-    if not path.is_file():
-        beside = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        hint = _did_you_mean(str(path), beside) or (f"; there are: {', '.join(beside)}" if beside else "")
-        raise ConfigError(f"no configuration file {path_text!r}{hint}")
-    get_config = runpy.run_path(str(path)).get("get_config")
-    if get_config is None:
-        raise ConfigError(f"{path_text} defines no get_config")
-    try:
-        return get_config(*([arg] if colon else []))
-    except ConfigError as error:
-        raise ConfigError(f"--config={spec}: {error}") from error
-
-
-def _may_be_none(key: str, value: Any) -> bool:
-    """Whether a key has None for a value, or has it by default."""
-    return value is None or flatten(default_config()).get(key, ABSENT) is None
-
-
-def _is_none(text: str | None) -> bool:
-    return text in ("None", "none")
-
-
-def check_overrides(argv: Sequence[str], name: str = "config") -> None:
-    """Checks `--config=…` and each `--config.key=value` of a command line before config_flags reads it.
-
-    None is a value of the keys that have it by default.
-
-    Args:
-      argv: the arguments, flag files already expanded.
-      name: the flag's name.
-
-    Raises:
-      ConfigError: no such file; a key that the configuration does not have (with the nearest ones); a value of another
-        type. Whatever is not checked here (tuples, whole sub-configurations) config_flags refuses itself.
-    """
-    given = _config_flags(argv, name)
-    spec = next((text or following for key, text, following in given if not key), None)
-    if spec is None:
-        return
-    config = _load(spec)
-    valid = list(flatten(config))
-    for key, text, following in given:
-        if not key:
-            continue
-        try:
-            kind = config_path.get_type(key, config)
-        except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise ConfigError(f"--{name}.{key}: {spec} has no key {key!r}{_did_you_mean(key, valid)}") from error
-        if kind is type(None):
-            raise ConfigError(
-                f"--{name}.{key}: its default is None, which has no type to read a value by; "
-                "use config_dict.placeholder(type) in the configuration file"
-            )
-        value = following if text is None and kind is not bool else text
-        default = config_path.get_value(key, config)
-        if kind in _PARSERS and value is not None and not (_is_none(value) and _may_be_none(key, default)):
-            try:
-                _parse_value(value, kind)
-            except ValueError as error:
-                hint = " or None" if _may_be_none(key, default) else ""
-                hint += "" if default is None else f", such as {default}"
-                raise ConfigError(f"--{name}.{key}={value}: {error}{hint}") from error
-
-
-def _without_none(argv: Sequence[str], name: str) -> tuple[list[str], list[str]]:
-    """(the arguments without `--config.key=None`, which config_flags cannot read; the keys that end up as None)."""
-    given = _config_flags(argv, name)
-    spec = next((text or following for key, text, following in given if not key), None)
-    if spec is None or not any(key and _is_none(following if text is None else text) for key, text, following in given):
-        return list(argv), []
-    config = _load(spec)
-    kept: list[str] = []
-    last: dict[str, bool] = {}  # whether the last value given for a key is None
-    items = iter(argv)
-    for item in items:
-        if item == "--":
-            kept += [item, *items]
-            break
-        found = _config_flags([item], name)
-        if not found or not found[0][0]:
-            kept.append(item)
-            continue
-        key, text, _ = found[0]
-        pair = [item]
-        if text is None and config_path.get_type(key, config) is not bool:
-            text = next(items, None)
-            pair += [] if text is None else [text]
-        last[key] = _is_none(text) and _may_be_none(key, config_path.get_value(key, config))
-        if not last[key]:
-            kept += pair
-    return kept, [key for key, none in last.items() if none]
-
-
-def parse_flags(
-    argv: Sequence[str], name: str = "config", tell: Callable[[Exception, Sequence[str]], Exception] | None = None
-) -> list[str]:
-    """Reads the command line into absl's flags; ends the process with one line and status 2 on a mistake in it.
-
-    tell: as in `run`.
-    """
-    try:
-        given = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
-        check_overrides(given, name)
-        given, none = _without_none(given, name)
-        rest = flags.FLAGS([argv[0], *given])
-        if flags.FLAGS[name].value is None:
-            raise ConfigError(f"give a configuration: --{name}=configs/NAME.py")
-        if len(rest) > 1:
-            raise ConfigError(f"unexpected argument {rest[1]!r}{_did_you_mean(rest[1], list(flags.FLAGS))}")
-        for key in none:
-            config_path.set_value(key, flags.FLAGS[name].value, None)
-    except (ConfigError, flags.Error) as error:
-        fail(error if tell is None else tell(error, argv))
-    return rest
-
-
-def fail(error: Exception) -> NoReturn:
-    """Prints an error of the user's to stderr and exits with status 2."""
-    print_error(error)
-    raise SystemExit(USAGE_ERROR)
-
-
-def print_error(error: Exception) -> None:
-    """Prints an error of the user's to stderr."""
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
-
-
-def run(
-    main: Callable[[list[str]], Any],
-    *,
-    errors: tuple[type[Exception], ...] = (ConfigError,),
-    tell: Callable[[Exception, Sequence[str]], Exception] | None = None,
-) -> NoReturn:
-    """Runs a script with a `--config` flag by `absl.app.run`: a user's mistake ends in one clear message, status 2.
-
-    Ctrl-C ends it with status 130 and one line; a second one at once, whatever it is doing. Output that cannot be
-    written ends it as in `command.run`.
-
-    Args:
-      main: called with [program name].
-      errors: exceptions out of `main` whose message is for the user; any other keeps its traceback.
-      tell: called with an error and the command line before the process ends, with what it returns for the user.
-    """
-
-    def guarded(argv: list[str]) -> Any:
-        try:
-            return main(argv)
-        except BrokenPipeError:
-            raise
-        except errors as error:
-            return fail(error if tell is None else tell(error, argv))
-
-    def script() -> None:
-        try:
-            app.run(guarded, flags_parser=lambda argv: parse_flags(argv, tell=tell))
-        except KeyboardInterrupt:
-            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
-            raise SystemExit(INTERRUPTED) from None
-        except Exception as error:
-            if tell is not None:
-                tell(error, sys.argv)
-            raise
-
-    end_at_second_interrupt()
-    command.run(script)
-
-
-# Comparing and recording configurations
-
-
-def _plain(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
-    """The configuration as JSON gives it back (tuples become lists), so that a saved one compares equal."""
-    values = config.to_dict() if isinstance(config, ConfigDict | FrozenConfigDict) else dict(config)
-    try:
-        return json.loads(json.dumps(values))
-    except (TypeError, ValueError) as error:
-        raise ConfigError(f"a configuration may hold only what JSON can: {error}") from error
-
-
 def flatten(config: ConfigDict | FrozenConfigDict) -> dict[str, Any]:
-    """{dotted key: value} of every leaf; an empty sub-configuration counts as a leaf."""
+    """Return {dotted key: value} of every leaf; an empty sub-configuration counts as a leaf."""
 
-    def walk(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
+    def items(prefix: str, value: Any) -> Iterable[tuple[str, Any]]:
         if isinstance(value, ConfigDict | FrozenConfigDict):
             value = value.to_dict()
         if not isinstance(value, dict) or (prefix and not value):
             yield prefix, value
             return
         for key, inner in value.items():
-            yield from walk(f"{prefix}.{key}" if prefix else str(key), inner)
+            yield from items(f"{prefix}.{key}" if prefix else str(key), inner)
 
-    return dict(walk("", config))
-
-
-def config_difference(a: ConfigDict, b: ConfigDict) -> list[tuple[str, Any, Any]]:
-    """The leaves in which two configurations differ: sorted (dotted key, value in a, value in b); ABSENT for no value.
-
-    Tuples equal lists and 1 equals 1.0, as in config.json; True is not 1.
-    """
-    left, right = (flatten(ConfigDict(_plain(config))) for config in (a, b))
-
-    def same(x: Any, y: Any) -> bool:
-        return x == y and isinstance(x, bool) == isinstance(y, bool)
-
-    pairs = [(key, left.get(key, ABSENT), right.get(key, ABSENT)) for key in sorted(left.keys() | right.keys())]
-    return [(key, x, y) for key, x, y in pairs if not same(x, y)]
-
-
-@contextlib.contextmanager
-def naming_the_file(path: str | os.PathLike[str]) -> Iterator[None]:
-    """Gives errors of the operating system inside, such as of a full disk, the name of the file that they are about."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno is None:
-            raise OSError(f"{error}: {os.fspath(path)!r}") from error
-        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
-
-
-def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
-    """Writes a file so that a reader, or a crash, sees the old content or the new, never a part.
-
-    Raises OSError, with the name of the file, where it cannot be written.
-    """
-    with naming_the_file(path):
-        _write_atomically(Path(path), data)
-
-
-def _write_atomically(path: Path, data: str | bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp makes private files; this one should be like any other
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
-
-
-def save_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
-    """Writes `workdir/config.json`, atomically. Raises ConfigError for values that JSON cannot hold."""
-    write_atomically(Path(workdir) / CONFIG_FILE, json.dumps(_plain(config), indent=2, sort_keys=True) + "\n")
-
-
-def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
-    """Reads `workdir/config.json`. Raises FileNotFoundError, or ConfigError if it is not a JSON object."""
-    path = checked_workdir(workdir) / CONFIG_FILE
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} does not exist: is this the working directory of a run?")
-    try:
-        values = json.loads(path.read_text())
-    except ValueError as error:
-        raise ConfigError(f"{path} is not readable JSON: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} holds no JSON object")
-    return ConfigDict(values)
-
-
-def checked_workdir(workdir: str | os.PathLike[str]) -> Path:
-    """The directory of a run, with "~" expanded. Makes nothing.
-
-    Raises ConfigError for a file, and for a name that `command.local_directory` refuses.
-    """
-    text = os.fspath(workdir)
-    try:
-        path = command.local_directory(text)
-    except ValueError as error:
-        raise ConfigError(f"--workdir={text}: {error}") from error
-    if path.exists() and not path.is_dir():
-        raise WorkdirConfigError(f"--workdir={path} is a file, not a directory")
-    return path
-
-
-def check_workdir(
-    workdir: str | os.PathLike[str], config: ConfigDict, *, may_differ: Sequence[str] = ()
-) -> list[tuple[str, Any, Any]]:
-    """Makes `workdir` the working directory of a run with `config`, or refuses where it is another run's.
-
-    Args:
-      workdir: created if need be. Files that are not a run's are left alone.
-      config: the configuration of this run; written to config.json.
-      may_differ: dotted keys, or prefixes of them, that may change when a run is resumed, such as "log_every".
-
-    Returns:
-      What changed since the run was last started, all of it under `may_differ`: [(key, old value, new value)].
-
-    Raises:
-      WorkdirConfigError: the directory holds a run with another configuration, or checkpoints without a config.json.
-    """
-    workdir = checked_workdir(workdir)
-    workdir.mkdir(parents=True, exist_ok=True)
-    if not (workdir / CONFIG_FILE).exists():
-        checkpoints = workdir / CHECKPOINT_FOLDER
-        if checkpoints.is_dir() and any(entry.name.isdecimal() for entry in checkpoints.iterdir()):
-            raise WorkdirConfigError(
-                f"{checkpoints} holds checkpoints, but there is no {CONFIG_FILE} to say of which run; "
-                "give another --workdir, or put its config.json back"
-            )
-        save_config(workdir, config)
-        return []
-    changes = config_difference(load_config(workdir), config)
-    refused = [change for change in changes if not _allowed(change[0], may_differ)]
-    if refused:
-        lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in refused)
-        raise WorkdirConfigError(
-            f"{workdir} holds a run with another configuration:{lines}\n"
-            "Give another --workdir for a new run, or the old values to resume that one."
-        )
-    if changes:
-        save_config(workdir, config)
-    return changes
-
-
-def _allowed(key: str, prefixes: Sequence[str]) -> bool:
-    return any(key == prefix or key.startswith(f"{prefix}.") for prefix in prefixes)
+    return dict(items("", config))

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from osdn_jax._errors import first_line
 from osdn_jax.training.rendezvous import gather, parse_address
 from osdn_jax.training.reports import check_same, software
 
@@ -89,8 +90,7 @@ def _join(
             shutdown_timeout_seconds=_SHUTDOWN,
         )
     except RuntimeError as error:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise RuntimeError(f"cannot join the other processes: {reason}") from error
+        raise RuntimeError(f"cannot join the other processes: {first_line(error)}") from error
 
 
 def join_to_fail(arguments: Sequence[str], last_words: Callable[[], None]) -> bool:
@@ -145,13 +145,13 @@ def is_primary() -> bool:
     return jax.process_index() == 0
 
 
-def meet(name: str) -> None:
+def barrier(name: str) -> None:
     """Waits until all processes are here."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
-def everywhere(here: bool) -> bool:
+def all_processes(here: bool) -> bool:
     """Whether it holds in every process; all have to ask."""
     if jax.process_count() == 1:
         return here

@@ -5,6 +5,7 @@ import os
 import jax
 from ml_collections import ConfigDict
 
+from osdn_jax._errors import first_line
 from osdn_jax.nn import parameter_formula
 from osdn_jax.training.build import build_model_config
 
@@ -39,10 +40,9 @@ def out_of_memory(error: BaseException) -> str | None:
     """What to say of an error, in one line, if it is that memory has run out; None for any other."""
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
         return None
-    first = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return (
-        f"out of memory: {first}. A smaller batch_size, a larger accumulate or --config.model.remat=blocks needs less; "
-        "--plan says how much"
+        f"out of memory: {first_line(error)}. A smaller batch_size, a larger accumulate or --config.model.remat=blocks "
+        "needs less; --plan says how much"
     )
 
 

@@ -13,15 +13,17 @@ from rich.console import Console
 from osdn_jax.data import ValidationBatches, Window, WindowSource, training_batches, validation_batches
 from osdn_jax.data.tokenizers import BYTES
 from osdn_jax.evaluation import make_evaluate
+from osdn_jax.hardware import peak_flops
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.flops import per_token
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.split import split_model
+from osdn_jax.progress import ProgressBar, Stopwatch, say
 from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
 from osdn_jax.training.checkpoints import CheckpointError, Checkpoints
-from osdn_jax.training.config import CHECKPOINT_FOLDER, CONFIG_FILE, ConfigError, check_workdir, checked_workdir
-from osdn_jax.training.defaults import MAY_CHANGE_ON_RESUME
-from osdn_jax.training.gpus import peak_flops
+from osdn_jax.training.config import MAY_CHANGE_ON_RESUME, ConfigError
+from osdn_jax.training.data import build_data
+from osdn_jax.training.initial_state import plan_start
 from osdn_jax.training.interruption import Interrupted, Stop, Watchdog
 from osdn_jax.training.limits import check_memory, out_of_memory
 from osdn_jax.training.lock import WorkdirLock
@@ -29,12 +31,9 @@ from osdn_jax.training.mesh import Layout, build_mesh, describe
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
-from osdn_jax.training.progress import ProgressBar, say
 from osdn_jax.training.ranges import check_ranges
-from osdn_jax.training.sources import build_data
-from osdn_jax.training.start import plan_start
 from osdn_jax.training.step import make_train_step
-from osdn_jax.training.stopwatch import Stopwatch
+from osdn_jax.training.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir, checked_workdir
 
 _VALIDATION = "validation/bits_per_byte"  # its key in metrics.jsonl
 _STATISTICS_TOKENS = 1024  # that the preconditioners are looked at over
@@ -129,7 +128,7 @@ def _train(
 
     agreement.by_first(open_workdir, workdir / CONFIG_FILE)
 
-    apply, _ = functional(model)
+    apply, _ = split_model(model)
     evaluate = make_evaluate(apply, step_config.chunks)
     statistics = _make_statistics(apply, model.config.mixer, layout)
     parameters = count_parameters(model)

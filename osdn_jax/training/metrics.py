@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from osdn_jax.training.config import naming_the_file, write_atomically
+from osdn_jax._files import naming_the_file, write_atomically
 from osdn_jax.training.events import EventFile
 
 METRICS_FILE = "metrics.jsonl"

@@ -1,6 +1,5 @@
 """Pictures of runs."""
 
-import io
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -9,16 +8,12 @@ from typing import Any, Literal
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.backends.backend_agg import FigureCanvasAgg
-from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from osdn_jax.training.config import write_atomically
+from osdn_jax._files import write_atomically
+from osdn_jax.plotting import COLOURS, GREY, INK, label_ends, new_canvas, png, style_axes, widest_label
 
-# Okabe and Ito's colours, which stay apart for colour-blind readers; their yellow is too pale for a line on white.
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 LEFT, BOTTOM = 0.06, 0.1  # the corner of the axes, as parts of the figure
-INK, GREY, PALE = "#222222", "#767676", "#E4E4E4"
 GAP = 0.036  # least distance of two labels, as a part of the axes' height
 
 
@@ -51,8 +46,8 @@ def plot_loss(
     """
     if not runs:
         raise ValueError("there are no runs to plot")
-    figure = Figure(figsize=(12, 7.5), dpi=100, facecolor="white")
-    canvas = FigureCanvasAgg(figure)
+    canvas = new_canvas(12, 7.5)
+    figure = canvas.figure
     axes = figure.add_axes((LEFT, BOTTOM, 0.8, (0.86 if title else 0.92) - BOTTOM))
     _style(axes, "Training tokens" if x == "tokens" else "Training step")
 
@@ -84,17 +79,13 @@ def plot_loss(
     room = 0.05 * (high - low) or 0.1
     axes.set_ylim(low - room, high + room)
     axes.set_xlim(0, right * 1.01)
-    _label_ends(axes, ends)
+    label_ends(axes, ends, gap=GAP)
     if title:
         figure.text(LEFT, 0.945, title, fontsize=18, fontweight="bold", color=INK, va="center")
     _legend(axes, validated)
-    widest = max(text.get_window_extent(canvas.get_renderer()).width for text in axes.texts)
-    place = axes.get_position()
-    axes.set_position((LEFT, BOTTOM, 1 - LEFT - (widest + 24) / figure.bbox.width, place.height))
-
-    buffer = io.BytesIO()
-    canvas.print_png(buffer)
-    write_atomically(Path(path), buffer.getvalue())
+    margin = (widest_label(axes, canvas) + 24) / figure.bbox.width
+    axes.set_position((LEFT, BOTTOM, 1 - LEFT - margin, axes.get_position().height))
+    write_atomically(Path(path), png(canvas))
 
 
 def _curve(rows: Sequence[Mapping[str, Any]], x: str, key: str) -> np.ndarray:
@@ -128,50 +119,11 @@ def _smooth(points: np.ndarray, width: float) -> np.ndarray:
 
 
 def _style(axes: Axes, xlabel: str) -> None:
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color(GREY)
-    axes.grid(axis="y", color=PALE, linewidth=0.8)
-    axes.set_axisbelow(True)
-    axes.tick_params(axis="both", colors=GREY, labelcolor=INK, labelsize=12, length=0, pad=7)
-    axes.tick_params(axis="x", length=4)
+    style_axes(axes, xlabel=xlabel)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-    axes.set_xlabel(xlabel, fontsize=13, color=INK, labelpad=8)
     axes.set_title("bits per byte", fontsize=13, color=INK, loc="left", pad=12)
-
-
-def _label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]]) -> None:
-    """Writes each curve's name beside its end in the right margin, apart even where the curves meet."""
-    low, high = axes.get_ylim()
-    wanted = sorted(((value - low) / (high - low), text, colour) for value, text, colour in ends)
-    places = _apart([place for place, _, _ in wanted], GAP)
-    for place, (_, text, colour) in zip(places, wanted, strict=True):
-        axes.annotate(
-            text,
-            (1.0, place),
-            xytext=(10, 0),
-            xycoords="axes fraction",
-            textcoords="offset points",
-            va="center",
-            fontsize=12.5,
-            color=colour,
-            fontweight="normal" if colour == GREY else "bold",
-            annotation_clip=False,
-        )
-
-
-def _apart(places: Sequence[float], gap: float) -> list[float]:
-    """Sorted places moved as little as can be (least squares) to be `gap` apart: isotonic regression by pooling."""
-    pools: list[list[float]] = []  # of the places less their share of gaps, which only have to be in order
-    for i, place in enumerate(places):
-        pools.append([place - i * gap])
-        while len(pools) > 1 and np.mean(pools[-2]) > np.mean(pools[-1]):
-            last = pools.pop()
-            pools[-1] += last
-    level = [float(np.mean(pool)) for pool in pools for _ in pool]
-    return [place + i * gap for i, place in enumerate(level)]
 
 
 def _legend(axes: Axes, validation: bool) -> None:

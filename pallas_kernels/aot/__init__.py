@@ -1,1 +1,1 @@
-"""Compiles the kernels for a named GPU where there is none, and reports what its assembler says of them."""
+"""Ahead-of-time compilation of the kernels for a GPU that is not present, with the assembler's report on each."""

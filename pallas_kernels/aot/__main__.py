@@ -1,9 +1,11 @@
-"""Compiles every kernel and shape of a list for a GPU that need not be there, and fails where one spills too much.
+"""Compile the kernels for an NVIDIA GPU on a machine without one; report registers, spills and shared memory.
 
     python -m pallas_kernels.aot --gpu h100 --cases "gradient/*/K256*"
 
-Exit status: 0 when all is as recorded; 1 when a kernel does not compile, spills more than its budget or does not serve
-a case that it should; 2 when the command line is wrong or JAX cannot compile for NVIDIA's GPUs.
+Exit status:
+    0  every kernel compiles within its recorded spill budget
+    1  a kernel does not compile, spills more than its budget, exceeds CUDA's launch limits or refuses a case
+    2  the command line is wrong, or JAX cannot compile for NVIDIA GPUs
 """
 
 import argparse
@@ -24,17 +26,21 @@ from pallas_kernels.aot.cases import Case, matching
 from pallas_kernels.aot.workers import compile_cases
 
 _PROGRAM = "python -m pallas_kernels.aot"
-_WIDTH = 160  # of the table where no terminal says otherwise
+_WIDTH = 160  # columns of the table if the output is not a terminal
 _JOBS = min(4, os.cpu_count() or 1)
-_NO_PLUGIN = """JAX's CUDA plugin is not installed here, which holds the compiler for NVIDIA's GPUs (no GPU is needed):
+_NO_PLUGIN = """JAX's CUDA plugin, which holds the compiler for NVIDIA GPUs, is not installed. It needs no GPU:
 
     pip install "jax[cuda13]"        about 4.5 GB
 
-or `make aot`, in a checkout of the repository: it makes an environment for this alone."""
+or run `make aot` in a checkout of the repository, which creates a separate environment with it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+    """Run the command line and return the exit status.
+
+    Args:
+        argv: arguments; default those of this process.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     parser = _parser()
     given = parser.parse_args(argv)
@@ -42,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not cases:
         parser.error(f"--cases: no case matches {given.cases!r}; --list shows them")
     if given.record and given.cases:
-        parser.error("--record: takes every case, not only those of --cases")
+        parser.error(f"--record: got --cases {given.cases!r}, expected a run of all cases")
     if given.list:
         print("\n".join(case.name for case in cases))
         return 0
@@ -65,7 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     console = Console()
     if not console.is_terminal:
         console = Console(width=_WIDTH)
-    report.show(console, outcomes, known, f"What the assembler says of the kernels, {given.gpu.upper()}")
+    report.show(console, outcomes, known, f"Assembler report of the kernels, {given.gpu.upper()}")
     text = report.summary(outcomes, known, versions)
     text += f" {time.perf_counter() - start:.0f} s."
     console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -77,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _compile(cases: Sequence[Case], gpu: str, jobs: int) -> list[compiler.Outcome]:
+    """Return the outcomes of the cases, showing progress on stderr."""
     outcomes = []
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -100,20 +107,25 @@ def _parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     add = parser.add_argument
-    add("--gpu", choices=compiler.targets(), default="h200", help="the GPU to compile for (default h200)")
-    add("--cases", default="", metavar="PATTERN", help="only cases whose name contains this; * stands for anything")
-    add("--list", action="store_true", help="print the names of the cases, and compile nothing")
-    add("--json", type=_file, metavar="FILE", help="write the results")
-    add("--markdown", type=_file, metavar="FILE", help="write the table as a page")
-    add("--jobs", type=_positive, default=_JOBS, metavar="N", help=f"processes at a time (default {_JOBS})")
-    add("--record", action="store_true", help="make what this run shows the budgets of later ones")
+    add("--gpu", choices=compiler.targets(), default="h200", help="GPU to compile for (default h200)")
+    add(
+        "--cases",
+        default="",
+        metavar="PATTERN",
+        help="compile only cases whose name contains PATTERN; * matches anything",
+    )
+    add("--list", action="store_true", help="print the names of the cases and exit")
+    add("--json", type=_output_file, metavar="FILE", help="write the results as JSON")
+    add("--markdown", type=_output_file, metavar="FILE", help="write the table as Markdown")
+    add("--jobs", type=_positive, default=_JOBS, metavar="N", help=f"number of compiler processes (default {_JOBS})")
+    add("--record", action="store_true", help="save the spills of this run as the budgets of later runs")
     return parser
 
 
-def _file(text: str) -> Path:
+def _output_file(text: str) -> Path:
     path = Path(text)
     if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file in a folder that is there")
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file in an existing folder")
     return path
 
 

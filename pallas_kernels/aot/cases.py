@@ -1,4 +1,4 @@
-"""What is compiled: each kernel through the public functions, forward and gradient."""
+"""The list of cases to compile: each kernel, through the public functions, forward and gradient."""
 
 import fnmatch
 from dataclasses import dataclass
@@ -12,16 +12,19 @@ class Case:
 
     Args:
         function: "delta_rule", "hypergradient" or "gram".
-        gradient: compile its gradient, not its forward pass.
-        key_dim, value_dim: K and V; a preconditioner has no V.
-        decay: of the delta rule: "none", "scalar" or "channel".
-        options: what differs from the defaults: "documents" (restarts), "grouped" (half as many key heads), "write-key"
-            and "no-erase" of the delta rule; "forget" (with an anchor), "bounds" and "documents" of a hypergradient;
-            "documents" of a Gram preconditioner; "multiply" (write keys at once) of both preconditioners.
+        gradient: compile the gradient instead of the forward pass.
+        key_dim: K.
+        value_dim: V; None for a preconditioner, which has no V.
+        decay: "none", "scalar" or "channel" for the delta rule; None for a preconditioner.
+        options: differences from the defaults: "documents" (packed documents: the state is reset), "grouped" (half as
+            many key heads), "write-key" and "no-erase" for the delta rule; "forget" (with an anchor), "bounds" and
+            "documents" for a hypergradient; "documents" for a Gram preconditioner; "multiply" (write keys instead of
+            multipliers) for both preconditioners.
         dtype: of q, k, v.
         length: tokens of a sequence.
-        mapped: calls that vmap makes one of; 0: no vmap.
-        sharded: for two GPUs, with "batch" or "heads" split over them. Its program may gather nothing.
+        mapped: size of a vmap around the call; 0 for no vmap.
+        sharded: "batch" or "heads" to split that axis over two GPUs; the program may then gather nothing. None for
+            one GPU.
     """
 
     function: str
@@ -37,7 +40,7 @@ class Case:
 
     @property
     def name(self) -> str:
-        """For example delta_rule/gradient/channel/K128V256/documents+write-key/float16."""
+        """Unique name, such as delta_rule/gradient/channel/K128V256/documents+write-key/float16."""
         size = f"K{self.key_dim}" + ("" if self.value_dim is None else f"V{self.value_dim}")
         direction = "gradient" if self.gradient else "forward"
         parts = [self.function, direction, self.decay, size, "+".join(self.options), self.dtype]
@@ -48,7 +51,7 @@ class Case:
 
 
 def all_cases() -> list[Case]:
-    """The list, in the order in which it is compiled."""
+    """Return the list of cases in the order of compilation."""
     cases = []
     for gradient in (False, True):
         for dims in ((64, 64), (128, 128), (256, 256)):
@@ -64,15 +67,15 @@ def all_cases() -> list[Case]:
         cases.append(Case("delta_rule", True, 128, 128, decay, dtype="float16"))
         cases.append(Case("delta_rule", True, 256, 256, decay, ("no-erase",)))
         cases.append(Case("delta_rule", True, 256, 256, decay, ("documents", "grouped", "write-key")))
-    everything = ("forget", "bounds", "documents")
-    write_keys = (*everything, "multiply")
+    all_options = ("forget", "bounds", "documents")
+    write_keys = (*all_options, "multiply")
     cases.append(Case("hypergradient", False, 128))
     for size in (64, 128, 256):
         cases.append(Case("hypergradient", False, size, options=write_keys))
         cases.append(Case("hypergradient", True, size, options=("multiply",)))
-        cases.append(Case("hypergradient", True, size, options=everything))
+        cases.append(Case("hypergradient", True, size, options=all_options))
         cases.append(Case("hypergradient", True, size, options=write_keys))
-    for option in everything:
+    for option in all_options:
         cases.append(Case("hypergradient", True, 128, options=(option, "multiply")))
     for size in (64, 128, 256):
         cases.append(Case("gram", True, size, options=("multiply",)))
@@ -86,7 +89,7 @@ def all_cases() -> list[Case]:
 
 
 def _many_blocks() -> list[Case]:
-    """Chunks beyond the 65,535 blocks of a launch's y and z."""
+    """Return cases with more chunks than the 65,535 blocks that a launch takes along y and z."""
     cases = [Case("delta_rule", False, 64, 64, "scalar", length=2**22)]
     cases += [Case("delta_rule", True, 256, 256, decay, length=2**20) for decay in ("scalar", "channel")]
     cases += [Case("hypergradient", True, 64, options=("bounds",), length=2**22)]
@@ -96,7 +99,7 @@ def _many_blocks() -> list[Case]:
 
 
 def _sharded() -> list[Case]:
-    """What each of two GPUs does by itself."""
+    """Return cases that are split over two GPUs, each of which works alone."""
     cases = []
     for split in ("batch", "heads"):
         for gradient in (False, True):
@@ -108,5 +111,5 @@ def _sharded() -> list[Case]:
 
 
 def matching(pattern: str) -> list[Case]:
-    """The cases whose name contains the pattern, in which * and ? stand for any characters and any one."""
+    """Return the cases whose name contains the pattern; * matches any characters and ? any one character."""
     return [case for case in all_cases() if fnmatch.fnmatchcase(case.name, f"*{pattern}*")]

@@ -1,4 +1,7 @@
-"""Compiles a case, in a process that has set what the compiler needs before JAX starts, and catches what is printed."""
+"""Compilation of one case for a GPU that is not present, with the compiler's output captured.
+
+The settings that the compiler needs must be made before JAX starts (`prepare_environment`).
+"""
 
 import contextlib
 import functools
@@ -22,30 +25,31 @@ from pallas_kernels.aot.cases import Case
 PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 _TARGETS = resources.files("pallas_kernels") / "targets"
 _COMPILER = {
-    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # the plugin looks for a driver otherwise
+    "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1",  # otherwise the plugin looks for a driver
 }
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cuda,cpu",
     "MOSAIC_GPU_DUMP_PTXAS": "1",
-    "MOSAIC_GPU_DUMP_HOST_LLVM": "1",  # the only place that tells how much shared memory a launch asks for
+    "MOSAIC_GPU_DUMP_HOST_LLVM": "1",  # the only output with the shared memory of a launch
     "TF_CPP_MIN_LOG_LEVEL": "2",
     "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
 }
-_MOVES = re.compile(r"\b(all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")  # not sums
-_KNOWN: dict[str, Kernel] = {}  # by the hash of their code
+# Collectives that move arguments between GPUs; all-reduce is allowed, for sums.
+_MOVES = re.compile(r"\b(all-gather|all-to-all|collective-permute|reduce-scatter)(?:-start)?\(")
+_KNOWN: dict[str, Kernel] = {}  # kernels that this process has compiled, by the hash of their code
 _VERSIONS = ("jax", "jaxlib", "nvidia-cuda-nvcc", "nvidia-nvjitlink")
 
 
 @dataclass
 class Outcome:
-    """What became of a case.
+    """Result of compiling one case.
 
     Args:
         name: of the case.
-        status: "compiled"; "refused": the function raised NotImplementedError; "failed": anything else.
-        seconds: to trace, lower and compile.
-        kernels: what was compiled.
-        message: of the exception.
+        status: "compiled", "refused" (the function raised NotImplementedError) or "failed" (any other error).
+        seconds: time to trace, lower and compile.
+        kernels: that were compiled.
+        message: of the exception; empty if there was none.
     """
 
     name: str
@@ -56,12 +60,12 @@ class Outcome:
 
 
 def targets() -> list[str]:
-    """The GPUs that there is a description of."""
+    """Return the names of the GPUs that `pallas_kernels/targets` describes."""
     return sorted(file.name.removesuffix(".txtpb") for file in _TARGETS.iterdir() if file.name.endswith(".txtpb"))
 
 
 def versions() -> dict[str, str]:
-    """The packages that decide what code comes out, where they are installed."""
+    """Return the versions of the installed packages that determine the compiled code."""
     found = {}
     for name in _VERSIONS:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
@@ -70,46 +74,47 @@ def versions() -> dict[str, str]:
 
 
 def has_plugin() -> bool:
-    """Whether JAX can compile for GPUs of NVIDIA."""
-    return any(_found(name) is not None for name in PLUGINS)
+    """Return True if JAX can compile for NVIDIA GPUs."""
+    return any(_find_spec(name) is not None for name in PLUGINS)
 
 
 def prepare_environment() -> None:
-    """Sets what JAX, XLA and Mosaic GPU read, for this process and those that it starts; they print what they do."""
+    """Set the variables with which JAX, XLA and Mosaic GPU report on each kernel, here and in child processes."""
     os.environ |= _ENVIRONMENT
     prepare_compiler()
 
 
 def prepare_compiler() -> None:
-    """Sets what they need to compile for a GPU that is not here, before JAX starts."""
+    """Set the variables for compiling for a GPU that is not present. Call this before JAX starts."""
     os.environ |= _COMPILER
-    # Some releases of jaxlib run the first ptxas on PATH: that of this environment, whatever else is installed.
+    # Some jaxlib releases run the first ptxas on PATH: make that the one of this environment.
     for name in ("nvidia.cu13", "nvidia.cuda_nvcc"):
-        spec = _found(name)
+        spec = _find_spec(name)
         for folder in (spec.submodule_search_locations or []) if spec else []:
             if (Path(folder) / "bin" / "ptxas").exists():
                 os.environ["PATH"] = f"{Path(folder) / 'bin'}{os.pathsep}{os.environ.get('PATH', os.defpath)}"
                 return
 
 
-def _found(name: str) -> importlib.machinery.ModuleSpec | None:
+def _find_spec(name: str) -> importlib.machinery.ModuleSpec | None:
+    """Return the spec of a module, None if the module or its parent is not installed."""
     try:
         return importlib.util.find_spec(name)
-    except ModuleNotFoundError:  # not even its parent
+    except ModuleNotFoundError:  # its parent is not installed
         return None
 
 
 def compile_case(case: Case, gpu: str) -> Outcome:
-    """Compiles a case for a GPU of `targets`; whatever goes wrong is in the outcome."""
+    """Compile a case for a GPU of `targets`. Errors are returned in the outcome, not raised."""
     start = time.perf_counter()
     status, message, program = "compiled", "", ""
     with tempfile.TemporaryFile() as output:
         try:
-            with _captured(output.fileno()):
+            with _captured_output(output.fileno()):
                 program = _compile(case, gpu)
         except NotImplementedError as error:
             status, message = "refused", str(error)
-        except Exception as error:  # noqa: BLE001 (whatever the compiler raises is what is to be reported)
+        except Exception as error:  # noqa: BLE001 (any error of the compiler is to be reported)
             status, message = "failed", f"{type(error).__name__}: {error}"
         output.seek(0)
         kernels = parse(output.read().decode(errors="replace"))
@@ -122,6 +127,7 @@ def compile_case(case: Case, gpu: str) -> Outcome:
 
 
 def _compile(case: Case, gpu: str) -> str:
+    """Return the compiled HLO of a case."""
     import jax
     from jax.sharding import NamedSharding, PartitionSpec
 
@@ -135,12 +141,13 @@ def _compile(case: Case, gpu: str) -> str:
     with jax.set_mesh(mesh):
         text = jax.jit(function).lower(*arguments).compile().as_text() or ""
     if moves := sorted(set(_MOVES.findall(text))):
-        raise RuntimeError(f"the program of two GPUs moves arguments between them: {', '.join(moves)}")
+        raise RuntimeError(f"the program for two GPUs moves arguments between them: {', '.join(moves)}")
     return text
 
 
 @functools.cache
 def _mesh(gpu: str, count: int) -> Any:
+    """Return a mesh of described GPUs with one axis, "x"."""
     import jax
     import numpy as np
 
@@ -148,7 +155,13 @@ def _mesh(gpu: str, count: int) -> Any:
 
 
 def described_devices(gpu: str, hosts: int = 1, per_host: int = 1) -> list[Any]:
-    """GPUs of `targets` that need not be here, numbered host by host."""
+    """Return devices to compile for, without those GPUs, numbered host by host.
+
+    Args:
+        gpu: one of `targets`.
+        hosts: number of hosts; default 1.
+        per_host: GPUs per host; default 1.
+    """
     from jax.experimental import topologies
 
     description = (_TARGETS / f"{gpu}.txtpb").read_text(encoding="utf-8")
@@ -157,11 +170,11 @@ def described_devices(gpu: str, hosts: int = 1, per_host: int = 1) -> list[Any]:
 
 
 @contextlib.contextmanager
-def _captured(file: int) -> Iterator[None]:
-    """Sends what this process prints to a file, from C++ too."""
+def _captured_output(file: int) -> Iterator[None]:
+    """Redirect stdout and stderr of this process to a file descriptor, including output of C++ code."""
     sys.stdout.flush()
     sys.stderr.flush()
-    kept = [os.dup(stream) for stream in (1, 2)]
+    saved = [os.dup(stream) for stream in (1, 2)]
     for stream in (1, 2):
         os.dup2(file, stream)
     try:
@@ -169,6 +182,6 @@ def _captured(file: int) -> Iterator[None]:
     finally:
         sys.stdout.flush()
         sys.stderr.flush()
-        for stream, copy in zip((1, 2), kept, strict=True):
+        for stream, copy in zip((1, 2), saved, strict=True):
             os.dup2(copy, stream)
             os.close(copy)

@@ -1,4 +1,4 @@
-"""The function that a case stands for, and the shapes of its arguments."""
+"""The function that a case compiles, and the shapes of its arguments."""
 
 from collections.abc import Callable
 from typing import Any
@@ -13,35 +13,35 @@ BATCH, HEADS = 2, 4
 
 
 def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-    """(a function, its arguments as shapes and types).
+    """Return the function to compile and its arguments as shapes and types.
 
-    A forward program returns the results of the public function; a gradient takes their cotangents and returns the
-    gradient in every array, without the forward results: with them, what only the forward pass needs would be compiled
-    a second time.
+    A forward program returns the results of the public function. A gradient program takes their cotangents and returns
+    the gradient in every array, but not the forward results: with them, the kernels that only the forward pass needs
+    would be compiled a second time.
     """
     arrays, results, call = _PROGRAMS[case.function](case)
     if case.mapped:
-        more = lambda x: jax.ShapeDtypeStruct((case.mapped, *x.shape), x.dtype)
-        (arrays, results), call = jax.tree.map(more, (arrays, results)), jax.vmap(call)
+        mapped = lambda x: jax.ShapeDtypeStruct((case.mapped, *x.shape), x.dtype)
+        (arrays, results), call = jax.tree.map(mapped, (arrays, results)), jax.vmap(call)
     if not case.gradient:
         return call, (arrays,)
     variables = {name: x for name, x in arrays.items() if x.dtype != bool}
-    rest = {name: x for name, x in arrays.items() if x.dtype == bool}
+    constants = {name: x for name, x in arrays.items() if x.dtype == bool}
 
-    def gradient(variables: dict[str, jax.Array], rest: dict[str, jax.Array], cotangents: Any) -> Any:
-        return jax.vjp(lambda given: call(given | rest), variables)[1](cotangents)
+    def gradient(variables: dict[str, jax.Array], constants: dict[str, jax.Array], cotangents: Any) -> Any:
+        return jax.vjp(lambda given: call(given | constants), variables)[1](cotangents)
 
-    return gradient, (variables, rest, results)
+    return gradient, (variables, constants, results)
 
 
 def splits(case: Case, arguments: Any, axis: str) -> Any:
-    """How the arguments of a program lie on the GPUs of a mesh axis: a PartitionSpec for each."""
+    """Return a PartitionSpec for each argument of a program: its split over the GPUs of a mesh axis."""
 
     def split(path: tuple[Any, ...], x: Any) -> P:
         name = getattr(path[-1], "key", None) or ("out", "state")[path[-1].idx]
         if case.sharded == "batch":
             return P() if name == "center" else P(axis)
-        heads = {"center": 0, "restart": None, "restarts": None, **dict.fromkeys(_STATES, 1)}.get(name, 2)
+        heads = {"center": 0, "restart": None, "resets": None, **dict.fromkeys(_STATES, 1)}.get(name, 2)
         return P() if heads is None else P(*[None] * heads, axis)
 
     return jax.tree.map_with_path(split, arguments)
@@ -60,8 +60,8 @@ def _delta_rule(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     key_dim, value_dim, dtype = case.key_dim, case.value_dim or case.key_dim, jnp.dtype(case.dtype)
     keys = _array(BATCH, case.length, HEADS // 2 if "grouped" in case.options else HEADS, key_dim, dtype=dtype)
     values = _array(BATCH, case.length, HEADS, value_dim, dtype=dtype)
-    memory = _array(BATCH, HEADS, key_dim, value_dim)
-    arrays = {"q": keys, "k": keys, "v": values, "beta": _array(BATCH, case.length, HEADS), "initial_state": memory}
+    state = _array(BATCH, HEADS, key_dim, value_dim)
+    arrays = {"q": keys, "k": keys, "v": values, "beta": _array(BATCH, case.length, HEADS), "initial_state": state}
     if case.decay == "scalar":
         arrays["log_decay"] = _array(BATCH, case.length, HEADS)
     elif case.decay == "channel":
@@ -69,9 +69,9 @@ def _delta_rule(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     if "write-key" in case.options:
         arrays["write_key"] = _array(BATCH, case.length, HEADS, key_dim, dtype=dtype)
     if "documents" in case.options:
-        arrays["restarts"] = _array(BATCH, case.length, dtype=bool)
+        arrays["resets"] = _array(BATCH, case.length, dtype=bool)
     options = {"erase": "no-erase" not in case.options, "scale": key_dim**-0.5}
-    return arrays, (values, memory), lambda given: delta_rule(**given, **options)
+    return arrays, (values, state), lambda given: delta_rule(**given, **options)
 
 
 def _hypergradient(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
@@ -101,9 +101,9 @@ def _gram(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     arrays = {"k": _array(*keys, dtype=dtype), "log_decay": tokens, "gain": tokens, "center": _array(HEADS)}
     arrays["initial"] = state
     if "documents" in case.options:
-        arrays["restarts"] = _array(BATCH, case.length, dtype=bool)
+        arrays["resets"] = _array(BATCH, case.length, dtype=bool)
     out = _array(*keys, dtype=dtype if multiply else jnp.float32)
-    return arrays, (out, state), lambda given: gram(**({"restarts": None} | given), squash=1.5, multiply=multiply)
+    return arrays, (out, state), lambda given: gram(**({"resets": None} | given), squash=1.5, multiply=multiply)
 
 
 _PROGRAMS: dict[str, Callable[[Case], tuple[dict[str, Any], Any, Callable[..., Any]]]] = {

@@ -1,4 +1,4 @@
-"""A run as a table for a terminal, as a page and as data."""
+"""The results of a run as a table on a terminal, as a Markdown page and as JSON data."""
 
 import dataclasses
 from collections import Counter
@@ -13,11 +13,16 @@ from pallas_kernels.aot.record import Record
 
 COLUMNS = ("kernel", "registers", "spill stores", "spill loads", "shared memory", "blocks", "barriers", "remarks")
 
-_LINES = 12  # of an exception's message
+_MESSAGE_LINES = 12  # of an exception, in the output
 
 
 def as_data(outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> dict[str, Any]:
-    """What --json writes."""
+    """Return the data that --json writes.
+
+    Args:
+        outcomes: of the run.
+        about: command, date, GPU and versions of the run.
+    """
     cases = [dataclasses.asdict(outcome) for outcome in outcomes]
     for case, outcome in zip(cases, outcomes, strict=True):
         for data, kernel in zip(case["kernels"], outcome.kernels, strict=True):
@@ -26,7 +31,14 @@ def as_data(outcomes: Sequence[Outcome], about: Mapping[str, Any]) -> dict[str, 
 
 
 def show(console: Console, outcomes: Sequence[Outcome], record: Record, title: str) -> None:
-    """Prints the table, the assembler's remarks and what is wrong or better than recorded."""
+    """Print the table, the assembler's remarks and the differences from the record.
+
+    Args:
+        console: to print to.
+        outcomes: of the run.
+        record: to judge them by.
+        title: of the table.
+    """
     table = Table(title=title, title_justify="left")
     table.add_column("case, kernel", overflow="fold")
     for name in COLUMNS[1:]:
@@ -34,21 +46,21 @@ def show(console: Console, outcomes: Sequence[Outcome], record: Record, title: s
     table.add_column("result")
     for outcome in outcomes:
         table.add_row(outcome.name, *[""] * len(COLUMNS[1:]), _result(outcome, record))
-        for kernel, *numbers in _rows(outcome):
-            table.add_row(f"  {kernel}", *numbers)
+        for kernel, *figures in _rows(outcome):
+            table.add_row(f"  {kernel}", *figures)
         table.add_section()
     console.print(table)
     lines = [f"{count} × the assembler: {remark}" for remark, count in _remarks(outcomes)]
     for outcome in outcomes:
         lines += [f"better: {outcome.name}: {text}" for text in record.improvements(outcome)]
     for outcome in outcomes:
-        lines += [f"wrong: {outcome.name}: {_start(text)}" for text in record.problems(outcome)]
+        lines += [f"wrong: {outcome.name}: {_shortened(text)}" for text in record.problems(outcome)]
     for line in lines:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 
 
 def summary(outcomes: Sequence[Outcome], record: Record, versions: Mapping[str, str]) -> str:
-    """A run in a sentence or two."""
+    """Return a summary of a run in one or two sentences."""
     kernels = sum(len(outcome.kernels) for outcome in outcomes)
     wrong = sum(bool(record.problems(outcome)) for outcome in outcomes)
     text = f"{len(outcomes)} cases, {kernels} kernels: {f'{wrong} wrong' if wrong else 'all as recorded'}."
@@ -58,22 +70,22 @@ def summary(outcomes: Sequence[Outcome], record: Record, versions: Mapping[str, 
 
 
 def as_markdown(outcomes: Sequence[Outcome], record: Record, about: Mapping[str, Any]) -> str:
-    """What --markdown writes."""
+    """Return the Markdown page that --markdown writes."""
     lines = [
-        f"# What the assembler says of the kernels, {about['gpu'].upper()}",
+        f"# Assembler report of the kernels, {about['gpu'].upper()}",
         "",
         f"{about['date']}, {_list(about['versions'])}:",
         f"`{about['command']}`.",
-        "Compiled without a GPU. Registers and spills (in bytes) are per thread, shared memory (in bytes) and named",
-        "barriers per block; blocks are those that one multiprocessor holds at once.",
+        "Compiled without a GPU. Registers and spills (in bytes) are per thread; shared memory (in bytes) and named",
+        "barriers are per block; blocks is the number of blocks that one multiprocessor holds at once.",
         "",
         "| case | " + " | ".join(COLUMNS) + " | result |",
         "| --- | --- |" + " ---: |" * (len(COLUMNS) - 1) + " --- |",
     ]
     for outcome in outcomes:
-        for number, row in enumerate(_rows(outcome) or [("",) * len(COLUMNS)]):
-            ends = (outcome.name, _result(outcome, record)) if number == 0 else ("", "")
-            lines.append("| " + " | ".join((ends[0], *row, ends[1])) + " |")
+        for index, row in enumerate(_rows(outcome) or [("",) * len(COLUMNS)]):
+            case, result = (outcome.name, _result(outcome, record)) if index == 0 else ("", "")
+            lines.append("| " + " | ".join((case, *row, result)) + " |")
     remarks = [f"- {count} × {remark}" for remark, count in _remarks(outcomes)]
     if remarks:
         lines += ["", "Remarks of the assembler:", "", *remarks]
@@ -81,17 +93,19 @@ def as_markdown(outcomes: Sequence[Outcome], record: Record, about: Mapping[str,
 
 
 def _rows(outcome: Outcome) -> list[tuple[str, ...]]:
+    """Return a row of `COLUMNS` for each kernel."""
     rows = []
     for kernel in outcome.kernels:
-        numbers = (kernel.registers, kernel.spill_stores, kernel.spill_loads)
+        figures = (kernel.registers, kernel.spill_stores, kernel.spill_loads)
         shared = "?" if kernel.shared_memory is None else f"{kernel.shared_memory:,}"
         blocks = "?" if kernel.blocks is None else str(kernel.blocks)
-        rest = (str(kernel.barriers), str(len(kernel.remarks) or ""))
-        rows.append((kernel.name, *map(str, numbers), shared, blocks, *rest))
+        barriers, remarks = str(kernel.barriers), str(len(kernel.remarks) or "")
+        rows.append((kernel.name, *map(str, figures), shared, blocks, barriers, remarks))
     return rows
 
 
 def _result(outcome: Outcome, record: Record) -> str:
+    """Return the verdict on a case in one or two words."""
     if outcome.status == "failed":
         return "failed"
     if outcome.status == "refused":
@@ -100,15 +114,17 @@ def _result(outcome: Outcome, record: Record) -> str:
 
 
 def _list(versions: Mapping[str, str]) -> str:
+    """Return versions as "name version, name version"."""
     return ", ".join(f"{name} {version}" for name, version in versions.items())
 
 
-def _start(text: str) -> str:
-    """The first lines of a message; all of it is in the data."""
+def _shortened(text: str) -> str:
+    """Return the first lines of a message; the data hold the whole message."""
     lines = text.splitlines()
-    return "\n".join(lines[:_LINES] + ["..."] * (len(lines) > _LINES))
+    return "\n".join(lines[:_MESSAGE_LINES] + ["..."] * (len(lines) > _MESSAGE_LINES))
 
 
 def _remarks(outcomes: Sequence[Outcome]) -> list[tuple[str, int]]:
+    """Return the different remarks with their counts, the most frequent first."""
     counts = Counter(remark for outcome in outcomes for kernel in outcome.kernels for remark in kernel.remarks)
     return counts.most_common()

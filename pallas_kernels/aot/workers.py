@@ -1,4 +1,7 @@
-"""Compiles cases in processes of their own: the compiler may end its process, and takes no settings once it runs."""
+"""Worker processes that compile the cases.
+
+The compiler may abort its process, and it ignores settings that are made after it has started.
+"""
 
 import multiprocessing
 from collections.abc import Iterator, Sequence
@@ -11,18 +14,24 @@ from pallas_kernels.aot.compiler import Outcome, compile_case
 
 
 def compile_cases(cases: Sequence[Case], gpu: str, jobs: int) -> Iterator[Outcome]:
-    """The outcomes in the order of the cases, each as soon as it and those before it are known."""
-    free: SimpleQueue[_Worker] = SimpleQueue()
+    """Yield the outcomes in the order of the cases, each as soon as it and all before it are known.
+
+    Args:
+        cases: to compile.
+        gpu: one of `compiler.targets`.
+        jobs: number of worker processes.
+    """
+    idle: SimpleQueue[_Worker] = SimpleQueue()
     workers = [_Worker() for _ in range(jobs)]
     for worker in workers:
-        free.put(worker)
+        idle.put(worker)
 
     def compile_next(case: Case) -> Outcome:
-        worker = free.get()
+        worker = idle.get()
         try:
             return worker.compile(case, gpu)
         finally:
-            free.put(worker)
+            idle.put(worker)
 
     threads = ThreadPoolExecutor(jobs)
     try:
@@ -34,7 +43,7 @@ def compile_cases(cases: Sequence[Case], gpu: str, jobs: int) -> Iterator[Outcom
 
 
 class _Worker:
-    """One process that goes on, and a new one after it has ended."""
+    """A process that compiles one case after another and is replaced when it dies."""
 
     def __init__(self) -> None:
         self.pool = self._start()

@@ -1,6 +1,5 @@
 """Token shards: the same however they are made, resumed after any interruption, refused where they are not whole."""
 
-import io
 import json
 import os
 import signal
@@ -10,12 +9,10 @@ import time
 
 import numpy as np
 import pytest
-from rich.console import Console
 
 from osdn_jax.data import PreparedTokens, TokenizedDocuments, TokenWindows, is_prepared, load_manifest, load_tokenizer
-from osdn_jax.data.manifest import Shard
 from osdn_jax.data.prepare import main, prepare
-from osdn_jax.data.prepare_bar import PrepareBar
+from osdn_jax.progress import PrepareBar
 from support.corpora import TEXTS, documents, write_jsonl, write_parquet, write_sentencepiece, write_tokenizer
 
 
@@ -148,9 +145,9 @@ def test_an_interrupted_run_is_gone_on_with(corpus, tmp_path, monkeypatch, sourc
         write_jsonl(tmp_path / "set" / "rows.jsonl")
         path = f"hf:{tmp_path / 'set'}"
     made(corpus, tmp_path / "want", source=path)
-    from osdn_jax.data import encoding
+    from osdn_jax.data.shards import encoder
 
-    real, count = encoding._record, [0]
+    real, count = encoder._record, [0]
 
     def interrupted(*arguments):
         count[0] += 1
@@ -159,7 +156,7 @@ def test_an_interrupted_run_is_gone_on_with(corpus, tmp_path, monkeypatch, sourc
         return real(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(encoding, "_record", interrupted)
+        patch.setattr(encoder, "_record", interrupted)
         with pytest.raises(KeyboardInterrupt):
             made(corpus, tmp_path / "out", source=path)
     left = contents(tmp_path / "out")
@@ -397,18 +394,6 @@ def test_the_command_ends_in_one_line_of_what_there_is(corpus, tmp_path, command
     assert out.splitlines()[-1].startswith(summary)
     status, out, _ = command(*arguments, "--workers", 1)
     assert (status, out.count("\n")) == (0, 1)
-
-
-def test_a_terminal_gets_a_bar():
-    console = Console(file=io.StringIO(), force_terminal=True, width=120, color_system=None)
-    with PrepareBar(1000, console=console) as bar:
-        bar.skipped(Shard(documents=3, tokens=40, text_bytes=400, file_bytes=1, end={}))
-        bar.advance(tokens=20, text_bytes=100)
-        bar.finished(1)
-    shown = console.file.getvalue()
-    assert "4 documents  60 tokens" in shown
-    assert "\u2501" * 20 in shown
-    assert "is complete" not in shown
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from osdn_jax.data import (
     training_batches,
 )
 from osdn_jax.data.prepare import prepare
-from osdn_jax.data.streamed import digest
+from osdn_jax.data.streamed_windows import digest
 from support.corpora import TEXTS, documents, write_jsonl, write_sentencepiece, write_tokenizer
 
 T = 5

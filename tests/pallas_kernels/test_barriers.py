@@ -7,15 +7,16 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import product, read, smem
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.gram import gram
 from pallas_kernels.hypergradient import hypergradient
-from pallas_kernels.tiles import launch, product, read, smem
 from support.barriers import faults
 
 B, T, H = 1, 128, 1
 PER_TOKEN = jax.ShapeDtypeStruct((B, T, H), jnp.float32)
-RESTARTS = jnp.zeros((B, T), bool)
+RESETS = jnp.zeros((B, T), bool)
 
 
 def keys(size, dtype=jnp.bfloat16):
@@ -42,7 +43,7 @@ def check(names, function, *arguments):
 @pytest.mark.parametrize("erase", [True, False])
 @pytest.mark.parametrize("decay", [None, "scalar", "channel"])
 def test_delta_rule(decay, erase, size):
-    rule = functools.partial(delta_rule, erase=erase, scale=1.0, pieces=2, restarts=RESTARTS)
+    rule = functools.partial(delta_rule, erase=erase, scale=1.0, splits=2, resets=RESETS)
     q, memory = keys(size), state(size, size)
     names = "delta_rule_recur delta_rule_recur_back delta_rule_gradients "
     names += "delta_rule_prepare_channel delta_rule_channel_gradients" if decay == "channel" else "delta_rule_prepare"
@@ -58,7 +59,7 @@ def test_delta_rule(decay, erase, size):
 @pytest.mark.parametrize("size", [64, 256])
 @pytest.mark.parametrize("multiply", [True, False])
 def test_gram(multiply, size):
-    run = lambda k, decay, gain, center, start: gram(k, decay, gain, center, 1.5, start, RESTARTS, multiply=multiply)
+    run = lambda k, decay, gain, center, start: gram(k, decay, gain, center, 1.5, start, RESETS, multiply=multiply)
     center = jax.ShapeDtypeStruct((H,), jnp.float32)
     check("gram gram_back", run, keys(size), PER_TOKEN, PER_TOKEN, center, state(size))
 

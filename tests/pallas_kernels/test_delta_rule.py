@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from osdn_jax import ops
 from osdn_jax.ops import mosaic_gpu, selection
 from pallas_kernels import delta_rule as kernels
-from pallas_kernels.pieces import piece_count
+from pallas_kernels.delta_rule.split_sequence import split_count
 from support import assert_close, random_like, value_and_gradient
 from support.cases import RESETS, delta, growth, strong_decay, unit
 from support.interpreter import assert_no_races
@@ -144,9 +144,9 @@ def test_near_parallel_keys_without_a_cotangent_on_the_memory():
 def test_nothing(shape):
     """Values and gradients of nothing, in the shapes and types of nothing."""
     state = jnp.ones((shape[0], shape[2], 64, 64))
-    keys, rows, restarts = jnp.zeros((*shape, 64), jnp.bfloat16), jnp.zeros(shape), jnp.zeros(shape[:2], bool)
+    keys, rows, resets = jnp.zeros((*shape, 64), jnp.bfloat16), jnp.zeros(shape), jnp.zeros(shape[:2], bool)
     x = dict.fromkeys("qkv", keys) | {"beta": rows, "log_decay": rows, "initial_state": state}
-    (o, memory), pull = jax.vjp(lambda x: kernels.delta_rule(**x, restarts=restarts, scale=1.0, interpret=True), x)
+    (o, memory), pull = jax.vjp(lambda x: kernels.delta_rule(**x, resets=resets, scale=1.0, interpret=True), x)
     assert (o.shape, o.dtype) == (keys.shape, jnp.bfloat16)
     np.testing.assert_array_equal(memory, state)
     (gradient,) = pull((o, memory))
@@ -186,14 +186,14 @@ def test_shared_key_heads_equal_repeated_ones():
 @pytest.mark.parametrize(("decay", "batch", "length"), [("scalar", 2, 130), ("channel", 1, 70)])
 def test_pieces_that_run_at_once_equal_the_sequence(decay, batch, length):
     case = delta("pieces", length=length, batch=batch, key_heads=1, heads=1, key_dim=64, value_dim=64, decay=decay)
-    x, restarts = rounded(case.arrays), jnp.zeros((batch, length), bool).at[0, length - 5].set(True)
+    x, resets = rounded(case.arrays), jnp.zeros((batch, length), bool).at[0, length - 5].set(True)
 
     def in_pieces(x):
-        o, memory = kernels.delta_rule(**x, scale=0.125, restarts=restarts, pieces=2, interpret=True)
+        o, memory = kernels.delta_rule(**x, scale=0.125, resets=resets, splits=2, interpret=True)
         return {"o": o, "memory": memory}
 
     def by_scan(x):
-        documents = jnp.cumsum(restarts, axis=1, dtype=jnp.int32)
+        documents = jnp.cumsum(resets, axis=1, dtype=jnp.int32)
         o, memory = ops.delta_rule(**x, segment_ids=documents, implementation="scan")
         return {"o": o, "memory": memory}
 
@@ -215,7 +215,7 @@ def test_pieces_that_run_at_once_equal_the_sequence(decay, batch, length):
     ],
 )
 def test_how_many_pieces(shape, count):
-    assert piece_count(*shape) == count
+    assert split_count(*shape) == count
 
 
 def program(x):

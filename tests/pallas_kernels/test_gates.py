@@ -5,9 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.gates import COARSE, FINE, FROM_START, LOWEST, TO_END, clamped, gates_of, two_sums
-from pallas_kernels.hypergradient_parts import TO_END as FORGOTTEN_TO_END
-from pallas_kernels.hypergradient_parts import make_gates
+from pallas_kernels.common.gates import COARSE, FINE, FROM_START, LOWEST, TO_END, clamped, gates_of, two_sums
+from pallas_kernels.hypergradient.chunk import TO_END as FORGOTTEN_TO_END
+from pallas_kernels.hypergradient.chunk import make_gates
 
 RESETS = [-np.inf, -1e9, -1e6, float(np.finfo(np.float32).min)]
 

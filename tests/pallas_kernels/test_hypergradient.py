@@ -10,10 +10,10 @@ import pytest
 from osdn_jax.ops.gram import write_key
 from osdn_jax.ops.hypergradient import preconditioned
 from pallas_kernels.hypergradient import hypergradient
-from pallas_kernels.hypergradient_expand import expand
-from pallas_kernels.hypergradient_forward import walk
-from pallas_kernels.hypergradient_parts import Static, make_gates
-from pallas_kernels.hypergradient_prepare import prepare
+from pallas_kernels.hypergradient.chunk import Static, make_gates
+from pallas_kernels.hypergradient.expand import expand
+from pallas_kernels.hypergradient.prepare import prepare
+from pallas_kernels.hypergradient.scan import scan
 from support import assert_close, jit, random_like, value_and_gradient
 from support.interpreter import assert_no_races
 
@@ -209,7 +209,7 @@ def one_chunk(x, bounds):
     gates = make_gates(ETA * x["beta"], x["beta"], x.get("log_forget", zeros), zeros[:, :, 0])
     (inverse,) = prepare(x["k"], gates, None, static)
     states = x["restart"], jnp.broadcast_to(x.get("anchor", 0.0), x["initial"].shape)
-    starts, feedback, final, redone = walk(x["k"], gates, inverse, x["initial"], *states, static)
+    starts, feedback, final, redone = scan(x["k"], gates, inverse, x["initial"], *states, static)
     d = expand(x["k"], gates, starts, feedback, redone, *states, static=static, multiply=False)
     return (d, final), redone[0, :, 0]
 

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.tiles import launch
+from pallas_kernels.common.launch import launch
 from support.interpreter import assert_no_races
 
 

@@ -5,8 +5,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.inverse import SCRATCH, times_inverse, unit_lower_inverse
-from pallas_kernels.tiles import launch, read_global, smem, split
+from pallas_kernels.common.inverse import SCRATCH, times_inverse, unit_lower_inverse
+from pallas_kernels.common.launch import launch
+from pallas_kernels.common.tiles import read_global, smem, split
 from support.cases import unit
 from support.interpreter import assert_no_races
 

@@ -3,8 +3,8 @@
 import jax
 import pytest
 
+from osdn_jax.hardware import GPUS, gpu
 from osdn_jax.planning.devices import Topology, described_gpus, host_of, parse_topology, virtual_devices
-from osdn_jax.training.gpus import GPUS, gpu
 from pallas_kernels.aot.compiler import targets
 
 

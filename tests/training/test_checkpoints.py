@@ -502,7 +502,7 @@ def test_an_error_of_the_first_process_is_raised_in_every_one(tmp_path, monkeypa
     save(tmp_path / "run", 1)
     (tmp_path / "run" / "2").symlink_to(tmp_path)
     monkeypatch.setattr(distributed, "is_primary", lambda: first)
-    monkeypatch.setattr(distributed, "everywhere", lambda here: False)
+    monkeypatch.setattr(distributed, "all_processes", lambda here: False)
     words = "is a link to" if first else "process 0 cannot use .*run; its own message says why"
     with pytest.raises(CheckpointError, match=words):
         Checkpoints(tmp_path / "run")

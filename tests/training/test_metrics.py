@@ -1,11 +1,7 @@
 """The rows of a run: each once, whole, and where TensorBoard finds them too."""
 
-import errno
-import io
 import json
 import math
-import os
-import re
 import resource
 import signal
 import threading
@@ -13,14 +9,10 @@ import threading
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from rich.console import Console
 from tensorboardX.proto.event_pb2 import Event
 
 from osdn_jax.training import events as event_files
-from osdn_jax.training import plots, progress
-from osdn_jax.training.config import write_atomically
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
-from osdn_jax.training.progress import ProgressBar
 
 
 def steps(workdir):
@@ -212,123 +204,3 @@ def test_rewriting_the_rows_on_a_full_disk_names_the_file_and_keeps_it(tmp_path,
         MetricsWriter(tmp_path, resume_step=10)
     limited(resource.RLIM_INFINITY)
     assert steps(tmp_path) == list(range(1, 20))
-
-
-@pytest.mark.parametrize("broken", ["open", "fsync", "replace"])
-def test_errors_of_the_disk_name_the_file_whatever_fails(tmp_path, monkeypatch, broken):
-    def fail(*_, **__):
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, broken, fail)
-    for write in (
-        lambda: write_atomically(tmp_path / "config.json", "{}"),
-        lambda: plots.plot_loss({"osdn": rows(0.3)}, tmp_path / "loss.png"),
-    ):
-        with pytest.raises(OSError, match=r"No space left on device: '.*/(config\.json|loss\.png)'$"):
-            write()
-
-
-# Plots
-
-
-def rows(slope, start=3.0):
-    train = [
-        {"step": s, "tokens": 1000 * s, "train/bits_per_byte": start * s**-slope + 1.2 + 0.05 * math.sin(s * s)}
-        for s in range(1, 401)
-    ]
-    held_out = [
-        {"step": s, "tokens": 1000 * s, "validation/bits_per_byte": start * s**-slope + 1.25}
-        for s in range(50, 401, 50)
-    ]
-    return sorted(train + held_out, key=lambda row: row["step"])
-
-
-def test_plot_is_a_png_of_1200_by_750(tmp_path):
-    path = tmp_path / "loss.png"
-    plots.plot_loss({"osdn": rows(0.3), "delta_net": rows(0.25)}, path, lines={"xz -9": 2.2}, title="Bits per byte")
-    data = path.read_bytes()
-    assert data[:8] == b"\x89PNG\r\n\x1a\n"
-    assert (int.from_bytes(data[16:20]), int.from_bytes(data[20:24])) == (1200, 750)
-    assert [p.name for p in tmp_path.iterdir()] == ["loss.png"]
-
-
-def test_plot_needs_no_global_state_and_takes_gaps(tmp_path):
-    few = [
-        {"step": 1, "tokens": 10, "train/bits_per_byte": None},
-        {"step": 2, "tokens": 20, "train/bits_per_byte": 2.0},
-    ]
-    plots.plot_loss({"few": few}, tmp_path / "few.png", x="step")
-    assert (tmp_path / "few.png").stat().st_size > 1000
-
-
-def test_plot_without_anything_to_show_says_so(tmp_path):
-    with pytest.raises(ValueError, match=r"'empty' has neither 'train/bits_per_byte' nor 'validation/bits_per_byte'"):
-        plots.plot_loss({"empty": [{"step": 1, "tokens": 1, "loss": 1.0}]}, tmp_path / "x.png")
-    with pytest.raises(ValueError, match="no runs"):
-        plots.plot_loss({}, tmp_path / "x.png")
-    assert list(tmp_path.iterdir()) == []
-
-
-# Progress
-
-
-def test_progress_is_plain_lines_where_there_is_no_terminal():
-    out = io.StringIO()
-    with ProgressBar(1000, every=3600, console=Console(file=out, width=20)) as bar:
-        for step in range(1, 1001):
-            bar.update(step, tokens=1000, bits_per_byte=2.5)
-        bar.print("saved [bold]")
-    lines = out.getvalue().splitlines()
-    assert len(lines) == 3  # the first, the last, and the printed one
-    assert lines[0] == "step 1 of 1,000  2.500 bits per byte  the first step took 0 s"
-    assert re.fullmatch(r"step 1,000 of 1,000  2\.500 bits per byte  [\d.e+]+ [kMG] tokens/s  0 s left", lines[1])
-    assert lines[2] == "saved [bold]"
-    assert "\x1b" not in out.getvalue()
-
-
-def test_progress_speaks_every_so_many_seconds_and_knows_the_speed(monkeypatch):
-    clock = [0.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: clock[0])
-    out = io.StringIO()
-    bar = ProgressBar(5000, start_step=100, every=30, console=Console(file=out))
-    for step in range(101, 221):
-        clock[0] += 1.0
-        bar.update(step, tokens=2000)
-    lines = out.getvalue().splitlines()
-    assert [line.split("  ")[0] for line in lines] == [f"step {s} of 5,000" for s in (101, 131, 161, 191)]
-    assert lines[1].split("  ")[1:] == ["2 k tokens/s", "1 h 21 min left"]
-
-
-def test_progress_that_cannot_be_shown_is_one_warning(caplog):
-    class Full(io.StringIO):
-        def write(self, text):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    with ProgressBar(3, every=0, console=Console(file=Full())) as bar:
-        for step in range(1, 4):
-            bar.update(step, tokens=1)
-    (record,) = caplog.records
-    assert record.getMessage().endswith("standard output: [Errno 28] No space left on device")
-
-
-@pytest.mark.parametrize("terminal", [True, False])
-def test_an_exception_passes_and_the_terminal_is_left_in_order(terminal, monkeypatch):
-    monkeypatch.setenv("TERM", "xterm")
-    out = io.StringIO()
-    console = Console(file=out, force_terminal=terminal)
-    with pytest.raises(KeyError, match="mine"), ProgressBar(10, console=console) as bar:
-        bar.update(3, tokens=1, bits_per_byte=1.0)
-        raise KeyError("mine")
-    text = out.getvalue()
-    assert ("\x1b" in text) == terminal
-    assert text.count("\x1b[?25l") == text.count("\x1b[?25h")  # the cursor is shown again as often as hidden
-    assert text.removesuffix("\x1b[?25h").endswith("\n")
-    assert "1.000 bits per byte" in text
-
-
-@pytest.mark.parametrize(
-    ("seconds", "words"),
-    [(7.4, "7 s"), (66, "1 min 06 s"), (3 * 3600 + 300, "3 h 05 min"), (26 * 3600, "1 d 2 h"), (-1, "0 s")],
-)
-def test_durations(seconds, words):
-    assert progress._duration(seconds) == words

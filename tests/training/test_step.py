@@ -7,11 +7,9 @@ import optax
 import pytest
 from flax import nnx
 
-from osdn_jax.evaluation import likelihood_sums
-from osdn_jax.nn import CausalLM
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn import CausalLM, likelihood_sums
+from osdn_jax.nn.split import split_model
 from osdn_jax.training import StepConfig, TrainState, make_train_step
-from osdn_jax.training.stopwatch import Stopwatch
 from support import assert_close, jit, relative_error
 from support.models import LENGTH, SEGMENTS, VOCABULARY, model_config, parameters_of, tokens
 
@@ -101,7 +99,7 @@ def test_dropout_goes_by_the_state_of_the_run():
 
 
 def test_learns_one_batch_by_heart():
-    apply, parameters = functional(CausalLM(model_config("osdn"), rngs=nnx.Rngs(params=0)))
+    apply, parameters = split_model(CausalLM(model_config("osdn"), rngs=nnx.Rngs(params=0)))
     optimizer = optax.adam(2e-2)
     step = make_train_step(apply, optimizer)
     state, batch = start(parameters, optimizer), batch_of(tokens())
@@ -269,7 +267,7 @@ def test_an_update_that_is_not_finite_is_skipped():
 
 def test_trains_in_16_bits_with_master_weights_in_32():
     config = model_config("os_gdn", dtype="bfloat16", dropout=0.1)
-    apply, parameters = functional(CausalLM(config, rngs=nnx.Rngs(params=0)))
+    apply, parameters = split_model(CausalLM(config, rngs=nnx.Rngs(params=0)))
     optimizer = optax.adam(2e-2)
     step = make_train_step(apply, optimizer, StepConfig(ema=0.9))
     state = TrainState.create(parameters, optimizer, jax.random.key_data(jax.random.key(0)), ema=True)
@@ -284,28 +282,3 @@ def test_trains_in_16_bits_with_master_weights_in_32():
     assert losses[-1] < losses[0] - 0.5
     gradient = jax.eval_shape(jax.grad(lambda p: likelihood_sums(apply, p, batch_of(tokens())).nats), state.params)
     assert {x.dtype for x in gradient.values()} == {jnp.dtype("float32")}
-
-
-# The stopwatch
-
-
-def test_the_stopwatch_leaves_out_what_it_should(monkeypatch):
-    now = [100.0]
-    monkeypatch.setattr("osdn_jax.training.stopwatch.time.perf_counter", lambda: now[0])
-    clock = Stopwatch()
-    now[0] += 5
-    assert clock.rate(10) is None
-    clock.start()
-    assert clock.rate(10) is None
-    now[0] += 2
-    with clock.paused():
-        now[0] += 50
-        assert clock.seconds == 2
-    now[0] += 3
-    assert clock.seconds == 5
-    assert clock.rate(10) == 2.0
-    assert clock.rate(0) is None
-    with pytest.raises(KeyError), clock.paused():
-        raise KeyError
-    now[0] += 5
-    assert clock.rate(10) == 1.0  # it runs again, whatever happened inside

@@ -1,0 +1,55 @@
+"""Atomic writes, and errors of the operating system that name the file."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+
+@contextlib.contextmanager
+def naming_the_file(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Add the file's name to an OSError raised inside, such as that of a full disk.
+
+    Args:
+        path: the file that is written or read inside.
+
+    Raises:
+        OSError: the error raised inside, with `path` as its file name.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno is None:
+            raise OSError(f"{error}: {os.fspath(path)!r}") from error
+        raise OSError(error.errno, error.strerror, os.fspath(path)) from error
+
+
+def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
+    """Write a file so that a reader, or a crash, sees either the old content or the new, never part of it.
+
+    Args:
+        path: the file; its folder must exist.
+        data: the new content; text is encoded as UTF-8.
+
+    Raises:
+        OSError: the file cannot be written; the error names it, and the old content is still there.
+    """
+    with naming_the_file(path):
+        _write_atomically(Path(path), data)
+
+
+def _write_atomically(path: Path, data: str | bytes) -> None:
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(data.encode() if isinstance(data, str) else data)
+            file.flush()
+            os.fsync(file.fileno())
+        mask = os.umask(0)
+        os.umask(mask)
+        os.chmod(name, 0o666 & ~mask)  # mkstemp creates private files; this one gets the usual permissions
+        os.replace(name, path)
+    except BaseException:
+        Path(name).unlink(missing_ok=True)
+        raise

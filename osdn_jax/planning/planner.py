@@ -1,0 +1,212 @@
+"""The plan of a run: its training step compiled for devices that need not be here, and what follows from that."""
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from osdn_jax import hardware
+from osdn_jax._versions import installed
+from osdn_jax.nn import flops, parameter_formula
+from osdn_jax.planning import advice, devices, hlo, memory
+from osdn_jax.planning.program import Program, build_program
+from osdn_jax.training.config import ConfigError
+
+_REMATS = ("none", "blocks", "full")
+_PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax")
+
+
+@dataclasses.dataclass(frozen=True)
+class Traffic:
+    """Collectives of one kind among as many devices, in one step.
+
+    Args:
+        kind: such as "all-gather".
+        members: devices of a group.
+        across_hosts: whether groups reach over hosts.
+        count: how many.
+        sent: bytes that each device sends.
+        seconds: at the links' full speed; None without a GPU to go by.
+    """
+
+    kind: str
+    members: int
+    across_hosts: bool
+    count: int
+    sent: float
+    seconds: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `plan` found; bytes and FLOPs are those of each device, tokens and parameters those of all.
+
+    Args:
+        compiled_for: "gpu" or "cpu", of which temporaries and collectives are.
+        gpu: whose limits are meant; None for none.
+        formula: parameters by `osdn_jax.nn.parameter_formula`.
+        ceiling: the highest model FLOPs utilisation, if collectives hide behind products and nothing else takes time.
+        suggestions: by estimate, of each remat the fastest choice that fits what JAX takes by default, fastest first.
+        smallest: the choice of the least memory, by estimate.
+        seconds: to trace and lower, and to compile.
+    """
+
+    topology: str
+    compiled_for: str
+    gpu: hardware.GPU | None
+    mesh: dict[str, int]
+    rule: str
+    remat: str
+    accumulate: int
+    rows: int
+    length: int
+    parameters: int
+    formula: int
+    parameter_bytes: int
+    memory: memory.Memory
+    traffic: tuple[Traffic, ...]
+    uncounted_loops: int
+    flops: flops.Flops
+    model_flops: float
+    executed_flops: float
+    compute_seconds: float | None
+    traffic_seconds: float | None
+    ceiling: float | None
+    suggestions: tuple[advice.Option, ...]
+    smallest: advice.Option | None
+    seconds: dict[str, float]
+    versions: dict[str, str]
+
+    @property
+    def devices(self) -> int:
+        """Of the mesh."""
+        return devices.parse_topology(self.topology).devices
+
+    @property
+    def fits(self) -> bool | None:
+        """Whether the step fits in what JAX takes of a GPU by default; None without a GPU."""
+        return None if self.gpu is None else self.memory.total <= advice.DEFAULT_MEMORY_FRACTION * self.gpu.memory
+
+
+def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
+    """Compiles the training step of a run for a topology and says what it needs. Nothing is run or allocated.
+
+    It is compiled for GPUs where one is named and JAX's CUDA plugin is installed, for virtual devices of this machine's
+    CPU otherwise; those temporaries and collectives are of the CPU's compiler.
+
+    Args:
+        config: of the run.
+        topology: HOSTSxGPUS, such as "8x8".
+        gpu: a key of `hardware.GPUS`.
+
+    Raises:
+        ConfigError: the topology, the GPU or the configuration cannot be used; the message says why.
+    """
+    try:
+        shape = devices.parse_topology(topology)
+        chosen = None if gpu is None else hardware.gpu(gpu)
+        described = gpu is not None and devices.can_compile_for_gpus()
+        there = devices.described_gpus(shape, gpu) if described and gpu else devices.virtual_devices(shape)
+        program = build_program(config, there)
+        start = time.perf_counter()
+        lowered = program.lower()
+        middle = time.perf_counter()
+        compiled = lowered.compile()
+    except (ValueError, TypeError, OSError, ImportError) as error:
+        raise ConfigError(str(error)) from error
+    except (OverflowError, RuntimeError) as error:  # of a size that JAX or its compiler cannot count up to
+        said = " ".join(str(error).split())
+        raise ConfigError(f"a step of this configuration cannot be compiled: {said}") from error
+    seconds = {"lower": middle - start, "compile": time.perf_counter() - middle}
+
+    used = memory.measure(program, compiled)
+    found = hlo.parse(compiled.as_text() or "", program.mesh.size)
+    hosts = [devices.host_of(device, shape) for device in program.mesh.devices.flat]
+    traffic = _traffic(found.collectives, hosts, chosen)
+    length = config.sequence_length
+    each = flops.per_token(program.model, program.state.params, length)
+    tokens = config.batch_size * length / program.mesh.size
+    model, executed = each.training * tokens, {remat: each.executed(remat) * tokens for remat in _REMATS}
+    remat = program.model.remat
+    compute = sending = ceiling = smallest = None
+    suggestions: list[advice.Option] = []
+    if chosen is not None:
+        compute = executed[remat] / chosen.flops
+        sending = sum(row.seconds or 0.0 for row in traffic)
+        ceiling = model / chosen.flops / max(compute, sending)
+        costs = _costs(config, there, program, used, {name: n / chosen.flops for name, n in executed.items()}, sending)
+        rows = config.batch_size // (program.mesh.shape["data"] * program.mesh.shape["fsdp"])
+        suggestions = advice.suggest(costs, rows, advice.DEFAULT_MEMORY_FRACTION * chosen.memory)
+        smallest = min(advice.options(costs, rows), key=lambda option: option.memory)
+    return Plan(
+        topology=str(shape),
+        compiled_for="gpu" if described else "cpu",
+        gpu=chosen,
+        mesh=dict(program.mesh.shape),
+        rule=config.model.rule,
+        remat=remat,
+        accumulate=config.accumulate,
+        rows=config.batch_size,
+        length=length,
+        parameters=sum(x.size for x in program.state.params.values()),
+        formula=parameter_formula(program.model),
+        parameter_bytes=sum(x.size * x.dtype.itemsize for x in program.state.params.values()),
+        memory=used,
+        traffic=traffic,
+        uncounted_loops=found.uncounted_loops,
+        flops=each,
+        model_flops=model,
+        executed_flops=executed[remat],
+        compute_seconds=compute,
+        traffic_seconds=sending,
+        ceiling=ceiling,
+        suggestions=tuple(suggestions),
+        smallest=smallest,
+        seconds=seconds,
+        versions=installed(_PACKAGES),
+    )
+
+
+def _traffic(found: Sequence[hlo.Collective], hosts: Sequence[int], gpu: hardware.GPU | None) -> tuple[Traffic, ...]:
+    rows: dict[tuple[str, int, bool], tuple[int, float, float]] = {}
+    for one in found:
+        per_host = one.per_host(hosts)
+        key = (one.kind, one.members, per_host is not None)
+        count, sent, seconds = rows.get(key, (0, 0.0, 0.0))
+        rows[key] = (count + one.count, sent + one.sent, seconds + (_seconds(one.sent, per_host, gpu) if gpu else 0.0))
+    return tuple(Traffic(*key, count, sent, seconds if gpu else None) for key, (count, sent, seconds) in rows.items())
+
+
+def _seconds(sent: float, per_host: int | None, gpu: hardware.GPU) -> float:
+    # Over hosts the members of a host share what leaves it: as many rings as they have ports, NVLink in between.
+    return sent / (gpu.nvlink if per_host is None else min(gpu.nvlink, per_host * gpu.network))
+
+
+def _costs(
+    config: ConfigDict,
+    there: list[jax.Device],
+    program: Program,
+    used: memory.Memory,
+    compute: dict[str, float],
+    sending: float,
+) -> advice.Costs:
+    kept: dict[str, int] = {}
+    for remat in _REMATS:
+        if remat == program.model.remat:
+            kept[remat] = used.activations
+        else:
+            other: Any = config.copy_and_resolve_references()
+            other.model.remat = remat
+            kept[remat] = memory.activations(build_program(other, there))
+    gradients = min(used.parameters, used.temporaries)
+    return advice.Costs(
+        accumulate=config.accumulate,
+        fixed=used.total - used.activations - used.temporaries + gradients,
+        working=used.temporaries - gradients,
+        kept=kept,
+        compute=compute,
+        traffic=sending,
+    )

@@ -1,0 +1,214 @@
+"""The text of a run as windows: what `data` in its configuration stands for."""
+
+import itertools
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ml_collections import ConfigDict
+
+from osdn_jax.data import (
+    ByteTokenizer,
+    Document,
+    HubStream,
+    JoinedWindows,
+    Mixture,
+    PackedWindows,
+    PreparedTokens,
+    StreamedWindows,
+    TokenizedDocuments,
+    Tokenizer,
+    TokenWindows,
+    WindowSource,
+    is_prepared,
+    load_tokenizer,
+    parse_mixture,
+    read_documents,
+    shakespeare,
+    split_documents,
+)
+from osdn_jax.data.streamed_windows import digest
+from osdn_jax.data.streams import HUB
+from osdn_jax.training import fingerprints
+
+type Text = list[Document] | PreparedTokens
+type Counted = PackedWindows | TokenWindows
+
+_FIRST_DOCUMENTS = 16  # of a stream that nothing is held out of, for its fingerprint
+
+
+class Data(NamedTuple):
+    """What a run trains and validates on.
+
+    train: for `training_batches`.
+    held_out: windows of config.validation.sequence_length, for `validation_batches`.
+    tokens_per_byte, held_out_tokens_per_byte: tokens for each byte of text, in training (of a stream: in what is held
+        out of it) and in validation: bits per token times this is bits per byte. 1 where tokens are bytes.
+    summary: sizes in words.
+    fingerprints: of the text, the held-out text and the tokenizer, for checkpoints. A stream's is that of its first
+        documents: those that are held out, or a few.
+    """
+
+    train: WindowSource | StreamedWindows | Mixture
+    held_out: WindowSource
+    tokens_per_byte: float
+    held_out_tokens_per_byte: float
+    summary: str
+    fingerprints: dict[str, str]
+
+
+class _Part(NamedTuple):
+    """One source: windows to train on, what is held out of it, and the fingerprint of the text to train on."""
+
+    windows: Counted | StreamedWindows
+    held_out: Text | None
+    fingerprint: str
+
+
+def build_tokenizer(config: ConfigDict) -> Tokenizer:
+    """The tokenizer of a run.
+
+    Raises ValueError where its vocabulary is larger than model.vocab_size, and as `load_tokenizer`.
+    """
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    size = config.model.vocab_size
+    if size is not None and size < tokenizer.vocab_size:
+        raise ValueError(
+            f"model.vocab_size: got {size}, expected at least {tokenizer.vocab_size}, the vocabulary of "
+            f"data.tokenizer = {config.data.tokenizer}"
+        )
+    return tokenizer
+
+
+def build_corpus(config: ConfigDict) -> tuple[list[Document], list[Document]]:
+    """(training, validation) documents. Raises ValueError, TypeError or FileNotFoundError for unusable data."""
+    return _split_documents(config, config.data.path)
+
+
+def build_data(config: ConfigDict) -> Data:
+    """The windows of a run.
+
+    Raises:
+        ValueError: text that cannot be read or divided, prepared data of another tokenizer, a mixture that does not
+            read.
+        ConnectionError: the hub cannot be reached; FileNotFoundError, TypeError, ImportError: as the readers.
+    """
+    tokenizer, length = build_tokenizer(config), config.validation.sequence_length
+    paths, weights = _mixture(config)
+    parts = [(_streamed if path.startswith(HUB) else _stored)(config, path, tokenizer) for path in paths]
+    train = [part.windows for part in parts]
+    texts = [part.held_out for part in parts if part.held_out is not None]
+    if config.data.validation_path:
+        texts = [_whole(config, config.data.validation_path, tokenizer)]
+    held_out = [_windows(text, tokenizer, length) for text in texts]
+    counted = [windows for windows in train if not isinstance(windows, StreamedWindows)]
+    sizes = [_size(counted)] * bool(counted) + ["a stream"] * (len(counted) < len(train))
+    return Data(
+        train=train[0] if len(train) == 1 else Mixture(train, weights),
+        held_out=held_out[0] if len(held_out) == 1 else JoinedWindows(held_out),
+        tokens_per_byte=_tokens_per_byte(counted or held_out),
+        held_out_tokens_per_byte=_tokens_per_byte(held_out),
+        summary=f"{' and '.join(sizes)} to train on, {_size(held_out, '')} held out",
+        fingerprints={
+            fingerprints.TEXT: fingerprints.of_several([part.fingerprint for part in parts]),
+            fingerprints.HELD_OUT: fingerprints.of_several([_fingerprint(text) for text in texts]),
+            fingerprints.TOKENIZER: fingerprints.of_tokenizer(tokenizer),
+        },
+    )
+
+
+def _fingerprint(text: Text) -> str:
+    return fingerprints.of_prepared(text) if isinstance(text, PreparedTokens) else fingerprints.of_documents(text)
+
+
+def _mixture(config: ConfigDict) -> tuple[list[str], list[float]]:
+    """(paths, weights). Raises ValueError."""
+    path, mixture = config.data.path, config.data.mixture
+    if not mixture:
+        return [path], [1.0]
+    if path:
+        raise ValueError(f"data.mixture: got {mixture!r} beside data.path = {path!r}; give one of them")
+    try:
+        parts = parse_mixture(mixture)
+    except ValueError as error:
+        raise ValueError(f"data.mixture: {error}") from error
+    return [path for path, _ in parts], [weight for _, weight in parts]
+
+
+def _stored(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
+    """A text on disk; nothing is held out where there is a text to validate on."""
+    train: Text
+    held_out: Text | None
+    if path and config.data.validation_path:
+        train, held_out = _whole(config, path, tokenizer), None
+    elif path and is_prepared(path):
+        train, held_out = _prepared(path, tokenizer).split(config.data.validation_fraction)
+    else:
+        train, held_out = _split_documents(config, path)
+    return _Part(_windows(train, tokenizer, config.sequence_length), held_out, _fingerprint(train))
+
+
+def _split_documents(config: ConfigDict, path: str) -> tuple[list[Document], list[Document]]:
+    if not path:
+        return shakespeare("train"), shakespeare("validation")
+    documents = read_documents(path, field=config.data.field)
+    train, validation = split_documents(documents, config.data.validation_fraction, config.seed)
+    return list(train), list(validation)
+
+
+def _whole(config: ConfigDict, path: str, tokenizer: Tokenizer) -> Text:
+    if path.startswith(HUB):
+        raise ValueError(f"data.validation_path: got {path!r}, expected a file or folder; prepare it first")
+    return _prepared(path, tokenizer) if is_prepared(path) else read_documents(path, field=config.data.field)
+
+
+def _prepared(path: str, tokenizer: Tokenizer) -> PreparedTokens:
+    tokens = PreparedTokens(path)
+    tokens.manifest.check_tokenizer(tokenizer, path)
+    return tokens
+
+
+def _streamed(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
+    """A stream, of which the first documents are held out where there is no text to validate on."""
+    settings = config.data
+
+    def opened(shard_index: int, shard_count: int) -> HubStream:
+        return HubStream(
+            path,
+            field=settings.field,
+            subset=settings.subset,
+            split=settings.split,
+            shard_index=shard_index,
+            shard_count=shard_count,
+        )
+
+    held_out = None
+    if not settings.validation_path:
+        if settings.validation_documents < 1:
+            raise ValueError(f"data.validation_documents: got {settings.validation_documents}, expected at least 1")
+        held_out = list(itertools.islice(opened(0, 1), settings.validation_documents))
+    first = itertools.islice(opened(0, 1), _FIRST_DOCUMENTS) if held_out is None else held_out
+    windows = StreamedWindows(
+        opened,
+        tokenizer,
+        config.sequence_length,
+        held_out=[digest(document) for document in held_out or ()],
+        shuffle=settings.shuffle_windows,
+    )
+    return _Part(windows, held_out, fingerprints.of_documents(first))
+
+
+def _windows(text: Text, tokenizer: Tokenizer, length: int) -> Counted:
+    if isinstance(text, PreparedTokens):
+        return TokenWindows(text, length)
+    if isinstance(tokenizer, ByteTokenizer):
+        return PackedWindows(text, length)
+    return TokenWindows(TokenizedDocuments(text, tokenizer), length)
+
+
+def _tokens_per_byte(windows: Sequence[Counted | StreamedWindows]) -> float:
+    counted = [part for part in windows if not isinstance(part, StreamedWindows)]
+    return sum(part.text_tokens for part in counted) / sum(part.text_bytes for part in counted)
+
+
+def _size(windows: Sequence[Counted], of_what: str = " of text") -> str:
+    return f"{sum(part.text_bytes for part in windows) / 1e6:.2f} MB{of_what}"

@@ -1,0 +1,1 @@
+"""Building blocks of all kernels: tiles, gates, the triangular inverse, launching and partitioning."""

@@ -1,0 +1,257 @@
+"""The asymmetric gated delta rule on Hopper GPUs: the kernels in order, their gradient, and what they do not serve."""
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from pallas_kernels.common.gates import BETA, FROM_START, clamped, from_chunks, gates_of, pad_to_multiple, segments_of
+from pallas_kernels.common.partitioning import Axes, Heads, per_shard
+from pallas_kernels.common.shard_map import match_varying_axes
+from pallas_kernels.common.tiles import CHUNK
+from pallas_kernels.delta_rule.gradients import D_CUMULATIVE, D_END, Z_WRITE, gradients
+from pallas_kernels.delta_rule.gradients_channel_decay import gradients_channel_decay
+from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions, prepare
+from pallas_kernels.delta_rule.prepare_channel_decay import prepare_channel_decay
+from pallas_kernels.delta_rule.scan import scan
+from pallas_kernels.delta_rule.scan_backward import scan_backward
+from pallas_kernels.delta_rule.split_sequence import final_state_gradients, initial_states, split_count
+
+DIMENSIONS = (64, 128, 256)
+_TYPES = (jnp.bfloat16, jnp.float16)
+
+
+def limitation(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, w: jax.Array | None) -> str | None:
+    """Why the kernels cannot serve these arguments, naming the argument; None where they can."""
+    for name, x in (("q", q), ("v", v)):
+        if x.dtype not in _TYPES:
+            return f"{name}: got {x.dtype}, the kernels take bfloat16 or float16"
+        if x.shape[-1] not in DIMENSIONS:
+            return f"{name}: got a head dimension of {x.shape[-1]}, the kernels take 64, 128 or 256"
+    for name, other in (("k", k), ("v", v), ("write_key", w)):
+        if other is not None and other.dtype != q.dtype:
+            return f"{name}: got {other.dtype} beside a q of {q.dtype}, the kernels take one type"
+    if beta.dtype != jnp.float32:
+        return f"beta: got {beta.dtype}, the kernels keep gates and memory in float32"
+    return None
+
+
+class Inputs(NamedTuple):
+    """Arrays of a call; optional parts are None.
+
+    With P splits of every sequence B is B P, and T is T / P, a multiple of 64, but for the initial memory.
+    """
+
+    q: jax.Array  # [B, T, Hk, K]
+    k: jax.Array  # [B, T, Hk, K]
+    w: jax.Array | None  # [B, T, Hk or H, K]; None where it is k
+    v: jax.Array  # [B, T, H, V]
+    beta: jax.Array  # [B, T, H] float32
+    log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K] float32
+    initial: jax.Array  # [B, H, K, V] float32
+
+
+def delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    beta: jax.Array,
+    *,
+    write_key: jax.Array | None = None,
+    log_decay: jax.Array | None = None,
+    erase: bool = True,
+    scale: float,
+    initial_state: jax.Array,
+    resets: jax.Array | None = None,
+    splits: int | None = None,
+    interpret: bool = False,
+) -> tuple[jax.Array, jax.Array]:
+    """S = decay S; S += beta w (v - S^T k)^T; o = scale S^T q, in chunks of 64 tokens.
+
+    Products run on the tensor cores in the type of q with float32 sums; (I + A)^-1, gates and the memory are float32.
+    A gradient keeps the inputs alone and runs the forward recurrence again.
+
+    Args:
+        q, k: [B, T, Hk, K] bfloat16 or float16, K of 64, 128 or 256; any T.
+        v: [B, T, H, V] of the same type, H a multiple of Hk, V of 64, 128 or 256.
+        beta: [B, T, H] float32.
+        write_key: w, [B, T, Hk or H, K]; default k.
+        log_decay: [B, T, H] or per channel [B, T, H, K] float32.
+        erase: False leaves out S^T k.
+        scale: factor on the outputs.
+        initial_state: [B, H, K, V] float32.
+        resets: [B, T] bool; True resets the state to zeros before that token.
+        splits: number of splits of the sequence that run in parallel; default: enough to fill the GPU if heads are few.
+        interpret: run on any machine, slowly, in Pallas' interpreter, which also looks for races.
+
+    Returns:
+        (o [B, T, H, V] in the type of v, final memory [B, H, K, V] float32).
+
+    Raises:
+        NotImplementedError: the kernels do not serve these types or shapes; see `limitation`.
+    """
+    reason = limitation(q, k, v, beta, write_key)
+    if reason is not None:
+        raise NotImplementedError(reason)
+    if 0 in v.shape[:3]:
+        return jnp.zeros_like(v), initial_state
+    channel = log_decay is not None and log_decay.ndim == 4
+    options = DeltaRuleOptions(
+        scale=scale,
+        erase=erase,
+        decay=log_decay is not None and not channel,
+        resets=resets is not None,
+        interpret=interpret,
+        splits=splits,
+    )
+    log_decay = None if log_decay is None else clamped(log_decay)
+    inputs = Inputs(q, k, write_key, v, beta, log_decay, initial_state)
+    return _delta_rule(*match_varying_axes((inputs, resets)), options)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _delta_rule(inputs: Inputs, resets: jax.Array | None, options: DeltaRuleOptions) -> tuple[jax.Array, jax.Array]:
+    out, final = _per_shard(_forward, inputs, resets, (), ("b.h.", "bh.."), options)
+    return out, final
+
+
+def _delta_rule_fwd(inputs: Inputs, resets: jax.Array | None, options: DeltaRuleOptions) -> Any:
+    return _delta_rule(inputs, resets, options), (inputs, resets)
+
+
+def _delta_rule_bwd(options: DeltaRuleOptions, saved: Any, cotangents: Any) -> Any:
+    inputs, resets = saved
+    q, k, w, *_ = inputs
+    count = 2 + options.erase  # with those of v, beta and the first memory, and perhaps log_decay, after them
+    results = [*["b.h."] * (count + 1), "b.h", "bh..", *filter(None, [_axes(inputs).log_decay])]
+    found = _per_shard(_backward, inputs, resets, tuple(cotangents), results, options)
+    keys, (d_v, d_beta, d_initial, *rest) = found[:count], found[count:]
+    d_log_decay = rest[0] if rest else None
+    d_q, d_w = _per_key_head(keys[0], q), _per_key_head(keys[-1], k if w is None else w)
+    d_k = _per_key_head(keys[1], k) if options.erase else jnp.zeros_like(k)
+    if w is None:
+        return Inputs(d_q, d_k + d_w, None, d_v, d_beta, d_log_decay, d_initial), None
+    return Inputs(d_q, d_k, d_w, d_v, d_beta, d_log_decay, d_initial), None
+
+
+def _per_shard(
+    function: Any, inputs: Inputs, resets: Any, cotangents: Any, results: Sequence[Axes], options: DeltaRuleOptions
+) -> list[jax.Array]:
+    arguments = (inputs, resets, cotangents)
+    axes = (_axes(inputs), None if resets is None else "b.", ("b.h.", "bh..")[: len(cotangents)])
+    heads = Heads(inputs.q.shape[2], inputs.v.shape[2] // inputs.q.shape[2])
+    return per_shard(function, arguments, axes, results, options, heads=heads, interpret=options.interpret)
+
+
+def _axes(inputs: Inputs) -> Any:
+    """What `per_shard` is to know of every one of the inputs."""
+    keys, w = "b.k.", inputs.w
+    writes = None if w is None else keys if w.shape[2] == inputs.q.shape[2] else "b.h."
+    decays = None if inputs.log_decay is None else "b.h."[: inputs.log_decay.ndim]
+    axes: tuple[Any, ...] = (keys, keys, writes, "b.h.", "b.h", decays, "bh..")
+    return Inputs(*axes)
+
+
+class _Splits(NamedTuple):
+    """How the sequences of a device are cut; splits are more of a batch."""
+
+    number: int
+    batch: int
+    length: int
+
+    def cut(self, x: jax.Array) -> jax.Array:
+        """[B, T, ...] -> [B P, T / P, ...]; the tokens that fill the last chunks write and decay nothing."""
+        return pad_to_multiple(x, CHUNK * self.number).reshape(self.batch * self.number, -1, *x.shape[2:])
+
+    def join(self, x: jax.Array) -> jax.Array:
+        """The inverse."""
+        return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.length]
+
+    def first(self, x: jax.Array) -> jax.Array:
+        """Of [B P, ...] that of the first piece."""
+        return x.reshape(self.batch, self.number, *x.shape[1:])[:, 0]
+
+    def last(self, x: jax.Array) -> jax.Array:
+        """Of [B P, ...] that of the last piece."""
+        return x.reshape(self.batch, self.number, *x.shape[1:])[:, -1]
+
+
+def _cut(
+    inputs: Inputs, resets: jax.Array | None, options: DeltaRuleOptions
+) -> tuple[_Splits, Inputs, jax.Array | None]:
+    """Return the splits, the inputs cut into them (except the initial state), and the segment of each token."""
+    batch, length, heads, value_dim = inputs.v.shape
+    chunks, count = -(-length // CHUNK), options.splits
+    if count is None:
+        count = split_count(batch, heads, chunks, inputs.q.shape[3], value_dim)
+    splits = _Splits(count, batch, length)
+    segment = None if resets is None else segments_of(splits.cut(resets))
+    tokens = {name: splits.cut(x) for name, x in inputs._asdict().items() if x is not None and name != "initial"}
+    return splits, inputs._replace(**tokens), segment
+
+
+def _prepare(inputs: Inputs, segment: jax.Array | None, options: DeltaRuleOptions, *, gradient: bool) -> Chunks:
+    q, k, log_decay = inputs.q, inputs.k, inputs.log_decay
+    w = k if inputs.w is None else inputs.w
+    gates = gates_of(inputs.beta, log_decay if options.decay else None, segment)
+    if log_decay is None or options.decay:
+        return prepare(q, k, w, gates, options, gradient=gradient)
+    return prepare_channel_decay(q, k, w, log_decay, gates, options, gradient=gradient)
+
+
+def _forward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRuleOptions) -> list[jax.Array]:
+    """(outputs, final memory)."""
+    splits, inputs, segment = _cut(*arguments[:2], options)
+    initial = inputs.initial
+    chunks = _prepare(inputs, segment, options, gradient=False)
+    if splits.number > 1:
+        initial, _ = initial_states(chunks, inputs.v, initial, options)
+    out, final = scan(chunks, inputs.v, initial, options, keep="outputs")
+    return [splits.join(out), splits.last(final)]
+
+
+def _backward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRuleOptions) -> list[jax.Array]:
+    """Gradients of q, k (with erase) and w by value head, of v, beta, the initial memory and, if any, log_decay."""
+    splits, inputs, segment = _cut(*arguments[:2], options)
+    initial, log_decay = inputs.initial, inputs.log_decay
+    d_out, d_final = splits.cut(arguments[2][0]), arguments[2][1]
+    # R is beta times what a token's prediction misses, and the gradient of beta is that times Z: beta is kept from 0.
+    smallest = 2.0 ** (-20 if inputs.q.dtype == jnp.bfloat16 else -10)
+    beta = jnp.where(jnp.abs(inputs.beta) < smallest, smallest, inputs.beta)
+    chunks = _prepare(inputs._replace(beta=beta), segment, options, gradient=True)
+    if splits.number > 1:
+        initial, through = initial_states(chunks, inputs.v, initial, options)
+        own = scan_backward(chunks, d_out, jnp.zeros_like(initial), options).d_initial
+        d_final = final_state_gradients(through, own, d_final)
+    # Shared memory holds what rounding takes away for V up to 128 only.
+    rests = inputs.v.shape[3] <= 128
+    write, states, rest = scan(chunks, inputs.v, initial, options, keep="states")
+    back = scan_backward(chunks, d_out, d_final, options, rests=rests and log_decay is not None)
+    results = gradients(chunks, d_out, [write, rest] if rests else [write], back, states, options)
+    keys, (rows, keep, *pairs) = results[: 2 + options.erase], results[2 + options.erase :]
+    gates, decays = chunks.gates, []
+    if options.decay:
+        # The last token's sum also decays what the chunk writes and keeps.
+        left = jnp.sum(rows[..., D_END, :], axis=(3, 4)) + jnp.sum(keep, axis=-1) * gates[..., FROM_START, -1]
+        d_sums = jnp.sum(rows[..., D_CUMULATIVE, :], axis=3).at[..., -1].add(left)
+        decays = [from_chunks(lax.cumsum(d_sums, axis=3, reverse=True))]
+    elif log_decay is not None and chunks.carry is not None:
+        q, k, w = inputs.q, inputs.k, inputs.k if inputs.w is None else inputs.w
+        *keys, inside = gradients_channel_decay(q, k, w, log_decay, pairs, keys, options)
+        keys = keys if options.erase else [keys[0], keys[-1]]
+        decays = [inside + jnp.repeat((chunks.carry * keep).swapaxes(1, 2), CHUNK, axis=1)]
+    d_beta = from_chunks(rows[..., 0, Z_WRITE, :] / gates[..., BETA, :])
+    d_keys, d_values, d_decays = ([splits.join(x) for x in group] for group in (keys, (back.d_v, d_beta), decays))
+    return [*d_keys, *d_values, splits.first(back.d_initial), *d_decays]
+
+
+def _per_key_head(gradient: jax.Array, x: jax.Array) -> jax.Array:
+    """Sums gradients [B, T, H, K] over the value heads that read one head of x."""
+    shape = (*x.shape[:3], gradient.shape[2] // x.shape[2], x.shape[3])
+    return jnp.sum(gradient.reshape(shape), axis=3, dtype=jnp.float32).astype(x.dtype)
+
+
+_delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd)
