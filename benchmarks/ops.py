@@ -39,7 +39,7 @@ from osdn_jax.compare import (
 from osdn_jax.compare.machine import load
 from osdn_jax.compare.measure import quartiles
 from osdn_jax.compare.report import duration, size
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.split import split_model
 from osdn_jax.ops import chunkwise
 
 RESULTS = Path(__file__).parent / "results"
@@ -290,7 +290,7 @@ def _model(rule: str, batch: int, tokens: int, width: int, checked: bool) -> Con
     """The gradient of the loss of the demo's model."""
     mixer = nn.mixer_config(rule, width=width, heads=2, key_dim=width // 2, value_dim=width // 2)
     config = nn.ModelConfig(vocab_size=256, layers=2, mixer=mixer, mlp_dim=2 * width)
-    apply, parameters = functional(nn.CausalLM(config, rngs=nnx.Rngs(0)))
+    apply, parameters = split_model(nn.CausalLM(config, rngs=nnx.Rngs(0)))
     ids, text = packed_ids(batch, tokens), np.random.default_rng(0).integers(0, 256, (batch, tokens))
 
     def loss(parameters: dict) -> jax.Array:

@@ -10,7 +10,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from benchmarks import ops as benchmark
 from osdn_jax.compare import (
     COMPARED_RULES,
     TOLERANCES,
@@ -33,19 +32,6 @@ from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
 from support import assert_close, jit
 
 SMALL = "B1T5H2Hk1K3V2"
-KEYS = {
-    "command",
-    "date",
-    "device",
-    "cpu",
-    "cpu_cores",
-    "jax",
-    "jaxlib",
-    "numpy",
-    "python",
-    "load_at_start",
-    "load_at_end",
-}
 
 
 @pytest.fixture
@@ -426,17 +412,3 @@ def test_the_picture_is_a_png_with_a_label_for_every_curve(tmp_path):
     with pytest.raises(ValueError, match="nothing to plot"):
         plot_results(results[-1:], tmp_path / "q.png", title="Title")
     assert not (tmp_path / "q.png").exists()
-
-
-def test_the_benchmark_runs_and_keeps_what_it_does_not_measure(tmp_path, capsys):
-    file = tmp_path / "ops-cpu.json"
-    file.write_text(json.dumps({"auto": {"environment": dict.fromkeys(KEYS), "figures": [], "measurements": []}}))
-    record = benchmark.main(["--quick", "--sections", "forward", "--out", str(tmp_path)])
-    saved = json.loads(file.read_text())
-    assert list(saved) == list(record) == ["auto", "forward"]
-    assert set(saved["forward"]["environment"]) >= KEYS
-    assert {r["implementation"] for r in saved["forward"]["measurements"]} == {"scan", "chunk"}
-    assert len(saved["forward"]["figures"]) == 3
-    row = "| decay channel, B1T16H2D8: time of chunk / scan |"
-    assert row in capsys.readouterr().out
-    assert row in (tmp_path / "ops-cpu.md").read_text()
