@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.nn.functional import Parameters
+from osdn_jax.nn.split import Parameters
 
 
 def choose(
@@ -77,7 +77,7 @@ def sample(
     """Yields tokens that go on from a prompt, each as soon as it is drawn.
 
     Args:
-        apply: (parameters, tokens [1, T], states) -> (logits [1, T, vocabulary], states), as of `nn.functional`.
+        apply: (parameters, tokens [1, T], states) -> (logits [1, T, vocabulary], states), as of `nn.split_model`.
         parameters: of the model.
         prompt: at least one token.
         tokens: how many to draw.

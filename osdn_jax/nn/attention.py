@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from osdn_jax.nn import initializers
 from osdn_jax.nn.config import AttentionConfig
 from osdn_jax.nn.layers import RMSNorm, linear
-from osdn_jax.nn.parallel import part_of
+from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
 from osdn_jax.ops import checks
 from osdn_jax.ops.containment import contained
@@ -44,8 +44,8 @@ class SoftmaxAttention(nnx.Module):
         """layers: of the whole model, for the scale at which the last projection starts."""
         self.config, self.dtype = config, dtype
         width, results = config.width, config.heads * config.value_dim
-        self.queries, self.keys = config.heads * config.key_dim, config.read_heads * config.key_dim
-        outputs = self.queries + self.keys + config.read_heads * config.value_dim
+        self.queries, self.keys = config.heads * config.key_dim, config.num_key_heads * config.key_dim
+        outputs = self.queries + self.keys + config.num_key_heads * config.value_dim
         self.project = linear(width, outputs, dtype, rngs=rngs)  # q, k and v at once
         self.output = linear(results, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
         self.gate = linear(width, results, dtype, rngs=rngs) if config.output_gate else None
@@ -58,14 +58,15 @@ class SoftmaxAttention(nnx.Module):
         self.query_norm, self.key_norm = norm(), norm()
 
     @property
-    def joined(self) -> dict[str, tuple[int, ...]]:
-        """What lies side by side in parameters that make several things."""
-        values = self.config.read_heads * self.config.value_dim
+    def fused(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of the projections fused along the last axis of a parameter, by the parameter's name."""
+        values = self.config.num_key_heads * self.config.value_dim
         return {"project/kernel": (self.queries, self.keys, values)}
 
-    def part(self, count: int) -> nnx.GraphDef:
-        """The graph of the mixer that has one in count of the heads; as `DeltaMixer.part`."""
-        heads, key_heads = (part_of(name, getattr(self.config, name), count) for name in ("heads", "read_heads"))
+    def shard(self, count: int) -> nnx.GraphDef:
+        """Return the graph of the mixer with 1/count of the heads; see `TensorParallel`."""
+        heads = shard_size("heads", self.config.heads, count)
+        key_heads = shard_size("key_heads", self.config.num_key_heads, count)
         return _graph(dataclasses.replace(self.config, heads=heads, key_heads=key_heads), self.dtype)
 
     def __call__(
@@ -95,7 +96,7 @@ class SoftmaxAttention(nnx.Module):
         self, x: jax.Array, state: AttentionState | None, segment_ids: jax.Array | None, *, context_axis: str | None
     ) -> tuple[jax.Array, AttentionState]:
         config = self.config
-        (batch, length), heads = x.shape[:2], config.read_heads
+        (batch, length), heads = x.shape[:2], config.num_key_heads
         if segment_ids is not None:
             segment_ids = checks.segment_ids(segment_ids, (batch, length))
         q, k, v = jnp.split(self.project(x), [self.queries, self.queries + self.keys], axis=-1)
@@ -147,7 +148,7 @@ class SoftmaxAttention(nnx.Module):
 def _check_state(state: AttentionState, batch: int, config: AttentionConfig) -> None:
     if not isinstance(state, AttentionState):
         raise TypeError(f"state: got a {type(state).__name__}, expected the AttentionState of such a mixer or None")
-    lead = (batch, config.max_length, config.read_heads)
+    lead = (batch, config.max_length, config.num_key_heads)
     for name, x, shape in (
         ("keys", state.keys, (*lead, config.key_dim)),
         ("values", state.values, (*lead, config.value_dim)),

@@ -119,7 +119,7 @@ class MixerConfig:
             )
 
     @property
-    def read_heads(self) -> int:
+    def num_key_heads(self) -> int:
         """Hk, the key heads."""
         return self.key_heads or self.heads
 
@@ -127,7 +127,7 @@ class MixerConfig:
     def preconditioner_heads(self) -> int:
         """P: one preconditioner per value head where it follows that head's beta, else one per key head."""
         aware = self.preconditioner == "hypergradient" and self.hypergradient.beta_aware
-        return self.heads if aware else self.read_heads
+        return self.heads if aware else self.num_key_heads
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,7 +171,7 @@ class AttentionConfig:
             )
 
     @property
-    def read_heads(self) -> int:
+    def num_key_heads(self) -> int:
         """Hk, the heads of keys and values."""
         return self.key_heads or self.heads
 

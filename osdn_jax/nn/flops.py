@@ -58,7 +58,7 @@ def per_token(config: ModelConfig, parameters: Mapping[str, Any], length: int) -
 
     Args:
         config: of the model.
-        parameters: its arrays or their shapes by name, as of `nn.functional`.
+        parameters: its arrays or their shapes by name, as of `nn.split_model`.
         length: T, tokens of a sequence.
     """
     sizes = {name: math.prod(x.shape) for name, x in parameters.items()}

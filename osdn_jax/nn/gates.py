@@ -9,7 +9,7 @@ from flax import nnx
 from jaxtyping import Array, Float
 
 from osdn_jax.nn import initializers
-from osdn_jax.nn.layers import Exempt, linear
+from osdn_jax.nn.layers import NoDecayParam, linear
 
 _FORGET_BIAS = 6.9  # logistic(6.9) = 0.9990
 
@@ -27,8 +27,8 @@ class DecayGate(nnx.Module):
         outputs = heads * (channels or 1)
         self.down = None if channels is None else linear(width, channels, dtype, rngs=rngs)
         self.project = linear(channels or width, outputs, dtype, rngs=rngs)
-        self.log_rate = Exempt(initializers.log_decay_rate(rngs.params(), (heads,), jnp.float32))
-        self.bias = Exempt(initializers.time_step_bias(rngs.params(), (outputs,), jnp.float32))
+        self.log_rate = NoDecayParam(initializers.log_decay_rate(rngs.params(), (heads,), jnp.float32))
+        self.bias = NoDecayParam(initializers.time_step_bias(rngs.params(), (outputs,), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"] | Float[Array, "B T H K"]:
         """The log decay of each token, [B, T, H] or [B, T, H, K]."""
@@ -65,8 +65,8 @@ class ForgetGate(nnx.Module):
 
     def __init__(self, width: int, heads: int) -> None:
         """heads: of the preconditioner."""
-        self.kernel = Exempt(jnp.zeros((width, heads), jnp.float32))
-        self.bias = Exempt(jnp.full((heads,), _FORGET_BIAS, jnp.float32))
+        self.kernel = NoDecayParam(jnp.zeros((width, heads), jnp.float32))
+        self.bias = NoDecayParam(jnp.full((heads,), _FORGET_BIAS, jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T P"]:
         """The log of what is kept at each token."""

@@ -6,11 +6,11 @@ from flax import nnx
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn import initializers
-from osdn_jax.nn.parallel import part_of
+from osdn_jax.nn.parallel import shard_size
 from osdn_jax.ops import checks, collectives
 
 
-class Exempt(nnx.Param):
+class NoDecayParam(nnx.Param):
     """A parameter that weight decay leaves alone: gates, rates, preconditioners, norms, convolutions."""
 
 
@@ -33,7 +33,7 @@ class ShortConvolution(nnx.Module):
         """channels: features, each with its own taps; size: taps, the last one on the current token."""
         bound = size**-0.5  # PyTorch's Conv1d default, as in the papers' code
         taps = jax.random.uniform(rngs.params(), (size, channels), minval=-bound, maxval=bound)
-        self.kernel = Exempt(taps)
+        self.kernel = NoDecayParam(taps)
 
     def __call__(
         self,
@@ -97,13 +97,13 @@ class SwiGLU(nnx.Module):
         self.down = linear(hidden, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
 
     @property
-    def joined(self) -> dict[str, tuple[int, ...]]:
-        """What lies side by side in parameters that make several things."""
+    def fused(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of the projections fused along the last axis of a parameter, by the parameter's name."""
         return {"gate_and_up/kernel": (self.hidden, self.hidden)}
 
-    def part(self, count: int) -> nnx.GraphDef:
-        """The graph of the MLP that has one in count of the hidden units; as `DeltaMixer.part`."""
-        hidden = part_of("mlp_dim", self.hidden, count)
+    def shard(self, count: int) -> nnx.GraphDef:
+        """Return the graph of the MLP with 1/count of the hidden units; see `TensorParallel`."""
+        hidden = shard_size("mlp_dim", self.hidden, count)
         return nnx.graphdef(nnx.eval_shape(lambda: SwiGLU(self.width, hidden, 1, self.dtype, rngs=nnx.Rngs(0))))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:

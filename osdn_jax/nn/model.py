@@ -17,7 +17,7 @@ from osdn_jax.nn.parallel import look_up, over_mesh
 from osdn_jax.nn.sharding import ambient_mesh, constrain, module_with_auto_axes
 from osdn_jax.ops import checks
 
-State = MixerState | AttentionState
+BlockState = MixerState | AttentionState
 
 
 class Block(nnx.Module):
@@ -36,10 +36,10 @@ class Block(nnx.Module):
     def __call__(
         self,
         x: Float[Array, "B T D"],
-        state: State | None,
+        state: BlockState | None,
         segment_ids: Int[Array, "B T"] | None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], State | None]:
+    ) -> tuple[Float[Array, "B T D"], BlockState | None]:
         """Returns the residual stream after the block and the mixer's state after the last token (None over a mesh)."""
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         mixed, state = self._mix(self.mixer_norm(x), state, segment_ids)
@@ -60,7 +60,9 @@ class Block(nnx.Module):
             statistics["clipped"] = jnp.mean(((d <= lo) | (d >= hi)).astype(d.dtype))
         return statistics
 
-    def _mix(self, x: jax.Array, state: State | None, segment_ids: jax.Array | None) -> tuple[jax.Array, State | None]:
+    def _mix(
+        self, x: jax.Array, state: BlockState | None, segment_ids: jax.Array | None
+    ) -> tuple[jax.Array, BlockState | None]:
         mesh = ambient_mesh()
         if mesh is None:
             return self.mixer(x, state, segment_ids)
@@ -89,10 +91,10 @@ class CausalLM(nnx.Module):
     def __call__(
         self,
         tokens: Int[Array, "B T"],
-        states: tuple[State, ...] | None = None,
+        states: tuple[BlockState, ...] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T Vocab"], tuple[State | None, ...]]:
+    ) -> tuple[Float[Array, "B T Vocab"], tuple[BlockState | None, ...]]:
         """Logits of the token after each token, float32, and the states of the blocks after the last one.
 
         Under `jax.set_mesh` of a mesh with the axes of `nn.sharding` it runs over its devices, and keeps no states.
@@ -112,7 +114,7 @@ class CausalLM(nnx.Module):
         tokens = self._check_tokens(tokens)
         return module_with_auto_axes(CausalLM._logits, self, tokens, states, segment_ids, dropout_key)
 
-    def _logits(self, tokens: jax.Array, *more: Any) -> tuple[jax.Array, tuple[State | None, ...]]:
+    def _logits(self, tokens: jax.Array, *more: Any) -> tuple[jax.Array, tuple[BlockState | None, ...]]:
         x, after = self._features(tokens, *more)
         logits = constrain(self.embedding.attend(x) if self.head is None else self.head(x), "batch", "time", None)
         return logits.astype(jnp.float32), after
@@ -120,17 +122,17 @@ class CausalLM(nnx.Module):
     def features(
         self,
         tokens: Int[Array, "B T"],
-        states: tuple[State | None, ...] | None = None,
+        states: tuple[BlockState | None, ...] | None = None,
         segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: jax.Array | None = None,
-    ) -> tuple[Float[Array, "B T D"], tuple[State | None, ...]]:
+    ) -> tuple[Float[Array, "B T D"], tuple[BlockState | None, ...]]:
         """What the head reads, in the config's dtype, and the states; arguments as of a call."""
         tokens = self._check_tokens(tokens)
         return module_with_auto_axes(CausalLM._features, self, tokens, states, segment_ids, dropout_key)
 
     def _features(
         self, tokens: jax.Array, states: Any, segment_ids: jax.Array | None, dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, tuple[State | None, ...]]:
+    ) -> tuple[jax.Array, tuple[BlockState | None, ...]]:
         x = self._embed(tokens)
         if segment_ids is not None:
             segment_ids = checks.segment_ids(segment_ids, tokens.shape)
@@ -178,7 +180,7 @@ class CausalLM(nnx.Module):
         return embed(table, tokens) if ambient_mesh() is None else look_up(table, tokens)
 
     def _check_states(self, states: Any) -> None:
-        several = isinstance(states, (tuple, list)) and not isinstance(states, State)
+        several = isinstance(states, (tuple, list)) and not isinstance(states, BlockState)
         if not several or len(states) != self.config.layers:
             got = f"{len(states)} of them" if several else f"a {type(states).__name__}"
             raise ValueError(f"states: got {got}, expected a tuple of {self.config.layers}, one per block, or None")
@@ -189,16 +191,16 @@ class CausalLM(nnx.Module):
 def _run(
     parameters: Any,  # the state of `nnx.split`
     x: jax.Array,
-    state: State | None,
+    state: BlockState | None,
     segment_ids: jax.Array | None,
     dropout_key: jax.Array | None,
     *,
     graph: nnx.GraphDef,
     remat: str,
-) -> tuple[jax.Array, State | None]:
+) -> tuple[jax.Array, BlockState | None]:
     """A block, keeping for its gradient what ModelConfig.remat says and computing the rest again."""
 
-    def block(parameters: Any, *arguments: Any) -> tuple[jax.Array, State | None]:
+    def block(parameters: Any, *arguments: Any) -> tuple[jax.Array, BlockState | None]:
         return nnx.merge(graph, parameters)(*arguments)
 
     if remat != "none":

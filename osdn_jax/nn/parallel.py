@@ -5,20 +5,36 @@ are summed and parted again. Each device of the axis tensor computes a part of e
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
-from osdn_jax.nn.cross_entropy import DEFAULT_CHUNKS, Chunks, cross_entropy
+from osdn_jax.nn.chunked_loss import DEFAULT_CHUNKS, Chunks, cross_entropy
 from osdn_jax.nn.sharding import parameter_axes, spec
 from osdn_jax.ops import collectives
 
 
+@runtime_checkable
+class TensorParallel(Protocol):
+    """A module that `over_mesh` can split over the mesh axis tensor."""
+
+    @property
+    def fused(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of the projections fused along the last axis of a parameter, by the parameter's name."""
+
+    def shard(self, count: int) -> nnx.GraphDef:
+        """Return the graph of the module with 1/count of the heads or hidden units.
+
+        The sum of the shards' outputs is the output of the whole module. Raises ValueError if count does not divide
+        them.
+        """
+
+
 def over_mesh(
-    module: Any,
+    module: TensorParallel,
     kind: str,
     call: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
     mesh: jax.sharding.AbstractMesh,
@@ -28,15 +44,14 @@ def over_mesh(
     """call(module, x [B, T, D], segment_ids [B, T]), which returns [B, T, D], over a mesh.
 
     Args:
-        module: has `part(count)`, the graph of the module that one of count devices of the axis tensor runs, and
-            `joined`, what lies side by side in the last axis of a parameter that makes several things: {name: sizes}.
+        module: the module, whose output is a sum over its shards.
         kind: the module's name in `nn.sharding`: "mixer" or "mlp".
         call: runs a device's module on its part of x.
         mesh: that of `jax.set_mesh`.
         x: the residual stream.
         segment_ids: packed documents.
     """
-    graph = module.part(mesh.shape["tensor"])
+    graph = module.shard(mesh.shape["tensor"])
     places, axes, parameters = {}, {}, {}
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         name = "/".join(map(str, path))
@@ -45,11 +60,11 @@ def over_mesh(
         if variable.type is nnx.Param and value.ndim == 2:
             value = value.astype(x.dtype)  # as the layer would, but before it travels
         parameters[name] = [value]
-        if name in module.joined:
-            sizes = module.joined[name]
+        if name in module.fused:
+            sizes = module.fused[name]
             ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
             parameters[name] = jnp.split(value, ends, axis=-1)
-            axes[name] = ("width" if axes[name][0] == "joined" else None, "heads")
+            axes[name] = ("width" if axes[name][0] == "fused" else None, "heads")
 
     def body(parameters: dict[str, list[jax.Array]], x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         state = []
@@ -103,7 +118,7 @@ def cross_entropy_over_mesh(
     return jax.shard_map(body, in_specs=in_specs, out_specs=(tokens, tokens))(hidden, matrix, targets)
 
 
-def part_of(name: str, size: int, count: int) -> int:
+def shard_size(name: str, size: int, count: int) -> int:
     """size / count. Raises ValueError, naming what is to be split, where count does not divide it."""
     if size % count:
         raise ValueError(f"{name}: got {size}, expected a multiple of the {count} devices of the mesh axis tensor")

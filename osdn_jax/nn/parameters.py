@@ -1,9 +1,10 @@
-"""Counting parameters: of a model, and by closed formula."""
+"""Parameters: their number, counted and by closed formula, and which of them weight decay and Muon act on."""
 
 import jax
 from flax import nnx
 
 from osdn_jax.nn.config import AttentionConfig, MixerConfig, ModelConfig
+from osdn_jax.nn.layers import NoDecayParam
 
 
 def count_parameters(model: nnx.Module) -> int:
@@ -24,13 +25,13 @@ def mixer_formula(config: MixerConfig | AttentionConfig) -> int:
     width, heads, key_dim = config.width, config.heads, config.key_dim
     values = heads * config.value_dim
     if isinstance(config, AttentionConfig):
-        qkv = heads * key_dim + config.read_heads * (key_dim + config.value_dim)
+        qkv = heads * key_dim + config.num_key_heads * (key_dim + config.value_dim)
         outputs = 2 * values if config.output_gate else values
         return width * (qkv + outputs) + (2 * key_dim if config.qk_norm else 0)
-    qkv = 2 * config.read_heads * key_dim + values
+    qkv = 2 * config.num_key_heads * key_dim + values
     total = width * qkv + config.conv_size * qkv + values * width + config.value_dim
     if config.strength == "channel":
-        total += width * (config.read_heads * key_dim + values)
+        total += width * (config.num_key_heads * key_dim + values)
     elif config.erase or config.decay == "scalar":
         total += width * heads
     if config.output_gate:
@@ -45,3 +46,23 @@ def mixer_formula(config: MixerConfig | AttentionConfig) -> int:
     elif config.preconditioner == "gram":
         total += 2 * width * scales + 3 * scales
     return total
+
+
+# Projections to the gates of the recurrences and preconditioners, by their place in a block.
+_GATES = {"beta", "decay", "erase_gate", "write_gate", "gram_decay", "gram_gain"}
+
+
+def muon_mask(model: nnx.Module) -> dict[str, bool]:
+    """Return True for the weight matrices of the blocks, which Muon updates: not embeddings, head, gates or norms."""
+    return {
+        name: decayed and name.startswith("blocks/") and _GATES.isdisjoint(name.split("/"))
+        for name, decayed in weight_decay_mask(model).items()
+    }
+
+
+def weight_decay_mask(model: nnx.Module) -> dict[str, bool]:
+    """Return True for the parameters that weight decay acts on: matrices that are not a `NoDecayParam`."""
+    return {
+        "/".join(map(str, path)): x.get_value().ndim >= 2 and not issubclass(x.type, NoDecayParam)
+        for path, x in nnx.to_flat_state(nnx.state(model))
+    }

@@ -15,12 +15,12 @@ from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
-RULES: dict[str | None, Any] = {
+AXIS_RULES: dict[str | None, Any] = {
     "batch": ("data", "fsdp"),  # rows: copies of the model, and devices that share one copy's parameters
     "time": "context",  # tokens of a sequence
     "position": ("context", "tensor"),  # likewise, where every token is for itself: the loss
     "width": "fsdp",  # of the residual stream, in parameters
-    "joined": ("fsdp", "tensor"),  # likewise, of matrices that make several kinds of heads or units at once
+    "fused": ("fsdp", "tensor"),  # likewise, of matrices that make several kinds of heads or units at once
     "heads": "tensor",  # heads, and all that belongs to one head
     "hidden": "tensor",  # units of the MLP
     "vocabulary": "tensor",
@@ -31,9 +31,9 @@ RULES: dict[str | None, Any] = {
 _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding/embedding", ("vocabulary", "width")),
     (r"head/kernel", ("width", "vocabulary")),
-    (r"mlp/gate_and_up/kernel", ("joined", None)),
+    (r"mlp/gate_and_up/kernel", ("fused", None)),
     (r"mlp/down/kernel", ("hidden", "width")),
-    (r"mixer/project/kernel", ("joined", None)),
+    (r"mixer/project/kernel", ("fused", None)),
     (r"mixer/convolution/kernel", (None, None)),
     (r"mixer/output/kernel", ("heads", "width")),
     (r"mixer/decay/down/kernel", ("width", None)),
@@ -61,7 +61,7 @@ def parameter_spec(name: str) -> P:
 
 def spec(*axes: str | None) -> P:
     """Where an array with axes of these names lies."""
-    return P(*(RULES[axis] for axis in axes))
+    return P(*(AXIS_RULES[axis] for axis in axes))
 
 
 def with_auto_axes(call: Callable[..., Any], x: jax.Array, *arrays: Any) -> Any:
@@ -75,7 +75,7 @@ def with_auto_axes(call: Callable[..., Any], x: jax.Array, *arrays: Any) -> Any:
     if mesh is None:
         return call(x, *arrays)
     if set(MESH_AXES) <= set(mesh.axis_names):
-        rows, time = RULES["batch"], RULES["time"]
+        rows, time = AXIS_RULES["batch"], AXIS_RULES["time"]
     else:
         rows, time = jax.typeof(x).sharding.spec[0], None
     auto = jax.sharding.AbstractMesh(mesh.axis_sizes, mesh.axis_names, (AxisType.Auto,) * len(mesh.axis_names))

@@ -10,10 +10,10 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
-from osdn_jax.evaluation.likelihood import likelihood_sums
 from osdn_jax.nn import ModelConfig
-from osdn_jax.nn.functional import Parameters, functional
+from osdn_jax.nn.likelihood import likelihood_sums
 from osdn_jax.nn.sharding import MESH_AXES
+from osdn_jax.nn.split import Parameters, split_model
 from osdn_jax.training.build import build_model_config, build_step_config
 from osdn_jax.training.initial_state import shapes_at_start
 from osdn_jax.training.mesh import Layout, build_mesh, mesh_sizes
@@ -66,7 +66,7 @@ def build_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
     layout = Layout(mesh)
     step_config = build_step_config(config)
     model, optimizer, state = shapes_at_start(config, layout)
-    apply, _ = functional(model)
+    apply, _ = split_model(model)
     rows = layout.sharding("batch", "time")
     shape = (config.batch_size, config.sequence_length)
     return Program(

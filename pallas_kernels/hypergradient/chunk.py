@@ -21,6 +21,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.gates import to_chunks, two_sums
 from pallas_kernels.common.tiles import (
     CHUNK,
+    SLAB,
     column_scale,
     indices,
     products,
@@ -43,7 +44,6 @@ SUMS = (8, 9, 10, 11)  # of log_forget, up to and before the token, each as the 
 COARSE, FINE, COARSE_BEFORE, FINE_BEFORE = SUMS
 GATES = 12
 
-SLAB = 64  # channels that a kernel holds in registers at once
 SCAN_SLAB = 128  # channels that the scans over chunks hold in registers at once
 
 _TRANSPOSED = plgpu.Layout.WGMMA_TRANSPOSED

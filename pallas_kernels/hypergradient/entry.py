@@ -1,9 +1,9 @@
 """The hypergradient preconditioner of OSDN on Hopper's tensor cores, forward and backward, with exact projection.
 
-Five kernels. Forward: `prepare` solves every chunk of 64 tokens in parallel; `scan` takes the state from chunk to chunk,
-in closed form, or token by token if a value of the chunk leaves the bounds or the chunk has a reset after its first
-token; `expand` computes d before every token, or its write key, in parallel. Backward: `prepare` again, `expand` for the
-sequential chunks, `scan_backward` for the cotangent of the state, `gradients` for all gradients, in parallel.
+Five kernels. Forward: `prepare` solves every chunk of 64 tokens, in parallel; `scan` takes the state from chunk to
+chunk, in closed form, or token by token if a value of the chunk leaves the bounds or the chunk has a reset after its
+first token; `expand` computes d before every token, or its write key, in parallel. Backward: `prepare` again, `expand`
+for the sequential chunks, `scan_backward` for the cotangent of the state, `gradients` for all gradients, in parallel.
 """
 
 import functools
@@ -110,11 +110,11 @@ def _hypergradient_fwd(*arguments: Any) -> tuple[Any, Any]:
     axes = ("b.k.", "b.k", "b.k", forget, resets, *["bk."] * 3)
     results = ("b.k.", "bk.", *_CHUNKS[1:5])
     heads = Heads(arrays[0].shape[2])
-    out, final, *kept = per_shard(
+    out, final, gates, start, feedback, sequential = per_shard(
         _forward, tuple(arrays), axes, results, options, heads=heads, interpret=options.interpret
     )
     k, (after_reset, anchor) = arrays[0], arrays[6:]
-    return (out, final), Chunks(k, *kept, after_reset, anchor)
+    return (out, final), Chunks(k, gates, start, feedback, sequential, after_reset, anchor)
 
 
 def _hypergradient_bwd(options: HypergradientOptions, chunks: Chunks, cotangents: Any) -> Any:

@@ -9,10 +9,9 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.launch import BlockIndex, launch
-from pallas_kernels.common.tiles import CHUNK, read, smem
+from pallas_kernels.common.tiles import CHUNK, SLAB, read, smem
 from pallas_kernels.hypergradient.chunk import (
     GATES,
-    SLAB,
     Chunks,
     HypergradientOptions,
     channels,

@@ -1,4 +1,4 @@
-"""The gradients of the arrays that a chunk reads, from the cotangents of `scan_backward`, in parallel over all chunks."""
+"""The gradients of the arrays that a chunk reads, from the results of `scan_backward`, in parallel over all chunks."""
 
 from typing import Any, NamedTuple
 
@@ -10,6 +10,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.launch import BlockIndex, Phases, launch
 from pallas_kernels.common.tiles import (
     CHUNK,
+    SLAB,
     along_columns,
     column_scale,
     products,
@@ -27,7 +28,6 @@ from pallas_kernels.hypergradient.chunk import (
     FORGET,
     GATES,
     RESET,
-    SLAB,
     STEP,
     TO_END,
     Chunks,

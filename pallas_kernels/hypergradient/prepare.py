@@ -12,6 +12,7 @@ from pallas_kernels.common.inverse import unit_lower_inverse
 from pallas_kernels.common.launch import BlockIndex, Phases, launch
 from pallas_kernels.common.tiles import (
     CHUNK,
+    SLAB,
     column_scale,
     products,
     read,
@@ -25,7 +26,6 @@ from pallas_kernels.hypergradient.chunk import (
     BETA,
     DECAY_BEFORE,
     GATES,
-    SLAB,
     STEP,
     HypergradientOptions,
     channels,

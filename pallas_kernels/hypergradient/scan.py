@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.launch import BlockIndex, launch
-from pallas_kernels.common.tiles import CHUNK, column_scale, indices, read_rows, smem, zero_rows
+from pallas_kernels.common.tiles import CHUNK, SLAB, column_scale, indices, read_rows, smem, zero_rows
 from pallas_kernels.hypergradient.chunk import (
     BETA,
     DECAY_BEFORE,
@@ -23,7 +23,6 @@ from pallas_kernels.hypergradient.chunk import (
     RESET,
     RESET_INSIDE,
     SCAN_SLAB,
-    SLAB,
     STEP,
     TO_END,
     Chunks,
@@ -111,9 +110,9 @@ def scan(
         def advance(slot: Any) -> Any:
             """Write d after the chunk; return a value above 0 if a d inside of the chunk may be out of bounds.
 
-            The contribution of a token never grows after it. So every d of a channel is at least the smaller of d before
-            the chunk and its decayed value at the end, plus all negative contributions; and at most the larger of the
-            two, plus all positive ones.
+            The contribution of a token never grows after it. So every d of a channel is at least the smaller of d
+            before the chunk and its decayed value at the end, plus all negative contributions; and at most the larger
+            of the two, plus all positive ones.
             """
             gates = shared.gates.at[slot]
             chunk_decay = shared.gates[slot, DECAY_BEFORE, CHUNK - 1] * shared.gates[slot, FORGET, CHUNK - 1]

@@ -17,7 +17,7 @@ Gate = Callable[[int], Any]  # reads one scalar of this token's gates: gate(STEP
 
 
 def load_row(ref: Any) -> jax.Array:
-    """Return a vector [K] as float32, spread over the lanes of a warp; each warp holds it, and sums without a barrier."""
+    """Return a vector [K] as float32, spread over the lanes of every warp, so that a warp sums it without a barrier."""
     return plgpu.load(ref, layout=_row_layout(ref.shape[0])).astype(jnp.float32)
 
 

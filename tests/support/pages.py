@@ -25,7 +25,7 @@ class Block:
     follows: bool  # directly after the block before it, with nothing but blank lines between
 
     def __str__(self):
-        return f"{self.page.relative_to(ROOT)}:{self.line}"
+        return f"{self.page.name}:{self.line}"
 
 
 def blocks(page):

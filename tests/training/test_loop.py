@@ -15,7 +15,7 @@ from osdn_jax.generate import generate
 from osdn_jax.hardware import peak_flops
 from osdn_jax.nn import parameter_formula
 from osdn_jax.nn.flops import per_token
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.split import split_model
 from osdn_jax.training import (
     ConfigError,
     DivergedError,
@@ -88,7 +88,7 @@ def test_the_rows_of_a_run():
 def test_the_last_validation_is_of_every_byte_by_the_final_parameters():
     workdir, result = finished()
     config = tiny_config(text())
-    _, parameters = functional(build_model(config))
+    _, parameters = split_model(build_model(config))
     _, parameters = load_parameters(workdir / "checkpoints", parameters)
     _, held_out = build_corpus(config)
     windows = PackedWindows(held_out, config.validation.sequence_length)
@@ -269,7 +269,7 @@ def test_a_run_with_everything_on_goes_on_where_it_stopped(tmp_path, monkeypatch
     train(config, tmp_path / "halves", stop_at=4)
     result = train(config, tmp_path / "halves")
     assert_same_run(tmp_path / "halves", tmp_path / "whole", step=8)
-    apply, parameters = functional(build_model(config))
+    apply, parameters = split_model(build_model(config))
     found = {
         key: load_parameters(tmp_path / "whole" / "checkpoints", parameters, key=key)[1] for key in ("params", "ema")
     }
@@ -508,7 +508,7 @@ def test_mfu_where_the_peak_is_known(tmp_path, monkeypatch):
     config = tiny_config(text(), steps=6, validation__every=6, mesh__data=2, model__rule="linear_attention")
     train(config, tmp_path / "run")
     model = build_model_config(config)
-    flops = per_token(model, functional(build_model(config))[1], config.sequence_length).training
+    flops = per_token(model, split_model(build_model(config))[1], config.sequence_length).training
     measured = [row for row in read_metrics(tmp_path / "run") if "tokens_per_second" in row]
     assert len(measured) == 5
     for row in measured:

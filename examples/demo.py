@@ -90,7 +90,7 @@ def main(argv: Sequence[str] = ()) -> None:
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = command.Parser(prog="python -m osdn_jax.demo", description=(__doc__ or "").strip(), allow_abbrev=False)
+    parser = command.Parser(prog="python examples/demo.py", description=(__doc__ or "").strip(), allow_abbrev=False)
     parser.add_argument("--workdir", default=_WORKDIR, help=f"directory of both runs and the picture ({_WORKDIR})")
     parser.add_argument("--steps", type=int, help="of each model (default: as the configuration has it)")
     parser.add_argument("--seed", type=int, help="of parameters and data (default: as the configuration has it)")

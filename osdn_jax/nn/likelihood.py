@@ -1,18 +1,16 @@
-"""How well a model predicts text, in bits per byte."""
+"""Negative log likelihood of a batch: the sums that training and evaluation are made of."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jaxtyping import Array, Float
 
-from osdn_jax.data import Window
-from osdn_jax.nn.cross_entropy import DEFAULT_CHUNKS, Chunks, cross_entropy
-from osdn_jax.nn.functional import Parameters
+from osdn_jax.nn.chunked_loss import DEFAULT_CHUNKS, Chunks, cross_entropy
 from osdn_jax.nn.parallel import cross_entropy_over_mesh
 from osdn_jax.nn.sharding import ambient_mesh
+from osdn_jax.nn.split import Parameters
 
 
 class LikelihoodSums(NamedTuple):
@@ -26,7 +24,7 @@ class LikelihoodSums(NamedTuple):
 def likelihood_sums(
     apply: Callable[..., Any],
     parameters: Parameters,
-    batch: Window,
+    batch: Mapping[str, Any],
     *,
     chunks: Chunks = DEFAULT_CHUNKS,
     dropout_key: jax.Array | None = None,
@@ -34,7 +32,7 @@ def likelihood_sums(
     """The sums of a batch, without its logits in memory. A target of weight 0 may be any number.
 
     Args:
-        apply: of `nn.functional.functional`, of a model with the methods `features` and `unembedding`.
+        apply: of `nn.split_model`, of a model with the methods `features` and `unembedding`.
         parameters: of the model.
         batch: inputs, targets, segment_ids and weights, [B, T] each.
         chunks: as of `nn.cross_entropy`.
@@ -52,21 +50,3 @@ def likelihood_sums(
         return jnp.sum(jnp.where(weights == 0, 0.0, x) * weights)
 
     return LikelihoodSums(weighted(nats), weighted(jnp.square(normalizers)), jnp.sum(weights))
-
-
-def make_evaluate(
-    apply: Callable[..., Any], chunks: Chunks = DEFAULT_CHUNKS
-) -> Callable[[Parameters, Iterable[Window]], float]:
-    """The function (parameters, batches) -> bits per target token; one byte is one token here.
-
-    Every window starts with an empty memory, so longer windows are predicted better. Arguments as of
-    `likelihood_sums`.
-    """
-    step = jax.jit(lambda params, batch: likelihood_sums(apply, params, batch, chunks=chunks))
-
-    def evaluate(params: Parameters, batches: Iterable[Window]) -> float:
-        sums = [step(params, batch) for batch in batches]
-        nats, targets = np.sum([[float(x.nats), float(x.targets)] for x in sums], axis=0)
-        return float(nats / targets / np.log(2.0))
-
-    return evaluate
