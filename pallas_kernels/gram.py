@@ -28,11 +28,12 @@ from pallas_kernels.common.gates import (
     pair_rows_tile,
     segments_of,
 )
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import launch_flat
 from pallas_kernels.common.partitioning import Heads, per_shard
 from pallas_kernels.common.shard_map import match_varying_axes
 from pallas_kernels.common.tiles import (
     CHUNK,
+    SLAB,
     along_rows,
     column_scale,
     indices,
@@ -46,7 +47,6 @@ from pallas_kernels.common.tiles import (
     split_terms,
 )
 
-SLAB = 64  # key channels of one block
 _EPSILON = 1e-6
 _SIZES = (64, 128, 256)
 _GAIN = BETA  # the row of the gates that holds it
@@ -252,7 +252,7 @@ def _scan(arrays: tuple[Any, ...], options: GramOptions) -> list[jax.Array]:
     ]
     grid = {"batch": batch, "part": key_dim // SLAB, "head": heads}
     arguments = [k, gates_of(gain, log_decay, segment), center, initial]
-    return launch(body, "gram", out, grid, scratch, options.interpret, arguments)
+    return launch_flat(body, "gram", out, grid, scratch, options.interpret, arguments)
 
 
 def _multiplier(running: jax.Array, center: jax.Array, options: GramOptions) -> tuple[jax.Array, jax.Array]:
@@ -357,7 +357,7 @@ def _scan_backward(arrays: tuple[Any, ...], options: GramOptions) -> list[jax.Ar
     ]
     grid = {"batch": batch, "part": slabs, "head": heads}
     arguments = [k, gates_of(gain, log_decay, segment), center, starts, d_out, d_final]
-    d_k, sums, d_initial = launch(body, "gram_back", out, grid, scratch, options.interpret, arguments)
+    d_k, sums, d_initial = launch_flat(body, "gram_back", out, grid, scratch, options.interpret, arguments)
     sums = jnp.sum(sums, axis=3)  # over the slabs of key channels
     d_gain, d_log_decay, d_center = (sums[:, :, :, row] for row in (_D_GAIN, _D_LOG_DECAY, _D_CENTER))
     return [d_k, from_chunks(d_log_decay), from_chunks(d_gain), jnp.sum(d_center, axis=(2, 3)), d_initial]

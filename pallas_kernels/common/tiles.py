@@ -5,6 +5,7 @@ accumulators; both operands of a product lie in shared memory, in the inputs' 16
 """
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -13,7 +14,8 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-CHUNK = 64
+CHUNK = 64  # tokens
+SLAB = 64  # key channels that a block works on at a time
 
 _ROWS = plgpu.Layout.WGMMA.reduce(1)  # one number per row of an accumulator
 _COLUMNS = plgpu.Layout.WGMMA.reduce(0)
@@ -149,3 +151,8 @@ def opaque_address(*tiles: Any) -> list[Any]:
     """
     first = lax.optimization_barrier(jnp.int32(0))
     return [tile.at[pl.ds(first, tile.shape[0])] for tile in tiles]
+
+
+def opaque_addresses(tiles: SimpleNamespace) -> SimpleNamespace:
+    """Return a namespace of tiles, each under its `opaque_address`."""
+    return SimpleNamespace(**dict(zip(vars(tiles), opaque_address(*vars(tiles).values()), strict=True)))

@@ -15,7 +15,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.gates import FROM_START, SCALES
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import launch_flat
 from pallas_kernels.common.tiles import CHUNK, along_columns, read_global, read_global_rows, smem
 from pallas_kernels.delta_rule.prepare import DeltaRuleOptions
 
@@ -139,4 +139,4 @@ def chunk_loop(
     grid = {"batch": values.shape[0], "values": value_dim // width, "head": heads}
     arguments = [*inputs.values(), *carries, initial]
     shared = [*(tile(name) for name in inputs), *scratch, barrier]
-    return launch(body, name, list(out), grid, shared, options.interpret, arguments)
+    return launch_flat(body, name, list(out), grid, shared, options.interpret, arguments)

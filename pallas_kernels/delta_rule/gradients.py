@@ -12,16 +12,25 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.gates import BETA, FROM_START, GATES, TO_END, pair_decay, pair_rows_of, pair_rows_tile
-from pallas_kernels.common.launch import launch
-from pallas_kernels.common.tiles import CHUNK, indices, products, read, row_scale, smem, split, split_terms, zero_rows
+from pallas_kernels.common.launch import launch_flat
+from pallas_kernels.common.tiles import (
+    CHUNK,
+    SLAB,
+    indices,
+    products,
+    read,
+    row_scale,
+    smem,
+    split,
+    split_terms,
+    zero_rows,
+)
 from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions
 from pallas_kernels.delta_rule.scan_backward import Back
 
 # Rows of the sums over key channels that it returns, [SUMS, 64] float32.
 D_CUMULATIVE, D_END, Z_WRITE = range(3)
 SUMS = 3
-
-SLAB = 64  # key channels of one block
 
 
 def gradients(
@@ -167,7 +176,7 @@ def gradients(
     ]
     grid = {"batch": batch, "chunk": count, "part": key_dim // SLAB, "head": heads}
     arguments = [*flat, gates]
-    return launch(body, "delta_rule_gradients", out, grid, scratch, options.interpret, arguments)
+    return launch_flat(body, "delta_rule_gradients", out, grid, scratch, options.interpret, arguments)
 
 
 def _row_products(a: Sequence[Any], b: Sequence[Any]) -> jax.Array:

@@ -49,7 +49,7 @@ def scan(
     if options.erase:
         inputs["k"] = k
     solve = keep == "states" and options.erase
-    if solve:
+    if inverse is not None and solve:
         inputs |= zip(("inverse", "rest"), inverse, strict=True)
 
     def step(chunk: Chunk, memory: jax.Array, out_refs: Sequence[Any], scratch: Sequence[Any]) -> jax.Array:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import launch_flat
 from pallas_kernels.common.tiles import CHUNK, read, smem
 from pallas_kernels.hypergradient import chunk as parts
 from pallas_kernels.hypergradient import tokens
@@ -119,4 +119,5 @@ def expand(
         [] if redone_only else of_a_chunk,  # blocks that need less of the memory leave room for others
     ]
     grid = {"batch": batch, "chunk": count, "head": heads}
-    return launch(body, "hypergradient_expand", out, grid, scratch, static.interpret, inputs, automatic_barriers=True)
+    run = (body, "hypergradient_expand", out, grid, scratch, static.interpret, inputs)
+    return launch_flat(*run, automatic_barriers=True)

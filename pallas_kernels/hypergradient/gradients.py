@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import launch_flat
 from pallas_kernels.common.tiles import (
     CHUNK,
     along_columns,
@@ -188,4 +188,4 @@ def gradients(
     ]
     grid = {"batch": batch, "chunk": count, "head": heads}
     run = (body, "hypergradient_finish", out, grid, scratch, static.interpret, inputs)
-    return list(launch(*run, automatic_barriers=True))
+    return list(launch_flat(*run, automatic_barriers=True))

@@ -1,6 +1,7 @@
 """The part of a chunk of the hypergradient preconditioner that needs no state. Parallel over all chunks."""
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.inverse import SCRATCH, unit_lower_inverse
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import launch_flat
 from pallas_kernels.common.tiles import (
     CHUNK,
     column_scale,
@@ -48,6 +49,7 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
         ins, outs, scoped = refs[: len(inputs)], refs[len(inputs) :][: len(out)], refs[len(inputs) + len(out) :]
         k_s, gates_s, again_s, adds_s, state_s, loaded, g_loaded, g_s, shared = scoped
         (u,), inverse_s, (x_s, left, g) = shared
+        inverse_s = SimpleNamespace(**dict(zip(SCRATCH, inverse_s, strict=True)))
         left, g = parts.at(left, 0), parts.at(g, 0)
         b, p, n = at("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
@@ -97,7 +99,9 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
 
     half = parts.halves(1)
     # One after the other: what the inverse is of, what it works in, what is written and what the cotangents work in.
-    shared = plgpu.RefUnion([parts.halves(pieces)], SCRATCH, [smem(CHUNK, CHUNK, dtype=jnp.float32), half, half])
+    shared = plgpu.RefUnion(
+        [parts.halves(pieces)], [*SCRATCH.values()], [smem(CHUNK, CHUNK, dtype=jnp.float32), half, half]
+    )
     scratch: Sequence[Any] = [
         smem(pieces, CHUNK, PIECE, dtype=k.dtype),
         plgpu.SMEM((GATES, CHUNK), jnp.float32),
@@ -110,4 +114,4 @@ def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static:
         shared,
     ]
     grid = {"batch": batch, "chunk": count, "head": heads}
-    return list(launch(body, "hypergradient_prepare", out, grid, scratch, static.interpret, inputs))
+    return list(launch_flat(body, "hypergradient_prepare", out, grid, scratch, static.interpret, inputs))

@@ -12,7 +12,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import launch_flat
 from pallas_kernels.common.tiles import CHUNK, column_scale, indices, read_rows, smem, zero_rows
 from pallas_kernels.hypergradient import chunk as parts
 from pallas_kernels.hypergradient import tokens
@@ -220,4 +220,4 @@ def scan(
     grid = {"batch": batch, "head": heads}
     arguments = [k, gates, inverse, initial, restart, anchor]
     run = (body, "hypergradient_walk", out, grid, scratch, static.interpret, arguments)
-    return list(launch(*run, automatic_barriers=True))
+    return list(launch_flat(*run, automatic_barriers=True))

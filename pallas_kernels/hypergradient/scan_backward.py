@@ -16,7 +16,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import launch_flat
 from pallas_kernels.common.tiles import CHUNK, column_scale, read_rows, smem, zero_rows
 from pallas_kernels.hypergradient import chunk as parts
 from pallas_kernels.hypergradient import tokens
@@ -181,4 +181,4 @@ def scan_backward(
     ]
     grid = {"batch": batch, "head": heads}
     run = (body, "hypergradient_walk_back", out, grid, scratch, static.interpret, inputs)
-    return list(launch(*run, automatic_barriers=True))
+    return list(launch_flat(*run, automatic_barriers=True))

@@ -127,7 +127,8 @@ class Checker:
 def line_of(eqn):
     """The lines of the kernels that an equation comes from, the innermost first."""
     frames = eqn.source_info.traceback.frames if eqn.source_info.traceback else []
-    lines = [f"{f.file_name.rsplit('/', 1)[-1]}:{f.line_num}" for f in frames if "/pallas_kernels/" in f.file_name]
+    ours = [f for f in frames if "/pallas_kernels/" in f.file_name]
+    lines = [f"{f.file_name.rpartition('/pallas_kernels/')[2]}:{f.line_num}" for f in ours]
     return " < ".join(line for line in lines[:3])
 
 
