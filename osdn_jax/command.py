@@ -21,7 +21,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """Prints the line and exits with status 2."""
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        print(f"{self.prog}: error: {message.removeprefix('argument ')}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
 
 

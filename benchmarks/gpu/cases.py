@@ -205,8 +205,8 @@ def outputs(case: Case, x: Arrays, segment_ids: jax.Array | None, implementation
     """The case's outputs by name."""
     options: dict[str, Any] = {"segment_ids": segment_ids, "implementation": implementation}
     if case.preset is None:
-        o, memory = ops.delta_rule(**x, erase=case.erase, **options)
-        return {"o": o, "memory": memory}
+        o, state = ops.delta_rule(**x, erase=case.erase, **options)
+        return {"o": o, "state": state}
     if case.preset == "gram":
         out, final = gram.preconditioned(**x, multiply=case.multiply, **options)
         return {"multiplier": out, "final": final}

@@ -21,7 +21,7 @@ from benchmarks.gpu.check import words
 from benchmarks.gpu.plan import BOTH, CONTENDERS, NOT_RUN, OUT_OF_TIME, PROGRAMS
 from osdn_jax.compare import COMPARED_RULES, Shape, draw_inputs, parse_shapes
 from osdn_jax.compare.inputs import Arrays, has_time
-from osdn_jax.compare.measure import quartiles
+from osdn_jax.compare.timing import quartiles
 
 BATCH_SECONDS, ROUNDS = 0.05, 7
 CACHE = 100_000_000  # bytes of inputs that no cache holds
