@@ -120,7 +120,8 @@ class CausalLM(nnx.Module):
 
         >>> import optax
         >>> apply, parameters = nn.split_model(model)
-        >>> optimizer = optax.adamw(1e-3, mask=nn.weight_decay_mask(model))
+        >>> decay = optax.add_decayed_weights(1e-4, mask=nn.weight_decay_mask(model))
+        >>> optimizer = optax.chain(decay, optax.sgd(0.1))
         >>> batch = {
         ...     "inputs": tokens[:, :-1],
         ...     "targets": tokens[:, 1:],
