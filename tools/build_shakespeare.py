@@ -29,10 +29,10 @@ class BuildError(Exception):
     """The inputs or the result differ from the recorded ones."""
 
 
-def check_sha256(what: str, data: bytes, expected: str) -> None:
+def check_sha256(label: str, data: bytes, expected: str) -> None:
     got = hashlib.sha256(data).hexdigest()
     if got != expected:
-        raise BuildError(f"{what}: sha256 is {got}, expected {expected}")
+        raise BuildError(f"{label}: sha256 is {got}, expected {expected}")
 
 
 def download(folder: Path) -> Path:
