@@ -162,8 +162,8 @@ def unit_norm(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
         x: [..., D].
 
     Example:
-        >>> print(unit_norm(jnp.asarray([[3.0, 4.0]])).round(2))
-        [[0.6 0.8]]
+        >>> [f"{x:.3f}" for x in unit_norm(jnp.asarray([3.0, 4.0]))]
+        ['0.600', '0.800']
     """
     wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
