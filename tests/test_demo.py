@@ -6,7 +6,7 @@ import struct
 
 import pytest
 
-from osdn_jax import demo
+from examples import demo
 from osdn_jax.training import ConfigError, Result, load_config
 from support.runs import text
 
@@ -120,7 +120,7 @@ def test_a_wrong_flag_is_one_line(trained, configured, capsys, flags, said):
     assert end.value.code == 2
     out, err = capsys.readouterr()
     assert (out, trained) == ("", [])
-    assert err.startswith("python -m osdn_jax.demo: error: ")
+    assert err.startswith("python examples/demo.py: error: ")
     assert said in err
     assert err.count("\n") == 1
 
@@ -133,7 +133,7 @@ def test_a_file_in_the_place_of_the_directory_is_one_line(trained, configured, c
         demo.main()
     assert (end.value.code, trained) == (2, [])
     err = capsys.readouterr().err
-    assert err == f"python -m osdn_jax.demo: error: --workdir: got 'runs/demo', but {name} is no directory\n"
+    assert err == f"python examples/demo.py: error: --workdir: got 'runs/demo', but {name} is no directory\n"
 
 
 def test_a_run_of_other_settings_is_kept(configured, capsys):

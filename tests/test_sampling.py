@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osdn_jax.sampling import choose, sample
+from osdn_jax.sampling import sample, sample_token
 from support import jit
 from support.models import VOCABULARY, small_model
 
@@ -21,7 +21,7 @@ KEY = jax.random.key(0)
 def drawing(size, top_p, temperature=1.0, draws=300):
     """A program from logits [size] to the tokens of many draws."""
     keys = jax.random.split(KEY, draws)
-    draw = functools.partial(choose, temperature=temperature, top_p=top_p)
+    draw = functools.partial(sample_token, temperature=temperature, top_p=top_p)
     return jit(lambda logits: jax.vmap(lambda key: draw(logits, key))(keys))
 
 
@@ -35,7 +35,7 @@ def softmax(logits, temperature=1.0):
 @settings(max_examples=30)
 def test_temperature_zero_takes_the_likeliest(logits):
     logits = np.asarray(logits, np.float32)
-    assert int(choose(jnp.asarray(logits), KEY, temperature=0.0)) == int(np.argmax(logits))
+    assert int(sample_token(jnp.asarray(logits), KEY, temperature=0.0)) == int(np.argmax(logits))
 
 
 def smallest_set(probabilities, top_p):
@@ -130,19 +130,19 @@ def test_a_share_of_almost_1_is_everything_that_may_be():
 @pytest.mark.parametrize("name", ["temperature", "top_p"])
 def test_what_is_no_number_is_refused(name, value):
     with pytest.raises(TypeError, match=f"{name}: got .*, expected a number"):
-        choose(jnp.zeros(3), KEY, **{name: value})
+        sample_token(jnp.zeros(3), KEY, **{name: value})
 
 
 @pytest.mark.parametrize("temperature", [-0.1, float("nan"), float("inf"), pytest.param(10**400, id="huge")])
 def test_a_temperature_that_is_none_is_refused(temperature):
     with pytest.raises(ValueError, match="temperature: got"):
-        choose(jnp.zeros(3), KEY, temperature=temperature)
+        sample_token(jnp.zeros(3), KEY, temperature=temperature)
 
 
 @pytest.mark.parametrize("top_p", [0.0, -0.5, 1.01, float("nan")])
 def test_a_share_that_is_none_is_refused(top_p):
     with pytest.raises(ValueError, match="top_p: got"):
-        choose(jnp.zeros(3), KEY, top_p=top_p)
+        sample_token(jnp.zeros(3), KEY, top_p=top_p)
 
 
 # Whole texts

@@ -1,6 +1,6 @@
-"""What a trained model is worth."""
+"""Evaluation of trained models: bits per token, and general compressors to compare with."""
 
+from osdn_jax.evaluation.bits_per_token import make_evaluate
 from osdn_jax.evaluation.compressors import compressed_bits_per_byte
-from osdn_jax.evaluation.likelihood import LikelihoodSums, likelihood_sums, make_evaluate
 
-__all__ = ["LikelihoodSums", "compressed_bits_per_byte", "likelihood_sums", "make_evaluate"]
+__all__ = ["compressed_bits_per_byte", "make_evaluate"]

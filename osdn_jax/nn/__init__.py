@@ -1,6 +1,7 @@
 """Flax NNX modules: mixers (the delta-rule family, softmax attention), MLP, blocks and a causal language model."""
 
 from osdn_jax.nn.attention import AttentionState, SoftmaxAttention
+from osdn_jax.nn.chunked_loss import Chunks, cross_entropy
 from osdn_jax.nn.config import (
     RULES,
     AttentionConfig,
@@ -10,13 +11,21 @@ from osdn_jax.nn.config import (
     ModelConfig,
     mixer_config,
 )
-from osdn_jax.nn.cross_entropy import Chunks, cross_entropy
 from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
-from osdn_jax.nn.layers import Exempt, ShortConvolution, SwiGLU, unit_norm
+from osdn_jax.nn.layers import NoDecayParam, ShortConvolution, SwiGLU, unit_norm
+from osdn_jax.nn.likelihood import LikelihoodSums, likelihood_sums
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
-from osdn_jax.nn.model import Block, CausalLM
-from osdn_jax.nn.parameters import count_parameters, mixer_formula, parameter_formula
+from osdn_jax.nn.model import Block, BlockState, CausalLM
+from osdn_jax.nn.parallel import TensorParallel
+from osdn_jax.nn.parameters import (
+    count_parameters,
+    mixer_formula,
+    muon_mask,
+    parameter_formula,
+    weight_decay_mask,
+)
 from osdn_jax.nn.sharding import MESH_AXES, parameter_spec
+from osdn_jax.nn.split import Parameters, split_model
 
 __all__ = [
     "MESH_AXES",
@@ -24,26 +33,34 @@ __all__ = [
     "AttentionConfig",
     "AttentionState",
     "Block",
+    "BlockState",
     "CausalLM",
     "ChannelGate",
     "Chunks",
     "DecayGate",
     "DeltaMixer",
-    "Exempt",
     "ForgetGate",
     "GramConfig",
     "HypergradientConfig",
+    "LikelihoodSums",
     "MixerConfig",
     "MixerState",
     "ModelConfig",
+    "NoDecayParam",
+    "Parameters",
     "ShortConvolution",
     "SoftmaxAttention",
     "SwiGLU",
+    "TensorParallel",
     "count_parameters",
     "cross_entropy",
+    "likelihood_sums",
     "mixer_config",
     "mixer_formula",
+    "muon_mask",
     "parameter_formula",
     "parameter_spec",
+    "split_model",
     "unit_norm",
+    "weight_decay_mask",
 ]

@@ -13,8 +13,8 @@ from osdn_jax import ops
 from osdn_jax.nn import initializers
 from osdn_jax.nn.config import MixerConfig
 from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
-from osdn_jax.nn.layers import Exempt, RMSNorm, ShortConvolution, linear, unit_norm
-from osdn_jax.nn.parallel import part_of
+from osdn_jax.nn.layers import NoDecayParam, RMSNorm, ShortConvolution, linear, unit_norm
+from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
 from osdn_jax.ops import State
 from osdn_jax.ops.rules.entry import Gram, Hypergradient, preconditioned_delta_rule
@@ -38,7 +38,7 @@ class DeltaMixer(nnx.Module):
     def __init__(self, config: MixerConfig, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
         """layers: of the whole model, for the scale at which the last projection starts."""
         self.config, self.dtype = config, dtype
-        width, heads, key_heads = config.width, config.heads, config.read_heads
+        width, heads, key_heads = config.width, config.heads, config.num_key_heads
         self.keys, self.values = key_heads * config.key_dim, heads * config.value_dim
         self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v at once
         self.convolution = ShortConvolution(2 * self.keys + self.values, config.conv_size, rngs=rngs)
@@ -59,23 +59,21 @@ class DeltaMixer(nnx.Module):
         scales, settings = config.preconditioner_heads, config.hypergradient
         by_feedback, by_gram = (config.preconditioner == name for name in ("hypergradient", "gram"))
         start = jnp.full((scales, config.key_dim), settings.initial, jnp.float32)  # typed: steps return it so
-        self.initial = Exempt(start) if by_feedback else None
+        self.initial = NoDecayParam(start) if by_feedback else None
         self.forget = ForgetGate(width, scales) if by_feedback and settings.forget else None
         self.gram_decay = DecayGate(width, scales, None, dtype, rngs=rngs) if by_gram else None
         self.gram_gain = linear(width, scales, dtype, rngs=rngs) if by_gram else None
-        self.gram_center = Exempt(jnp.full((scales,), config.gram.center, jnp.float32)) if by_gram else None
+        self.gram_center = NoDecayParam(jnp.full((scales,), config.gram.center, jnp.float32)) if by_gram else None
 
     @property
-    def joined(self) -> dict[str, tuple[int, ...]]:
-        """What lies side by side in parameters that make several things."""
+    def fused(self) -> dict[str, tuple[int, ...]]:
+        """Sizes of the projections fused along the last axis of a parameter, by the parameter's name."""
         return dict.fromkeys(("project/kernel", "convolution/kernel"), (self.keys, self.keys, self.values))
 
-    def part(self, count: int) -> nnx.GraphDef:
-        """The graph of the mixer that has one in count of the heads. Raises ValueError where that is no whole number.
-
-        Its output is a part of the whole mixer's, which is their sum.
-        """
-        heads, key_heads = (part_of(name, getattr(self.config, name), count) for name in ("heads", "read_heads"))
+    def shard(self, count: int) -> nnx.GraphDef:
+        """Return the graph of the mixer with 1/count of the heads; see `TensorParallel`."""
+        heads = shard_size("heads", self.config.heads, count)
+        key_heads = shard_size("key_heads", self.config.num_key_heads, count)
         config = dataclasses.replace(self.config, heads=heads, key_heads=key_heads)
         return _graph(config, self.dtype)
 
@@ -135,7 +133,7 @@ class DeltaMixer(nnx.Module):
         arguments = self._hypergradient(x)._asdict()
         beta = None
         if arguments.pop("beta_aware"):
-            beta, k = self._beta(x), jnp.repeat(k, config.heads // config.read_heads, axis=2)
+            beta, k = self._beta(x), jnp.repeat(k, config.heads // config.num_key_heads, axis=2)
         return ops.hypergradient_preconditioner(k, beta, **arguments, **shared)[0]
 
     def _heads(
@@ -145,7 +143,7 @@ class DeltaMixer(nnx.Module):
         config, lead = self.config, x.shape[:2]
         mixed, window = self.convolution(self.project(x), window, segment_ids, context_axis)
         q, k, v = jnp.split(jax.nn.silu(mixed), [self.keys, 2 * self.keys], axis=-1)
-        q, k = (unit_norm(y.reshape(*lead, config.read_heads, config.key_dim)) for y in (q, k))
+        q, k = (unit_norm(y.reshape(*lead, config.num_key_heads, config.key_dim)) for y in (q, k))
         return q, k, v.reshape(*lead, config.heads, config.value_dim), window
 
     def _beta(self, x: jax.Array) -> jax.Array:
@@ -155,7 +153,7 @@ class DeltaMixer(nnx.Module):
 
     def _hypergradient(self, x: jax.Array) -> Hypergradient:
         """Return the preconditioner's arguments for the tokens x."""
-        settings, initial = self.config.hypergradient, cast(Exempt, self.initial)
+        settings, initial = self.config.hypergradient, cast(NoDecayParam, self.initial)
         return Hypergradient(
             eta=settings.eta,
             log_forget=None if self.forget is None else self.forget(x),

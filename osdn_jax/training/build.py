@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 from osdn_jax.data import load_tokenizer
 from osdn_jax.nn import CausalLM, Chunks, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
 from osdn_jax.nn.config import TRANSFORMER
-from osdn_jax.nn.functional import block_matrices, decays
+from osdn_jax.nn.parameters import muon_mask, weight_decay_mask
 from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.step import StepConfig
 
@@ -116,7 +116,7 @@ def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransf
         b1=settings.beta1,
         b2=settings.beta2,
         weight_decay=settings.weight_decay,
-        mask=decays(model),
+        mask=weight_decay_mask(model),
     )
     if settings.name == "muon":
         muon = optax.contrib.muon(
@@ -124,7 +124,7 @@ def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransf
             beta=settings.muon_momentum,
             weight_decay=settings.weight_decay,
         )
-        labels = {name: "muon" if chosen else "adamw" for name, chosen in block_matrices(model).items()}
+        labels = {name: "muon" if chosen else "adamw" for name, chosen in muon_mask(model).items()}
         optimizer = optax.partition({"muon": muon, "adamw": optimizer}, labels)
     return optax.chain(optax.clip_by_global_norm(settings.clip_norm), optimizer)
 

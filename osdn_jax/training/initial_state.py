@@ -8,7 +8,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from osdn_jax.nn import CausalLM
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.split import split_model
 from osdn_jax.training.build import build_model, build_model_config, build_optimizer, random_state
 from osdn_jax.training.mesh import Layout
 from osdn_jax.training.step import TrainState
@@ -37,7 +37,7 @@ def plan_start(
     if layout.mesh is None:
         model = build_model(config)
         optimizer = build_optimizer(config, model)
-        _, params = functional(model)
+        _, params = split_model(model)
         return model, optimizer, lambda: (_state(config, optimizer, params), None)
     model, optimizer, shapes = shapes_at_start(config, layout)
     shardings = jax.tree.map(lambda x: x.sharding, shapes)
@@ -59,7 +59,7 @@ def shapes_at_start(config: ConfigDict, layout: Layout) -> tuple[CausalLM, optax
 
 
 def _create(config: ConfigDict, optimizer: optax.GradientTransformation) -> TrainState:
-    return _state(config, optimizer, functional(build_model(config))[1])
+    return _state(config, optimizer, split_model(build_model(config))[1])
 
 
 def _state(config: ConfigDict, optimizer: optax.GradientTransformation, params: dict[str, jax.Array]) -> TrainState:

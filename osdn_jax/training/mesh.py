@@ -14,7 +14,7 @@ from ml_collections import ConfigDict
 
 from osdn_jax.data import Window
 from osdn_jax.nn.config import TRANSFORMER
-from osdn_jax.nn.sharding import MESH_AXES, RULES, parameter_spec, spec
+from osdn_jax.nn.sharding import AXIS_RULES, MESH_AXES, parameter_spec, spec
 from osdn_jax.training.ranges import check_ranges
 
 PyTree = Any
@@ -172,7 +172,7 @@ def _share(mesh: Mesh | None) -> tuple[int, int]:
         return 0, 1
     blocks = mesh.shape["data"] * mesh.shape["fsdp"]
     shares: dict[int, set[int]] = {}
-    places: dict[Any, Any] = dict(NamedSharding(mesh, P(RULES["batch"])).devices_indices_map((blocks,)))
+    places: dict[Any, Any] = dict(NamedSharding(mesh, P(AXIS_RULES["batch"])).devices_indices_map((blocks,)))
     for device, at in places.items():
         shares.setdefault(device.process_index, set()).update(range(*at[0].indices(blocks)))
     distinct = sorted({tuple(sorted(share)) for share in shares.values()})

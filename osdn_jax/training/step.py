@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import optax
 
 from osdn_jax.data import Window
-from osdn_jax.evaluation.likelihood import likelihood_sums
-from osdn_jax.nn.cross_entropy import DEFAULT_CHUNKS, Chunks
-from osdn_jax.nn.functional import Parameters
+from osdn_jax.nn.chunked_loss import DEFAULT_CHUNKS, Chunks
+from osdn_jax.nn.likelihood import likelihood_sums
+from osdn_jax.nn.split import Parameters
 
 
 @dataclasses.dataclass(frozen=True)

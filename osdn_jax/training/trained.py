@@ -8,7 +8,7 @@ from ml_collections import ConfigDict
 
 from osdn_jax.data import Tokenizer
 from osdn_jax.nn import ModelConfig
-from osdn_jax.nn.functional import Parameters, functional
+from osdn_jax.nn.split import Parameters, split_model
 from osdn_jax.training import fingerprints
 from osdn_jax.training.build import build_model
 from osdn_jax.training.checkpoints import load_parameters
@@ -19,7 +19,7 @@ from osdn_jax.training.workdir import CHECKPOINT_FOLDER, checked_workdir, load_c
 class Trained(NamedTuple):
     """The model of a run by its newest checkpoint, and its tokenizer.
 
-    apply: as `functional` gives it.
+    apply: as `split_model` gives it.
     parameters: their moving average where the run has one.
     """
 
@@ -44,7 +44,7 @@ def load_trained(workdir: str | os.PathLike[str]) -> Trained:
     config = load_config(workdir)
     tokenizer = build_tokenizer(config)
     model = build_model(config)
-    apply, parameters = functional(model)
+    apply, parameters = split_model(model)
     step, parameters = load_parameters(
         workdir / CHECKPOINT_FOLDER,
         parameters,

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from osdn_jax.data import Document, PackedWindows, validation_batches
-from osdn_jax.evaluation import likelihood_sums, make_evaluate
-from osdn_jax.nn import Chunks
+from osdn_jax.evaluation import make_evaluate
+from osdn_jax.nn import Chunks, likelihood_sums
 
 VOCABULARY = 256
 DOCUMENTS = [Document("a", b"To be, or not to be"), Document("b", b"?"), Document("c", b"that is the question" * 4)]
@@ -18,7 +18,7 @@ def random_logits(*shape):
 
 
 def of_logits(logits):
-    """A model as `functional` gives it from the function (parameters, inputs, segment_ids) -> logits."""
+    """A model as `split_model` gives it from the function (parameters, inputs, segment_ids) -> logits."""
 
     def apply(parameters, *args, method, dropout_key=None, **kwargs):
         size = parameters["table"].shape[-1]

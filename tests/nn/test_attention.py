@@ -10,7 +10,8 @@ from flax import nnx
 
 from osdn_jax.nn import AttentionConfig, SoftmaxAttention
 from osdn_jax.nn.attention import attend, rotate
-from osdn_jax.nn.functional import decays, functional
+from osdn_jax.nn.parameters import weight_decay_mask
+from osdn_jax.nn.split import split_model
 from support import jit, random_like, relative_error
 from support.models import LENGTH, LENGTHS, SEGMENTS, reference_attention
 
@@ -22,7 +23,7 @@ ONE_DOCUMENT = np.ones_like(SEGMENTS)
 def made(dtype="float32", **changes):
     """(apply, parameters, x) of a mixer, its norms moved off one."""
     config = dataclasses.replace(CONFIG, **changes)
-    apply, parameters = functional(SoftmaxAttention(config, 1, jnp.dtype(dtype), rngs=nnx.Rngs(params=0)))
+    apply, parameters = split_model(SoftmaxAttention(config, 1, jnp.dtype(dtype), rngs=nnx.Rngs(params=0)))
     rng = np.random.default_rng(0)
     parameters = {name: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype) for name, x in parameters.items()}
     return apply, parameters, jnp.asarray(rng.normal(size=(2, LENGTH, 12)), dtype)
@@ -245,7 +246,7 @@ def test_a_state_of_another_batch_or_config_is_refused(our_checks):
 def test_weight_decay_acts_on_matrices():
     config = dataclasses.replace(CONFIG, qk_norm=True, output_gate=True)
     mixer = nnx.eval_shape(lambda: SoftmaxAttention(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(params=0)))
-    assert decays(mixer) == {
+    assert weight_decay_mask(mixer) == {
         "project/kernel": True,
         "output/kernel": True,
         "gate/kernel": True,

@@ -9,8 +9,8 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from osdn_jax.nn import MESH_AXES, CausalLM, DeltaMixer, ModelConfig, SoftmaxAttention, mixer_config
-from osdn_jax.nn.cross_entropy import Chunks, cross_entropy
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.chunked_loss import Chunks, cross_entropy
+from osdn_jax.nn.split import split_model
 from support import assert_close, jit
 
 B, T = 4, 8
@@ -21,7 +21,7 @@ SEGMENTS = jnp.asarray(np.repeat([[0, 1]], [3, 5], axis=1) + np.zeros((B, 1), in
 def model(rule):
     mixer = mixer_config(rule, width=16, heads=2, key_dim=4, value_dim=8)
     config = ModelConfig(vocab_size=12, layers=1, mixer=mixer, mlp_dim=16)
-    apply, parameters = functional(CausalLM(config, rngs=nnx.Rngs(0)))
+    apply, parameters = split_model(CausalLM(config, rngs=nnx.Rngs(0)))
 
     def loss(parameters, tokens, segments):
         logits, _ = apply(parameters, tokens, segment_ids=segments)
@@ -93,7 +93,7 @@ def test_a_mixer_in_a_model_of_ones_own(rule):
     """Values, states and gradients, with a mesh that is set and one that only x knows of."""
     config = mixer_config(rule, width=16, heads=4, key_heads=2, key_dim=8, value_dim=8)
     kind = SoftmaxAttention if rule == "transformer" else DeltaMixer
-    apply, parameters = functional(kind(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(0)))
+    apply, parameters = split_model(kind(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(0).normal(size=(B, T, 16)), jnp.float32)
 
     def step(parameters, x, segments):

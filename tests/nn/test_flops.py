@@ -7,7 +7,7 @@ from flax import nnx
 
 from osdn_jax.nn import CausalLM, ModelConfig, mixer_config
 from osdn_jax.nn.flops import per_token
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.split import split_model
 
 WIDTH, HEADS, SIZE, MLP, LAYERS, WORDS = 64, 2, 32, 96, 3, 50
 
@@ -16,7 +16,7 @@ def counted(rule, length=128, tied=True, **fields):
     mixer = mixer_config(rule, width=WIDTH, heads=HEADS, key_dim=SIZE, value_dim=SIZE, **fields)
     config = ModelConfig(vocab_size=WORDS, layers=LAYERS, mixer=mixer, mlp_dim=MLP, tied_embeddings=tied)
     model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
-    apply, parameters = functional(model)
+    apply, parameters = split_model(model)
     return per_token(config, parameters, length), apply, parameters
 
 

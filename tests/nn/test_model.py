@@ -11,8 +11,9 @@ from flax import nnx
 from jax.sharding import AxisType
 
 from osdn_jax.nn import MESH_AXES, CausalLM, HypergradientConfig, ModelConfig, mixer_config
-from osdn_jax.nn.functional import decays, functional
 from osdn_jax.nn.model import Block
+from osdn_jax.nn.parameters import weight_decay_mask
+from osdn_jax.nn.split import split_model
 from osdn_jax.training import build_model, build_optimizer, default_config
 from support import jit
 from support.models import LENGTH, VOCABULARY, model_config, parameters_of, small_model, tokens
@@ -26,7 +27,7 @@ def config_of(rule, **changes):
 
 def started(config):
     """The parameters of the model of a configuration, in one program."""
-    return jit(lambda: functional(build_model(config))[1])()
+    return jit(lambda: split_model(build_model(config))[1])()
 
 
 def ending(parameters, name):
@@ -124,7 +125,7 @@ def test_weight_decay_moves_matrices_and_nothing_else(rule):
     config.optimizer.warmup_steps = 0
     model = nnx.eval_shape(lambda: build_model(config))
     optimizer = build_optimizer(config, model)
-    parameters = jax.eval_shape(lambda: functional(build_model(config))[1])
+    parameters = jax.eval_shape(lambda: split_model(build_model(config))[1])
     ones = jax.tree.map(jnp.ones_like, parameters)  # so that decay shows wherever it acts
     with jax.numpy_dtype_promotion("standard"):
         zeros = jax.tree.map(jnp.zeros_like, ones)
@@ -134,7 +135,7 @@ def test_weight_decay_moves_matrices_and_nothing_else(rule):
     assert set(parameters) - moved == {name for name in parameters if name.endswith(EXEMPT)}
     for name in moved:
         np.testing.assert_allclose(update[name], -config.optimizer.learning_rate * 0.1, rtol=1e-5)
-    assert decays(model) == {name: name in moved for name in parameters}
+    assert weight_decay_mask(model) == {name: name in moved for name in parameters}
 
 
 # The model as a function
@@ -142,7 +143,7 @@ def test_weight_decay_moves_matrices_and_nothing_else(rule):
 
 def test_functional_is_the_module():
     model = CausalLM(model_config("delta_net"), rngs=nnx.Rngs(params=0))
-    apply, parameters = functional(model)
+    apply, parameters = split_model(model)
     x = jnp.asarray(tokens())
     run, want = jit(apply), jit(model)(x)
     for got, of_module in zip(jax.tree.leaves(run(parameters, x)), jax.tree.leaves(want), strict=True):

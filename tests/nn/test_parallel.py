@@ -10,9 +10,9 @@ from jax.sharding import PartitionSpec as P
 
 from osdn_jax.nn import MESH_AXES, RULES, CausalLM, DeltaMixer, ModelConfig, SwiGLU, mixer_config, parameter_spec
 from osdn_jax.nn.attention import SoftmaxAttention
-from osdn_jax.nn.functional import functional
 from osdn_jax.nn.parallel import look_up, over_mesh
 from osdn_jax.nn.sharding import constrain, parameter_axes, spec
+from osdn_jax.nn.split import split_model
 from support import assert_close, jit, random_like, value_and_gradient
 
 B, T, D = 4, 24, 16
@@ -102,7 +102,7 @@ def test_every_parameter_has_axes():
     """And the axes are as many as the parameter has."""
     for rule in RULES:
         config = ModelConfig(vocab_size=8, layers=1, mixer=small_mixer(rule), mlp_dim=8)
-        _, parameters = functional(CausalLM(config, rngs=nnx.Rngs(0)))
+        _, parameters = split_model(CausalLM(config, rngs=nnx.Rngs(0)))
         assert {name: len(parameter_axes(name)) for name in parameters} == {n: x.ndim for n, x in parameters.items()}
     with pytest.raises(ValueError, match="parameter 'blocks/0/mixer/unheard_of' has no axes"):
         parameter_axes("blocks/0/mixer/unheard_of")
@@ -111,7 +111,7 @@ def test_every_parameter_has_axes():
 def test_gradients_lie_where_parameters_lie():
     mixer = small_mixer("pkda", implementation="scan")  # the smallest program of the rule with the most parameters
     config = ModelConfig(vocab_size=8, layers=1, mixer=mixer, mlp_dim=8)
-    apply, parameters = functional(CausalLM(config, rngs=nnx.Rngs(0)))
+    apply, parameters = split_model(CausalLM(config, rngs=nnx.Rngs(0)))
     tokens = jnp.asarray(np.random.default_rng(4).integers(8, size=(B, T)), jnp.int32)
     mesh = make_mesh(MESHES["fsdp and tensor"])
     places = {name: NamedSharding(mesh, parameter_spec(name)) for name in parameters}

@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from osdn_jax.nn import CausalLM
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.split import split_model
 from support import jit, random_like, relative_error
 from support.models import (
     LENGTH,
@@ -127,5 +127,5 @@ def test_computing_in_16_bits_stays_near(rule):
 
 def test_starts_with_typed_parameters(rule):
     # A weakly typed one would be another type after the first step, and the step would compile a second time.
-    _, fresh = functional(CausalLM(model_config(rule), rngs=nnx.Rngs(params=0)))
+    _, fresh = split_model(CausalLM(model_config(rule), rngs=nnx.Rngs(params=0)))
     assert {name: x.aval for name, x in fresh.items() if x.weak_type or x.dtype != jnp.float32} == {}

@@ -9,7 +9,7 @@ from flax import nnx
 
 from osdn_jax import nn, ops
 from osdn_jax.nn.attention import attend
-from osdn_jax.nn.cross_entropy import Chunks, cross_entropy
+from osdn_jax.nn.chunked_loss import Chunks, cross_entropy
 
 
 @pytest.fixture

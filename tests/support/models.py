@@ -8,7 +8,7 @@ import numpy as np
 from flax import nnx
 
 from osdn_jax.nn import RULES, AttentionConfig, CausalLM, ModelConfig, mixer_config
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.split import split_model
 from support import jit, oracle
 
 VOCABULARY, LENGTH = 17, 24
@@ -35,7 +35,7 @@ def model_config(rule, *, layers=1, dtype="float32", tied_embeddings=False, drop
 
 def parameters_of(config, seed=0):
     """(apply, parameters), the parameters moved off the zeros, ones and constants that some of them start from."""
-    apply, parameters = functional(CausalLM(config, rngs=nnx.Rngs(params=seed)))
+    apply, parameters = split_model(CausalLM(config, rngs=nnx.Rngs(params=seed)))
     rng = np.random.default_rng(seed)
     moved = {name: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype) for name, x in parameters.items()}
     return apply, moved

@@ -17,7 +17,7 @@ from osdn_jax.data import (
 )
 from osdn_jax.data.prepare import prepare
 from osdn_jax.generate import generate
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.split import split_model
 from osdn_jax.sampling import sample
 from osdn_jax.training import (
     ConfigError,
@@ -204,7 +204,7 @@ def test_a_run_with_a_tokenizer_resumes_exactly_and_generates(corpus, tmp_path, 
     assert abs(read[0]["train/bits_per_token"] - math.log2(300)) < 0.3
     assert whole.bits_per_byte < read[0]["train/bits_per_byte"]  # it learns
 
-    _, parameters = functional(build_model(config))
+    _, parameters = split_model(build_model(config))
     _, parameters = load_parameters(tmp_path / "whole" / "checkpoints", parameters)
     nats = 0.0
     held_out = build_data(config).held_out
@@ -217,6 +217,6 @@ def test_a_run_with_a_tokenizer_resumes_exactly_and_generates(corpus, tmp_path, 
 
     text = "".join(generate(tmp_path / "whole", "the memory", tokens=20, temperature=0.0))
     tokenizer = build_tokenizer(config)
-    ids, apply = tokenizer.encode("the memory", bos=True), functional(build_model(config))[0]
+    ids, apply = tokenizer.encode("the memory", bos=True), split_model(build_model(config))[0]
     drawn = list(sample(apply, parameters, ids, tokens=20, seed=0, temperature=0.0, forbidden=(0, *range(290, 300))))
     assert "the memory" + text == tokenizer.decode([*ids, *drawn])

@@ -9,7 +9,7 @@ import jax
 import numpy as np
 import pytest
 
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.split import split_model
 from osdn_jax.training import build_model, load_parameters, read_metrics, train
 from osdn_jax.training.distributed import start
 from osdn_jax.training.profiling import parse_range
@@ -103,7 +103,7 @@ def losses(workdir):
 
 def parameters(workdir):
     """Of the last checkpoint, read in this process."""
-    _, target = functional(build_model(tiny_config(text(), **SETTINGS)))
+    _, target = split_model(build_model(tiny_config(text(), **SETTINGS)))
     step, found = load_parameters(workdir / "checkpoints", target)
     assert step == SETTINGS["steps"]
     return found

@@ -48,7 +48,7 @@ def test_a_model_has_the_size_that_is_stated(name, rule):
     assert low <= stated(name)[rule] <= high
     mixer = made.mixer
     assert (made.vocab_size, made.layers, made.dtype) == (32_000, 24, "bfloat16")
-    assert (mixer.width, mixer.heads, mixer.read_heads, mixer.key_dim, mixer.value_dim) == (
+    assert (mixer.width, mixer.heads, mixer.num_key_heads, mixer.key_dim, mixer.value_dim) == (
         width,
         heads,
         heads,

@@ -11,8 +11,8 @@ from jax.sharding import PartitionSpec as P
 
 from osdn_jax import nn
 from osdn_jax.data import PackedWindows
-from osdn_jax.evaluation.likelihood import likelihood_sums
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn.likelihood import likelihood_sums
+from osdn_jax.nn.split import split_model
 from osdn_jax.training import ConfigError, build_corpus, build_model, train
 from osdn_jax.training.initial_state import build_start, shapes_at_start
 from osdn_jax.training.mesh import Layout, build_mesh, describe, mesh_sizes
@@ -47,7 +47,7 @@ def test_loss_and_gradient(rule):
     settings = RULES[rule] | {"model__layers": 2 if first else 1}
     meshes = MESHES if first else {name: MESHES[name] for name in ("4x2", "2x4")}
     config = wide(**settings)
-    apply, parameters = functional(build_model(config))
+    apply, parameters = split_model(build_model(config))
     parameters["embedding/embedding"] = parameters["embedding/embedding"] * 50.0
     if "bind" in rule:  # an anchor of 3 and gates that forget: d comes to its upper bound of 3/2 within a few tokens
         for name in [name for name in parameters if name.endswith("forget/bias")]:

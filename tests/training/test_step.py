@@ -7,9 +7,8 @@ import optax
 import pytest
 from flax import nnx
 
-from osdn_jax.evaluation import likelihood_sums
-from osdn_jax.nn import CausalLM
-from osdn_jax.nn.functional import functional
+from osdn_jax.nn import CausalLM, likelihood_sums
+from osdn_jax.nn.split import split_model
 from osdn_jax.training import StepConfig, TrainState, make_train_step
 from support import assert_close, jit, relative_error
 from support.models import LENGTH, SEGMENTS, VOCABULARY, model_config, parameters_of, tokens
@@ -100,7 +99,7 @@ def test_dropout_goes_by_the_state_of_the_run():
 
 
 def test_learns_one_batch_by_heart():
-    apply, parameters = functional(CausalLM(model_config("osdn"), rngs=nnx.Rngs(params=0)))
+    apply, parameters = split_model(CausalLM(model_config("osdn"), rngs=nnx.Rngs(params=0)))
     optimizer = optax.adam(2e-2)
     step = make_train_step(apply, optimizer)
     state, batch = start(parameters, optimizer), batch_of(tokens())
@@ -268,7 +267,7 @@ def test_an_update_that_is_not_finite_is_skipped():
 
 def test_trains_in_16_bits_with_master_weights_in_32():
     config = model_config("os_gdn", dtype="bfloat16", dropout=0.1)
-    apply, parameters = functional(CausalLM(config, rngs=nnx.Rngs(params=0)))
+    apply, parameters = split_model(CausalLM(config, rngs=nnx.Rngs(params=0)))
     optimizer = optax.adam(2e-2)
     step = make_train_step(apply, optimizer, StepConfig(ema=0.9))
     state = TrainState.create(parameters, optimizer, jax.random.key_data(jax.random.key(0)), ema=True)
