@@ -12,7 +12,7 @@ from pallas_kernels.common.tiles import CHUNK, column_scale, indices, row_scale
 # Rows of the gates of a chunk, [GATES, 64] float32. The scans read the first three only.
 BETA = 0
 FROM_START = 1  # decay from the start of the chunk to a token: the factor on the state
-TO_END = 2  # decay from a token to the end of the chunk: the factor on what it writes
+TO_END = 2  # decay from a token to the end of the chunk: the factor on its write
 SCALES = 3
 # The last three are also read along columns, for the decay of each pair of tokens. The sum of the log decays since the
 # start of the chunk is kept as a multiple of 1/256 plus a remainder: differences of the former stay exact next to

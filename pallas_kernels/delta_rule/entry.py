@@ -236,7 +236,7 @@ def _backward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRul
     d_keys, sums, d_carry, d_pairs = gradients(chunks, d_out, written, backward, forward.states, options)
     gates, d_decays = chunks.gates, []
     if options.decay:
-        # The sum of log decays up to the last token also decays what the chunk writes and the state it starts from.
+        # The sum of log decays up to the last token also decays the writes of the chunk and the state it starts from.
         d_last = jnp.sum(sums[..., D_END, :], axis=(3, 4)) + jnp.sum(d_carry, axis=-1) * gates[..., FROM_START, -1]
         d_sums = jnp.sum(sums[..., D_CUMULATIVE, :], axis=3).at[..., -1].add(d_last)
         d_decays = [from_chunks(lax.cumsum(d_sums, axis=3, reverse=True))]

@@ -55,7 +55,7 @@ def gradients(
     states: jax.Array,
     options: DeltaRuleOptions,
 ) -> ChunkGradients:
-    """Return what the gradients of the inputs are computed from.
+    """Return the terms of the gradients of the inputs.
 
     Matrices may come as two halves (high, low): with nearly parallel keys R alternates in sign, as do Z and the
     gradient of the state, and sums of them are far smaller than their terms.

@@ -58,7 +58,7 @@ def scan(
 
     def step(chunk: Chunk, state: jax.Array, target: Any, shared: Any) -> jax.Array:
         if keep == "states":
-            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # the previous chunk's state, not yet what it wrote
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # the previous state is stored, R not yet
         shared.state[...] = state.astype(dtype)
         plgpu.commit_smem()
         if keep == "states":

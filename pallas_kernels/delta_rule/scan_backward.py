@@ -44,7 +44,7 @@ def scan_backward(
         del inputs["k"]
 
     def step(chunk: Chunk, d_state: jax.Array, target: Any, shared: Any) -> jax.Array:
-        plgpu.wait_smem_to_gmem(halves + 1, wait_read_only=True)  # the chunk after's state, not yet z and d_v
+        plgpu.wait_smem_to_gmem(halves + 1, wait_read_only=True)  # the later d_state is stored, z and d_v not yet
         split(d_state, shared.state.at[0], shared.state.at[1])
         plgpu.commit_smem()
         for half, ref in enumerate(target.d_states):
@@ -102,7 +102,7 @@ def scan_backward(
         scratch={
             "state": tile(2, key_dim, width),
             "z": tile(halves, CHUNK, width),
-            "d_reads": tile(2, CHUNK, width),  # gradients of what queries and read keys read from the state
+            "d_reads": tile(2, CHUNK, width),  # gradients of S^T q and S^T k
             "d_v": tile(CHUNK, width),
         },
         options=options,
