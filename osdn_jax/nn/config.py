@@ -295,8 +295,8 @@ def mixer_config(rule: str, **fields: Any) -> MixerConfig | AttentionConfig:
         ('scalar', 'hypergradient', 0.003)
     """
     _one_of("rule", rule, tuple(RULES))
-    kind = AttentionConfig if rule == TRANSFORMER else MixerConfig
-    return kind(**{**RULES[rule], **fields})
+    config = AttentionConfig if rule == TRANSFORMER else MixerConfig
+    return config(**{**RULES[rule], **fields})
 
 
 @dataclasses.dataclass(frozen=True)
