@@ -1,4 +1,4 @@
-"""Small models of every rule, and the language model once more in NumPy: independent of the package's modules."""
+"""Small models of every rule, and a NumPy language model that is independent of the package's modules."""
 
 import dataclasses
 import functools
@@ -12,11 +12,11 @@ from osdn_jax.nn.split import split_model
 from support import jit, oracle
 
 VOCABULARY, LENGTH = 17, 24
-# Three documents packed into the first row and two into the second, one token long and across chunks of 8 among them.
+# Three segments in the first row and two in the second; one has a single token, others cross chunks of 8.
 LENGTHS = ((5, 1, 18), (13, 11))
 SEGMENTS = np.stack([np.repeat([1, 2, 3], LENGTHS[0]), np.repeat([4, 9], LENGTHS[1])]).astype(np.int32)
 
-# Key heads shared by two value heads, and sizes that all differ, so that nothing fits by accident.
+# Two value heads per key head, and sizes that all differ, so that no shape matches by accident.
 SHAPES = {"width": 12, "heads": 4, "key_heads": 2, "key_dim": 6, "value_dim": 5}
 
 
@@ -34,7 +34,7 @@ def model_config(rule, *, layers=1, dtype="float32", tied_embeddings=False, drop
 
 
 def parameters_of(config, seed=0):
-    """(apply, parameters), the parameters moved off the zeros, ones and constants that some of them start from."""
+    """Return (apply, parameters), with noise added to the parameters, some of which start constant."""
     apply, parameters = split_model(CausalLM(config, rngs=nnx.Rngs(params=seed)))
     rng = np.random.default_rng(seed)
     moved = {name: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype) for name, x in parameters.items()}
@@ -47,7 +47,7 @@ def tokens(seed=0, batch=2):
 
 @functools.cache
 def small_model(rule):
-    """(config, apply, parameters, forward) with forward(parameters, tokens, segment_ids) -> (logits, states)."""
+    """Return (config, apply, parameters, forward); forward(parameters, tokens, segment_ids) -> (logits, states)."""
     config = model_config(rule)
     apply, parameters = parameters_of(config)
     forward = jit(lambda parameters, x, ids: apply(parameters, x, segment_ids=ids))
@@ -66,7 +66,7 @@ delta_rules = tuple(rule for rule in RULES if rule != "transformer")
 
 
 def reference_logits(config, parameters, tokens, segment_ids):
-    """Logits [B, T, vocabulary] of packed sequences, from the definitions and the oracle's loops."""
+    """Return logits [B, T, vocabulary] of packed sequences, from the definitions and the oracle's loops."""
     p = {name: np.asarray(x, np.float64) for name, x in parameters.items()}
     x = p["embedding/embedding"][tokens]
     for i in range(config.layers):
@@ -122,10 +122,10 @@ def _mixer(config, p, x, segment_ids):
         write_key = d * keys
     elif config.preconditioner == "gram":
         gain = _logistic(x @ p["mixer/gram_gain/kernel"])
-        decay_of_gram = _decay(p, "mixer/gram_decay/", x, key_heads)
+        gram_decay = _decay(p, "mixer/gram_decay/", x, key_heads)
         center = p["mixer/gram_center"]
         multiplier, _ = oracle.gram(
-            k, decay_of_gram, gain, center=center, squash=config.gram.squash, segment_ids=segment_ids
+            k, gram_decay, gain, center=center, squash=config.gram.squash, segment_ids=segment_ids
         )
         write_key = multiplier * k
     out, _ = oracle.delta_rule(
@@ -138,7 +138,7 @@ def _mixer(config, p, x, segment_ids):
 
 
 def reference_attention(config, p, x, segment_ids):
-    """Attention token by token and head by head; positions start anew with each document, and pairs are complex."""
+    """Compute attention in loops over tokens and heads; positions restart in each segment, rotary pairs are complex."""
     batch, length, _ = x.shape
     heads, key_heads, key_dim = config.heads, config.key_heads or config.heads, config.key_dim
     q, k, v = np.split(x @ p["mixer/project/kernel"], [heads * key_dim, (heads + key_heads) * key_dim], axis=-1)
@@ -152,9 +152,9 @@ def reference_attention(config, p, x, segment_ids):
         past = [s for s in range(t + 1) if segment_ids[b, s] == segment_ids[b, t]]
         keys, values = k[b, past, h * key_heads // heads], v[b, past, h * key_heads // heads]
         positions = np.arange(len(past))[:, None]
-        turned = (keys[:, : key_dim // 2] + 1j * keys[:, key_dim // 2 :]) * np.exp(1j * positions * rates)
+        rotated = (keys[:, : key_dim // 2] + 1j * keys[:, key_dim // 2 :]) * np.exp(1j * positions * rates)
         query = (q[b, t, h, : key_dim // 2] + 1j * q[b, t, h, key_dim // 2 :]) * np.exp(1j * positions[-1] * rates)
-        scores = (turned * query.conj()).real.sum(axis=-1) / np.sqrt(key_dim)
+        scores = (rotated * query.conj()).real.sum(axis=-1) / np.sqrt(key_dim)
         weights = np.exp(scores - scores.max())
         out[b, t, h] = weights @ values / weights.sum()
     out = out.reshape(batch, length, -1)
@@ -188,7 +188,7 @@ def _unit(x):
 
 
 def largest_error(got, want):
-    """The largest difference, relative to the largest number of what is wanted."""
+    """Return max |got − want| / max |want|, or infinity if it is not finite."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     error = np.max(np.abs(got - want)) / np.max(np.abs(want))
