@@ -32,7 +32,7 @@ def test_a_repeated_stage_does_what_is_left():
     assert owed("check", rows) == [plan.key_of(hung), plan.key_of(late)]
 
 
-def test_what_hung_in_the_smoke_stage_is_not_started_later():
+def test_kernels_that_hang_in_the_smoke_stage_are_not_started_later():
     rows = [finished(key) for key in owed("smoke")]
     for row in rows:
         if row["case"] in ("channel decay, gradient", "hypergradient, token by token, forward", "Gram, forward"):
@@ -55,7 +55,7 @@ def test_what_hung_in_the_smoke_stage_is_not_started_later():
     assert len(ours.owed) + len(ours.skipped) == len(owed("ours"))
 
 
-def test_ours_runs_beside_a_peer_where_it_is_known_to_run():
+def test_ours_runs_with_a_peer_if_it_is_known_to_run():
     rows = [finished(key) for key in owed("ours")]
     for row in rows:
         if row.get("contender") == "ours" and row["program"] == plan.BOTH:
@@ -64,7 +64,7 @@ def test_ours_runs_beside_a_peer_where_it_is_known_to_run():
     assert all(job.spec["beside"] == [["ours", plan.FORWARD]] for job in plan.plan("peers", rows, REQUEST).jobs)
 
 
-def test_what_is_missing_of_a_job_gets_a_reason():
+def test_missing_rows_of_a_job_get_a_reason():
     job = plan.plan("ours", [], REQUEST).jobs[1]
     rows = [measured(job.owed[0])]
     missing = plan.missing_rows(job.owed, rows, "died", "why")
