@@ -60,7 +60,8 @@ def imports(module, *, lazy=True):
             names = {f"{node.module}.{alias.name}" for alias in node.names}
             found |= {name if name in FILES else node.module for name in names}
         elif lazy or not (
-            isinstance(node, ast.FunctionDef) or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
+            isinstance(node, ast.FunctionDef)
+            or (isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test))
         ):
             pending += ast.iter_child_nodes(node)
     return {name if name.partition(".")[0] in PACKAGES else name.partition(".")[0] for name in found}
