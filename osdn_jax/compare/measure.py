@@ -62,7 +62,7 @@ class Contender(Timed):
 
     @property
     def ready(self) -> bool:
-        """Whether there is a program to run."""
+        """True if there is a program to run."""
         return self.compiled is not None
 
     def settle(self) -> None:
@@ -132,7 +132,7 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether no error exceeds its tolerance."""
+        """True if no error exceeds its tolerance."""
         return self.error is None or self.tolerance is None or self.error <= self.tolerance
 
 
