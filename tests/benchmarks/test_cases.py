@@ -55,14 +55,14 @@ def test_peaked_keys_leave_the_bounds_nearly_leave_them_and_stay_far(keys):
     found = [ways(case, keys, seed) for seed in range(case.seeds)]
     assert all(set().union(*one.values()) == {"far", "kept", "again"} for one in found)
     assert all({"kept", "again"} <= one[2] for one in found)  # a head with both
-    smoke = cases.SMOKE["hypergradient, token by token, gradient"]
+    smoke = cases.SMOKE["hypergradient, sequential fallback, gradient"]
     assert set().union(*ways(smoke, "random", 0).values()) == {"far", "kept", "again"}
 
 
 @pytest.mark.parametrize("section", ["smoke", "check"])
 def test_every_case_reaches_its_kernel(section):
     """Without a GPU it is refused for that reason alone, without a fallback."""
-    for case in cases.cases(section, dry=False).values():
+    for case in cases.cases_of(section, dry=False).values():
         arrays, ids = check.draw(dataclasses.replace(case, length=1, batch=1), "random", 0)
         with pytest.raises(NotImplementedError, match="'mosaic_gpu': got a cpu, the kernels need a GPU"):
             jax.eval_shape(lambda x, i, case=case: cases.outputs(case, x, i, "mosaic_gpu"), arrays, ids)

@@ -18,7 +18,7 @@ def test_every_timed_rule_reaches_its_kernels(rule):
         arguments = timing.abstract(rule, parse_shapes(shape)[0])
         with pytest.raises(NotImplementedError, match="'mosaic_gpu': got a cpu, the kernels need a GPU"):
             jax.eval_shape(timing.program_of(rule, "mosaic_gpu", False), arguments)
-    jobs = [job for stage in plan.STAGES for job in plan.plan(stage, [], REQUEST).jobs]
+    jobs = [job for stage in plan.STAGES for job in plan.plan_stage(stage, [], REQUEST).jobs]
     assert {job.spec["implementation"] for job in jobs} == {"mosaic_gpu"}
 
 
