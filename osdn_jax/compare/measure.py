@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from osdn_jax._errors import one_line
 from osdn_jax.compare.float64_scan import reference
 from osdn_jax.compare.inputs import (
     Arrays,
@@ -172,7 +173,7 @@ def compare_implementations(
     try:
         running, errors = _run(rule, shape, dtype, names, gradient, repeats, seed)
     except MemoryError as error:
-        running, errors = [Contender(name, (), refusal=_line(error)) for name in names], {}
+        running, errors = [Contender(name, (), refusal=one_line(error)) for name in names], {}
     baseline = running[0].seconds
     return [
         Result(
@@ -218,14 +219,9 @@ def _run(
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                c.compiled, c.refusal = None, _line(error)
+                c.compiled, c.refusal = None, one_line(error)
         take_turns(running, repeats)
     return running, errors
-
-
-def _line(error: Exception) -> str:
-    """Return an error's message in one line."""
-    return " ".join(str(error).split()) or f"it raises {type(error).__name__}"
 
 
 def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Contender:
@@ -244,7 +240,7 @@ def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...
     try:
         lowered = jax.jit(function).lower(*arguments)
     except NotImplementedError as error:
-        new.refusal = _line(error)
+        new.refusal = one_line(error)
         return new
     compiled = lowered.compile()
     new.compile_seconds = time.perf_counter() - start
