@@ -22,7 +22,7 @@ class Recall(nnx.Module):
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
         config = nn.mixer_config("os_gdn", width=WIDTH, heads=2, key_dim=16, value_dim=16)
         # `layers` scales the last projection's initial weights, as in a model of so many blocks.
-        self.mixer = nn.DeltaMixer(config, layers=1, dtype=jnp.dtype("float32"), rngs=rngs)
+        self.mixer = nn.DeltaMixer(config, layers=1, dtype=jnp.float32, rngs=rngs)
         self.readout = nnx.Linear(WIDTH, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

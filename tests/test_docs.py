@@ -67,6 +67,7 @@ def test_blocks_are_of_known_languages(page):
 
 # The one example of README.md runs in tests/test_readme.py, in a process of its own.
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md"], ids=_id)
+@pytest.mark.usefixtures("our_checks")
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__page__"}
