@@ -1,20 +1,29 @@
-# The environment is .venv (aot has one of its own): made on first use by tools/make_venv.sh, with PYTHON=/path/to/python
-# where it is given. ARGS goes to the command of aot, demo and test, for example: make test ARGS="-k ops -x"
+# The environment is .venv, made on first use by tools/make_venv.sh, with PYTHON=/path/to/python if that is given.
+# The targets aot and test-oldest have environments of their own. ARGS goes to the command of a target, for example:
+# make test ARGS="-k ops -x"
 
 .DEFAULT_GOAL := help
-.PHONY: help aot demo test lint format venv clean
+.PHONY: help demo test test-fast test-oldest lint format docs aot venv clean
 
 export PYTHON
 BIN := .venv/bin
+PYTEST := -m pytest -n logical --dist worksteal
 
 help: ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-12s %s\n", $$1, $$2}' Makefile
 
 demo: venv ## train two small models and show what they do (ARGS="--steps 300")
 	@$(BIN)/python examples/demo.py $(ARGS)
 
-test: venv ## run the tests (ARGS="-k ops" for some of them)
-	@$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
+test: venv ## run the tests on all cores (ARGS="-k ops" for some of them, ARGS="-n 2" for two cores)
+	@$(BIN)/python $(PYTEST) $(ARGS)
+
+test-fast: venv ## run the tests that are not marked slow
+	@$(BIN)/python $(PYTEST) -m "not slow" $(ARGS)
+
+test-oldest: ## run the tests on the oldest versions supported, of JAX and all others (makes .venv-oldest)
+	@tools/make_venv.sh .venv-oldest test oldest
+	@.venv-oldest/bin/python $(PYTEST) $(ARGS)
 
 lint: venv ## check format, lint rules and types
 	@$(BIN)/python -m ruff format --check --quiet . || { echo "Run 'make format'; it would change:"; \
@@ -26,6 +35,9 @@ format: venv ## format the code and apply the safe fixes
 	@$(BIN)/python -m ruff check --fix-only --quiet .
 	@$(BIN)/python -m ruff format .
 
+docs: venv ## build the documentation as a site in site/ (ARGS="--site-dir DIR" for another folder)
+	@$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+
 aot: ## compile the GPU kernels for an H200 without a GPU (makes .venv-aot, 4.6 GB; ARGS="--gpu h100")
 	@tools/make_venv.sh .venv-aot gpu
 	@.venv-aot/bin/python -m pallas_kernels.aot $(ARGS)
@@ -34,5 +46,5 @@ venv: ## make .venv, or bring it up to date (the targets above do so themselves)
 	@tools/make_venv.sh
 
 clean: ## remove caches and build products (the environments and runs/ stay)
-	@rm -rf build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	@rm -rf build dist site *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	@find . -name ".venv*" -prune -o -name .git -prune -o -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,19 +1,22 @@
 #!/usr/bin/env bash
-# Makes an environment and installs the project with some of its extras in it; does nothing where that is done and up to
-# date. Without arguments that is .venv with the test and lint tools; with two, the folder and the extras: .venv-aot gpu
-# Its file .state holds "installing" from the start to the end of an installation, then "installed".
-# An environment without it was made by hand and is kept, if its Python serves.
+# Make an environment and install the project and some of its extras in it, unless that has been done and is up to date:
+#   tools/make_venv.sh                            .venv with everything that the tests, the linters and the docs need
+#   tools/make_venv.sh .venv-aot gpu              another folder with other extras
+#   tools/make_venv.sh .venv-oldest test oldest   with the oldest versions that pyproject.toml allows
+# The file .state in it holds "installing" from the start to the end of an installation, then "installed".
+# An environment without that file was made by hand and is kept if its Python will do.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
 venv=${1:-.venv}
-extras=${2:-test,lint}
+extras=${2:-test,lint,docs}
+versions=${3:-newest}
 python=$venv/bin/python
 state=$venv/.state
 
 home_of() { "$1" -c 'import sys; print(sys.version_info[:3], sys.base_prefix)' 2>/dev/null </dev/null || true; }
 
-# Why the environment cannot be used as it is; nothing where it can, or where there is none.
+# Print why the environment cannot be used; print nothing if it can, or if there is none.
 fault() {
     if [ ! -e $venv ] && [ ! -L $venv ]; then
         return
@@ -31,7 +34,7 @@ fault() {
 }
 
 why=$(fault)
-if [ -z "$why" ] && [ -e $state ] && ! [ setup.py -nt $state ] && ! [ pyproject.toml -nt $state ]; then
+if [ -z "$why" ] && [ -e $state ] && ! [ pyproject.toml -nt $state ]; then
     exit 0
 fi
 
@@ -39,7 +42,7 @@ start=$SECONDS
 if [ -n "$why" ] || [ ! -e $venv ]; then
     base=$(tools/find_python.sh) # before anything is removed
     if [ -n "$why" ]; then
-        echo "Making $venv anew: $why."
+        echo "Replacing $venv: $why."
         rm -rf $venv
     fi
     echo "Making $venv with $base, then installing into it: a few minutes, only this once ..."
@@ -47,9 +50,14 @@ if [ -n "$why" ] || [ ! -e $venv ]; then
     echo installing >$state
     "$base" -m venv $venv
 else
-    echo "Bringing $venv up to date with setup.py and pyproject.toml ..."
+    echo "Bringing $venv up to date with pyproject.toml ..."
     echo installing >$state
 fi
-$python -m pip install -qq --no-input --disable-pip-version-check -e ".[$extras]" </dev/null
+constraints=$venv/constraints.txt
+: >$constraints
+if [ "$versions" = oldest ]; then
+    $python tools/lower_bounds.py >$constraints
+fi
+$python -m pip install -qq --no-input --disable-pip-version-check -c $constraints -e ".[$extras]" </dev/null
 echo installed >$state
 echo "Done in $((SECONDS - start)) s."

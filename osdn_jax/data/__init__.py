@@ -1,4 +1,4 @@
-"""Text as tokens, packed into windows, in batches that can be resumed. NumPy arrays: nothing here runs on a device."""
+"""Text as tokens, packed into windows, in batches that can be resumed. Everything is NumPy arrays on the host."""
 
 from osdn_jax.data.batches import (
     JoinedWindows,

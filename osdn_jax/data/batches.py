@@ -1,4 +1,4 @@
-"""Batches of windows: endless and shuffled to train on, finite and in order to evaluate on."""
+"""Batches of windows: endless and shuffled for training, finite and in order for validation."""
 
 import dataclasses
 import itertools
@@ -14,20 +14,32 @@ import numpy as np
 from osdn_jax.data.streamed_windows import StreamedWindows
 from osdn_jax.data.windows import TokenWindows, Window, WindowSource, checked_count
 
-_LEAST = 1e-300  # weights are divided by the smallest
-_LEAST_SHARE = 1e-12  # of the largest weight; less would draw no window in any training
+_MIN_WEIGHT = 1e-300  # grain divides weights by the smallest
+_MIN_RELATIVE_WEIGHT = 1e-12  # of the largest weight; a smaller one would sample no window in any training run
 
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Sources of windows with the share of the windows that each has in training.
+    """Sources of windows, sampled by weight in `training_batches`.
 
-    Weights need not sum to 1; shares are kept to about a hundredth of the smallest. Over any stretch of training each
-    source has its share: draws are interleaved, not random. A source starts again when it comes to its end, so a
-    small one may be seen more often than a large one.
+    The sources are interleaved, not sampled at random: each has its share of the windows over any stretch of training,
+    exact to about a hundredth of the smallest share. A source restarts at its end, so a small one may be seen more
+    often than a large one.
 
-    Raises ValueError without sources, for another number of weights, or for one that is not positive and finite, or so
-    small that it would draw nothing.
+    Args:
+        sources: `TokenWindows`, `StreamedWindows` or any `WindowSource`, at least one.
+        weights: a positive number per source; they need not sum to 1.
+
+    Raises:
+        ValueError: there is no source, another number of weights, or a weight that is not positive and finite, or so
+            small that it would sample nothing.
+
+    Example:
+        >>> from osdn_jax.data import Document, PackedWindows
+        >>> sources = [PackedWindows([Document("", text)], 4) for text in (b"a" * 40, b"b" * 40)]
+        >>> batch = next(training_batches(Mixture(sources, [3, 1]), batch_size=8, seed=0))
+        >>> "".join(map(chr, batch["targets"][:, 0]))
+        'aaabaaab'
     """
 
     sources: Sequence[WindowSource | StreamedWindows]
@@ -42,17 +54,17 @@ class Mixture:
 
 
 class JoinedWindows:
-    """The windows of several sources one after the other: a random access source."""
+    """The windows of several sources, one source after the other: a `WindowSource`."""
 
     def __init__(self, sources: Sequence[WindowSource]) -> None:
         self._sources = list(sources)
 
     def __len__(self) -> int:
-        """The number of windows of all sources."""
+        """Return the number of windows of all sources."""
         return sum(len(source) for source in self._sources)
 
     def __getitem__(self, index: SupportsIndex) -> Window:
-        """Window `index`, from 0. Raises IndexError outside the sources."""
+        """Return window `index`, counted from 0. Raises IndexError outside the sources."""
         position = index.__index__()
         if position >= 0:
             for source in self._sources:
@@ -63,7 +75,21 @@ class JoinedWindows:
 
 
 def parse_mixture(text: str) -> list[tuple[str, float]]:
-    """[(path, weight)] of "path:weight,path:weight". Raises ValueError, naming the part that does not read."""
+    """Parse "path:weight,path:weight", the value of `data.mixture`.
+
+    Args:
+        text: the paths and weights. A path may hold colons, as hf:NAME does, but no comma.
+
+    Returns:
+        (path, weight) per source.
+
+    Raises:
+        ValueError: an item is malformed or its weight is out of range; the message names the item.
+
+    Example:
+        >>> parse_mixture("notes:1, hf:org/name:0.5")
+        [('notes', 1.0), ('hf:org/name', 0.5)]
+    """
     found = []
     for item in text.split(","):
         path, colon, number = item.strip().rpartition(":")
@@ -79,23 +105,17 @@ def parse_mixture(text: str) -> list[tuple[str, float]]:
 
 
 def _check_weights(weights: Sequence[float], paths: Sequence[str] = ()) -> None:
-    """Raises ValueError, naming the weight and its path if paths are given, for one that is out of range."""
+    """Raise ValueError for a weight that is out of range, naming it and its path (if paths are given)."""
     named = [("" if path is None else f"weight of {path}: ", w) for w, path in itertools.zip_longest(weights, paths)]
     for place, weight in named:
         if not (weight > 0 and math.isfinite(weight)):
             raise ValueError(f"{place}weights of a mixture must be positive and finite; got {weight}")
     for place, weight in named:
-        if weight < max(_LEAST, _LEAST_SHARE * max(weights)):
+        if weight < max(_MIN_WEIGHT, _MIN_RELATIVE_WEIGHT * max(weights)):
             raise ValueError(
-                f"{place}weights of a mixture must be at least {_LEAST:g}, and {_LEAST_SHARE:g} of the largest, "
-                f"{max(weights):g}; got {weight:g}"
+                f"{place}weights of a mixture must be at least {_MIN_WEIGHT:g}, and {_MIN_RELATIVE_WEIGHT:g} of the "
+                f"largest, {max(weights):g}; got {weight:g}"
             )
-
-
-def _checked_shard(shard_index: int, shard_count: int) -> None:
-    checked_count("shard_count", shard_count)
-    if not 0 <= operator.index(shard_index) < shard_count:
-        raise ValueError(f"shard_index must be in 0..{shard_count - 1}, below shard_count; got {shard_index}")
 
 
 def training_batches(
@@ -106,72 +126,132 @@ def training_batches(
     shard_index: int = 0,
     shard_count: int = 1,
 ) -> grain.DatasetIterator[Window]:
-    """Endless shuffled batches of shape [batch_size, T], the same for the same arguments, bit for bit.
+    """Return endless shuffled batches of shape [batch_size, T], the same for the same arguments, bit for bit.
 
-    Every epoch visits each window once, in an order of its own; a batch may cross from one epoch into the next, so a
-    source of fewer windows than a batch works too. With several processes each passes its own `shard_index` of
-    `shard_count` and reads only its share, `batch_size` rows of a global batch of `batch_size * shard_count`; the
-    windows of global step n are the same ones however many processes share a global batch of that size. A `Mixture`
-    draws from its sources by weight, each shuffled and repeated for itself. `StreamedWindows` are divided by document
-    between the processes, and so are mixtures that have one.
+    Every epoch visits each window once, in a new order. A batch may cross from one epoch into the next, so a source
+    with fewer windows than a batch works too. A `Mixture` takes windows from its sources by weight, each shuffled and
+    repeated separately.
 
-    The iterator is a grain `DatasetIterator`: `get_state` and `set_state` hold its position (not its data: rebuild it
-    with the same arguments before restoring), and `grain.checkpoint.CheckpointSave` writes it with Orbax.
+    With several processes, each passes its own `shard_index` and reads only its rows of a global batch of
+    `batch_size * shard_count` rows. The windows of global step n are the same for any number of processes that share a
+    global batch of that size. `StreamedWindows`, and mixtures with one, are divided by document between the processes
+    instead.
 
-    Raises ValueError for a size or count below 1, a shard outside the count, a seed outside 0..2**32-1 or an empty
-    source; TypeError where an integer is needed.
+    Args:
+        source: the windows.
+        batch_size: rows per batch of this process, at least 1.
+        seed: an integer in 0..2**32-1.
+        shard_index: the index of this process, in 0..shard_count - 1.
+        shard_count: the number of processes.
+
+    Returns:
+        A grain `DatasetIterator`. `get_state` and `set_state` hold its position, not its data: rebuild it with the
+        same arguments before restoring. `grain.checkpoint.CheckpointSave` writes the position with Orbax.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: a size or count is below 1, `shard_index` or `seed` is out of range, or the source is empty.
+
+    Example:
+        >>> from osdn_jax.data import PackedWindows, shakespeare
+        >>> windows = PackedWindows(shakespeare("validation"), 128)
+        >>> batches = training_batches(windows, batch_size=4, seed=0)
+        >>> batch = next(batches)
+        >>> {name: array.shape for name, array in batch.items()}
+        {'inputs': (4, 128), 'segment_ids': (4, 128), 'targets': (4, 128), 'weights': (4, 128)}
+        >>> resumed = training_batches(windows, batch_size=4, seed=0)
+        >>> resumed.set_state(batches.get_state())
+        >>> (next(resumed)["inputs"] == next(batches)["inputs"]).all().item()
+        True
     """
     checked_count("batch_size", batch_size)
-    _checked_shard(shard_index, shard_count)
+    _check_shard(shard_index, shard_count)
     if isinstance(seed, bool) or not 0 <= operator.index(seed) < 2**32:
         raise ValueError(f"seed must be in 0..2**32-1; got {seed!r}")
     seed = operator.index(seed)
     mixture = source if isinstance(source, Mixture) else Mixture([source], [1.0])
-    stored = [part for part in mixture.sources if not isinstance(part, StreamedWindows)]
-    if len(stored) < len(mixture.sources):
-        shares = [_share(part, seed + i, shard_index, shard_count) for i, part in enumerate(mixture.sources)]
+    indexed = [member for member in mixture.sources if not isinstance(member, StreamedWindows)]
+    if len(indexed) < len(mixture.sources):
+        shares = [
+            _process_share(member, seed + i, shard_index, shard_count) for i, member in enumerate(mixture.sources)
+        ]
         share = shares[0] if len(shares) == 1 else grain.IterDataset.mix(shares, mixture.weights)
         # One thread tokenises ahead while the model trains.
         return iter(grain.experimental.ThreadPrefetchIterDataset(share.batch(batch_size), prefetch_buffer_size=2))
-    shuffled = [_shuffled(part, seed + i) for i, part in enumerate(stored)]
+    shuffled = [_shuffled(member, seed + i) for i, member in enumerate(indexed)]
     windows = shuffled[0] if len(shuffled) == 1 else grain.MapDataset.mix(shuffled, mixture.weights)
-    # Sharding comes after the shuffle, so that shards do not depend on how the corpus is ordered, and after the
-    # repetition, so that no window is dropped where the count does not divide the corpus.
-    share_of_windows = windows[shard_index::shard_count]
-    # The length of a repeated source is the largest there is; batch() computes a length one too large of that by 1.
-    batches = share_of_windows.map(_row) if batch_size == 1 else share_of_windows.batch(batch_size)
-    return iter(batches.to_iter_dataset(_reading(stored)))
+    # Shard after the shuffle, so that shards do not depend on how the corpus is ordered, and after the repetition, so
+    # that no window is dropped if the shard count does not divide their number.
+    own_windows = windows[shard_index::shard_count]
+    # A repeated source has the largest possible length, and batch(1) computes a length that is one too large of it.
+    batches = own_windows.map(_add_batch_axis) if batch_size == 1 else own_windows.batch(batch_size)
+    return iter(batches.to_iter_dataset(_read_options(indexed)))
 
 
-def _row(window: Window) -> Window:
+def _check_shard(shard_index: int, shard_count: int) -> None:
+    checked_count("shard_count", shard_count)
+    if not 0 <= operator.index(shard_index) < shard_count:
+        raise ValueError(f"shard_index must be in 0..{shard_count - 1}, below shard_count; got {shard_index}")
+
+
+def _check_source(source: WindowSource) -> None:
+    if not len(source):
+        raise ValueError("the source holds no windows")
+
+
+def _add_batch_axis(window: Window) -> Window:
     return cast(Window, {name: x[None] for name, x in cast(dict[str, Any], window).items()})
 
 
-def _reading(sources: Sequence[WindowSource]) -> grain.ReadOptions:
+def _read_options(sources: Sequence[WindowSource]) -> grain.ReadOptions:
     if any(isinstance(source, TokenWindows) and source.on_disk for source in sources):
         return grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     # No reader threads: the windows are slices of memory, and threads would only compete for the interpreter.
     return grain.ReadOptions(num_threads=0, prefetch_buffer_size=0)
 
 
-def _share(
+def _process_share(
     source: WindowSource | StreamedWindows, seed: int, shard_index: int, shard_count: int
 ) -> grain.IterDataset[Window]:
-    """The windows of one process."""
+    """Return the windows of one process."""
     if isinstance(source, StreamedWindows):
         return source.dataset(seed=seed % 2**31, shard_index=shard_index, shard_count=shard_count)
-    return _shuffled(source, seed)[shard_index::shard_count].to_iter_dataset(_reading([source]))
+    return _shuffled(source, seed)[shard_index::shard_count].to_iter_dataset(_read_options([source]))
 
 
 def _shuffled(source: WindowSource, seed: int) -> grain.MapDataset[Window]:
-    """The windows without end, each epoch in an order of its own."""
-    _checked_source(source)
+    """Return the windows repeated without end, each epoch in a new order."""
+    _check_source(source)
     return grain.MapDataset.source(source).seed(seed % 2**32).shuffle().repeat()
 
 
-def _checked_source(source: WindowSource) -> None:
-    if not len(source):
-        raise ValueError("the source holds no windows")
+@dataclasses.dataclass(frozen=True)
+class ValidationBatches:
+    """Every window of a source once, in order. Can be iterated any number of times; `validation_batches` creates it."""
+
+    source: WindowSource
+    batch_size: int
+    shard_index: int
+    shard_count: int
+
+    def __len__(self) -> int:
+        """Return the number of batches. It is the same for every shard: one without rows left yields padding."""
+        global_batch = self.batch_size * self.shard_count
+        return (len(self.source) + global_batch - 1) // global_batch
+
+    def __iter__(self) -> Iterator[Window]:
+        padding = _padding(self.source[0])
+        for step in range(len(self)):
+            first = (step * self.shard_count + self.shard_index) * self.batch_size
+            rows = [
+                self.source[row] if row < len(self.source) else padding for row in range(first, first + self.batch_size)
+            ]
+            yield {
+                "inputs": np.stack([row["inputs"] for row in rows]),
+                "targets": np.stack([row["targets"] for row in rows]),
+                "segment_ids": np.stack([row["segment_ids"] for row in rows]),
+                "weights": np.stack([row["weights"] for row in rows]),
+            }
 
 
 def _padding(like: Window) -> Window:
@@ -183,45 +263,37 @@ def _padding(like: Window) -> Window:
     }
 
 
-@dataclasses.dataclass(frozen=True)
-class ValidationBatches:
-    """All windows of a source once, in order; may be iterated any number of times. Made by `validation_batches`."""
-
-    source: WindowSource
-    batch_size: int
-    shard_index: int
-    shard_count: int
-
-    def __len__(self) -> int:
-        """The number of batches, the same for every shard: a process without rows left still takes part."""
-        global_batch = self.batch_size * self.shard_count
-        return (len(self.source) + global_batch - 1) // global_batch
-
-    def __iter__(self) -> Iterator[Window]:
-        empty = _padding(self.source[0])
-        for step in range(len(self)):
-            first = (step * self.shard_count + self.shard_index) * self.batch_size
-            rows = [
-                self.source[row] if row < len(self.source) else empty for row in range(first, first + self.batch_size)
-            ]
-            yield {
-                "inputs": np.stack([row["inputs"] for row in rows]),
-                "targets": np.stack([row["targets"] for row in rows]),
-                "segment_ids": np.stack([row["segment_ids"] for row in rows]),
-                "weights": np.stack([row["weights"] for row in rows]),
-            }
-
-
 def validation_batches(
     source: WindowSource, *, batch_size: int, shard_index: int = 0, shard_count: int = 1
 ) -> ValidationBatches:
-    """Every window once, in order, in batches of shape [batch_size, T]; rows of padding (weight 0) fill the last one.
+    """Return every window once, in order, in batches of shape [batch_size, T].
 
-    With several processes global batch n is the shards' n-th batches in order of `shard_index`.
-    Raises ValueError for a size or count below 1, a shard outside the count or an empty source; TypeError where an
-    integer is needed.
+    Rows of padding (weight 0) fill the last batch. With several processes, global batch n is the n-th batch of every
+    shard, concatenated in order of `shard_index`.
+
+    Args:
+        source: the windows.
+        batch_size: rows per batch of this process, at least 1.
+        shard_index: the index of this process, in 0..shard_count - 1.
+        shard_count: the number of processes.
+
+    Returns:
+        The batches, which have a length and can be iterated any number of times.
+
+    Raises:
+        TypeError: an argument is not an integer.
+        ValueError: a size or count is below 1, `shard_index` is out of range, or the source is empty.
+
+    Example:
+        >>> from osdn_jax.data import PackedWindows, shakespeare
+        >>> windows = PackedWindows(shakespeare("validation"), 128)
+        >>> batches = validation_batches(windows, batch_size=32)
+        >>> len(batches), len(windows) / 32
+        (126, 125.34375)
+        >>> round(sum(batch["weights"].sum() for batch in batches)) == windows.text_bytes
+        True
     """
     checked_count("batch_size", batch_size)
-    _checked_shard(shard_index, shard_count)
-    _checked_source(source)
+    _check_shard(shard_index, shard_count)
+    _check_source(source)
     return ValidationBatches(source, batch_size, shard_index, shard_count)

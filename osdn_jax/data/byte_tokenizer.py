@@ -1,4 +1,4 @@
-"""Tokens are bytes: 256 ids, of which 0 starts a document because byte 0 does not occur in text."""
+"""Bytes as tokens: 256 ids. Byte 0 does not occur in text, so id 0 marks the start of a document."""
 
 import codecs
 from collections.abc import Iterable
@@ -9,7 +9,7 @@ from jaxtyping import Int, Int32
 
 
 def checked_ids(ids: Iterable[int] | np.ndarray, vocab_size: int) -> Int[np.ndarray, " n"]:
-    """Token ids as an array. TypeError for non-integers, ValueError outside 0..vocab_size - 1."""
+    """Return token ids as an array. Raises TypeError for non-integers, ValueError outside 0..vocab_size - 1."""
     array = np.asarray(ids if isinstance(ids, np.ndarray) else list(ids))
     if array.size == 0:
         return np.empty(0, np.int32)
@@ -19,13 +19,13 @@ def checked_ids(ids: Iterable[int] | np.ndarray, vocab_size: int) -> Int[np.ndar
         raise TypeError(f"token ids must be integers; got dtype {array.dtype}")
     outside = np.flatnonzero((array < 0) | (array >= vocab_size))
     if outside.size:
-        at = int(outside[0])
-        raise ValueError(f"token ids must be in 0..{vocab_size - 1}; got {int(array[at])} at position {at}")
+        position = int(outside[0])
+        raise ValueError(f"token ids must be in 0..{vocab_size - 1}; got {int(array[position])} at position {position}")
     return array
 
 
 def checked_text(text: str) -> str:
-    """`text` if it has a UTF-8 form. TypeError if it is not a str, ValueError for an unpaired surrogate."""
+    """Return `text`. Raises TypeError if it is not a str, ValueError for an unpaired surrogate (no UTF-8 form)."""
     if not isinstance(text, str):
         raise TypeError(f"text must be a str; got {type(text).__name__}")
     try:
@@ -36,13 +36,30 @@ def checked_text(text: str) -> str:
 
 
 def _checked_bytes(ids: Iterable[int] | np.ndarray) -> bytes:
-    """Token ids as bytes, start tokens left out. Raises as `checked_ids`."""
+    """Return token ids as bytes without start tokens. Raises as `checked_ids`."""
     array = checked_ids(ids, ByteTokenizer.vocab_size)
     return bytes(array[array != ByteTokenizer.bos_id].tolist())
 
 
 class ByteTokenizer:
-    """UTF-8 bytes as token ids; there is nothing to train and nothing to load."""
+    """UTF-8 bytes as token ids, with nothing to train and nothing to load. A `Tokenizer`.
+
+    Attributes:
+        name: "bytes".
+        fingerprint: "bytes".
+        vocab_size: 256.
+        bos_id: 0, the token before each document.
+
+    Example:
+        >>> tokenizer = ByteTokenizer()
+        >>> tokenizer.encode("hé", bos=True).tolist()
+        [0, 104, 195, 169]
+        >>> tokenizer.decode([0, 104, 195, 169])
+        'hé'
+        >>> decoder = tokenizer.stream_decoder()
+        >>> [decoder.push(token) for token in (104, 195, 169)]
+        ['h', '', 'é']
+    """
 
     name: ClassVar[str] = "bytes"
     fingerprint: ClassVar[str] = "bytes"
@@ -50,10 +67,18 @@ class ByteTokenizer:
     bos_id: ClassVar[int] = 0
 
     def encode(self, text: str, *, bos: bool = False) -> Int32[np.ndarray, " n"]:
-        """Ids of the UTF-8 bytes of `text`, after the start token if `bos`.
+        """Return the UTF-8 bytes of a text as token ids.
 
-        Raises TypeError if `text` is not a str, and ValueError if it holds "\\0" (that byte is the start token) or
-        an unpaired surrogate (it has no UTF-8 form).
+        Args:
+            text: the text, without "\\0": that byte is the start token.
+            bos: put the start token first.
+
+        Returns:
+            int32 ids [n].
+
+        Raises:
+            TypeError: `text` is not a str.
+            ValueError: `text` holds "\\0" or an unpaired surrogate, which has no UTF-8 form.
         """
         data = checked_text(text).encode("utf-8")
         if "\0" in text:
@@ -61,25 +86,33 @@ class ByteTokenizer:
         return np.frombuffer(b"\0" + data if bos else data, np.uint8).astype(np.int32)
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Text of `ids` [n]. Start tokens are left out; what is not UTF-8 becomes U+FFFD.
+        """Return the text of token ids.
 
-        Raises TypeError for ids that are not integers and ValueError for ids outside 0..255.
+        Args:
+            ids: integers [n] in 0..255.
+
+        Returns:
+            The text without start tokens. Bytes that are not UTF-8 become U+FFFD.
+
+        Raises:
+            TypeError: an id is not an integer.
+            ValueError: an id is outside 0..255.
         """
         return _checked_bytes(ids).decode("utf-8", errors="replace")
 
     def stream_decoder(self, context: Iterable[int] | np.ndarray = ()) -> "StreamDecoder":
-        """A fresh decoder for ids that arrive a few at a time; to bytes, what came before does not matter."""
+        """Return a new decoder for ids that arrive a few at a time. `context` does not affect bytes and is ignored."""
         return StreamDecoder()
 
 
 class StreamDecoder:
-    """Decodes ids as they are sampled; a character appears once its last byte has come, never half of it."""
+    """Decodes bytes as they are sampled. A character appears when its last byte has arrived, never half of it."""
 
     def __init__(self) -> None:
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def push(self, ids: int | Iterable[int] | np.ndarray) -> str:
-        """The text completed by one id or several; "" while a character is incomplete. Raises as `decode` does."""
+        """Return the text completed by one or several ids, "" inside a character. Raises as `ByteTokenizer.decode`."""
         if isinstance(ids, int | np.integer):
             ids = [int(ids)]
         elif isinstance(ids, np.ndarray) and ids.ndim == 0:
@@ -87,7 +120,7 @@ class StreamDecoder:
         return self._decoder.decode(_checked_bytes(ids))
 
     def finish(self) -> str:
-        """What is left at the end: U+FFFD if a character was cut short, else "". The decoder can then be reused."""
-        rest = self._decoder.decode(b"", final=True)
+        """End the text: return U+FFFD if a character is incomplete, else "". The decoder can then be reused."""
+        pending = self._decoder.decode(b"", final=True)
         self._decoder.reset()
-        return rest
+        return pending

@@ -10,15 +10,31 @@ from osdn_jax.data.documents import Document
 def split_documents(
     documents: Iterable[Document], validation_fraction: float, seed: int
 ) -> tuple[list[Document], list[Document]]:
-    """(train, validation): about `validation_fraction` of the bytes held out, the same for the same arguments.
+    """Hold out about `validation_fraction` of the bytes for validation, the same ones for the same arguments.
 
-    Whole documents, chosen at random by `seed`, are held out where documents are small enough for it: where what they
-    come to is within a factor of two of the wanted bytes and some text is left to train on. Otherwise (one long text,
-    say) the tail of the text is held out, in document order and whatever the seed, and the document it starts in is
-    cut after a line, or between two characters if it has no line end there, into "name (head)" and "name (tail)".
+    Whole documents, chosen at random by `seed`, are held out if documents are small enough: if the chosen ones add up
+    to within a factor of two of the requested bytes and some text remains to train on. Otherwise (one long text, say)
+    the tail of the text is held out, in document order and independently of the seed. The document at the boundary is
+    cut after a line, or between two characters if no line ends nearby, into "name (head)" and "name (tail)".
 
-    Raises ValueError if the fraction is not strictly between 0 and 1, if the seed is negative, if there is no
-    document, or if there is too little text for both parts; TypeError for what is not a Document.
+    Args:
+        documents: the text.
+        validation_fraction: between 0 and 1, both excluded.
+        seed: an integer, at least 0.
+
+    Returns:
+        (training documents, validation documents), both with some text.
+
+    Raises:
+        TypeError: an element of `documents` is not a Document.
+        ValueError: the fraction or the seed is out of range, there is no document, or there is too little text for
+            both parts.
+
+    Example:
+        >>> documents = [Document(str(i), b"text") for i in range(10)]
+        >>> train, validation = split_documents(documents, 0.2, seed=0)
+        >>> len(train), len(validation)
+        (8, 2)
     """
     documents = list(documents)
     for document in documents:
@@ -30,10 +46,10 @@ def split_documents(
         raise ValueError(f"seed must not be negative; got {seed}")
     if not documents:
         raise ValueError("there are no documents to split")
-    wanted = validation_fraction * _size(documents)
-    train, validation = _whole_documents(documents, wanted, seed)
-    if not wanted / 2 <= _size(validation) <= 2 * wanted or not _size(train):
-        train, validation = _tail(documents, wanted)
+    target = validation_fraction * _size(documents)
+    train, validation = _split_whole_documents(documents, target, seed)
+    if not target / 2 <= _size(validation) <= 2 * target or not _size(train):
+        train, validation = _split_tail(documents, target)
     if not _size(train) or not _size(validation):
         raise ValueError(
             f"cannot hold out {validation_fraction:g} of {_size(documents)} bytes: one of the parts would be empty"
@@ -45,27 +61,29 @@ def _size(documents: list[Document]) -> int:
     return sum(len(document.text) for document in documents)
 
 
-def _whole_documents(documents: list[Document], wanted: float, seed: int) -> tuple[list[Document], list[Document]]:
-    held: set[int] = set()
+def _split_whole_documents(
+    documents: list[Document], target: float, seed: int
+) -> tuple[list[Document], list[Document]]:
+    chosen: set[int] = set()
     size = 0
     for index in np.random.default_rng(seed).permutation(len(documents)).tolist():
         length = len(documents[index].text)
-        # Take it only if that brings the held-out size nearer to what is wanted.
-        if length < 2 * (wanted - size):
-            held.add(index)
+        # Choose it only if that brings the held-out size closer to the target.
+        if length < 2 * (target - size):
+            chosen.add(index)
             size += length
-    train = [document for index, document in enumerate(documents) if index not in held]
-    return train, [document for index, document in enumerate(documents) if index in held]
+    train = [document for index, document in enumerate(documents) if index not in chosen]
+    return train, [document for index, document in enumerate(documents) if index in chosen]
 
 
-def _tail(documents: list[Document], wanted: float) -> tuple[list[Document], list[Document]]:
+def _split_tail(documents: list[Document], target: float) -> tuple[list[Document], list[Document]]:
     first = len(documents) - 1
-    missing = wanted - len(documents[first].text)  # below 0: what the document keeps to train on
+    missing = target - len(documents[first].text)  # if negative, the bytes of this document that stay in training
     while first and missing > 0:
         first -= 1
         missing -= len(documents[first].text)
     name, text = documents[first]
-    cut = _cut(text, round(-missing))
+    cut = _cut_position(text, round(-missing))
     head, tail = text[:cut], text[cut:]
     if not head:
         return documents[:first], documents[first:]
@@ -75,10 +93,10 @@ def _tail(documents: list[Document], wanted: float) -> tuple[list[Document], lis
     return train, [Document(f"{name} (tail)", tail), *documents[first + 1 :]]
 
 
-def _cut(text: bytes, near: int) -> int:
-    """The place to cut: after the last line end before `near`, else at or before `near` between two characters."""
+def _cut_position(text: bytes, near: int) -> int:
+    """Return where to cut: after the last line end before `near`, else between two characters at or before `near`."""
     line = text.rfind(b"\n", 0, near) + 1
-    # A line far back would move much text into the held-out part, so it counts only within a tenth of that part.
+    # A distant line end would move much text into the held-out part: accept it within a tenth of that part only.
     if line and near - line <= (len(text) - near) / 10:
         return line
     while 0 < near < len(text) and text[near] & 0xC0 == 0x80:  # inside a UTF-8 character

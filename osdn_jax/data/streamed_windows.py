@@ -1,4 +1,4 @@
-"""Windows over a stream of documents that is tokenised as it is read, at a position that is saved."""
+"""Windows over a document stream, tokenised while it is read, with a position that can be saved."""
 
 import hashlib
 from collections.abc import Callable, Collection
@@ -15,18 +15,32 @@ from osdn_jax.data.windows import Window, checked_count, cut_window
 
 
 def digest(document: Document) -> bytes:
-    """What a document is known by among those held out."""
+    """Return the hash that identifies a held-out document by its text."""
     return hashlib.blake2b(document.text, digest_size=16).digest()
 
 
 class StreamedWindows:
-    """Windows over the documents of a stream, for `training_batches`; endless: the stream starts again at its end.
+    """Windows over the documents of a stream, a source for `training_batches`. Endless: at its end the stream restarts.
 
-    open: (shard_index, shard_count) -> the stream of a process's share of the documents.
-    held_out: the `digest`s of documents to leave out.
-    shuffle: how many windows are shuffled together; they are tokenised again when training is resumed. 1 is no shuffle.
+    Args:
+        open: (shard_index, shard_count) -> the stream of one process's share of the documents.
+        tokenizer: as `load_tokenizer` returns it.
+        sequence_length: T, at least 1.
+        held_out: the `digest`s of documents to leave out.
+        shuffle: the number of windows that are shuffled together; 1 keeps the order of the stream. When training is
+            resumed, up to this many windows are tokenised again.
 
-    Raises TypeError for a length or shuffle that is no integer, ValueError for one below 1.
+    Raises:
+        TypeError: `sequence_length` or `shuffle` is not an integer.
+        ValueError: `sequence_length` or `shuffle` is below 1.
+
+    Example:
+        >>> from osdn_jax.data import ByteTokenizer, HubStream, training_batches
+        >>> def open_share(index, count):
+        ...     return HubStream("hf:HuggingFaceFW/fineweb-edu", shard_index=index, shard_count=count)
+        >>> windows = StreamedWindows(open_share, ByteTokenizer(), 1024, shuffle=256)
+
+        `training_batches(windows, batch_size=8, seed=0)` then connects to the hub.
     """
 
     def __init__(
@@ -44,27 +58,28 @@ class StreamedWindows:
         self._open, self._shuffle = open, checked_count("shuffle", shuffle)
 
     def dataset(self, *, seed: int, shard_index: int = 0, shard_count: int = 1) -> grain.IterDataset[Window]:
-        """The windows of one process."""
-        windows: grain.IterDataset[Window] = _Windows(self, self._open(shard_index, shard_count))
+        """Return the windows of one process, shuffled by `seed`."""
+        windows: grain.IterDataset[Window] = _WindowDataset(self, self._open(shard_index, shard_count))
         if self._shuffle > 1:
             windows = grain.experimental.WindowShuffleIterDataset(windows, window_size=self._shuffle, seed=seed)
         return windows
 
 
-class _Windows(grain.IterDataset[Window]):
+class _WindowDataset(grain.IterDataset[Window]):
     def __init__(self, source: StreamedWindows, stream: DocumentStream) -> None:
         super().__init__()
         self._source, self._stream = source, stream
 
-    def __iter__(self) -> "_Iterator":
+    def __iter__(self) -> "_WindowIterator":
         self._stream.set_state(None)
-        return _Iterator(self._source, self._stream)
+        return _WindowIterator(self._source, self._stream)
 
 
-class _Iterator(grain.DatasetIterator[Window]):
-    """Its state: the stream's position before the document that the next window starts in, and how far into it.
+class _WindowIterator(grain.DatasetIterator[Window]):
+    """Cuts windows from the stream.
 
-    Of the tokens read, a window leaves the rest of its last document, and the next window begins with that.
+    A window uses the first tokens of its last document; the next window starts with the remaining ones. The state is
+    the stream's position before that document and the number of its tokens that are used.
     """
 
     def __init__(self, source: StreamedWindows, stream: DocumentStream) -> None:
@@ -73,49 +88,49 @@ class _Iterator(grain.DatasetIterator[Window]):
         self._restart()
 
     def _restart(self) -> None:
-        self._tokens = np.empty(0, np.int32)  # those of the last document read that are not in a window yet
-        self._before = self._stream.get_state()  # where that document starts
-        self._used = 0  # tokens of it, start token included, that are in a window
+        self._remaining = np.empty(0, np.int32)  # tokens of the last document read that are in no window yet
+        self._document_position = self._stream.get_state()  # where that document starts
+        self._used = 0  # its tokens, start token included, that are in a window
 
     def __next__(self) -> Window:
         length = self._source.sequence_length
-        parts, missing = [self._tokens], length + 1 - len(self._tokens)
+        parts, missing = [self._remaining], length + 1 - len(self._remaining)
         used = self._used
-        document = self._tokens
+        document = self._remaining
         while missing > 0:
-            self._before, document = self._next_document()
+            self._document_position, document = self._next_document()
             used = 0
             parts.append(document)
             missing -= len(document)
         # The last token of this window's targets is the first of the next one's inputs.
-        rest = 1 - missing
-        self._used = used + len(document) - rest
-        self._tokens = document[len(document) - rest :]
+        left_over = 1 - missing
+        self._used = used + len(document) - left_over
+        self._remaining = document[len(document) - left_over :]
         tokens = np.concatenate(parts)[: length + 1]
         return cut_window(tokens, length, self._source.tokenizer.bos_id)
 
     def _next_document(self) -> tuple[dict[str, Any], np.ndarray]:
-        """(the stream's position before it, the start token and the tokens of the next document)."""
-        source, ended = self._source, False
+        """Return (the stream's position before the next document, its start token and tokens)."""
+        source, restarted = self._source, False
         while True:
-            before = self._stream.get_state()
+            position = self._stream.get_state()
             document = next(self._stream, None)
             if document is None:
-                if ended:
+                if restarted:
                     raise ValueError("the stream holds no documents to train on")
-                ended = True
+                restarted = True
                 self._stream.set_state(None)
             elif digest(document) not in source.held_out:
                 ids = encode_document(document, source.tokenizer).astype(np.int32)
-                return before, np.concatenate([np.full(1, source.tokenizer.bos_id, np.int32), ids])
+                return position, np.concatenate([np.full(1, source.tokenizer.bos_id, np.int32), ids])
 
     def get_state(self) -> dict[str, Any]:
-        return {"before": self._before, "used": self._used}
+        return {"before": self._document_position, "used": self._used}
 
     def set_state(self, state: dict[str, Any]) -> None:
         self._stream.set_state(state["before"])
         self._restart()
         if state["used"]:
-            self._before, document = self._next_document()
+            self._document_position, document = self._next_document()
             self._used = state["used"]
-            self._tokens = document[self._used :]
+            self._remaining = document[self._used :]

@@ -1,4 +1,4 @@
-"""Documents one after the other from files, or from a data set of the Hugging Face hub, at a position that is saved."""
+"""Streams of documents from files or from a data set of the Hugging Face hub, with a position that can be saved."""
 
 import copy
 import hashlib
@@ -7,24 +7,24 @@ import itertools
 import json
 import os
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any, Protocol
 
 from osdn_jax._errors import first_line
 from osdn_jax._optional import require
 from osdn_jax.data.documents import Document, checked_field, file_documents, missing_field, text_files
 
-HUB = "hf:"  # what paths of data sets on the hub start with
+HUB = "hf:"  # the prefix of data sets on the hub
 
 type StreamState = dict[str, Any]
 
 
 class DocumentStream(Protocol):
-    """An iterator over documents that can be set to where it was.
+    """An iterator over documents whose position can be saved and restored.
 
-    fingerprint: changes with what is read, as far as that shows without reading it.
-    size: bytes of text in all, if they are known.
-    on_disk: whether it can be read again at no cost but the time.
+    Attributes:
+        fingerprint: changes with what is read, as far as that is visible without reading it.
+        size: the bytes of all text, or None if unknown.
+        on_disk: True if reading it again costs only time.
     """
 
     fingerprint: str
@@ -36,25 +36,56 @@ class DocumentStream(Protocol):
     def __next__(self) -> Document: ...
 
     def get_state(self) -> StreamState:
-        """The position after the last document, as JSON holds it."""
+        """Return the position after the last document, in a form that JSON holds."""
         ...
 
     def set_state(self, state: StreamState | None) -> None:
-        """Goes to a position of `get_state`; None is the start."""
+        """Go to a position from `get_state`; None is the start."""
         ...
 
 
 def open_stream(
     path: str | os.PathLike[str], *, field: str = "text", subset: str = "", split: str = "train"
 ) -> DocumentStream:
-    """The documents of a file or folder as `read_documents` reads them, or of "hf:NAME" as `HubStream` does."""
+    """Open a file or folder as a `FileStream`, or "hf:NAME" as a `HubStream`.
+
+    Args:
+        path: a file, a folder or "hf:NAME".
+        field: the name of the text in the rows of `.jsonl` and `.parquet` files and of data sets.
+        subset: the subset (configuration) of a data set, such as "sample-10BT"; "" for its default.
+        split: the split of a data set.
+
+    Returns:
+        The stream, at its start.
+
+    Raises:
+        FileNotFoundError, ConnectionError, ImportError, TypeError, ValueError: as the two classes.
+    """
     if isinstance(path, str) and path.startswith(HUB):
         return HubStream(path, field=field, subset=subset, split=split)
     return FileStream(path, field=field)
 
 
 class FileStream:
-    """Documents of a file or folder as `read_documents` has them, without holding them all."""
+    """The documents of a file or folder, as `read_documents` returns them, without holding all of them in memory.
+
+    Args:
+        path: a file or folder.
+        field: the name of the text in the rows of `.jsonl` and `.parquet` files.
+
+    Raises:
+        FileNotFoundError, TypeError, ValueError, ImportError: as `read_documents`, here and while it is read.
+
+    Example:
+        >>> from pathlib import Path
+        >>> from tempfile import TemporaryDirectory
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "a.txt").write_text("one")
+        ...     _ = Path(folder, "b.txt").write_text("two")
+        ...     stream = FileStream(folder)
+        ...     print(next(stream).name, stream.get_state(), next(stream).name)
+        a.txt {'file': 0, 'documents': 1} b.txt
+    """
 
     on_disk = True
 
@@ -64,48 +95,58 @@ class FileStream:
         sizes = [file.stat().st_size for file, _ in self._files]
         listing = [[name, size] for (_, name), size in zip(self._files, sizes, strict=True)]
         self.fingerprint = hashlib.sha256(json.dumps(listing).encode()).hexdigest()
-        plain = all(name.lower().endswith((".txt", ".jsonl")) for _, name in self._files)
-        self.size = sum(sizes) if plain else None
-        self._file = self._done = 0
+        uncompressed = all(name.lower().endswith((".txt", ".jsonl")) for _, name in self._files)
+        self.size = sum(sizes) if uncompressed else None
+        self._file_index = self._documents_read = 0
         self._documents: Iterator[Document] | None = None
 
     def __iter__(self) -> Iterator[Document]:
         return self
 
     def __next__(self) -> Document:
-        while self._file < len(self._files):
+        while self._file_index < len(self._files):
             if self._documents is None:
-                file, name = self._files[self._file]
-                self._documents = itertools.islice(file_documents(Path(file), name, self._field), self._done, None)
+                file, name = self._files[self._file_index]
+                self._documents = itertools.islice(file_documents(file, name, self._field), self._documents_read, None)
             for document in self._documents:
-                self._done += 1
+                self._documents_read += 1
                 return document
-            self._file, self._done, self._documents = self._file + 1, 0, None
+            self._file_index, self._documents_read, self._documents = self._file_index + 1, 0, None
         raise StopIteration
 
     def get_state(self) -> StreamState:
-        """The position: the file's number and how many of its documents are done."""
-        return {"file": self._file, "documents": self._done}
+        """Return the position: the index of the file and the number of its documents that have been read."""
+        return {"file": self._file_index, "documents": self._documents_read}
 
     def set_state(self, state: StreamState | None) -> None:
-        """Goes to a position of `get_state`; None is the start."""
+        """Go to a position from `get_state`; None is the start."""
         state = state or {"file": 0, "documents": 0}
-        self._file, self._done = int(state["file"]), int(state["documents"])
+        self._file_index, self._documents_read = int(state["file"]), int(state["documents"])
         self._documents = None
 
 
 class HubStream:
-    """Documents of a data set that the library `datasets` streams: "hf:NAME", or "hf:FOLDER" of one on disk.
+    """The documents of a data set that the library `datasets` streams: "hf:NAME", or "hf:FOLDER" for one on disk.
 
-    Nothing is downloaded but what is read, and no code of the data set's is run. Line ends become "\\n", and NUL
-    characters, which no document may have, are left out; rows without text are passed over.
+    Only what is read is downloaded, and no code of the data set is executed. Line ends become "\\n". NUL characters,
+    which no document may hold, are removed. Rows without text are skipped.
 
-    With several processes each passes its own `shard_index` of `shard_count`: the data set's files are divided between
-    them where their number allows it, and its rows otherwise.
+    With several processes, each passes its own `shard_index`: the data set's files are divided between the processes
+    if their number allows it, its rows otherwise.
 
-    Raises, here and while it is read: ImportError where `datasets` is missing; ConnectionError if the hub cannot be
-    reached, with what to use instead; ValueError for a name, subset or split that the hub does not have, a missing
-    field (names those there are) or one that is not text.
+    Args:
+        path: "hf:NAME" or "hf:FOLDER".
+        field: the name of the text in a row.
+        subset: the subset (configuration) of the data set; "" for its default.
+        split: the split of the data set.
+        shard_index: the index of this process, in 0..shard_count - 1.
+        shard_count: the number of processes.
+
+    Raises:
+        ImportError: `datasets` 4 or newer is missing; the message has the line that installs it.
+        ConnectionError: the hub cannot be reached, here or while it is read; the message says what to use instead.
+        ValueError: the hub does not have the name, subset or split; the field is missing (the message lists the
+            existing ones) or is not text, here or while it is read.
     """
 
     on_disk = False
@@ -129,12 +170,12 @@ class HubStream:
             raise ImportError(f"{path} needs datasets ≥ 4, which runs no code of data sets; got {library.__version__}")
         self.fingerprint = f"{path} {subset} {split}"
         self.size: int | None = None
-        data = self._reaching(lambda: library.load_dataset(name, name=subset or None, split=split, streaming=True))
+        data = self._call_library(lambda: library.load_dataset(name, name=subset or None, split=split, streaming=True))
         if data.features is not None and field not in data.features:
             raise missing_field(path, field, list(data.features), "data set")
         if shard_count > 1:
-            splitting = require("datasets.distributed", "data", path)
-            data = splitting.split_dataset_by_node(data, rank=shard_index, world_size=shard_count)
+            distributed = require("datasets.distributed", "data", path)
+            data = distributed.split_dataset_by_node(data, rank=shard_index, world_size=shard_count)
         self._data = data
         self._start = data.state_dict()
         self.set_state(None)
@@ -144,7 +185,7 @@ class HubStream:
 
     def __next__(self) -> Document:
         while True:
-            row = self._reaching(lambda: next(self._rows, None))
+            row = self._call_library(lambda: next(self._rows, None))
             if row is None:
                 raise StopIteration
             if self._field not in row:
@@ -156,32 +197,37 @@ class HubStream:
                 return Document(self._path, data)
 
     def get_state(self) -> StreamState:
-        """The position, as `datasets` describes it."""
+        """Return the position, as `datasets` describes it."""
         return self._data.state_dict()
 
     def set_state(self, state: StreamState | None) -> None:
-        """Goes to a position of `get_state`; None is the start."""
-        self._data.load_state_dict(copy.deepcopy(self._start if state is None else state))  # it keeps what it is given
+        """Go to a position from `get_state`; None is the start."""
+        # A copy, because the library keeps the state that it is given and changes it.
+        self._data.load_state_dict(copy.deepcopy(self._start if state is None else state))
         self._rows = iter(self._data)
 
-    def _reaching(self, call: Callable[[], Any]) -> Any:
-        """call(), with errors of the library in our words."""
+    def _call_library(self, call: Callable[[], Any]) -> Any:
+        """Return call(), turning the library's errors into ones that name the data set and say what to do."""
         try:
             return call()
         except FileNotFoundError as error:
-            raise ValueError(f"{self._path}: there is no such data set: {first_line(error).rstrip('.')}") from error
+            raise ValueError(f"{self._path}: there is no such data set: {_reason(error)}") from error
         except (OSError, _transport_error()) as error:
             raise ConnectionError(
-                f"{self._path} cannot be reached: {first_line(error).rstrip('.')}. Without the hub give a file or "
-                "folder of .txt, .jsonl or .parquet, or a folder made on a machine that reaches it: "
+                f"{self._path} cannot be reached: {_reason(error)}. Without the hub, give a file or folder of "
+                ".txt, .jsonl or .parquet, or a folder prepared on a machine that can reach it: "
                 f"python -m osdn_jax.data.prepare --input {self._path} --tokenizer TOKENIZER --output FOLDER"
             ) from error
         except ValueError as error:
-            raise ValueError(f"{self._path}: {first_line(error).rstrip('.')}") from error
+            raise ValueError(f"{self._path}: {_reason(error)}") from error
 
 
 def _transport_error() -> type[Exception]:
-    """What the hub's client raises when the network fails; with older clients that is an OSError."""
+    """Return the exception of the hub's client for a failing network; older clients raise an OSError."""
     if importlib.util.find_spec("httpx") is None:
         return OSError
     return importlib.import_module("httpx").TransportError
+
+
+def _reason(error: Exception) -> str:
+    return first_line(error).rstrip(".")

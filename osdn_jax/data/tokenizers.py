@@ -1,4 +1,4 @@
-"""Tokenizers from files: a Hugging Face `tokenizer.json`, a SentencePiece `.model`; or bytes. No code is loaded."""
+"""Tokenizers: a Hugging Face `tokenizer.json`, a SentencePiece `.model`, or bytes. No code of a file is executed."""
 
 import hashlib
 import json
@@ -15,34 +15,35 @@ from osdn_jax.data.byte_tokenizer import ByteTokenizer, checked_ids, checked_tex
 from osdn_jax.data.documents import Document
 from osdn_jax.data.token_decoder import TokenDecoder, byte_tokens
 
-BYTES = "bytes"  # the name of the tokenizer without a file
+BYTES = "bytes"  # selects the tokenizer that needs no file
 
-_LARGEST_FILE = 1 << 29
-# Names of the start token where no tokenizer_config.json says which it is; the end of a document serves as well.
+_MAX_FILE_BYTES = 1 << 29
+# Start tokens to look for if there is no tokenizer_config.json. An end-of-document token can start documents too.
 _START_NAMES = ("<s>", "<bos>", "[BOS]", "<|bos|>", "<|begin_of_text|>", "<|startoftext|>")
 _END_NAMES = ("</s>", "<eos>", "[EOS]", "<|eos|>", "<|end_of_text|>", "<|endoftext|>")
 
 
 class Decoder(Protocol):
-    """Turns ids that arrive a few at a time into text; `StreamDecoder` is one."""
+    """Turns ids that arrive a few at a time into text. `StreamDecoder` and `TokenDecoder` are decoders."""
 
     def push(self, ids: int | Iterable[int] | np.ndarray) -> str:
-        """The text that is complete with these ids."""
+        """Return the text that these ids complete."""
         ...
 
     def finish(self) -> str:
-        """What was held back."""
+        """Return the text that was held back."""
         ...
 
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Text to token ids and back.
+    """Converts text to token ids and back; `load_tokenizer` returns one.
 
-    name: for messages: "bytes" or the file.
-    fingerprint: what tells two tokenizers apart: "bytes" or the SHA-256 of the file, in hexadecimal.
-    vocab_size: one more than the largest id.
-    bos_id: the token before every document; it occurs nowhere else.
+    Attributes:
+        name: "bytes" or the file, for messages.
+        fingerprint: tells tokenizers apart: "bytes" or the SHA-256 of the file in hexadecimal.
+        vocab_size: the largest id plus 1.
+        bos_id: the token before every document; it occurs nowhere else.
     """
 
     @property
@@ -58,29 +59,45 @@ class Tokenizer(Protocol):
     def bos_id(self) -> int: ...
 
     def encode(self, text: str, *, bos: bool = False) -> Int32[np.ndarray, " n"]:
-        """Ids of the text, after the start token if `bos`."""
+        """Return the ids of the text, after the start token if `bos`."""
         ...
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Text of ids [n]; start tokens are left out."""
+        """Return the text of ids [n], without start tokens."""
         ...
 
     def stream_decoder(self, context: Iterable[int] | np.ndarray = ()) -> Decoder:
-        """A decoder of ids that come after those of `context`, whose text is not repeated."""
+        """Return a decoder for ids that follow those of `context`, whose text is not repeated."""
         ...
 
 
 def load_tokenizer(path: str | os.PathLike[str] = BYTES) -> Tokenizer:
-    """The tokenizer of a `tokenizer.json` (Hugging Face), a `.model` (SentencePiece) or a folder with one; or "bytes".
+    """Load a Hugging Face `tokenizer.json` or a SentencePiece `.model`, or return the `ByteTokenizer`.
 
-    Text becomes the ids of ordinary tokens only: the name of a special token in a text is text, and truncation or
-    padding that a tokenizer.json asks for is left out. The start token is the tokenizer's own: for a `.model` its
-    beginning of sentence, else its end of sentence; for a `tokenizer.json` what `bos_token`, else `eos_token`, of a
-    tokenizer_config.json beside it names, and without such a file a special token with one of the usual names.
+    Text becomes ids of ordinary tokens only: the name of a special token in a text is encoded as text. Truncation and
+    padding settings of a `tokenizer.json` are ignored.
 
-    Raises FileNotFoundError for no such file; ImportError, with the line that installs it, where the library is
-    missing; ValueError, naming the file, for another ending, a damaged file or a tokenizer without a start token;
-    TypeError for what is no path.
+    The start token of documents, `bos_id`, is the tokenizer's own. A `.model` gives its beginning of sentence, or else
+    its end of sentence. A `tokenizer.json` gives the `bos_token`, or else the `eos_token`, named in a
+    `tokenizer_config.json` in the same folder; without that file, a special token with one of the usual names.
+
+    Args:
+        path: "bytes" (default), a file that ends in `.json` or `.model`, or a folder with a `tokenizer.json` or a
+            `tokenizer.model`.
+
+    Returns:
+        The tokenizer.
+
+    Raises:
+        FileNotFoundError: `path` does not exist.
+        ImportError: `tokenizers` or `sentencepiece` is missing; the message has the line that installs it.
+        TypeError: `path` is neither a str nor a path.
+        ValueError: another ending, a damaged file or a tokenizer without a start token; the message names the file.
+
+    Example:
+        >>> tokenizer = load_tokenizer("bytes")
+        >>> tokenizer.vocab_size, tokenizer.encode("to be").tolist()
+        (256, [116, 111, 32, 98, 101])
     """
     if not isinstance(path, str | os.PathLike):
         raise TypeError(f"tokenizer must be {BYTES!r} or a path; got {type(path).__name__}")
@@ -90,10 +107,10 @@ def load_tokenizer(path: str | os.PathLike[str] = BYTES) -> Tokenizer:
         raise ValueError(f"tokenizer must not be empty; expected {BYTES!r}, a tokenizer.json or a .model file")
     file = Path(path)
     if file.is_dir():
-        inside = [file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).is_file()]
-        if not inside:
+        found = [file / name for name in ("tokenizer.json", "tokenizer.model") if (file / name).is_file()]
+        if not found:
             raise ValueError(f"folder {file} holds no tokenizer.json and no tokenizer.model")
-        file = inside[0]
+        file = found[0]
     if not file.is_file():
         raise FileNotFoundError(f"no such tokenizer: {file}; expected {BYTES!r}, a tokenizer.json or a .model file")
     match file.suffix.lower():
@@ -105,12 +122,12 @@ def load_tokenizer(path: str | os.PathLike[str] = BYTES) -> Tokenizer:
 
 
 def token_dtype(vocab_size: int) -> np.dtype:
-    """The smallest unsigned integers, little endian, that hold the ids of a vocabulary."""
+    """Return the smallest little-endian unsigned integer type that holds the ids of a vocabulary."""
     return np.dtype(np.min_scalar_type(vocab_size - 1)).newbyteorder("<")
 
 
 def encode_document(document: Document, tokenizer: Tokenizer) -> Int[np.ndarray, " n"]:
-    """Token ids of a document, in the smallest dtype. Raises ValueError, naming it, for what cannot be encoded."""
+    """Return the ids of a document in their smallest dtype. Raises ValueError, naming it, if it cannot be encoded."""
     try:
         ids = tokenizer.encode(document.text.decode("utf-8"))
     except ValueError as error:
@@ -119,14 +136,14 @@ def encode_document(document: Document, tokenizer: Tokenizer) -> Int[np.ndarray,
 
 
 class _FileTokenizer:
-    """What both libraries share: ids go in and out through `_encode` and `_decode`."""
+    """A tokenizer from a file. Subclasses implement `_encode`, `_decode` and `_id_of` with their library."""
 
     def __init__(self, file: Path, data: bytes) -> None:
         self.name = str(file)
         self.fingerprint = hashlib.sha256(data).hexdigest()
         self.vocab_size = 0
         self.bos_id = 0
-        self._skipped: frozenset[int] = frozenset()  # ids that decoding leaves out before it puts bytes together
+        self._skipped: frozenset[int] = frozenset()  # ids that the library drops before it joins byte tokens
 
     def _encode(self, text: str) -> Sequence[int]:
         raise NotImplementedError
@@ -134,35 +151,51 @@ class _FileTokenizer:
     def _decode(self, ids: list[int]) -> str:
         raise NotImplementedError
 
-    def encode(self, text: str, *, bos: bool = False) -> Int32[np.ndarray, " n"]:
-        """Ids of the text, after the start token if `bos`.
+    def _id_of(self, token: str) -> int | None:
+        raise NotImplementedError
 
-        Raises TypeError if `text` is not a str; ValueError if it holds an unpaired surrogate, or what the tokenizer
-        turns into its start token.
+    def encode(self, text: str, *, bos: bool = False) -> Int32[np.ndarray, " n"]:
+        """Return the token ids of a text.
+
+        Args:
+            text: the text.
+            bos: put the start token first.
+
+        Returns:
+            int32 ids [n].
+
+        Raises:
+            TypeError: `text` is not a str.
+            ValueError: `text` holds an unpaired surrogate, or the tokenizer encodes part of it as its start token.
         """
         ids = np.asarray(self._encode(checked_text(text)), np.int32)
-        if (at := np.flatnonzero(ids == self.bos_id)).size:
-            raise ValueError(f"{self.name} makes token {int(at[0])} of the text its start token, {self.bos_id}")
+        if (positions := np.flatnonzero(ids == self.bos_id)).size:
+            raise ValueError(f"{self.name} makes token {int(positions[0])} of the text its start token, {self.bos_id}")
         return np.concatenate([np.full(1, self.bos_id, np.int32), ids]) if bos else ids
 
     def decode(self, ids: Iterable[int] | np.ndarray) -> str:
-        """Text of ids [n], special tokens left out.
+        """Return the text of token ids.
 
-        Raises TypeError for ids that are not integers and ValueError for ids outside the vocabulary.
+        Args:
+            ids: integers [n] in 0..vocab_size - 1.
+
+        Returns:
+            The text without special tokens.
+
+        Raises:
+            TypeError: an id is not an integer.
+            ValueError: an id is outside the vocabulary.
         """
         return self._decode(checked_ids(ids, self.vocab_size).tolist())
 
     def stream_decoder(self, context: Iterable[int] | np.ndarray = ()) -> TokenDecoder:
-        """A decoder of ids that come after those of `context`, whose text is not repeated."""
-        found = byte_tokens(self._id_of, self._decode)
-        return TokenDecoder(self.decode, context, byte_tokens=found, skipped=self._skipped)
-
-    def _id_of(self, token: str) -> int | None:
-        raise NotImplementedError
+        """Return a decoder for ids that follow those of `context`, whose text is not repeated."""
+        bytes_of_ids = byte_tokens(self._id_of, self._decode)
+        return TokenDecoder(self.decode, context, byte_tokens=bytes_of_ids, skipped=self._skipped)
 
 
 class HuggingFaceTokenizer(_FileTokenizer):
-    """A `tokenizer.json`, read by the library `tokenizers`. See `load_tokenizer`, also for what is raised."""
+    """A `tokenizer.json`, read by the library `tokenizers`. `load_tokenizer` documents arguments and errors."""
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         library = require("tokenizers", "tokenizers", "a tokenizer.json")
@@ -176,11 +209,11 @@ class HuggingFaceTokenizer(_FileTokenizer):
             raise ValueError(f"{file} is not JSON: {error}") from error
         try:
             tokenizer = library.Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing more special
+        except Exception as error:  # the library raises no more specific class
             raise ValueError(f"{file} is not a Hugging Face tokenizer: {error}") from error
         tokenizer.no_truncation()
         tokenizer.no_padding()
-        tokenizer.encode_special_tokens = True  # that is, as the text that they are
+        tokenizer.encode_special_tokens = True  # encodes their names in a text as ordinary text
         self._tokenizer = tokenizer
         ids = tokenizer.get_vocab(with_added_tokens=True)
         if not ids:
@@ -198,12 +231,12 @@ class HuggingFaceTokenizer(_FileTokenizer):
         return self._tokenizer.decode(ids, skip_special_tokens=True)
 
     def _id_of(self, token: str) -> int | None:
-        found = self._tokenizer.token_to_id(token)
-        return None if found in self._skipped else found
+        token_id = self._tokenizer.token_to_id(token)
+        return None if token_id in self._skipped else token_id
 
 
 class SentencePieceTokenizer(_FileTokenizer):
-    """A SentencePiece model, read by the library `sentencepiece`. See `load_tokenizer`, also for what is raised."""
+    """A SentencePiece model, read by the library `sentencepiece`. `load_tokenizer` documents arguments and errors."""
 
     def __init__(self, file: str | os.PathLike[str]) -> None:
         library = require("sentencepiece", "tokenizers", "a SentencePiece model")
@@ -227,20 +260,20 @@ class SentencePieceTokenizer(_FileTokenizer):
         return self._processor.decode(ids)
 
     def _id_of(self, token: str) -> int | None:
-        found = self._processor.piece_to_id(token)
-        return found if self._processor.is_byte(found) else None
+        token_id = self._processor.piece_to_id(token)
+        return token_id if self._processor.is_byte(token_id) else None
 
 
 def _read(file: Path) -> bytes:
-    if (size := file.stat().st_size) > _LARGEST_FILE:
-        raise ValueError(f"{file} has {size:,} bytes; a tokenizer has at most {_LARGEST_FILE:,}")
+    if (size := file.stat().st_size) > _MAX_FILE_BYTES:
+        raise ValueError(f"{file} has {size:,} bytes; a tokenizer has at most {_MAX_FILE_BYTES:,}")
     if not size:
         raise ValueError(f"{file} is empty")
     return file.read_bytes()
 
 
 def _start_token(file: Path, ids: dict[str, int], special: list[str]) -> int:
-    """The id of the token that starts documents. Raises ValueError if none is known."""
+    """Return the id of the token that starts documents. Raises ValueError if none is known."""
     settings = file.with_name("tokenizer_config.json")
     if settings.is_file():
         for token in _named_tokens(settings):
@@ -258,6 +291,7 @@ def _start_token(file: Path, ids: dict[str, int], special: list[str]) -> int:
 
 
 def _named_tokens(settings: Path) -> Iterator[str]:
+    """Yield the names of the start and the end token that a tokenizer_config.json sets."""
     try:
         values: Any = json.loads(_read(settings).decode("utf-8"))
     except (ValueError, RecursionError) as error:

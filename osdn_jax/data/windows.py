@@ -1,4 +1,4 @@
-"""Documents laid end to end and cut into windows of equal length."""
+"""Documents as one stream of tokens, packed into windows of equal length."""
 
 import operator
 from collections.abc import Iterable
@@ -12,12 +12,13 @@ from osdn_jax.data.tokenizers import Tokenizer, encode_document, token_dtype
 
 
 class Window(TypedDict):
-    """One window, shape [T], or a batch of them, shape [B, T].
+    """A window, shape [T], or a batch of windows, shape [B, T].
 
-    inputs:      token ids.
-    targets:     the token after each input.
-    segment_ids: 1 at the start of the window and one more at each document start; 0 where there is padding.
-    weights:     1 where the target is text; 0 where it is the start token of the next document, or padding.
+    Attributes:
+        inputs: token ids.
+        targets: the token after each input.
+        segment_ids: 1 at the start of the window and 1 more at each document start; 0 for padding.
+        weights: 1 if the target is text; 0 if it is the start token of the next document, or padding.
     """
 
     inputs: Int32[np.ndarray, "... T"]
@@ -28,7 +29,7 @@ class Window(TypedDict):
 
 @runtime_checkable
 class WindowSource(Protocol):
-    """What batches are made from: windows of one shape by index. `PackedWindows` is one."""
+    """Windows of one shape, read by index, that batches are made from. `TokenWindows` is one."""
 
     def __len__(self) -> int: ...
 
@@ -37,11 +38,13 @@ class WindowSource(Protocol):
 
 @runtime_checkable
 class TokenStream(Protocol):
-    """`start-token document start-token document ...` as token ids, read by position.
+    """Token ids `start-token document start-token document ...`, read by position.
 
-    start_id: the token before each document.
-    text_tokens, text_bytes: how many tokens the documents have, and the bytes of the text that they stand for.
-    on_disk: whether reading takes files, so that it pays to read ahead.
+    Attributes:
+        on_disk: True if reading accesses files, so that reading ahead pays.
+        start_id: the token before each document.
+        text_tokens: the number of tokens of all documents, without start tokens.
+        text_bytes: the bytes of text that these tokens stand for.
     """
 
     on_disk: bool
@@ -51,16 +54,16 @@ class TokenStream(Protocol):
     text_bytes: int
 
     def __len__(self) -> int:
-        """Tokens in all, start tokens included."""
+        """Return the number of tokens, start tokens included."""
         ...
 
     def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """The tokens at positions start to stop - 1, or to the end."""
+        """Return the tokens at positions start to stop - 1, fewer at the end."""
         ...
 
 
 def checked_count(name: str, value: SupportsIndex) -> int:
-    """`value` as an int that is at least 1. Raises TypeError if it is no integer, ValueError if it is below 1."""
+    """Return `value` as an int. Raises TypeError if it is not an integer, ValueError if it is below 1."""
     if isinstance(value, bool):
         raise TypeError(f"{name} must be an integer; got {value!r}")
     try:
@@ -72,28 +75,15 @@ def checked_count(name: str, value: SupportsIndex) -> int:
     return count
 
 
-def checked_position(index: SupportsIndex, count: int) -> int:
-    """`index` of one of `count` windows, from the end if negative, as 0..count - 1. Raises IndexError outside."""
-    position = operator.index(index)
-    if not -count <= position < count:
-        raise IndexError(f"window {position} of {count}")
-    return position % count
-
-
-def window_count(tokens: int, length: int) -> int:
-    """How many windows a stream of tokens has: one for each `length` targets or part of it."""
-    return (tokens - 2) // length + 1  # the first token is no target
-
-
 def cut_window(tokens: Int[np.ndarray, " n"], length: int, start_id: int) -> Window:
-    """The window of the first n - 1 tokens and those one later, padded to `length`; 2 ≤ n ≤ length + 1.
+    """Make the window whose inputs are the first n - 1 tokens and whose targets are the last n - 1, padded to `length`.
 
-    start_id is the token before each document.
+    n is from 2 to length + 1, and `start_id` is the token before each document.
     """
     tokens = tokens.astype(np.int32)
     inputs, targets = tokens[:-1], tokens[1:]
     starts = inputs == start_id
-    # The first position belongs to segment 1 whether a document starts there or goes on there.
+    # The first position has segment id 1, whether or not a document starts there.
     segment_ids = np.cumsum(starts, dtype=np.int32) + np.int32(not starts[0])
     padding = (0, length - len(inputs))
     return {
@@ -104,15 +94,37 @@ def cut_window(tokens: Int[np.ndarray, " n"], length: int, start_id: int) -> Win
     }
 
 
-class ByteDocuments:
-    """The bytes of documents in memory, each document after byte 0: a `TokenStream` that no tokenizer is needed for.
-
-    Raises TypeError for what is not a Document of bytes; ValueError for documents without a single byte, or text with
-    byte 0.
-    """
+class _TokensInMemory:
+    """A `TokenStream` over an array."""
 
     on_disk = False
-    start_id = 0
+
+    def __init__(self, tokens: Int[np.ndarray, " n"], *, start_id: int, text_tokens: int, text_bytes: int) -> None:
+        self._tokens = tokens
+        self.start_id, self.text_tokens, self.text_bytes = start_id, text_tokens, text_bytes
+
+    def __len__(self) -> int:
+        """Return the number of tokens, start tokens included."""
+        return len(self._tokens)
+
+    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
+        """Return the tokens at positions start to stop - 1, fewer at the end."""
+        return self._tokens[start:stop]
+
+
+class ByteDocuments(_TokensInMemory):
+    """Documents in memory as byte tokens, a `TokenStream`: byte 0, the first document's bytes, byte 0, ...
+
+    This is `TokenizedDocuments` with a `ByteTokenizer`, but needs one byte of memory per token while it is built, and
+    accepts bytes that are not UTF-8.
+
+    Args:
+        documents: the text.
+
+    Raises:
+        TypeError: an element of `documents` is not a Document of bytes.
+        ValueError: a text holds byte 0, or the documents have no text.
+    """
 
     def __init__(self, documents: Iterable[Document]) -> None:
         parts = []
@@ -121,59 +133,75 @@ class ByteDocuments:
                 raise TypeError(f"documents must be Document(name, text); got {type(document).__name__}")
             if not isinstance(document.text, bytes):
                 raise TypeError(f"text of document {document.name!r} must be bytes; got {type(document.text).__name__}")
-            if (at := document.text.find(b"\0")) >= 0:
-                raise ValueError(f"document {document.name!r} holds byte 0, the start token, at offset {at}")
+            if (position := document.text.find(b"\0")) >= 0:
+                raise ValueError(f"document {document.name!r} holds byte 0, the start token, at offset {position}")
             parts.append(b"\0" + document.text)
         # One byte per token; windows widen to int32 as they are read.
-        self._tokens = np.frombuffer(b"".join(parts), np.uint8)
-        self.text_tokens = self.text_bytes = len(self._tokens) - len(parts)
-        if not self.text_bytes:
+        tokens = np.frombuffer(b"".join(parts), np.uint8)
+        text_bytes = len(tokens) - len(parts)
+        if not text_bytes:
             raise ValueError("the documents hold no text: at least one byte is needed")
-
-    def __len__(self) -> int:
-        """Tokens in all, start tokens included."""
-        return len(self._tokens)
-
-    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """The tokens at positions start to stop - 1, or to the end."""
-        return self._tokens[start:stop]
+        super().__init__(tokens, start_id=0, text_tokens=text_bytes, text_bytes=text_bytes)
 
 
-class TokenizedDocuments:
-    """Documents tokenised into memory: a `TokenStream`. Raises ValueError for documents without any token."""
+class TokenizedDocuments(_TokensInMemory):
+    """Documents tokenised into memory, a `TokenStream`.
 
-    on_disk = False
+    Args:
+        documents: the text.
+        tokenizer: as `load_tokenizer` returns it.
+
+    Raises:
+        ValueError: a document cannot be encoded (the message names it), or the documents have no tokens.
+    """
 
     def __init__(self, documents: Iterable[Document], tokenizer: Tokenizer) -> None:
-        self.start_id = tokenizer.bos_id
-        self.text_tokens = self.text_bytes = 0
         start = np.full(1, tokenizer.bos_id, token_dtype(tokenizer.vocab_size))
         parts = []
+        text_tokens = text_bytes = 0
         for document in documents:
             ids = encode_document(document, tokenizer)
             parts += [start, ids]
-            self.text_tokens += len(ids)
-            self.text_bytes += len(document.text)
-        if not self.text_tokens:
+            text_tokens += len(ids)
+            text_bytes += len(document.text)
+        if not text_tokens:
             raise ValueError("the documents hold no text: at least one token is needed")
-        self._tokens = np.concatenate(parts)
-
-    def __len__(self) -> int:
-        """Tokens in all, start tokens included."""
-        return len(self._tokens)
-
-    def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """The tokens at positions start to stop - 1, or to the end."""
-        return self._tokens[start:stop]
+        super().__init__(
+            np.concatenate(parts), start_id=tokenizer.bos_id, text_tokens=text_tokens, text_bytes=text_bytes
+        )
 
 
 class TokenWindows:
-    """Windows over a token stream, cut as `PackedWindows` cuts bytes: a random access source for grain.
+    """Windows over a token stream, a random-access source for `training_batches` and `validation_batches`.
 
-    Every token of every document is a target of weight 1 exactly once over all windows; the start tokens are targets
-    of weight 0. `text_tokens` is the sum of `weights`, and `text_bytes` the bytes of text that they stand for.
+    Window i has the inputs at stream positions [i T, i T + T) and the targets one position later, so windows share no
+    input. Over all windows every token of every document is a target of weight 1 exactly once; start tokens are
+    targets of weight 0. The last window is padded. `segment_ids` separate the documents of a window: pass them to the
+    model so that no state crosses from one document to the next. A document that crosses into the next window loses
+    its earlier tokens there.
 
-    Raises TypeError for a sequence length that is no integer, ValueError for one below 1.
+    Args:
+        stream: `TokenizedDocuments`, `ByteDocuments` or `PreparedTokens`.
+        sequence_length: T, at least 1.
+
+    Attributes:
+        sequence_length: T.
+        text_tokens: the number of targets of weight 1 over all windows.
+        text_bytes: the bytes of text that these tokens stand for.
+        on_disk: True if reading a window accesses files.
+
+    Raises:
+        TypeError: `sequence_length` is not an integer.
+        ValueError: `sequence_length` is below 1.
+
+    Example:
+        >>> from osdn_jax.data import ByteTokenizer
+        >>> stream = TokenizedDocuments([Document("a", b"ab"), Document("b", b"c")], ByteTokenizer())
+        >>> windows = TokenWindows(stream, 3)
+        >>> len(windows), windows.text_tokens
+        (2, 3)
+        >>> {name: array.tolist() for name, array in windows[0].items()}
+        {'inputs': [0, 97, 98], 'targets': [97, 98, 0], 'segment_ids': [1, 1, 1], 'weights': [1.0, 1.0, 0.0]}
     """
 
     def __init__(self, stream: TokenStream, sequence_length: int) -> None:
@@ -183,12 +211,15 @@ class TokenWindows:
         self._stream = stream
 
     def __len__(self) -> int:
-        """The number of windows, ≥ 1."""
-        return window_count(len(self._stream), self.sequence_length)
+        """Return the number of windows, at least 1: one per T targets, the last one padded."""
+        return (len(self._stream) - 2) // self.sequence_length + 1  # the stream's first token is not a target
 
     def __getitem__(self, index: SupportsIndex) -> Window:
-        """Window `index`; from the end if negative. Raises IndexError outside the source."""
-        start = checked_position(index, len(self)) * self.sequence_length
+        """Return window `index`, counted from the end if negative. Raises IndexError outside the source."""
+        position, count = operator.index(index), len(self)
+        if not -count <= position < count:
+            raise IndexError(f"window {position} of {count}")
+        start = position % count * self.sequence_length
         tokens = self._stream.read(start, start + self.sequence_length + 1)
         return cut_window(tokens, self.sequence_length, self._stream.start_id)
 
@@ -197,14 +228,26 @@ class TokenWindows:
 
 
 class PackedWindows(TokenWindows):
-    """The bytes of documents as windows: `TokenWindows(ByteDocuments(documents), sequence_length)`.
+    """Windows over the bytes of documents: `TokenWindows(ByteDocuments(documents), sequence_length)`.
 
-    Raises TypeError for what is not a Document of bytes or a sequence length that is no integer; ValueError for a
-    sequence length below 1, documents without a single byte, or text with byte 0.
+    Args:
+        documents: the text.
+        sequence_length: T, at least 1.
+
+    Raises:
+        TypeError: an element of `documents` is not a Document of bytes, or `sequence_length` is not an integer.
+        ValueError: `sequence_length` is below 1, a text holds byte 0, or the documents have no text.
+
+    Example:
+        >>> windows = PackedWindows([Document("a", b"some text"), Document("b", b"and more")], 4)
+        >>> windows
+        PackedWindows(5 windows of 4, 17 bytes of text)
+        >>> windows[2]["segment_ids"].tolist()
+        [1, 1, 2, 2]
     """
 
     def __init__(self, documents: Iterable[Document], sequence_length: int) -> None:
-        checked_count("sequence length", sequence_length)
+        checked_count("sequence length", sequence_length)  # before the text is copied
         super().__init__(ByteDocuments(documents), sequence_length)
 
     def __repr__(self) -> str:

@@ -1,12 +1,14 @@
 """The training loop."""
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import grain
 import jax
 import numpy as np
+import optax
 from ml_collections import ConfigDict
 from rich.console import Console
 
@@ -16,13 +18,13 @@ from osdn_jax.evaluation import make_evaluate
 from osdn_jax.hardware import peak_flops
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.flops import per_token
-from osdn_jax.nn.split import split_model
+from osdn_jax.nn.split import Parameters, split_model
 from osdn_jax.progress import ProgressBar, Stopwatch, say
 from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
 from osdn_jax.training.checkpoints import CheckpointError, Checkpoints
 from osdn_jax.training.config import MAY_CHANGE_ON_RESUME, ConfigError
-from osdn_jax.training.data import build_data
+from osdn_jax.training.data import Data, build_data
 from osdn_jax.training.initial_state import plan_start
 from osdn_jax.training.interruption import Interrupted, Stop, Watchdog
 from osdn_jax.training.limits import check_memory, out_of_memory
@@ -32,66 +34,104 @@ from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
 from osdn_jax.training.ranges import check_ranges
-from osdn_jax.training.step import make_train_step
+from osdn_jax.training.step import StepConfig, TrainState, make_train_step
 from osdn_jax.training.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir, checked_workdir
 
-_VALIDATION = "validation/bits_per_byte"  # its key in metrics.jsonl
-_STATISTICS_TOKENS = 1024  # that the preconditioners are looked at over
+_VALIDATION = "validation/bits_per_byte"  # key in metrics.jsonl
+_STATISTICS_TOKENS = 1024  # tokens that the preconditioners' statistics are computed over
 
 
 class DataError(RuntimeError):
-    """The text cannot be read any further: a damaged file, a hub that no longer answers."""
+    """The data cannot be read any further: a damaged file, or a hub that no longer answers."""
 
 
 class DivergedError(RuntimeError):
-    """The loss, the gradient or the update is no longer a finite number, and skipping steps has not helped."""
+    """Too many steps in a row had a loss, gradient or update that is not finite."""
 
 
 class Result(NamedTuple):
-    """What a run came to."""
+    """The outcome of a run.
+
+    Attributes:
+        step: the last step done.
+        parameters: number of trainable parameters.
+        bits_per_byte: on the held-out text; None if the run has not reached its last step.
+        tokens_per_second: in this process, without compilation, validation and saving; None if nothing was measured.
+    """
 
     step: int
     parameters: int
-    bits_per_byte: float | None  # on the held-out text, if the run came to its end
-    tokens_per_second: float | None  # in this process, without compilation, validation and saving
+    bits_per_byte: float | None
+    tokens_per_second: float | None
 
 
 def train(
-    config: ConfigDict, workdir: str | Path, *, stop_at: int | None = None, profile: tuple[int, int] | None = None
+    config: ConfigDict,
+    workdir: str | Path,
+    *,
+    stop_at: int | None = None,
+    profile: tuple[int, int] | None = None,
+    on_metrics: Callable[[int, dict[str, float]], object] | None = None,
 ) -> Result:
-    """Trains the model of a configuration, or goes on where the run in workdir stopped.
+    """Train the model of a configuration, or resume the run in `workdir`.
 
-    Writes config.json, checkpoints, metrics.jsonl, TensorBoard event files and loss.png to workdir. It runs over the
-    mesh of config.mesh; every process of a job calls it with the same arguments, and all of them can reach workdir.
-    SIGTERM and Ctrl-C end it after the step under way, with a checkpoint, as stop_at does. While it trains, workdir is
-    locked: no other run can use it.
+    Writes config.json, checkpoints, metrics.jsonl, TensorBoard event files and loss.png to `workdir`. Training runs
+    over the mesh of config.mesh; every process of a job calls this function with the same arguments, and all of them
+    can reach `workdir`. SIGTERM and Ctrl-C end the run after the current step, with a checkpoint, as `stop_at` does.
+    `workdir` is locked while it trains: no other run can use it.
 
     Args:
-        config: as `default_config` lists it.
-        workdir: the run's own directory; made if need be.
-        stop_at: end after this step, with a checkpoint, as if interrupted; for machines lent by the hour.
-        profile: first and last step of a trace, which goes to workdir/profile.
+        config: with the keys of `default_config`.
+        workdir: the run's directory; created if missing.
+        stop_at: stop after this step and save a checkpoint, e.g. on time-limited allocations; default: config.steps.
+        profile: first and last step of a trace, written to `workdir`/profile; default: no trace.
+        on_metrics: called as on_metrics(step, values) for every row of metrics.jsonl, training rows and validation
+            rows, right after the row is written; values is a new dict of floats, {"train/bits_per_byte": 2.1, …}. Only
+            the process that writes metrics.jsonl (process 0) calls it. Its exceptions end the run. Rows that a resumed
+            run repeats, because it was killed after its last checkpoint, are passed again.
+
+    Returns:
+        The last step and, at the end of the run, the bits per byte of the held-out text.
 
     Raises:
-        ConfigError: the configuration, the data or the directory cannot be used; the message says why. Of several
-            processes, one of them has failed, or was told something else; each raises it.
-            WorkdirInUseError, which is one: another run has the directory.
-        Interrupted: Ctrl-C, once all is saved; a KeyboardInterrupt that has the result.
+        ConfigError: the configuration, the data or the directory cannot be used; the message says why. In a job of
+            several processes every process raises it if one of them failed or was given other arguments.
+            WorkdirInUseError, a subclass: another run is using the directory.
+        Interrupted: Ctrl-C, once everything is saved; a KeyboardInterrupt that has the result.
         DataError: the data cannot be read any further.
-        DivergedError: more than config.max_skipped_steps steps in a row had no finite loss, gradient or update; names
-            the last of them. Checkpoints stay as they were.
+        DivergedError: more than config.max_skipped_steps steps in a row had a loss, gradient or update that is not
+            finite; names the last of them. Checkpoints stay as they were.
         CheckpointError: as `Checkpoints`.
         CheckpointMismatchError: the checkpoints are of another model, text or tokenizer.
-        OSError: something cannot be written, such as on a full disk; names the file.
+        OSError: a file cannot be written, e.g. because the disk is full; names the file.
+        TypeError: on_metrics is not callable.
+
+    Example:
+        >>> import tempfile
+        >>> from osdn_jax.training import default_config, train
+        >>> config = default_config()
+        >>> config.model.rule = "delta_net"
+        >>> config.model.layers = config.batch_size = 1
+        >>> config.model.width = config.model.mlp_dim = config.sequence_length = 8
+        >>> rows = []
+        >>> result = train(
+        ...     config, tempfile.mkdtemp(), stop_at=1, on_metrics=lambda step, values: rows.append((step, values))
+        ... )  # doctest: +ELLIPSIS
+        delta_net: 2,636 parameters; 4.54 MB of text to train on, 0.51 MB held out; 1 ...
+        step 1 of 1,000  the first step took ... s
+        >>> result.step, [(step, values["train/skipped_steps"]) for step, values in rows]
+        (1, [(1, 0.0)])
     """
+    if on_metrics is not None and not callable(on_metrics):
+        raise TypeError(f"on_metrics: got {on_metrics!r}, expected a callable (step, values) or None")
     try:
         with contextlib.ExitStack() as held:
-            return _train(config, workdir, stop_at, profile, held)
+            return _train(config, workdir, stop_at, profile, on_metrics, held)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
-        said = out_of_memory(error)
-        if said is None:
+        message = out_of_memory(error)
+        if message is None:
             raise
-        raise ConfigError(said) from error
+        raise ConfigError(message) from error
 
 
 def _train(
@@ -99,9 +139,11 @@ def _train(
     workdir: str | Path,
     stop_at: int | None,
     profile: tuple[int, int] | None,
+    on_metrics: Callable[[int, dict[str, float]], object] | None,
     held: contextlib.ExitStack,
 ) -> Result:
-    """As `train`; held: closed after it, holds the lock of the directory."""
+    """As `train`; the lock of the directory is entered into `held`."""
+    # --- Build everything that can fail in one process alone.
     workdir, primary = checked_workdir(workdir), distributed.is_primary()
     try:
         _check(config, stop_at)
@@ -111,14 +153,11 @@ def _train(
         step_config = build_step_config(config)
         schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
         data = build_data(config)
-        index, count = layout.share
-        share = {"shard_index": index, "shard_count": count}
-        batches = training_batches(data.train, batch_size=config.batch_size // count, seed=config.seed, **share)
-        rows_here = config.validation.batch_size // count
-        everything = validation_batches(data.held_out, batch_size=rows_here, **share)
-        some = _spread(data.held_out, config.validation.windows, rows_here, **share)
+        batches, held_out = _batches(config, data, layout)
     except BaseException as error:  # noqa: BLE001 (whatever it is, the other processes must not wait for it)
         agreement.fail(error)
+
+    # --- Agree with the other processes and take the directory.
     run = agreement.describe(config, workdir=str(workdir.absolute()), stop_at=stop_at, **data.fingerprints)
     agreement.agree(run)
 
@@ -128,14 +167,8 @@ def _train(
 
     agreement.by_first(open_workdir, workdir / CONFIG_FILE)
 
-    apply, _ = split_model(model)
-    evaluate = make_evaluate(apply, step_config.chunks)
-    statistics = _make_statistics(apply, model.config.mixer, layout)
-    parameters = count_parameters(model)
-    peak = peak_flops(jax.devices()[0].device_kind)
-
     with (
-        Stop() as stop,  # first: from here on, a process that is interrupted takes the others with it
+        Stop() as stop,  # first: from here on, an interrupted process takes the others with it
         Checkpoints(
             workdir / CHECKPOINT_FOLDER,
             max_to_keep=config.checkpoint.keep,
@@ -144,49 +177,49 @@ def _train(
         ) as checkpoints,
         Watchdog(config.hang_seconds) as watchdog,
     ):
+        # --- Create the state, or restore it.
+        apply, _ = split_model(model)
+        validate = _make_validate(apply, model.config.mixer, step_config, data, held_out, layout, watchdog)
+        parameters = count_parameters(model)
         state, shardings = create()
         train_step = make_train_step(apply, optimizer, step_config, shardings=shardings)
         flops = per_token(model.config, state.params, config.sequence_length).training
-        del model, create
-        restored = checkpoints.restore(state, batches)
-        if restored is not None:
-            state = restored.state
-        start = int(state.step)
-        if restored is not None and restored.step != start:
-            folder = workdir / CHECKPOINT_FOLDER / str(restored.step)
-            raise CheckpointError(f"{folder} is a checkpoint of step {start} under another name; rename or remove it")
+        del model, create  # they hold the initial parameters
+        state, start, warnings = _restored(checkpoints, state, batches, workdir)
         if primary:
-            for warning in () if restored is None else restored.warnings:
+            for warning in warnings:
                 say(f"warning: {warning}")
             say(f"{config.model.rule}: {parameters:,} parameters; {data.summary}; {describe(layout.mesh)}")
             if start:
                 say(f"going on from the checkpoint of step {start:,} of {config.steps:,}")
+
+        # --- Train.
         end = config.steps if stop_at is None else min(stop_at, config.steps)
         clock = Stopwatch()
         tokens_per_step = config.batch_size * config.sequence_length
         bits, step = None, start
+        pending = None  # (step, metrics on the device), read while the next step runs
         with (
-            _metrics(workdir, start, primary) as metrics,
+            _metrics(workdir, start, primary, on_metrics) as metrics,
             ProgressBar(config.steps, start_step=start, console=None if primary else Console(quiet=True)) as bar,
             Profile(workdir / "profile", profile) as trace,
         ):
-            waiting = None
             for step in range(start + 1, end + 1):
                 trace.before(step)
                 with layout.active():
                     state, measured = train_step(state, layout.batch(_next(batches)))
                 trace.after(step, measured)
-                if waiting is not None:
-                    # Of the step before, while this one runs.
-                    numbers = _numbers(*waiting, checkpoints, config.max_skipped_steps)
+                if pending is not None:
+                    numbers = _numbers(*pending, checkpoints, config.max_skipped_steps)
                     bits = numbers["loss"] / np.log(2.0) * data.tokens_per_byte
-                waiting = (step, measured)
+                pending = (step, measured)
                 watchdog.beat()
                 if step == start + 1:
                     jax.block_until_ready(measured)
                     clock.start()  # the first step compiled
                 bar.update(step, tokens=tokens_per_step, bits_per_byte=bits)
 
+                # --- Now and then: log, validate, save.
                 stopped = stop.reached(step)
                 last, ends = step == config.steps, step == end or stopped
                 logs = step % config.log_every == 0 or ends
@@ -194,42 +227,26 @@ def _train(
                 saves = step % config.checkpoint.every == 0 or ends
                 if not (logs or validates or saves):
                     continue
-                numbers, waiting = _numbers(step, measured, checkpoints, config.max_skipped_steps), None
+                numbers, pending = _numbers(step, measured, checkpoints, config.max_skipped_steps), None
                 tokens = {"tokens": step * tokens_per_step}
                 if logs:
-                    bits_per_token = numbers["loss"] / np.log(2.0)
-                    row = {
-                        "train/bits_per_byte": bits_per_token * data.tokens_per_byte,
-                        "train/gradient_norm": numbers["gradient_norm"],
-                        "train/update_norm": numbers["update_norm"],
-                        "train/parameter_norm": numbers["parameter_norm"],
-                        "train/skipped_steps": int(numbers["skipped_steps"]),
-                        "train/learning_rate": float(schedule(max(step - 1 - int(numbers["skipped_steps"]), 0))),
-                    }
-                    if config.data.tokenizer != BYTES:
-                        row["train/bits_per_token"] = bits_per_token
                     speed = clock.rate((step - start - 1) * tokens_per_step)
-                    if speed is not None:
-                        row["tokens_per_second"] = speed
-                        if peak is not None:
-                            row["mfu"] = speed * flops / (peak * layout.devices)
-                    metrics.write(step, tokens | row)
+                    row = _train_row(config, step, numbers, data.tokens_per_byte, schedule)
+                    metrics.write(step, tokens | row | _speed_row(speed, flops, layout.devices))
                 with clock.paused():
                     if validates:
-                        # Of a part it is an estimate: the part's tokens may be longer or shorter than all of them are.
-                        held_out = _placed(everything if last else some, layout, watchdog)
-                        with layout.active():
-                            bits_now = evaluate(state.evaluated, held_out) * data.held_out_tokens_per_byte
-                        row = {_VALIDATION: bits_now} | statistics(state.evaluated, data.held_out[0])
+                        row = validate(state.evaluated, last)
                         metrics.write(step, tokens | row)
                         part = "all" if last else "part"
-                        bar.print(f"step {step:,}: {bits_now:.4f} bits per byte on {part} of the held-out text")
+                        bar.print(f"step {step:,}: {row[_VALIDATION]:.4f} bits per byte on {part} of the held-out text")
                     if saves:
                         checkpoints.save(step, state, batches)
                 if stopped and step < end:
                     by = "Ctrl-C" if stop.interrupted else "SIGTERM"
                     bar.print(f"step {step:,}: asked to stop by {by}; saved")
                     break
+
+    # --- Report.
     rows = read_metrics(workdir) if primary else []
     if rows:
         plot_loss({config.model.rule: rows}, workdir / "loss.png")
@@ -245,14 +262,72 @@ def _train(
     return result
 
 
-def _metrics(workdir: Path, start: int, primary: bool) -> MetricsWriter:
-    """The metrics of a run that goes on from a step.
+# Before the first step
 
-    Raises ConfigError where the file is damaged, and OSError where it cannot be written: ConfigError in every process
-    where there are several.
+
+def _check(config: ConfigDict, stop_at: int | None) -> None:
+    """Raise ValueError for a number out of range."""
+    check_ranges(config)
+    if stop_at is not None and stop_at < 1:
+        raise ValueError(f"stop_at: got {stop_at}, expected at least 1")
+
+
+class _HeldOut(NamedTuple):
+    """Batches of this process's share of the held-out windows."""
+
+    everything: ValidationBatches  # for the last step
+    some: ValidationBatches  # for the others
+
+
+def _batches(config: ConfigDict, data: Data, layout: Layout) -> tuple[grain.DatasetIterator, _HeldOut]:
+    """Return this process's share of the training batches and of the held-out windows."""
+    index, count = layout.share
+    share = {"shard_index": index, "shard_count": count}
+    batches = training_batches(data.train, batch_size=config.batch_size // count, seed=config.seed, **share)
+    rows_here = config.validation.batch_size // count
+    everything = validation_batches(data.held_out, batch_size=rows_here, **share)
+    some = _spread(data.held_out, config.validation.windows, rows_here, **share)
+    return batches, _HeldOut(everything, some)
+
+
+def _spread(source: WindowSource, count: int, batch_size: int, **share: int) -> ValidationBatches:
+    """Batch `count` windows spread evenly over a source, or all if count is 0 or exceeds their number."""
+    total = len(source)
+    if not 0 < count < total:
+        return validation_batches(source, batch_size=batch_size, **share)
+    rows = [source[i * total // count] for i in range(count)]
+    return validation_batches(rows, batch_size=batch_size, **share)
+
+
+def _restored(
+    checkpoints: Checkpoints, state: TrainState, batches: grain.DatasetIterator, workdir: Path
+) -> tuple[TrainState, int, tuple[str, ...]]:
+    """Restore the newest checkpoint, if there is one: (state, its step, warnings)."""
+    restored = checkpoints.restore(state, batches)
+    if restored is None:
+        return state, int(state.step), ()
+    start = int(restored.state.step)
+    if restored.step != start:
+        folder = workdir / CHECKPOINT_FOLDER / str(restored.step)
+        raise CheckpointError(f"{folder} is a checkpoint of step {start} under another name; rename or remove it")
+    return restored.state, start, restored.warnings
+
+
+def _metrics(
+    workdir: Path,
+    start: int,
+    primary: bool,
+    on_metrics: Callable[[int, dict[str, float]], object] | None = None,
+) -> MetricsWriter:
+    """Open the metrics of a run that starts or resumes at step `start`.
+
+    Raises ConfigError if the file is damaged and OSError if it cannot be written; of several processes, every process
+    raises ConfigError.
     """
     try:
-        metrics = MetricsWriter(workdir, resume_step=start if start else None, enabled=primary)
+        metrics = MetricsWriter(
+            workdir, resume_step=start if start else None, enabled=primary, on_metrics=on_metrics if primary else None
+        )
     except ValueError as error:
         advice = "mend or remove that line, or remove the file to go on without it"
         agreement.fail(ConfigError(f"{error}; {advice}"))
@@ -264,6 +339,9 @@ def _metrics(workdir: Path, start: int, primary: bool) -> MetricsWriter:
     return metrics
 
 
+# In the loop
+
+
 def _next(batches: Iterator[Window]) -> Window:
     try:
         return next(batches)
@@ -271,34 +349,10 @@ def _next(batches: Iterator[Window]) -> Window:
         raise DataError(f"cannot read on: {error}") from error
 
 
-def _placed(batches: Iterable[Window], layout: Layout, watchdog: Watchdog) -> Iterator[Any]:
-    for batch in batches:
-        watchdog.beat()
-        yield layout.batch(batch)
-
-
-def _make_statistics(apply: Any, mixer: Any, layout: Layout) -> Any:
-    """(parameters, window) -> {metric: number} of the preconditioners over its first tokens; {} without any."""
-    if getattr(mixer, "preconditioner", "none") == "none":
-        return lambda parameters, window: {}
-    call = jax.jit(
-        lambda parameters, tokens, ids: apply(parameters, tokens, ids, method="preconditioners"),
-        out_shardings=layout.sharding(),
-    )
-    across: dict[str, Any] = {"mean": np.mean, "min": np.min, "max": np.max, "clipped": np.mean}
-
-    def statistics(parameters: Any, window: Window) -> dict[str, float]:
-        tokens, ids = (window[name][None, :_STATISTICS_TOKENS] for name in ("inputs", "segment_ids"))
-        blocks = call(parameters, tokens, ids)
-        return {f"preconditioner/{name}": float(across[name](np.asarray(x))) for name, x in blocks.items()}
-
-    return statistics
-
-
 def _numbers(
     step: int, measured: dict[str, jax.Array], checkpoints: Checkpoints, max_skipped_steps: int
 ) -> dict[str, float]:
-    """The step's metrics as numbers. Raises DivergedError if it is one too many that was skipped."""
+    """Read the step's metrics from the device. Raises DivergedError if too many steps in a row were skipped."""
     numbers = {name: float(x) for name, x in measured.items()}
     skipped = int(numbers["skipped_in_a_row"])
     if skipped <= max_skipped_steps:
@@ -313,17 +367,77 @@ def _numbers(
     )
 
 
-def _check(config: ConfigDict, stop_at: int | None) -> None:
-    """Raises ValueError for a number out of range."""
-    check_ranges(config)
-    if stop_at is not None and stop_at < 1:
-        raise ValueError(f"stop_at: got {stop_at}, expected at least 1")
+def _train_row(
+    config: ConfigDict, step: int, numbers: Mapping[str, float], tokens_per_byte: float, schedule: optax.Schedule
+) -> dict[str, float]:
+    """Return the metrics of a training step under their names in metrics.jsonl."""
+    bits_per_token = numbers["loss"] / np.log(2.0)
+    skipped = int(numbers["skipped_steps"])
+    row = {
+        "train/bits_per_byte": bits_per_token * tokens_per_byte,
+        "train/gradient_norm": numbers["gradient_norm"],
+        "train/update_norm": numbers["update_norm"],
+        "train/parameter_norm": numbers["parameter_norm"],
+        "train/skipped_steps": skipped,
+        "train/learning_rate": float(schedule(max(step - 1 - skipped, 0))),
+    }
+    if config.data.tokenizer != BYTES:
+        row["train/bits_per_token"] = bits_per_token
+    return row
 
 
-def _spread(source: WindowSource, count: int, batch_size: int, **share: int) -> ValidationBatches:
-    """Batches of count windows spread evenly over a source; all of it if count is 0 or more than there are."""
-    total = len(source)
-    if not 0 < count < total:
-        return validation_batches(source, batch_size=batch_size, **share)
-    rows = [source[i * total // count] for i in range(count)]
-    return validation_batches(rows, batch_size=batch_size, **share)
+def _speed_row(speed: float | None, flops: float, devices: int) -> dict[str, float]:
+    """Return tokens per second and, on a GPU of known peak, the model FLOPs utilisation."""
+    if speed is None:
+        return {}
+    peak = peak_flops(jax.devices()[0].device_kind)
+    return {"tokens_per_second": speed} | ({} if peak is None else {"mfu": speed * flops / (peak * devices)})
+
+
+def _make_validate(
+    apply: Callable[..., Any],
+    mixer: Any,
+    step_config: StepConfig,
+    data: Data,
+    held_out: _HeldOut,
+    layout: Layout,
+    watchdog: Watchdog,
+) -> Callable[[Parameters, bool], dict[str, float]]:
+    """Return the function (parameters, on all windows?) -> the metrics of a validation."""
+    evaluate = make_evaluate(apply, step_config.chunks)
+    statistics = _make_statistics(apply, mixer, layout)
+
+    def validate(parameters: Parameters, everything: bool) -> dict[str, float]:
+        batches = _placed(held_out.everything if everything else held_out.some, layout, watchdog)
+        with layout.active():
+            # With some windows only, this is an estimate: their tokens may be longer or shorter than the average.
+            bits = evaluate(parameters, batches) * data.held_out_tokens_per_byte
+        return {_VALIDATION: bits} | statistics(parameters, data.held_out[0])
+
+    return validate
+
+
+def _placed(batches: Iterable[Window], layout: Layout, watchdog: Watchdog) -> Iterator[Any]:
+    for batch in batches:
+        watchdog.beat()
+        yield layout.batch(batch)
+
+
+def _make_statistics(
+    apply: Callable[..., Any], mixer: Any, layout: Layout
+) -> Callable[[Parameters, Window], dict[str, float]]:
+    """Return the function (parameters, window) -> statistics of the preconditioners; {} for a rule without one."""
+    if getattr(mixer, "preconditioner", "none") == "none":
+        return lambda parameters, window: {}
+    call = jax.jit(
+        lambda parameters, tokens, ids: apply(parameters, tokens, ids, method="preconditioners"),
+        out_shardings=layout.sharding(),
+    )
+    across: dict[str, Any] = {"mean": np.mean, "min": np.min, "max": np.max, "clipped": np.mean}
+
+    def statistics(parameters: Parameters, window: Window) -> dict[str, float]:
+        tokens, ids = (window[name][None, :_STATISTICS_TOKENS] for name in ("inputs", "segment_ids"))
+        blocks = call(parameters, tokens, ids)
+        return {f"preconditioner/{name}": float(across[name](np.asarray(x))) for name, x in blocks.items()}
+
+    return statistics

@@ -1,10 +1,10 @@
-"""The numbers of a run: `metrics.jsonl`, one JSON object a line, and TensorBoard event files beside it."""
+"""The metrics of a run: `metrics.jsonl`, one JSON object per line, and TensorBoard event files."""
 
 import contextlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from io import FileIO
 from pathlib import Path
 from types import TracebackType
@@ -24,28 +24,45 @@ type Row = dict[str, Any]
 class MetricsWriter:
     """Appends rows to `workdir/metrics.jsonl` and `workdir/tensorboard`. Use as a context manager, or call `close`.
 
-    metrics.jsonl is the record: what cannot be written there is an OSError that names it. Event files only repeat it:
-    if they cannot be written, that is one warning in the log.
+    metrics.jsonl is the record: if it cannot be written, that is an OSError that names it. The event files only repeat
+    it: if they cannot be written, that is one warning in the log.
+
+    Example:
+        >>> import tempfile
+        >>> from osdn_jax.training import MetricsWriter, read_metrics
+        >>> workdir = tempfile.mkdtemp()
+        >>> with MetricsWriter(workdir) as metrics:
+        ...     metrics.write(1, {"train/bits_per_byte": 7.5})
+        >>> read_metrics(workdir)
+        [{'step': 1, 'train/bits_per_byte': 7.5}]
     """
 
     def __init__(
-        self, workdir: str | os.PathLike[str], *, resume_step: int | None = None, enabled: bool = True
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        resume_step: int | None = None,
+        enabled: bool = True,
+        on_metrics: Callable[[int, dict[str, float]], object] | None = None,
     ) -> None:
-        """Opens the files.
+        """Open the files.
 
         Args:
-          workdir: created if need be.
-          resume_step: the step of the checkpoint that training goes on from: later rows, which training will write
-            again, are dropped, and so is a last line that a crash cut short. None is a start from the beginning: all
-            rows are dropped.
-          enabled: False writes nothing at all, for all but one of the processes of a job.
+            workdir: created if missing.
+            resume_step: the step of the checkpoint that training resumes from. Later rows, which training will write
+                again, are dropped, and so is a last line that a crash cut short. None: start from the beginning, all
+                rows are dropped.
+            enabled: False writes nothing, for all processes of a job but one.
+            on_metrics: called as on_metrics(step, values) after each row is written, with a new dict of floats; a value
+                that is not finite, null in the file, is passed as it is. Not called if `enabled` is False.
 
         Raises:
-          ValueError: metrics.jsonl is damaged elsewhere than in its last line.
-          OSError: metrics.jsonl cannot be written, such as on a full disk; it is left as it was.
+            ValueError: a line of metrics.jsonl other than its last is damaged.
+            OSError: metrics.jsonl cannot be written, e.g. because the disk is full; it is left as it was.
         """
         self._file: FileIO | None = None
         self._last: int | None = None
+        self._on_metrics = on_metrics
         if not enabled:
             return
         workdir = Path(workdir)
@@ -60,17 +77,18 @@ class MetricsWriter:
         self._board = EventFile(workdir / TENSORBOARD_FOLDER, first)
 
     def write(self, step: int, values: Mapping[str, Any]) -> None:
-        """Writes one row; it is in the file when this returns.
+        """Write one row; it is in the file when this returns.
 
         Args:
-          step: the training step, not below the one before. Several rows may share a step.
-          values: {name: number}, such as "train/bits_per_byte"; anything with one element counts as a number. NaN and
-            infinities are null in the JSON, which has no word for them, and left out of TensorBoard's files.
+            step: the training step, not below that of the row before. Several rows may have the same step.
+            values: {name: number}, such as "train/bits_per_byte"; anything with one element counts as a number. NaN and
+                infinities are null in the JSON, which cannot express them, and left out of TensorBoard's files.
 
         Raises:
-          ValueError: a step below the one before; "step" among the names.
-          TypeError: a value that is no number.
-          OSError: the row cannot be written, such as on a full disk; those before it stay whole.
+            ValueError: a step below that of the row before; "step" among the names.
+            TypeError: a value that is no number.
+            OSError: the row cannot be written, e.g. because the disk is full; the rows before it stay whole.
+            Exception: whatever on_metrics raises, with a note that says so.
         """
         if self._last is not None and step < self._last:
             raise ValueError(f"step {step} comes after step {self._last}")
@@ -82,6 +100,12 @@ class MetricsWriter:
             return
         self._append(_line({"step": self._last} | numbers).encode())
         self._board.add(self._last, numbers)
+        if self._on_metrics is not None:
+            try:
+                self._on_metrics(self._last, {name: float(x) for name, x in numbers.items()})
+            except BaseException as error:
+                error.add_note(f"raised by on_metrics, called with the metrics of step {self._last}")
+                raise
 
     def _append(self, line: bytes) -> None:
         file = self._file
@@ -94,11 +118,11 @@ class MetricsWriter:
                     rest = rest[file.write(rest) or 0 :]
         except OSError:
             with contextlib.suppress(OSError):
-                os.ftruncate(file.fileno(), end)  # no part of a line stays
+                os.ftruncate(file.fileno(), end)  # leave no partial line
             raise
 
     def close(self) -> None:
-        """Closes the files."""
+        """Close the files."""
         if self._file is not None:
             self._file.close()
             self._board.close()
@@ -113,13 +137,19 @@ class MetricsWriter:
 
 
 def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
-    """The rows of a metrics.jsonl (or of the one in a working directory), in order.
+    """Read the rows of a metrics.jsonl, in order.
 
     A last line that a crash cut short is left out.
 
+    Args:
+        path: the file, or the working directory that has it.
+
+    Returns:
+        One dict per row: "step" and the metrics; a value that was not finite is None.
+
     Raises:
-      FileNotFoundError: no such file.
-      ValueError: another line is not a JSON object of numbers with a step; names the line.
+        FileNotFoundError: no such file.
+        ValueError: another line is not a JSON object of numbers with a step; names the line.
     """
     path = Path(path)
     if path.is_dir():
@@ -132,7 +162,7 @@ def read_metrics(path: str | os.PathLike[str]) -> list[Row]:
         try:
             row = json.loads(line)
         except (ValueError, RecursionError) as error:
-            if number == len(lines):  # a whole line has its newline, so an empty piece after it
+            if number == len(lines):  # a complete line ends in a newline, so an empty string follows it
                 break
             raise ValueError(f"{path}, line {number} is not JSON: {error}") from error
         if not isinstance(row, dict) or type(row.get("step")) is not int:
@@ -151,7 +181,7 @@ def _short(value: Any) -> str:
 
 def _number(name: str, value: Any) -> int | float:
     array = np.asarray(value)
-    if array.size != 1 or array.dtype.kind not in "biufV":  # V: bfloat16 and its kin
+    if array.size != 1 or array.dtype.kind not in "biufV":  # V: bfloat16 and the like
         raise TypeError(f"metric {name!r} is no number: {value!r}")
     if array.dtype.kind == "V":
         array = array.astype(np.float32)

@@ -1,10 +1,10 @@
 """The processes of `pallas_kernels.aot` around the compiler, which is replaced: capture, errors, environment."""
 
-import ast
 import dataclasses
 import fnmatch
 import os
 import re
+import tomllib
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
 from importlib import resources
@@ -119,14 +119,9 @@ def test_the_descriptions_are_of_the_gpus_that_they_are_named_after():
 
 
 def test_an_installed_package_has_its_data():
-    (call,) = [
-        node
-        for node in ast.walk(ast.parse((ROOT / "setup.py").read_text()))
-        if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "setup"
-    ]
-    given = {keyword.arg: keyword.value for keyword in call.keywords}
-    patterns = ast.literal_eval(given["package_data"])
-    assert "pallas_kernels*" in ast.unparse(given["packages"])
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = setuptools["package-data"]
+    assert "pallas_kernels*" in setuptools["packages"]["find"]["include"]
     files = {"pallas_kernels": ["targets/h100.txtpb", "targets/h200.txtpb"], "pallas_kernels.aot": ["record.json"]}
     for package, names in files.items():
         folder = ROOT / package.replace(".", "/")

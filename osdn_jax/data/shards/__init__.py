@@ -1,4 +1,4 @@
-"""Token shards on disk: their manifest, their files, reading and encoding them. `prepare` writes them."""
+"""Token shards on disk: the manifest, the files, the reader and the encoder. `osdn_jax.data.prepare` writes them."""
 
 from osdn_jax.data.shards.manifest import Manifest, Shard, load_manifest
 from osdn_jax.data.shards.reader import PreparedTokens, is_prepared

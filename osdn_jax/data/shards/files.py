@@ -1,4 +1,4 @@
-"""The two files of a shard of tokens: documents as records, and their lengths. `manifest.py` has the format."""
+"""The two files of a token shard: the documents as records, and their lengths. `manifest` describes the format."""
 
 import os
 from pathlib import Path
@@ -14,12 +14,12 @@ _INDEX = np.dtype("<u4")
 
 
 def record_file(folder: Path, number: int) -> Path:
-    """The file of the records of shard `number`."""
+    """Return the path of the records of shard `number`."""
     return folder / f"shard-{number:05}.array_record"
 
 
 def index_file(folder: Path, number: int) -> Path:
-    """The file of the lengths of shard `number`."""
+    """Return the path of the document lengths of shard `number`."""
     return folder / f"shard-{number:05}.index"
 
 
@@ -28,24 +28,27 @@ def _array_record() -> ModuleType:
 
 
 class ShardWriter:
-    """Writes a shard under temporary names. `finish` gives it its own; left without, it removes what it wrote."""
+    """Writes a shard under temporary names, which `finish` replaces by the final ones. Use it as a context manager.
+
+    If the block ends without `finish`, the temporary files are removed.
+    """
 
     def __init__(self, folder: Path, number: int) -> None:
         self._files = [record_file(folder, number), index_file(folder, number)]
         self._temporary = [file.with_name(f".{file.name}.tmp") for file in self._files]
-        # A group of one record: reading a document decodes no other.
+        # With one record per group, reading a document decodes no other one.
         self._writer = _array_record().ArrayRecordWriter(str(self._temporary[0]), "group_size:1")
         self._lengths: list[tuple[int, int]] = []
 
     def write(self, record: bytes, tokens: int, text_bytes: int) -> None:
-        """Adds a document: the bytes of its ids, how many there are, and the bytes of its text."""
+        """Add a document: its ids as bytes, the number of ids and the bytes of its text."""
         if max(tokens, text_bytes) >= 2**32:
             raise ValueError(f"a document has {text_bytes:,} bytes of text; the largest possible is {2**32 - 1:,}")
         self._writer.write(record)
         self._lengths.append((tokens, text_bytes))
 
     def finish(self) -> tuple[int, int, int, int]:
-        """Completes the shard; returns its numbers of documents, tokens, bytes of text and bytes of the record file."""
+        """Complete the shard; return its numbers of documents, tokens, bytes of text and bytes of the record file."""
         self._writer.close()
         lengths = np.asarray(self._lengths, np.int64).reshape(-1, 2)
         self._temporary[1].write_bytes(lengths.astype(_INDEX).tobytes())
@@ -70,17 +73,13 @@ class ShardWriter:
 
 
 def read_lengths(file: Path, documents: int) -> UInt32[np.ndarray, "documents 2"]:
-    """(tokens, bytes of text) of each document. Raises ValueError if the file has another size."""
-    if not file.is_file():
-        raise ValueError(f"{file} does not exist; run python -m osdn_jax.data.prepare again")
-    wanted = documents * 2 * _INDEX.itemsize
-    if (size := file.stat().st_size) != wanted:
-        raise ValueError(f"{file} has {size:,} bytes, expected {wanted:,}: it is truncated, or of other data")
+    """Return (tokens, bytes of text) of each document. Raises ValueError if the file has another size."""
+    check_size(file, documents * 2 * _INDEX.itemsize)
     return np.fromfile(file, _INDEX).reshape(-1, 2)
 
 
 class ShardReader:
-    """Reads documents of one shard. Raises ValueError, naming the file, for a file that is not as it was written."""
+    """Reads documents of one shard. Raises ValueError, naming the file, if it has changed since it was written."""
 
     def __init__(self, file: Path, *, documents: int, file_bytes: int, dtype: np.dtype, vocab_size: int) -> None:
         self._file, self._dtype, self._vocab_size = file, dtype, vocab_size
@@ -90,7 +89,7 @@ class ShardReader:
             raise ValueError(f"{file} is no ArrayRecord file of {documents:,} records: it is damaged, or of other data")
 
     def read(self, first: int, stop: int) -> list[Int[np.ndarray, " n"]]:
-        """Token ids of documents first to stop - 1."""
+        """Return the token ids of documents first to stop - 1."""
         try:
             records = self._reader.read(first, stop)
         except (RuntimeError, IndexError) as error:
@@ -99,7 +98,10 @@ class ShardReader:
 
     def _ids(self, document: int, record: bytes) -> Int[np.ndarray, " n"]:
         if len(record) % self._dtype.itemsize:
-            raise ValueError(f"{self._file}, document {document}: {len(record)} bytes are no ids of {self._dtype.name}")
+            raise ValueError(
+                f"{self._file}, document {document}: got {len(record)} bytes, expected a multiple of "
+                f"{self._dtype.itemsize}, the size of {self._dtype.name} ids"
+            )
         ids = np.frombuffer(record, self._dtype)
         if ids.size and (largest := int(ids.max())) >= self._vocab_size:
             raise ValueError(
@@ -109,7 +111,7 @@ class ShardReader:
 
 
 def check_size(file: Path, file_bytes: int) -> None:
-    """Raises ValueError if the file does not exist or has another size than it was written with."""
+    """Raise ValueError if the file does not exist or does not have the size that it was written with."""
     if not file.is_file():
         raise ValueError(f"{file} does not exist; run python -m osdn_jax.data.prepare again")
     if (size := file.stat().st_size) != file_bytes:

@@ -1,4 +1,4 @@
-"""Token shards that `python -m osdn_jax.data.prepare` wrote, as token streams: nothing but an index is in memory."""
+"""Prepared token shards as token streams that are read from disk; only an index is held in memory."""
 
 import os
 import threading
@@ -13,21 +13,44 @@ from osdn_jax.data.shards.files import ShardReader, check_size, index_file, read
 from osdn_jax.data.shards.manifest import MANIFEST_FILE, Manifest, load_manifest
 from osdn_jax.data.tokenizers import token_dtype
 
-_OPEN_FILES = 64
+_MAX_OPEN_FILES = 64
 
 
 def is_prepared(path: str | os.PathLike[str]) -> bool:
-    """Whether the path is a folder with the manifest of prepared data."""
+    """Return True if the path is a folder with the manifest of prepared data."""
     return (Path(path) / MANIFEST_FILE).is_file()
 
 
 class PreparedTokens:
-    """The documents of a prepared folder, or a range of them, as a `TokenStream` read from disk by position.
+    """The documents of a prepared folder, or a range of them, as a `TokenStream` that is read from disk by position.
 
-    In memory is 8 bytes for each document. May be pickled, and read by several threads.
+    An index of at most 16 bytes per document is held in memory. Can be pickled, and read by several threads.
 
-    Raises FileNotFoundError without a manifest; ValueError, naming the file, for data that is incomplete, truncated,
-    damaged or beyond its vocabulary: sizes are checked now, content when it is read.
+    Args:
+        folder: the folder that `python -m osdn_jax.data.prepare` wrote.
+
+    Attributes:
+        manifest: the manifest of the whole folder.
+        documents: the number of documents.
+        text_tokens: the number of tokens, without start tokens.
+        text_bytes: the bytes of text that these tokens stand for.
+        start_id: the token before each document.
+
+    Raises:
+        FileNotFoundError: the folder has no manifest.
+        ValueError: data is incomplete, truncated, damaged or beyond its vocabulary; the message names the file. Sizes
+            are checked when the folder is opened, contents when they are read.
+
+    Example:
+        >>> from tempfile import TemporaryDirectory
+        >>> from osdn_jax.data import TokenWindows
+        >>> from osdn_jax.data.prepare import prepare
+        >>> with TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "notes.txt").write_text("some text")
+        ...     _ = prepare(Path(folder, "notes.txt"), Path(folder, "tokens"), tokenizer="bytes")
+        ...     windows = TokenWindows(PreparedTokens(Path(folder, "tokens")), 4)
+        ...     bytes(windows[1]["inputs"].tolist())
+        b'e te'
     """
 
     on_disk = True
@@ -36,7 +59,7 @@ class PreparedTokens:
         self._folder = Path(folder)
         self.manifest: Manifest = load_manifest(folder)
         if not self.manifest.complete:
-            raise ValueError(f"{folder} is not complete: the command that made it goes on where it was interrupted")
+            raise ValueError(f"{folder} is not complete: run the command that made it again to finish it")
         if not self.manifest.tokens:
             raise ValueError(f"{folder} holds no tokens")
         self.start_id = self.manifest.start_id
@@ -48,14 +71,14 @@ class PreparedTokens:
             if lengths[-1].sum(0).tolist() != [shard.tokens, shard.text_bytes]:
                 raise ValueError(f"{index} does not agree with {MANIFEST_FILE}: it is damaged, or of other data")
         tokens, text = np.concatenate(lengths).T
-        # Positions in the stream of all documents, where one more token stands before each.
+        # Positions of the documents in the stream, each with its start token.
         self._starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(tokens + 1)])
         self._shard_starts = np.cumsum([0, *(shard.documents for shard in self.manifest.shards)])
         self._readers = _Readers(self._folder, self.manifest)
-        self._text_ends: np.ndarray | None = np.cumsum(text)  # only to split
-        self._take(0, len(tokens), int(text.sum()))
+        self._text_ends: np.ndarray | None = np.cumsum(text)  # for split(); None for a part
+        self._set_range(0, len(tokens), int(text.sum()))
 
-    def _take(self, first: int, stop: int, text_bytes: int) -> None:
+    def _set_range(self, first: int, stop: int, text_bytes: int) -> None:
         self._first, self._stop = first, stop
         self._offset = int(self._starts[first])
         self._length = int(self._starts[stop]) - self._offset
@@ -64,10 +87,17 @@ class PreparedTokens:
         self.text_bytes = text_bytes
 
     def split(self, validation_fraction: float) -> tuple["PreparedTokens", "PreparedTokens"]:
-        """(train, validation): the last documents, of about this part of the bytes of text, are held out.
+        """Hold out the last documents, with about this fraction of the bytes of text.
 
-        Raises ValueError if the fraction is not strictly between 0 and 1, if documents are too large to hold out
-        within a factor of two of what is wanted, or if this is a part already.
+        Args:
+            validation_fraction: between 0 and 1, both excluded.
+
+        Returns:
+            (training documents, validation documents).
+
+        Raises:
+            ValueError: the fraction is out of range, documents are too large to hold out the fraction to within a
+                factor of two, or this is already a part of a folder.
         """
         if isinstance(validation_fraction, bool) or not 0 < validation_fraction < 1:
             raise ValueError(f"validation_fraction must be between 0 and 1, both excluded; got {validation_fraction!r}")
@@ -75,38 +105,39 @@ class PreparedTokens:
         if ends is None:
             raise ValueError("only a whole folder can be split")
         total = int(ends[-1])
-        wanted = validation_fraction * total
-        held = total - ends[:-1]  # by the first cut + 1 documents to train on
-        cut = int(np.argmin(abs(held - wanted))) if len(held) else 0
-        if not len(held) or not wanted / 2 <= held[cut] <= 2 * wanted:
+        target = validation_fraction * total
+        held_out_bytes = total - ends[:-1]  # element i: if the first i + 1 documents are trained on
+        cut = int(np.argmin(abs(held_out_bytes - target))) if len(held_out_bytes) else 0
+        if not len(held_out_bytes) or not target / 2 <= held_out_bytes[cut] <= 2 * target:
             raise ValueError(
                 f"{self._folder}: cannot hold out {validation_fraction:g} of {len(ends)} documents, {total:,} bytes, "
-                "within a factor of two; prepare a text to validate on by itself"
+                "within a factor of two; prepare a separate text for validation"
             )
-        return self._part(0, cut + 1, int(ends[cut])), self._part(cut + 1, len(ends), int(held[cut]))
+        train = self._part(0, cut + 1, int(ends[cut]))
+        return train, self._part(cut + 1, len(ends), int(held_out_bytes[cut]))
 
     def _part(self, first: int, stop: int, text_bytes: int) -> "PreparedTokens":
         part = object.__new__(PreparedTokens)
         part.__dict__.update(self.__dict__)
-        part._take(first, stop, text_bytes)
+        part._set_range(first, stop, text_bytes)
         part._text_ends = None
         return part
 
     def __len__(self) -> int:
-        """Tokens in all, start tokens included."""
+        """Return the number of tokens, start tokens included."""
         return self._length
 
     def read(self, start: int, stop: int) -> Int[np.ndarray, " n"]:
-        """The tokens at positions start to stop - 1, or to the end."""
+        """Return the tokens at positions start to stop - 1, fewer at the end."""
         start, stop = start + self._offset, min(stop, self._length) + self._offset
         tokens = np.full(max(stop - start, 0), self.start_id, np.int32)
         first = int(np.searchsorted(self._starts, start, side="right")) - 1
         last = int(np.searchsorted(self._starts, stop, side="left"))
         for document, ids in zip(range(first, last), self._documents(first, last), strict=True):
-            position = int(self._starts[document]) + 1  # of the first token of the text
-            begin, end = max(start, position), min(stop, position + len(ids))
+            text_start = int(self._starts[document]) + 1  # after the start token
+            begin, end = max(start, text_start), min(stop, text_start + len(ids))
             if begin < end:
-                tokens[begin - start : end - start] = ids[begin - position : end - position]
+                tokens[begin - start : end - start] = ids[begin - text_start : end - text_start]
         return tokens
 
     def _documents(self, first: int, stop: int) -> list[Int[np.ndarray, " n"]]:
@@ -118,12 +149,13 @@ class PreparedTokens:
             found += self._readers.read(shard, first - base, first - base + count)
             first += count
         for document, ids in enumerate(found, start=stop - len(found)):
-            wanted = int(self._starts[document + 1] - self._starts[document]) - 1
-            if len(ids) != wanted or (ids == self.start_id).any():
+            expected = int(self._starts[document + 1] - self._starts[document]) - 1
+            if len(ids) != expected or (ids == self.start_id).any():
                 shard = int(np.searchsorted(self._shard_starts, document, side="right")) - 1
                 raise ValueError(
                     f"{record_file(self._folder, shard)}, document {document - int(self._shard_starts[shard])}: "
-                    f"expected {wanted} tokens without the start token {self.start_id}; it is damaged, or of other data"
+                    f"expected {expected} tokens without the start token {self.start_id}; "
+                    "it is damaged, or of other data"
                 )
         return found
 
@@ -132,7 +164,7 @@ class PreparedTokens:
 
 
 class _Readers:
-    """Readers of the shards used last; opened when they are needed."""
+    """Readers of the most recently used shards, opened on demand."""
 
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self._folder, self._manifest = folder, manifest
@@ -140,12 +172,12 @@ class _Readers:
         self._lock = threading.Lock()
 
     def read(self, number: int, first: int, stop: int) -> list[Int[np.ndarray, " n"]]:
-        """Documents first to stop - 1 of a shard."""
+        """Return documents first to stop - 1 of a shard."""
         with self._lock:
             reader = self._open.get(number) or self._reader(number)
             self._open[number] = reader
             self._open.move_to_end(number)
-            if len(self._open) > _OPEN_FILES:
+            if len(self._open) > _MAX_OPEN_FILES:
                 self._open.popitem(last=False)
         return reader.read(first, stop)
 
