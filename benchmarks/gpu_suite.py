@@ -1,24 +1,24 @@
-"""Are the kernels right on this GPU, and how fast?  python -m benchmarks.gpu_suite --stage smoke check --out DIR
+"""Check the kernels on this GPU and time them:  python -m benchmarks.gpu_suite --stage smoke check --out DIR
 
-Five stages, each worth a call of its own, in this order:
+Five stages, best run in separate calls, in this order:
 
-    smoke           every kernel once at T = 128, forward and gradient, each in a process of its own
+    smoke           every kernel once at T = 128, forward and gradient, each in a separate process
     check           every case against the scan in float32, or a NumPy loop in float64 (benchmarks/gpu/cases.py)
-    ours            device time of the kernels and of the XLA chunkwise form, beside the device's floors
-    peers-compile   flash-linear-attention's kernels (the package fla-core), compiled and left in Triton's cache
-    peers           their time and ours in turns, their outputs and gradients compared; on the same machine
+    ours            device time of the kernels and of the XLA chunkwise form, relative to the device's roofline bounds
+    peers-compile   flash-linear-attention's kernels (the package fla-core), compiled into Triton's cache
+    peers           their time and ours in turn, their outputs and gradients compared; on the same machine
 
-Each case, and each rule at a shape, is a process of its own: a kernel that raises, dies or hangs is reported, and the
-others go on. What hangs in the smoke stage is not started later. A call keeps a budget of seconds for all its stages;
-what did not fit is recorded as not run, and the same call again does what is left.
+Each case, and each rule at a shape, is a separate process: a kernel that raises, dies or hangs is reported, and the
+others run. Kernels that hang in the smoke stage are not started later. A call has a budget of seconds for all its
+stages; what does not fit is recorded as not run, and repeating the call does the rest.
 
 All stages add to one file, gpu-DEVICE.json, and its table .md, in --out (default benchmarks/results), rewritten after
-every result. It takes results of one device, one state of the sources and one set of versions only: others are refused
-unless --restart sets the old file aside. --from names a folder or file to go on from where --out is a fresh folder.
-The end of the output is the table of the call's stages.
+every result. The file holds results of one device, one state of the sources and one set of versions; other results are
+refused unless --restart sets the old file aside. --from names a folder or file to continue if --out is a new folder.
+The output ends with the table of the call's stages.
 
-The exit status is 1 where a kernel is not shown to be right or does not run, and 2 where the call cannot be served.
---dry takes tiny shapes and the kernels' interpreter, on any machine, and writes only where --out says.
+The exit status is 1 if a kernel fails a check or does not run, and 2 if the call itself is refused. --dry uses tiny
+shapes and the kernels' interpreter, on any machine, and writes nothing without --out.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from osdn_jax.compare import environment
 from osdn_jax.compare.machine import usable_cores
 
 RESULTS = Path(__file__).parent / "results"
-# The interpreter is slow, and a machine without a GPU may be too: nothing of a dry run is called hung before this.
+# The interpreter is slow, and so may be a machine without a GPU: a dry run waits this long before it reports a hang.
 _DRY_PATIENCE = 600.0
 PATIENCE = {
     "smoke": Patience(30.0, 30.0),
@@ -57,7 +57,7 @@ _TIMED = ("ours", "peers")
 
 
 def status(rows: Sequence[Row]) -> int:
-    """0 where every check passes (a kernel that does not exist is none) and everything of ours ran or had no time."""
+    """Return 0 if every check of an existing kernel passed and all of ours ran or were out of time, else 1."""
     checks = [row for row in rows if row["section"] in ("smoke", "check")]
     wrong = any(row["status"] not in ("pass", "absent") for row in checks)
     broken = any(row.get("contender") == "ours" and row["status"] not in ("measured", NOT_RUN) for row in rows)
@@ -65,7 +65,7 @@ def status(rows: Sequence[Row]) -> int:
 
 
 def slug(name: str) -> str:
-    """A device's name as a part of a file's."""
+    """Return a device's name in a form for file names."""
     return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
 
 
@@ -83,27 +83,39 @@ def _slots(text: str) -> int:
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
-    about = (__doc__ or "").splitlines()[0].split("?  ")[0] + "?"
+    about = (__doc__ or "").split(":  ")[0] + "."
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=about)
-    parser.add_argument("--stage", nargs="+", choices=plan.STAGES, default=list(plan.STAGES), help="(default all)")
-    parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results, with --dry none)")
-    parser.add_argument("--from", dest="earlier", type=Path, help="results to go on from (default those in --out)")
-    parser.add_argument("--restart", action="store_true", help="set results in --out aside and begin a new file")
-    parser.add_argument("--dry", action="store_true", help="tiny shapes and the interpreter: does everything run?")
-    parser.add_argument("--budget", type=_seconds, default=540.0, help="seconds for the whole call (default 540)")
-    parser.add_argument("--cases", default="*", help="of smoke and check: a pattern, e.g. 'scalar*' (default all)")
-    parser.add_argument("--rules", nargs="+", choices=plan.TIMED_RULES, default=list(plan.TIMED_RULES), help="to time")
-    parser.add_argument(
+    add = parser.add_argument
+    add("--stage", nargs="+", choices=plan.STAGES, default=list(plan.STAGES), help="stages to run (default all)")
+    add("--out", metavar="FOLDER", type=Path, help="for the results (default benchmarks/results, with --dry none)")
+    add("--from", dest="earlier", metavar="PATH", type=Path, help="results to continue (default those in --out)")
+    add("--restart", action="store_true", help="rename the results in --out and begin a new file")
+    add("--dry", action="store_true", help="use tiny shapes and the interpreter, to show that everything runs")
+    add("--budget", metavar="SECONDS", type=_seconds, default=540.0, help="time for the whole call (default 540)")
+    add("--cases", metavar="PATTERN", default="*", help="cases of smoke and check, e.g. 'scalar*' (default all)")
+    add("--rules", nargs="+", choices=plan.TIMED_RULES, default=list(plan.TIMED_RULES), help="to time (default all)")
+    add(
         "--implementation",
-        help="of ours (default mosaic_gpu, with --dry mosaic_gpu_interpret), never another in its place",
+        metavar="NAME",
+        help="what to check and time (default mosaic_gpu, with --dry mosaic_gpu_interpret); there is no fallback",
     )
-    parser.add_argument("--import", dest="imports", nargs="+", default=[], help="modules that register others")
-    parser.add_argument("--patience", type=_seconds, help="seconds without a sign of life (default: by the stage)")
-    parser.add_argument("--slots", type=_slots, help="processes that run or prepare at once (default one per core)")
+    modules = "to import first; they may register other implementations"
+    add("--import", dest="imports", metavar="MODULE", nargs="+", default=[], help=modules)
+    silence = "kill a job without a sign of life for this long (default: depends on the stage)"
+    add("--patience", metavar="SECONDS", type=_seconds, help=silence)
+    add("--slots", metavar="N", type=_slots, help="processes to run or prepare in parallel (default: one per core)")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments without the program's name; default: those of the process.
+
+    Returns:
+        The exit status: 0, 1 if a kernel fails a check or does not run, 2 if the call is refused.
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     given = _arguments(argv)
     clock = Clock(given.budget, time.time())
@@ -150,7 +162,7 @@ def _check_pattern(pattern: str, stages: Sequence[str], dry: bool) -> None:
 
 
 def _open(given: argparse.Namespace, command: str) -> Record:
-    """The record to add to, of this device and these sources."""
+    """Return the record to add to, of this device and these sources."""
     about = environment(command)
     if about["platform"] != "gpu" and not given.dry:
         raise Refused(f"got a {about['device']}, the suite needs a GPU; --dry shows on any machine that it runs")
@@ -177,24 +189,24 @@ def _open(given: argparse.Namespace, command: str) -> Record:
 
 
 def _earlier(given: argparse.Namespace, file: Path | None, name: str) -> Path | None:
-    """The file to go on from, if not the one to write."""
+    """Return the file to continue, if it is not the file to write."""
     if given.restart and file is not None:
         record.set_aside(file)
     if given.earlier is None:
         return None
     if given.restart:
-        raise Refused("--restart: goes on from nothing, so it cannot be with --from")
+        raise Refused("--restart: begins a new file, so it cannot be combined with --from")
     if file is not None and file.exists():
         raise Refused(f"--from: {file} has results already; leave --from out to add to them")
     if given.earlier.is_dir():
-        return given.earlier / name  # which may be of another device, and then there is nothing to go on from
+        return given.earlier / name  # it may be of another device; then there is nothing to continue
     if not given.earlier.exists():
         raise Refused(f"--from: {given.earlier} is not there")
     return given.earlier
 
 
 def _terminated(*_: object) -> None:
-    sys.exit(128 + signal.SIGTERM)  # by an exception, which ends the processes that were started
+    sys.exit(128 + signal.SIGTERM)  # an exception, so that the jobs' processes are killed too
 
 
 if __name__ == "__main__":

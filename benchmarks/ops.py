@@ -1,10 +1,10 @@
-"""The cost of the operators under XLA:  python -m benchmarks.ops
+"""Measure the cost of the operators under XLA:  python -m benchmarks.ops
 
-Every figure is float32, from one process, in which the programs of a section run in turns (A B C A B C ...): the ratios
-are medians of ratios within a round. Writes benchmarks/results/ops-<platform>.json and .md and prints the latter.
-About 15 minutes on two CPU cores; --sections measures some of it again and leaves the rest of the record as it is.
---quick (a minute) only shows that everything runs, and writes nothing unless --out says where. The rules of
-osdn_jax/ops/selection.py come from the sections "forward" and "chunks".
+Every figure is float32, from one process, in which the programs of a section run in turn (A B C A B C ...); the ratios
+are medians of ratios within a round. It writes benchmarks/results/ops-<platform>.json and .md and prints the latter.
+It takes about 15 minutes on two CPU cores; --sections repeats some sections and keeps the rest of the record. --quick
+(a minute) only shows that everything runs, and writes nothing without --out. The rules of osdn_jax/ops/selection.py
+come from the sections "forward" and "chunks".
 """
 
 import argparse
@@ -37,7 +37,6 @@ from osdn_jax.compare import (
     value_and_gradient,
 )
 from osdn_jax.compare.machine import load
-from osdn_jax.compare.measure import quartiles
 from osdn_jax.compare.report import duration, size
 from osdn_jax.nn.split import split_model
 from osdn_jax.ops import chunkwise
@@ -48,17 +47,17 @@ DECAYS = {"none": "delta_net", "scalar": "gated_delta_net", "channel": "kda"}
 
 @dataclasses.dataclass(frozen=True)
 class Program:
-    """A rule under an implementation ("auto" for the package's choice), forward alone or with its gradient."""
+    """A rule under an implementation ("auto" for the automatic choice), forward alone or with its gradient."""
 
     rule: str
     shape: Shape
     implementation: str = "auto"
     gradient: bool = True
     chunk_size: int | None = None
-    anchor: float | None = None  # of the hypergradient preconditioner; None is the one of compare.COMPARED_RULES
-    direct_scores: bool = False  # form channel decay with C x C x K numbers, as a peer might
-    packed: bool = False  # documents of some hundred tokens
-    checked: bool = True  # keep a packed document that is not finite to itself (ops/containment.py)
+    anchor: float | None = None  # of the hypergradient preconditioner; default: that of compare.COMPARED_RULES
+    direct_scores: bool = False  # form the channel decay of a chunk as C x C x K values
+    packed: bool = False  # documents of about a hundred tokens
+    checked: bool = True  # contain packed documents that are not finite (ops/containment.py)
 
     def __str__(self) -> str:
         parts = [self.rule, str(self.shape), self.implementation]
@@ -72,7 +71,7 @@ class Program:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """A ratio of two programs' costs, beside what issue 3 asks of it."""
+    """A ratio of two programs' costs, and its target if it has one."""
 
     what: str
     value: float
@@ -86,7 +85,7 @@ class Figure:
 
 
 class Bench:
-    """Measures programs and keeps what it measured."""
+    """Measures programs and collects the results."""
 
     def __init__(self, repeats: int, quick: bool) -> None:
         self.repeats, self.quick = repeats, quick
@@ -97,7 +96,7 @@ class Bench:
         return parse_shapes(quick if self.quick else full)[0]
 
     def run(self, programs: Sequence[Program], repeats: int | None = None) -> list[Contender]:
-        """Compiles the programs and times them in turns."""
+        """Compile the programs and time them in turn."""
         running = [_contender(p) for p in programs]
         take_turns(running, repeats or self.repeats)
         for p, c in zip(programs, running, strict=True):
@@ -107,8 +106,8 @@ class Bench:
                 "shape": str(p.shape),
                 "sizes": p.shape.sizes(),
                 "compile_seconds": c.compile_seconds,
-                "median_seconds": float(np.median(c.seconds)) if c.seconds else None,
-                "quartile_seconds": quartiles(c.seconds) if c.seconds else None,
+                "median_seconds": c.median_seconds,
+                "quartile_seconds": c.quartile_seconds,
                 "temporary_bytes": c.temporary_bytes,
                 "refusal": c.refusal,
             }
@@ -118,14 +117,14 @@ class Bench:
         return running
 
     def run_models(self, running: list[Contender]) -> list[Contender]:
-        """Times programs that are no single operator, and keeps what it measured."""
+        """Time programs that are not single operators."""
         take_turns(running, self.repeats)
         self.rows += [
             {
                 "name": c.name,
                 "compile_seconds": c.compile_seconds,
-                "median_seconds": float(np.median(c.seconds)),
-                "quartile_seconds": quartiles(c.seconds),
+                "median_seconds": c.median_seconds,
+                "quartile_seconds": c.quartile_seconds,
                 "temporary_bytes": c.temporary_bytes,
                 "refusal": c.refusal,
             }
@@ -135,7 +134,7 @@ class Bench:
 
     def figure(self, what: str, value: float, *, at_most: float | None = None, at_least: float | None = None) -> None:
         if self.quick:
-            at_most = at_least = None  # they are asked of other sizes
+            at_most = at_least = None  # the targets are for the full sizes
         self.figures.append(Figure(what, value, at_most, at_least))
 
 
@@ -154,21 +153,21 @@ def _contender(p: Program) -> Contender:
             patches.enter_context(mock.patch.object(chunkwise, "channel_scores", _direct_scores))
         if not p.checked:
             patches.enter_context(unchecked())
-        jax.clear_caches()  # an operator traced before would be used again, patched or not
+        jax.clear_caches()  # or an operator traced earlier would be reused, patched or not
         made = contender(str(p), run, jax.device_put(arguments))
     jax.clear_caches()
     return made
 
 
 def packed_ids(batch: int, length: int) -> jax.Array:
-    """[B, T], documents of 100 tokens on average."""
+    """Return segment_ids [B, T] of documents of 100 tokens on average."""
     starts = np.random.default_rng(0).random((batch, length)) < 1 / 100
     return jnp.asarray(np.cumsum(starts, axis=1), jnp.int32)
 
 
 @contextlib.contextmanager
 def unchecked() -> Iterator[None]:
-    """Operators and attention as they would be without the check for documents that are not finite."""
+    """Remove the check for packed documents that are not finite from the operators and attention."""
     with contextlib.ExitStack() as patches:
         for module in ("ops.delta_rule", "ops.gram", "ops.hypergradient", "nn.attention"):
             name = f"osdn_jax.{module}.contained"
@@ -177,7 +176,7 @@ def unchecked() -> Iterator[None]:
 
 
 def _direct_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Array:
-    """`ops.scores.channel_scores` with every decay of a pair of tokens written out: [..., C, C, K] numbers."""
+    """Compute `ops.scores.channel_scores` from the decays of all pairs of tokens: [..., C, C, K] values."""
     decayed = jnp.cumsum(log_decay, axis=-2)
     between = decayed[..., :, None, :] - decayed[..., None, :, :]
     earlier = np.tril(np.ones((w.shape[-2],) * 2, bool)).reshape((1,) * (between.ndim - 3) + (w.shape[-2],) * 2 + (1,))
@@ -189,7 +188,7 @@ def _direct_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Arra
 
 
 def auto_against_scan(b: Bench) -> None:
-    """(a) What implementation=None costs beside the scan."""
+    """Cost of implementation=None relative to the scan"""
     shape = b.shape("B1T4096H4D128", "B1T16H2D8")
     for rule in ("delta_net", "gated_delta_net"):
         scan, auto = b.run([Program(rule, shape, name, gradient=False) for name in ("scan", "auto")])
@@ -205,7 +204,7 @@ def auto_against_scan(b: Bench) -> None:
 
 
 def rules_against_each_other(b: Bench) -> None:
-    """(b), (c), (g) What channel decay and the preconditioners add."""
+    """Cost of channel decay and of the preconditioners"""
     shape = b.shape("B1T4096H4D128", "B1T16H2D8")
     pairs = [("kda", "gated_delta_net", 2.0), ("osdn", "delta_net", 1.25), ("osdn_trust", "delta_net", 1.25)]
     pairs += [("os_gdn_trust", "gated_delta_net", None), ("pdn", "delta_net", None)]
@@ -214,12 +213,12 @@ def rules_against_each_other(b: Bench) -> None:
     for new, old, most in pairs:
         value = ratio(timed[new].seconds, timed[old].seconds)
         b.figure(f"forward + backward: time of {new} / {old}", value, at_most=most)
-    # Forgetting toward 0 in the trust region holds d at its lower bound: the projection binds at almost every token.
+    # Forgetting toward 0 in the trust region holds d at its lower bound: it is projected at almost every token.
     for implementation in ("auto", "chunk"):
         pair = [Program("delta_net", shape, implementation), Program("osdn_trust", shape, implementation, anchor=0.0)]
         plain, bound = b.run(pair)
         value = ratio(bound.seconds, plain.seconds)
-        b.figure(f"{implementation}: time of osdn_trust that its bound binds / delta_net", value)
+        b.figure(f"{implementation}: time of osdn_trust at its lower bound / delta_net", value)
     for tokens in (8,) if b.quick else (32, 64):
         pair = [Program("kda", shape, "chunk", chunk_size=tokens, direct_scores=direct) for direct in (False, True)]
         ours, direct = b.run(pair, repeats=3)
@@ -229,7 +228,7 @@ def rules_against_each_other(b: Bench) -> None:
 
 
 def length(b: Bench) -> None:
-    """(d) and (e) Time, memory and compile time against length."""
+    """Time, memory and compile time against sequence length"""
     shapes = [b.shape(f"B1T{t}H4D128", f"B1T{t // 128}H2D8") for t in (1024, 4096, 16384)]
     rules = ("delta_net", "gated_delta_net", "kda", "osdn")
     for rule in rules[: 1 if b.quick else None]:
@@ -241,7 +240,7 @@ def length(b: Bench) -> None:
 
 
 def forward(b: Bench) -> None:
-    """(f) The forward pass by scan and by chunks: where `selection.forward_by_scan` comes from."""
+    """Forward pass by scan and by chunks: the source of `selection.forward_by_scan`"""
     sizes = ((1, 1, 32), (1, 4, 64), (1, 4, 128), (4, 4, 64), (4, 4, 128), (16, 4, 128))
     lengths = (1, 64, 512, 4096)
     if b.quick:
@@ -256,7 +255,7 @@ def forward(b: Bench) -> None:
 
 
 def chunks(b: Bench) -> None:
-    """(f) The length of a chunk, forward + backward: where `selection.default_chunk` comes from."""
+    """Chunk length, forward + backward: the source of `selection.default_chunk`"""
     sizes = ("B1T2048H4D64", "B1T2048H4D128", "B4T2048H4D128")
     chunk_sizes = (16, 32, 64, 128)
     for decay, rule in DECAYS.items():
@@ -271,7 +270,7 @@ def chunks(b: Bench) -> None:
 
 
 def packed(b: Bench) -> None:
-    """The check that keeps a packed document that is not finite to itself, forward + backward."""
+    """Cost of the check that contains packed documents that are not finite, forward + backward"""
     for text in ("B8T256H2D64", "B1T4096H4D128", "B4T512H8D64")[: 1 if b.quick else None]:
         shape = b.shape(text, "B2T16H2D8")
         for rule in ("delta_net", "os_gdn_trust", "pdn"):
@@ -287,7 +286,7 @@ def packed(b: Bench) -> None:
 
 
 def _model(rule: str, batch: int, tokens: int, width: int, checked: bool) -> Contender:
-    """The gradient of the loss of the demo's model."""
+    """Compile the gradient of the loss of the demo's model."""
     mixer = nn.mixer_config(rule, width=width, heads=2, key_dim=width // 2, value_dim=width // 2)
     config = nn.ModelConfig(vocab_size=256, layers=2, mixer=mixer, mlp_dim=2 * width)
     apply, parameters = split_model(nn.CausalLM(config, rngs=nnx.Rngs(0)))
@@ -318,16 +317,17 @@ SECTIONS = {
 # --- the record -----------------------------------------------------------------------------------------------------
 
 
-def _memory(over: Contender, under: Contender) -> float:
-    return (over.temporary_bytes or np.nan) / (under.temporary_bytes or np.nan)
+def _memory(numerator: Contender, denominator: Contender) -> float:
+    return (numerator.temporary_bytes or np.nan) / (denominator.temporary_bytes or np.nan)
 
 
 def markdown(record: dict) -> Iterator[str]:
-    yield "# What the operators cost"
+    """Yield the lines of the table."""
+    yield "# Cost of the operators"
     yield ""
-    yield "All float32, by `python -m benchmarks.ops`. The programs of a comparison run in turns in one process; a"
+    yield "All float32, by `python -m benchmarks.ops`. The programs of a comparison run in turn in one process; a"
     yield "ratio is the median over rounds of the ratio within a round, a time the median over rounds. Other work on"
-    yield "the machine slows all programs of a round, those on several cores most: mind the load average."
+    yield "the machine slows all programs of a round, those on several cores most: note the load average."
     for name, section in SECTIONS.items():
         if name not in record:
             continue
@@ -337,7 +337,7 @@ def markdown(record: dict) -> Iterator[str]:
         yield f"{about['date']}, {about['device']} ({about['cpu']}, {about['cpu_cores']} cores), load average"
         yield f"{about['load_at_start']} before and {about['load_at_end']} after; jax {about['jax']}, jaxlib"
         yield f"{about['jaxlib']}, NumPy {about['numpy']}, Python {about['python']}: `{about['command']}`."
-        yield from ("", "| ratio | measured | asked for | |", "| --- | ---: | ---: | --- |")
+        yield from ("", "| ratio | measured | target | |", "| --- | ---: | ---: | --- |")
         for f in record[name]["figures"]:
             asked = f"≤ {f['at_most']:.3g}" if f["at_most"] else f"≥ {f['at_least']:.3g}" if f["at_least"] else ""
             met = {True: "met", False: "**missed**", None: ""}[f["met"]]
@@ -350,16 +350,20 @@ def markdown(record: dict) -> Iterator[str]:
 
 
 def main(argv: Sequence[str] | None = None) -> dict:
+    """Run the command line; return the record of the sections measured."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").splitlines()[0])
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").split(":  ")[0] + ".")
     parser.add_argument(
-        "--sections", nargs="+", choices=SECTIONS, default=list(SECTIONS), help="to measure, others stay in the record"
+        "--sections",
+        nargs="+",
+        choices=SECTIONS,
+        default=list(SECTIONS),
+        help="sections to measure; the record keeps the others (default all)",
     )
-    parser.add_argument("--repeats", type=int, default=7, help="rounds of timing (default 7)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes: does everything run?")
-    parser.add_argument(
-        "--out", type=Path, help=f"folder of the results (default {RESULTS.parent.name}/{RESULTS.name})"
-    )
+    parser.add_argument("--repeats", type=int, default=7, help="number of timing rounds (default 7)")
+    parser.add_argument("--quick", action="store_true", help="use tiny sizes, to show that everything runs")
+    folder = f"{RESULTS.parent.name}/{RESULTS.name}"
+    parser.add_argument("--out", type=Path, help=f"folder of the results (default {folder}; with --quick none)")
     given = parser.parse_args(argv)
     record = {}
     for name in given.sections:

@@ -1,7 +1,7 @@
-"""What `make demo` runs: an Online Scaled DeltaNet beside a DeltaNet of the same size, on Shakespeare's works.
+"""Train an Online Scaled DeltaNet and a DeltaNet of the same size on Shakespeare's works, and compare them.
 
-Both see the same batches in the same order. Ends with a table, a picture of both curves and a sample. Interrupted, it
-leaves a checkpoint, and the same command goes on from there.
+Both see the same batches in the same order. The demo ends with a table, a plot of both curves and a text sample. If it
+is interrupted, it leaves a checkpoint, and the same command resumes from it. `make demo` runs it.
 """
 
 import argparse
@@ -40,13 +40,13 @@ from osdn_jax.training.interruption import end_at_second_interrupt
 _CONFIG = Path(__file__).resolve().parent.parent / "configs" / "demo.py"
 _WORKDIR = "runs/demo"
 _RULES = {"osdn": "OSDN", "delta_net": "DeltaNet"}
-_SAMPLE = 300  # characters
+_SAMPLE = 300  # characters of the text sample
 
 
 def main(argv: Sequence[str] = ()) -> None:
-    """Trains, compares and samples, as the flags say."""
+    """Train both models, print the table, draw the plot and sample text, as the flags say."""
     given = _parse(argv)
-    logging.set_verbosity(logging.WARNING)  # JAX reports the accelerators that it looked for and did not find
+    logging.set_verbosity(logging.WARNING)  # JAX logs each type of accelerator that it does not find
     started = time.perf_counter()
     if not _CONFIG.is_file():
         raise ConfigError(f"{_CONFIG} is not there: the demo runs in a checkout of the repository")
@@ -77,10 +77,10 @@ def main(argv: Sequence[str] = ()) -> None:
     plot_loss(curves, picture, lines=compressors, title="OSDN and DeltaNet learn Shakespeare, byte by byte")
     console.print(f"Both curves: {picture}\n\n{_SAMPLE} characters from the OSDN model:\n", highlight=False)
     text = ""
-    for piece in generate(given.workdir / "osdn", tokens=4 * _SAMPLE):
-        piece = piece[: _SAMPLE - len(text)]
-        text += piece
-        sys.stdout.write(piece)
+    for generated in generate(given.workdir / "osdn", tokens=4 * _SAMPLE):
+        generated = generated[: _SAMPLE - len(text)]
+        text += generated
+        sys.stdout.write(generated)
         sys.stdout.flush()
         if len(text) == _SAMPLE:
             break
@@ -91,9 +91,9 @@ def main(argv: Sequence[str] = ()) -> None:
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = command.Parser(prog="python examples/demo.py", description=(__doc__ or "").strip(), allow_abbrev=False)
-    parser.add_argument("--workdir", default=_WORKDIR, help=f"directory of both runs and the picture ({_WORKDIR})")
-    parser.add_argument("--steps", type=int, help="of each model (default: as the configuration has it)")
-    parser.add_argument("--seed", type=int, help="of parameters and data (default: as the configuration has it)")
+    parser.add_argument("--workdir", default=_WORKDIR, help=f"directory of both runs and the plot (default {_WORKDIR})")
+    parser.add_argument("--steps", type=int, help="training steps of each model (default: as in configs/demo.py)")
+    parser.add_argument("--seed", type=int, help="random seed of parameters and data (default: as in configs/demo.py)")
     given = parser.parse_args(argv)
     try:
         given.workdir = command.directory("workdir", given.workdir)

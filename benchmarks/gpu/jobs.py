@@ -1,6 +1,6 @@
-"""Runs jobs as processes: they prepare side by side, and what is timed then runs alone.
+"""Runner of jobs as processes: they prepare in parallel, then timed jobs run alone, one after the other.
 
-A job that raises, dies or hangs costs its own rows and nothing else.
+A job that raises, dies or hangs loses its rows and nothing else.
 """
 
 import contextlib
@@ -11,41 +11,39 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.gpu.plan import NOT_RUN, OUT_OF_TIME, Job, Row, missing_rows
+from benchmarks.gpu.plan import NOT_RUN, OUT_OF_TIME, Emit, Job, Row, missing_rows
 
 ROOT = Path(__file__).parents[2]
 POLL = 0.05  # seconds
 
-# The part of what is left of the budget in which what is timed prepares, the grace for what is still compiling then,
-# and what is kept back at the end for the files.
-PREPARING, GRACE, RESERVE = 0.55, 15.0, 5.0
-STARTING = 60.0  # seconds for a process to import what it needs, while others do
-
-Emit = Callable[[Row], None]
+PREPARING = 0.55  # fraction of the remaining budget in which timed jobs prepare
+GRACE = 15.0  # seconds for those that are still compiling then
+RESERVE = 5.0  # seconds at the end of the budget, for writing the files
+STARTING = 60.0  # seconds for a process to import its modules, while others do the same
 
 
 @dataclasses.dataclass(frozen=True)
 class Patience:
-    """Seconds that a process may go without a sign of life: a row, or an event that says what it is about to do."""
+    """Seconds that a process may go without a sign of life: a row, or an event that announces the next step."""
 
-    prepared: float  # until it is prepared, or done where nothing is timed
+    prepared: float  # until it is prepared, or finished if it is not timed
     alone: float
-    starting: float = STARTING  # until its first one
+    starting: float = STARTING  # until its first sign
 
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """A budget in seconds from a start, as time.time() counts."""
+    """A budget in seconds from a start in the time of time.time()."""
 
     budget: float
     start: float = dataclasses.field(default_factory=time.time)
 
     def prepare_until(self) -> float:
-        """A time for the jobs that are to run alone, when they should be prepared."""
+        """Return the time by which jobs that run alone should be prepared."""
         now = time.time()
         return now + PREPARING * max(0.0, self.until - now)
 
@@ -58,7 +56,7 @@ class Clock:
 
 
 class Running:
-    """A job's process, the rows that it has written, and the end of its log."""
+    """A job's process, the rows it has written, and the end of its log."""
 
     def __init__(self, job: Job, times: Row, folder: Path, number: int, environment: dict[str, str]) -> None:
         self.job = job
@@ -79,7 +77,7 @@ class Running:
                 stdout=log,
                 stderr=log,
                 text=True,
-                process_group=0,  # it may start others, which end with it
+                process_group=0,  # so that processes it starts are killed with it
             )
 
     def new_rows(self) -> list[Row]:
@@ -103,41 +101,41 @@ class Running:
         return new
 
     def turn(self) -> None:
-        """Lets a prepared job go on."""
+        """Let a prepared job continue."""
         self.last = time.time()
-        with contextlib.suppress(BrokenPipeError):  # it died meanwhile, which is found out elsewhere
+        with contextlib.suppress(BrokenPipeError):  # it has died, which the caller notices
             print("go", file=self.process.stdin, flush=True)
 
     def over(self) -> bool:
         return self.process.poll() is not None
 
     def end(self) -> None:
-        """Ends it where it still runs."""
+        """Kill it if it is still running."""
         if self.ended:
             return
         self.ended = True
         if self.process.poll() is None:
-            os.killpg(self.process.pid, signal.SIGKILL)  # with what it has started
+            os.killpg(self.process.pid, signal.SIGKILL)  # and the processes that it has started
         with contextlib.suppress(BrokenPipeError):
             self.process.stdin.close()  # type: ignore[union-attr]
-        with contextlib.suppress(subprocess.TimeoutExpired):  # the driver holds it: nobody can do more
+        with contextlib.suppress(subprocess.TimeoutExpired):  # stuck in the driver: nothing more can be done
             self.process.wait(2)
 
     def last_words(self) -> str:
-        """The exit status and the last line of the log."""
+        """Return the exit status and the last line of the log."""
         lines = [line.strip() for line in self._log.read_text(errors="replace").splitlines() if line.strip()]
         return f"exit status {self.process.returncode}" + (f": {lines[-1][:300]}" if lines else "")
 
 
 class Runner:
-    """Runs jobs in order, as many at once as there are slots, within a budget."""
+    """Runs jobs in order, at most `slots` at a time, within a budget."""
 
     def __init__(self, clock: Clock, folder: Path, slots: int, environment: dict[str, str], emit: Emit) -> None:
         self.clock, self.folder, self.slots, self.environment, self.emit = clock, folder, slots, environment, emit
         self.count = 0
 
     def run(self, jobs: Sequence[Job], patience: Patience, *, timed: bool) -> None:
-        """All jobs at once; where they are timed they only prepare at once, then each runs alone, in their order."""
+        """Run all jobs in parallel; timed jobs only prepare in parallel, then each runs alone, in order."""
         started: list[Running] = []
         until = self.clock.prepare_until() if timed else self.clock.until
         try:
@@ -196,7 +194,7 @@ class Runner:
             self.emit(row)
 
     def _late(self, r: Running, silence: float, until: float) -> bool:
-        """Kills a job that has been silent for too long, or that runs past a time."""
+        """Kill a job that has been silent for too long, or that is still running at a time; return True if so."""
         now = time.time()
         if now < min(r.last + silence, until):
             return False
@@ -220,9 +218,10 @@ class Runner:
 
 
 def worker_environment(given: Any, dry: bool) -> dict[str, str]:
-    """Two frameworks and many processes share the device: none takes all of its memory beforehand.
+    """Return the environment of the jobs' processes.
 
-    What flash-linear-attention's autotuner finds beside other programs is not kept.
+    Two frameworks and many processes share the device, so none preallocates its memory. Choices that
+    flash-linear-attention's autotuner makes while other programs run are not cached.
     """
     out = {**given, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "FLA_CACHE_RESULTS": "0", "PYTHONUNBUFFERED": "1"}
     out["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [given.get("PYTHONPATH")])])

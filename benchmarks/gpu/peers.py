@@ -1,4 +1,4 @@
-"""flash-linear-attention's functions beside the rules, where it is installed (the package fla-core has all of them)."""
+"""Functions of flash-linear-attention that correspond to our rules (all of them are in the package fla-core)."""
 
 import contextlib
 import dataclasses
@@ -17,21 +17,21 @@ from osdn_jax.compare.inputs import Arrays
 _DELTA = {"q": "q", "k": "k", "v": "v", "beta": "beta"}
 _GRAM = {"g_atk": "gram_log_decay", "beta_atk": "gram_gain", "log_atk_scale": "center"}
 
-# Milliseconds of warm-up and of measurement for each configuration that Triton's autotuner tries.
+# Milliseconds of warm-up and measurement for each configuration that Triton's autotuner tries.
 PREPARING, TUNING = (1, 1), (5, 20)
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A function, which of our arguments each of its own is, and its static options."""
+    """A function, our name for each of its arguments, and its static options."""
 
     module: str
     function: str
     arguments: Mapping[str, str]
     options: Mapping[str, Any] = dataclasses.field(default_factory=lambda: {"use_qk_l2norm_in_kernel": False})
     note: str = ""
-    groups: bool = True  # takes fewer key heads than value heads
-    normalizes: bool = False  # q and k, whatever the options say
+    groups: bool = True  # supports fewer key heads than value heads
+    normalizes: bool = False  # q and k, regardless of the options
 
 
 PEERS = {
@@ -56,7 +56,7 @@ PEERS = {
 
 
 NO_PEER = "flash-linear-attention has no such rule"
-# What version 0.6.0 raises in the backward pass of its gated rules, and in one line why.
+# The message of version 0.6.0 in the backward pass of its gated rules, and its meaning in one line.
 _REFUSAL = "on Hopper GPUs produces incorrect results for gated chunk_bwd_dqkwg"
 _WHY_REFUSED = (
     "flash-linear-attention refuses its gated backward pass on Hopper with Triton 3.4 to 3.7.0 (here {triton}) "
@@ -65,14 +65,14 @@ _WHY_REFUSED = (
 
 
 class NoPeer(Exception):
-    """There is nothing to measure; the message says why."""
+    """There is no peer to measure; the message says why."""
 
 
 def load(rule: str, shape: Shape | None = None) -> Callable[[dict[str, Any]], Any]:
-    """The peer of a rule as a function from our arguments, as PyTorch tensors, to its outputs [B, T, H, V].
+    """Return the peer of a rule as a function from our arguments, as PyTorch tensors, to its outputs [B, T, H, V].
 
     Raises:
-        NoPeer: the rule has none, it is not installed, or it takes other arguments than those known here.
+        NoPeer: the rule has none, it is not installed, or it has other arguments than those listed in PEERS.
     """
     if rule not in PEERS:
         raise NoPeer(NO_PEER)
@@ -93,7 +93,7 @@ def load(rule: str, shape: Shape | None = None) -> Callable[[dict[str, Any]], An
 
 
 def tensors(rule: str, arrays: Arrays) -> dict[str, Any]:
-    """Our arguments as leaves of PyTorch's autograd, over the same device memory."""
+    """Return our arguments as leaves of PyTorch's autograd that share the device memory."""
     torch = importlib.import_module("torch")
     jax.block_until_ready(arrays)
     names = PEERS[rule].arguments.values()
@@ -101,7 +101,7 @@ def tensors(rule: str, arrays: Arrays) -> dict[str, Any]:
 
 
 def program(run: Callable[[dict[str, Any]], Any], cotangent: jax.Array, gradient: bool) -> Callable[[Any], Any]:
-    """A forward pass without autograd -> outputs, or forward and backward -> (outputs, gradients by argument)."""
+    """Return a forward pass without autograd -> outputs, or forward and backward -> (outputs, gradients by name)."""
     torch = importlib.import_module("torch")
     pulled = torch.from_dlpack(cotangent)
 
@@ -118,12 +118,12 @@ def program(run: Callable[[dict[str, Any]], Any], cotangent: jax.Array, gradient
 
 
 def as_jax(x: Any) -> jax.Array | None:
-    """A PyTorch tensor as an array over the same memory; None for a gradient that there is none of."""
+    """Return a PyTorch tensor as an array that shares its memory; None for a missing gradient."""
     return None if x is None else jnp.from_dlpack(x.detach().contiguous())
 
 
 def along_sphere(x: jax.Array, gradient: jax.Array) -> jax.Array:
-    """The gradient of vectors x that are normalised first, from that of the normalised ones."""
+    """Return the gradient with respect to x of a function of x / ‖x‖, given that with respect to x / ‖x‖."""
     x, gradient = x.astype(jnp.float32), gradient.astype(jnp.float32)
     norm = jnp.linalg.norm(x, axis=-1, keepdims=True)
     unit = x / norm
@@ -131,29 +131,31 @@ def along_sphere(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
 
 def refusal(error: BaseException) -> str | None:
-    """Why the peer will not run here, in short, where an exception is its own refusal to give wrong results."""
+    """Return a short reason if an exception is the peer's refusal to give wrong results on this device, else None."""
     if not isinstance(error, RuntimeError) or _REFUSAL not in " ".join(str(error).split()):
         return None
     return _WHY_REFUSED.format(triton=importlib.import_module("triton").__version__)
 
 
 def synchronize(out: Any) -> None:
-    """Waits for the device."""
+    """Wait for the device."""
     if (out[0] if isinstance(out, tuple) else out).is_cuda:
         importlib.import_module("torch").cuda.synchronize()
 
 
 def release() -> None:
-    """Gives PyTorch's unused device memory back: other processes need it."""
+    """Free PyTorch's unused device memory, which other processes need."""
     importlib.import_module("torch").cuda.empty_cache()
 
 
 @contextlib.contextmanager
 def tuning(milliseconds: tuple[int, int], *, forget: bool = False):
-    """Triton's autotuner takes so much time for each configuration inside (its own: 25 and 100 ms).
+    """Set the time that Triton's autotuner spends on each configuration.
 
-    forget: drops what it chose before, without compiling again: a choice made while other programs used the device
-    would be unfair to the peer.
+    Args:
+        milliseconds: of warm-up and of measurement; Triton's defaults are 25 and 100.
+        forget: drop earlier choices, without compiling again: a choice made while other programs used the device would
+            be unfair to the peer.
     """
     try:
         testing, autotuner = (importlib.import_module(n) for n in ("triton.testing", "triton.runtime.autotuner"))
@@ -162,7 +164,7 @@ def tuning(milliseconds: tuple[int, int], *, forget: bool = False):
         return
     for thing in gc.get_objects():
         if issubclass(type(thing), autotuner.Autotuner):
-            thing.__dict__.pop("do_bench", None)  # it keeps the function that is replaced here
+            thing.__dict__.pop("do_bench", None)  # a cached reference to the function that is replaced below
             if forget:
                 thing.cache.clear()
     original = testing.do_bench

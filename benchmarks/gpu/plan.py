@@ -2,7 +2,7 @@
 
 import dataclasses
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from benchmarks.gpu.cases import CASES, DRY_CASES, DRY_SMOKE, KEYS, SMOKE, Case, cases
@@ -21,7 +21,7 @@ SHAPES = (
 DRY_SHAPES = ("B1T64H2Hk1D64",)
 SEEDS = 3
 
-# The rules to time, and which groups of kernels each runs: see Case.families.
+# The rules to time, and the groups of kernels that each runs: see Case.families.
 _FAMILIES = {
     "delta_net": ("no decay",),
     "gated_delta_net": ("scalar decay",),
@@ -37,18 +37,19 @@ FORWARD, BOTH = "forward", "forward + backward"
 PROGRAMS = (FORWARD, BOTH)
 CONTENDERS = ("ours", "peer", "xla")
 
-# A row in one of these states is not run again by a repeated stage. What hung, died, raised, or was missing is.
+# A repeated stage does not run rows in these states again; it does run those that hung, died, raised or were missing.
 FINAL = ("pass", "fail", "absent", "measured", "compiled")
 NOT_RUN = "not run"
 OUT_OF_TIME = "out of time"
 NOT_REACHED = "the stage ended before it"
 
 Row = dict[str, Any]
+Emit = Callable[[Row], None]
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A process: what it is told, and the keys of the rows that it owes."""
+    """A process: its specification, and the keys of the rows that it owes."""
 
     spec: Row
     owed: tuple[Row, ...]
@@ -60,7 +61,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """The jobs of a stage, and rows for what is not tried because of what is known already."""
+    """The jobs of a stage, and rows for what is not run because of earlier results."""
 
     jobs: list[Job]
     skipped: list[Row]
@@ -86,7 +87,13 @@ class Request:
 
 
 def plan(stage: str, known: Sequence[Row], request: Request) -> Plan:
-    """What a stage still has to do, given the rows that there are."""
+    """Return what a stage still has to do, given the rows that exist.
+
+    Args:
+        stage: one of STAGES.
+        known: the rows that exist.
+        request: the options of this call.
+    """
     make = {"smoke": _checks, "check": _checks, "ours": _ours, "peers-compile": _peers_compile, "peers": _peers}
     return make[stage](stage, known, request)
 
@@ -96,7 +103,7 @@ def _checks(section: str, known: Sequence[Row], request: Request) -> Plan:
     for name, case in cases(section, request.dry).items():
         if not fnmatch.fnmatchcase(name, request.cases):
             continue
-        owed = _open(({"section": section, "case": name, "keys": keys} for keys in KEYS[: _kinds(section)]), known)
+        owed = _open(({"section": section, "case": name, "keys": keys} for keys in KEYS[: _key_count(section)]), known)
         hung = None if section == "smoke" else _hung(case.families, known, request.dry)
         if hung:
             skipped += missing_rows(owed, (), NOT_RUN, hung)
@@ -107,7 +114,7 @@ def _checks(section: str, known: Sequence[Row], request: Request) -> Plan:
     return Plan(jobs, skipped)
 
 
-def _kinds(section: str) -> int:
+def _key_count(section: str) -> int:
     return 1 if section == "smoke" else len(KEYS)
 
 
@@ -129,7 +136,7 @@ def _ours(stage: str, known: Sequence[Row], request: Request) -> Plan:
 
 
 def _peers(stage: str, known: Sequence[Row], request: Request) -> Plan:
-    """Ours runs beside its peer once more where it is known to run: the ratio is of one card and one hour."""
+    """Time the peers, and ours again with them if it is known to run, so that the ratio is of one card and one hour."""
     jobs, skipped = [], []
     for shape, rule in _races(request):
         owed = _open(_keys("time", shape, rule, ("peer",)), known)
@@ -182,7 +189,7 @@ def _program(key: Row) -> Row:
 
 
 def _compiled(shape: str, rule: str, request: Request) -> Row:
-    """The row that a peer's kernels are compiled under: they do not depend on batch and length."""
+    """Return the key of the row of a peer's compilation; its kernels do not depend on batch and length."""
 
     def heads(text: str) -> tuple[int, ...]:
         s = parse_shapes(text)[0]
@@ -201,7 +208,7 @@ def _status(key: Row, known: Sequence[Row]) -> str | None:
 
 
 def _hung(families: Sequence[str], known: Sequence[Row], dry: bool, *, gradient: bool = True) -> str | None:
-    """Why kernels of these groups are not started: one of them hung in the smoke stage."""
+    """Return why kernels of these groups are not started: one of them hung in the smoke stage; else None."""
     smoke: dict[str, Case] = cases("smoke", dry)
     for row in known:
         if row["section"] == "smoke" and row["status"] == "hung":
@@ -212,7 +219,7 @@ def _hung(families: Sequence[str], known: Sequence[Row], dry: bool, *, gradient:
 
 
 def place(row: Row) -> tuple:
-    """Sorts rows by importance, whatever came first: sections, then cases or shapes as they are listed."""
+    """Return a sort key of rows by importance: sections, then cases or shapes in the order of their lists."""
     section = ("smoke", "check", "ceilings", "time", "compile").index(row["section"])
     if row["section"] in ("smoke", "check"):
         return section, [*SMOKE, *DRY_SMOKE, *CASES, *DRY_CASES].index(row["case"]), KEYS.index(row["keys"])
@@ -224,16 +231,16 @@ def place(row: Row) -> tuple:
 
 
 def is_of(row: Row, key: Row) -> bool:
-    """Whether a row is the one that a key asks for."""
+    """Return True if a row has the values of a key."""
     return all(row.get(name) == value for name, value in key.items())
 
 
 def key_of(row: Row) -> Row:
-    """What names a row, without what was found."""
+    """Return the key of a row: the fields that identify it, without its results."""
     names = ("section", "case", "keys", "shape", "rule", "program", "contender")
     return {name: row[name] for name in names if name in row}
 
 
 def missing_rows(owed: Iterable[Row], rows: Sequence[Row], status: str, reason: str) -> list[Row]:
-    """Rows that say why there is nothing else for a key."""
+    """Return rows with a status and reason for the keys that have no row yet."""
     return [{**key, "status": status, "reason": reason} for key in owed if not any(is_of(row, key) for row in rows)]

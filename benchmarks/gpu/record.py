@@ -1,4 +1,4 @@
-"""The file that all stages add to, whole at any moment: rows, the calls that they come from, and what they are of."""
+"""The file that all stages add to, complete at any time: rows, the calls that produced them, and their identity."""
 
 import hashlib
 import json
@@ -16,25 +16,25 @@ from osdn_jax._files import write_atomically
 
 ROOT = Path(__file__).parents[2]
 SOURCES = ("pallas_kernels", "osdn_jax/ops", "osdn_jax/compare", "benchmarks/gpu")
-# fla-core is the part of flash-linear-attention that has the functions; nothing else of it is needed.
+# fla-core is the only package of flash-linear-attention that is needed.
 PACKAGES = ("jax-cuda13-plugin", "torch", "triton", "fla-core", "tilelang")
 FORMAT = 2
 
 
 class Refused(Exception):
-    """A call that cannot be served, in one line."""
+    """A call that cannot run; the message is one line."""
 
 
 class Record:
-    """What is known so far."""
+    """The results so far."""
 
     def __init__(self, about: Mapping[str, Any], file: Path | None, earlier: Path | None = None) -> None:
-        """Goes on from what the file has, or from an earlier one.
+        """Continue the results of the file, or of an earlier one.
 
         Args:
-            about: "identity", what results must agree on to be in one file, and "call", of this call.
-            file: where to write, or None for nowhere.
-            earlier: the file to go on from; default is `file`.
+            about: "identity", on which all results of a file must agree, and "call", a description of this call.
+            file: the file to write; None: none.
+            earlier: the file to continue; default `file`.
 
         Raises:
             Refused: the file is of another device, other sources or versions, or cannot be read.
@@ -44,11 +44,11 @@ class Record:
         self.calls: list[dict[str, Any]] = []
         earlier = file if earlier is None else earlier
         if earlier is not None and earlier.exists():
-            self._go_on(earlier)
+            self._continue(earlier)
         self.calls.append({**about["call"], "seconds": 0.0})
         self.start = time.time()
 
-    def _go_on(self, earlier: Path) -> None:
+    def _continue(self, earlier: Path) -> None:
         try:
             content = json.loads(earlier.read_text())
             before, self.rows, self.calls = content["identity"], content["rows"], content["calls"]
@@ -63,13 +63,13 @@ class Record:
         self.identity = {**before, **{name: value for name, value in self.identity.items() if value is not None}}
 
     def owe(self, keys: Iterable[Row]) -> None:
-        """Writes down what a stage is going to do: what it does not reach is in the file all the same."""
+        """Record what a stage is going to do, so that what it does not reach is in the file too."""
         for row in plan.missing_rows(keys, self.rows, NOT_RUN, plan.NOT_REACHED):
             self.rows.append({**row, "call": len(self.calls) - 1})
         self.write()
 
     def add(self, row: Row) -> None:
-        """Puts a row in the place of an earlier one, which it remembers unless that was not run."""
+        """Replace the earlier row of the same key; the new one lists the earlier statuses, except "not run"."""
         key = plan.key_of(row)
         before = next((r for r in self.rows if plan.key_of(r) == key), None)
         print(f"{time.time() - self.start:6.1f} s  {brief(row)}", file=sys.stderr, flush=True)
@@ -95,14 +95,14 @@ class Record:
 
 
 def differences(before: Mapping[str, Any], now: Mapping[str, Any]) -> str:
-    """What two sets of results do not agree on; a package that was not there on one side is none."""
+    """Return the differences of two identities; a package that is missing on one side is not one."""
     names = sorted(set(before) | set(now))
     pairs = [(name, before.get(name), now.get(name)) for name in names]
     return ", ".join(f"{n} {a} (here {b})" for n, a, b in pairs if a is not None and b is not None and a != b)
 
 
 def set_aside(file: Path) -> None:
-    """Renames a record and its table, so that a new one takes its place."""
+    """Rename a record and its table, to make room for new ones."""
     for old in (file, file.with_suffix(".md")):
         number = 1
         while (new := old.with_name(f"{old.stem}.{number}{old.suffix}")).exists():
@@ -112,7 +112,7 @@ def set_aside(file: Path) -> None:
 
 
 def source() -> str:
-    """A hash of the code that results depend on: a copy of the sources has no commit to be named by."""
+    """Return a hash of the code that results depend on: a copy of the sources has no commit."""
     found = hashlib.sha256()
     for folder in SOURCES:
         for file in sorted((ROOT / folder).rglob("*.py")):
@@ -121,7 +121,7 @@ def source() -> str:
 
 
 def commit() -> str | None:
-    """The commit that is checked out, where there is git; with a plus where files differ from it."""
+    """Return the commit that is checked out, with a plus if files differ from it; None without git."""
 
     def git(*arguments: str) -> str:
         done = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, timeout=30, check=True)
@@ -134,7 +134,7 @@ def commit() -> str | None:
 
 
 def driver() -> str | None:
-    """The version of NVIDIA's driver, where there is one."""
+    """Return the version of NVIDIA's driver; None without one."""
     command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
     try:
         found = subprocess.run(command, capture_output=True, text=True, timeout=30, check=True).stdout.split()
@@ -144,7 +144,7 @@ def driver() -> str | None:
 
 
 def brief(row: Row) -> str:
-    """A row in one line of the log."""
+    """Return a row as one line of the log."""
     names = (*plan.key_of(row), "status", "worst", "error", "reason")
     words = [str(row[name]) for name in names if name in row]
     if "median_seconds" in row:

@@ -1,4 +1,4 @@
-"""The record of all stages as Markdown, short enough to be read at the end of a log."""
+"""The record of all stages as Markdown, short enough for the end of a log."""
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -15,7 +15,12 @@ _SECTIONS = ("smoke", "check", "ceilings", "time", "compile")
 
 
 def markdown(record: Mapping[str, Any], sections: Collection[str] = _SECTIONS) -> Iterator[str]:
-    """The lines of the file, or those about some sections."""
+    """Yield the lines of the table.
+
+    Args:
+        record: the content of a `Record`.
+        sections: those to include; default all.
+    """
     rows: Sequence[Row] = [row for row in record["rows"] if row["section"] in sections]
     identity = record["identity"]
     packages = [name for name in identity if name not in ("device", "implementation", "source", "dry")]
@@ -29,7 +34,7 @@ def markdown(record: Mapping[str, Any], sections: Collection[str] = _SECTIONS) -
         where = f"commit {call['commit'] or 'unknown'}, driver {call['driver'] or 'unknown'}"
         yield f"- {call['date']}, {where}: `{call['command']}`, {call['seconds']:.0f} s of {call['budget']:.0f} s"
     yield from _checks("smoke", "Smoke: every kernel once, T = 128", rows)
-    yield from _checks("check", "Against the judge", rows)
+    yield from _checks("check", "Against the reference", rows)
     times = [row for row in rows if row["section"] == "time"]
     if times:
         yield from _times(times, next((row for row in rows if row["section"] == "ceilings"), None))
@@ -42,12 +47,14 @@ def _checks(section: str, title: str, every: Sequence[Row]) -> Iterator[str]:
     if not rows:
         return
     passed = sum(row["status"] == "pass" for row in rows)
-    kinds = [keys for keys in KEYS if any(row["keys"] == keys for row in rows)]
+    distributions = [keys for keys in KEYS if any(row["keys"] == keys for row in rows)]
     yield from ("", f"## {title}: {passed} of {len(rows)} pass", "")
     yield "The worst relative error of outputs, final state and gradients over the seeds, and its limit."
-    yield from ("", f"| case | {' | '.join(kinds)} |", "|---|" + "---|" * len(kinds))
+    yield from ("", f"| case | {' | '.join(distributions)} |", "|---|" + "---|" * len(distributions))
     for case in dict.fromkeys(row["case"] for row in rows):
-        found = [next((row for row in rows if (row["case"], row["keys"]) == (case, keys)), None) for keys in kinds]
+        found = [
+            next((row for row in rows if (row["case"], row["keys"]) == (case, keys)), None) for keys in distributions
+        ]
         yield f"| {case} | {' | '.join(_verdict(row) if row else '' for row in found)} |"
 
 
@@ -56,7 +63,7 @@ def _verdict(row: Row) -> str:
     if "error" not in row:
         return f"**{row['status']}**{before}"
     text = f"{row['worst']} {row['error']:.1e} of {row['limit']:.0e}"
-    other = "" if row["same"] else ", **other bits the second time**"
+    other = "" if row["same"] else ", **second run differs**"
     return ("" if row["status"] == "pass" else f"**{row['status']}** ") + text + other + before
 
 
@@ -94,9 +101,9 @@ def _line(shape: str, rule: str, program: str, rows: Sequence[Row], rates: roofl
             cells[4:] = [f"{moved:.0%}", f"{done:.0%}"]
     for other in found[1:]:
         cells += [_milliseconds(other)[0], ""]
-        beside = other.get("ours_seconds") or seconds  # from the same turns, where ours ran in them
-        if beside and other.get("median_seconds"):
-            cells[-1] = f"{other['median_seconds'] / beside:.2f}"
+        paired = other.get("ours_seconds") or seconds  # of the same rounds, if ours ran in them
+        if paired and other.get("median_seconds"):
+            cells[-1] = f"{other['median_seconds'] / paired:.2f}"
     return f"| {' | '.join(cells)} |"
 
 
@@ -122,7 +129,7 @@ def _apart(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _reasons(rows: Sequence[Row]) -> Iterator[str]:
-    """Each reason once, with the first of the places that it explains."""
+    """Yield each reason once, with the first of the rows that it explains."""
     places: dict[tuple[str, str], list[str]] = {}
     for row in rows:
         if "reason" in row:

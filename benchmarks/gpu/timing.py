@@ -1,15 +1,15 @@
-"""Device time of ours, of its peer and of the XLA form, by one method for both frameworks.
+"""Device time of ours, of its peer and of the XLA form, by the same method for both frameworks.
 
-Before it is timed each is compared with the XLA form: outputs, and every gradient.
+Before they are timed, their outputs and gradients are compared with those of the XLA form.
 
-A batch is several calls started one after the other, without waiting, and a wait for the last; its time over the calls
-is one measurement. Batches of the programs alternate, A B C A B C ..., with nothing else on the device. Where starting
-a call takes the host about as long as the whole call, the row says `host_bound`: the device waited.
+A batch is several calls, started without waiting, and a wait for the last; its time divided by the number of calls is
+one measurement. Batches of the programs alternate, A B C A B C ..., with nothing else on the device. A row is
+`host_bound` if the host takes about as long to start a call as the whole call takes: the device was idle.
 """
 
 import dataclasses
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,32 +18,36 @@ import numpy as np
 
 from benchmarks.gpu import peers, roofline
 from benchmarks.gpu.check import words
-from benchmarks.gpu.plan import BOTH, CONTENDERS, NOT_RUN, OUT_OF_TIME, PROGRAMS
-from osdn_jax.compare import COMPARED_RULES, Shape, draw_inputs, parse_shapes
+from benchmarks.gpu.plan import BOTH, CONTENDERS, NOT_RUN, OUT_OF_TIME, PROGRAMS, Emit
+from osdn_jax import compare
+from osdn_jax.compare import Shape, draw_inputs, parse_shapes
 from osdn_jax.compare.inputs import Arrays, has_time
-from osdn_jax.compare.measure import quartiles
+from osdn_jax.compare.timing import Timed, take_turns
 
 BATCH_SECONDS, ROUNDS = 0.05, 7
-CACHE = 100_000_000  # bytes of inputs that no cache holds
-_POOL = 1024  # tokens that are drawn; those of the inputs are picked among them at random
+CACHE = 100_000_000  # bytes of inputs that exceed every cache
+_POOL = 1024  # tokens drawn on the host; the inputs repeat them in random order
 _MOST_CALLS = 4096
-
-Emit = Callable[[dict[str, Any]], None]
 
 
 @dataclasses.dataclass
-class Contender:
-    """A program that is ready to run on any of the sets of inputs."""
+class QueuedContender(Timed):
+    """A program that runs on any of several sets of inputs; its calls are queued on the device, without waiting.
 
-    name: str
-    call: Callable[[int], Any]  # starts it on a set and returns its output
+    Args:
+        call: starts it on a set, given its number, and returns the output.
+        wait: waits for an output.
+        calls: calls per batch.
+        host_seconds: the time it takes the host to start a call.
+    """
+
+    call: Callable[[int], Any]
     wait: Callable[[Any], None]
     calls: int = 1
     host_seconds: float | None = None
-    seconds: list[float] = dataclasses.field(default_factory=list)
 
     def batch(self, calls: int) -> tuple[float, float]:
-        """Seconds per call: to start them, and altogether."""
+        """Return the seconds per call of starting them, and in total."""
         start = time.perf_counter()
         for i in range(calls):
             out = self.call(i)
@@ -51,8 +55,9 @@ class Contender:
         self.wait(out)
         return (started - start) / calls, (time.perf_counter() - start) / calls
 
-    def settle(self, batch_seconds: float) -> None:
-        """Warms up and finds how many calls fill a batch, one where that is to last no time."""
+    def settle(self, batch_seconds: float = BATCH_SECONDS) -> None:
+        """Warm up and find the number of calls that fill a batch; 1 if batch_seconds is 0."""
+        self.settled = True
         if not batch_seconds:
             return
         self.batch(2)
@@ -65,29 +70,25 @@ class Contender:
                 return
             self.calls = wanted
 
+    def measure(self) -> float:
+        """Return the seconds per call of one batch."""
+        return self.batch(self.calls)[1]
+
     def row(self) -> dict[str, Any]:
-        median = float(np.median(self.seconds))
+        """Return the fields of its row."""
         return {
             "status": "measured",
-            "median_seconds": median,
-            "quartile_seconds": quartiles(self.seconds),
+            "median_seconds": self.median_seconds,
+            "quartile_seconds": self.quartile_seconds,
             "batches": len(self.seconds),
             "calls": self.calls,
             "host_seconds": self.host_seconds,
-            "host_bound": self.host_seconds is not None and self.host_seconds > 0.8 * median,
+            "host_bound": self.host_seconds is not None and self.host_seconds > 0.8 * (self.median_seconds or 0.0),
         }
 
 
-def take_turns(contenders: Sequence[Contender], rounds: int, alive: Callable[[], None] = lambda: None) -> None:
-    """Times a batch of each, and again."""
-    for _ in range(rounds):
-        alive()
-        for c in contenders:
-            c.seconds.append(c.batch(c.calls)[1])
-
-
 def abstract(rule: str, shape: Shape) -> Arrays:
-    """Shapes and types of a rule's arguments, without a memory to start from."""
+    """Return the shapes and types of a rule's arguments, without an initial state."""
     small = _pool(rule, dataclasses.replace(shape, length=1))
     return {
         name: jax.ShapeDtypeStruct((shape.batch, shape.length, *x.shape[2:]) if has_time(name) else x.shape, x.dtype)
@@ -96,12 +97,12 @@ def abstract(rule: str, shape: Shape) -> Arrays:
 
 
 def pools(rule: str, shape: Shape, sets: int) -> list[Arrays]:
-    """What the inputs are picked from, as NumPy arrays: tokens drawn as everywhere in the package."""
+    """Return the NumPy arrays whose tokens the inputs repeat, drawn as in `osdn_jax.compare`."""
     return [_pool(rule, dataclasses.replace(shape, length=min(_POOL, shape.length)), seed) for seed in range(sets)]
 
 
 def fill(pool: Arrays, shape: Shape, seed: jax.Array) -> tuple[Arrays, jax.Array]:
-    """Arguments and a cotangent: each token of an argument is picked at random from its pool."""
+    """Return arguments and a cotangent; each token of an argument is one of its pool, at random."""
     out = {}
     for i, (name, x) in enumerate(pool.items()):
         if has_time(name):
@@ -122,23 +123,19 @@ def _pool(rule: str, shape: Shape, seed: int = 0) -> Arrays:
 
 
 def program_of(rule: str, implementation: str, gradient: bool) -> Callable[..., Any]:
-    """arguments -> outputs, or (arguments, cotangent) -> (outputs, gradients); preconditioner included."""
-    spec = COMPARED_RULES[rule]
+    """Return arguments -> outputs, or (arguments, cotangent) -> (outputs, gradients); preconditioner included."""
+    run = compare.program(rule, implementation)
 
     def forward(x: Arrays) -> jax.Array:
-        return spec.function(**x, **spec.options, implementation=implementation)[0]
+        return run(x)["o"]
 
-    def both(x: Arrays, cotangent: jax.Array) -> tuple[jax.Array, Arrays]:
-        out, pull = jax.vjp(forward, x)
-        return out, pull(cotangent)[0]
-
-    return both if gradient else forward
+    return compare.value_and_gradient(forward) if gradient else forward
 
 
 class Race:
-    """Contenders on one rule and shape: prepared side by side with other races, timed alone.
+    """Contenders on one rule and shape: prepared in parallel with other races, timed alone.
 
-    The spec names those that are timed and owe a row, and those that run beside them, as [contender, program].
+    The spec lists those that are timed and owe a row, and others that run in the same rounds, as [contender, program].
     """
 
     def __init__(self, spec: dict[str, Any], emit: Emit) -> None:
@@ -148,7 +145,7 @@ class Race:
         self.running = self.timed | {(name, program) for name, program in spec["beside"]}
         self.ready: dict[tuple[str, str], Any] = {}
         self.compile_seconds: dict[tuple[str, str], float] = {}
-        self.tuned = False  # whether the peer's kernels were chosen alone on the device
+        self.tuned = False  # True once the peer's kernels were tuned with the device to themselves
         self.arguments = abstract(self.rule, self.shape)
         self.sizes = {name: x.size * x.dtype.itemsize for name, x in self.arguments.items()}
         self.sets = 2 if spec["dry"] else min(4, -(-CACHE // sum(self.sizes.values())))
@@ -163,7 +160,7 @@ class Race:
         self.fill = jax.jit(lambda pool, seed: fill(pool, self.shape, seed)).lower(self.pools[0], 0).compile()
         for name, program in sorted(self.timed, key=lambda key: (CONTENDERS.index(key[0]), PROGRAMS.index(key[1]))):
             self._attempt(name, program, make[name], until)
-        # What runs beside them, and the XLA form, which all are compared with, is of use to a program that is there.
+        # The others, and the XLA form that all are compared with, are only needed for programs that compiled.
         programs = [program for program in PROGRAMS if any(p == program for _, p in self.ready)]
         for key in [(name, program) for program in programs for name in ("ours", "xla")]:
             if key not in self.timed and (key in self.running or key[0] == "xla"):
@@ -190,7 +187,7 @@ class Race:
                     new.settle(0.0 if self.spec["dry"] else BATCH_SECONDS)
                     self._alive()
                     running.append(new)
-                except Exception as error:  # noqa: BLE001 - whatever a contender raises is its result
+                except Exception as error:  # noqa: BLE001 - any exception of a contender is its result
                     self._raised(name, program, error)
             del expected
             take_turns(running, 2 if self.spec["dry"] else ROUNDS, self._alive)
@@ -208,13 +205,13 @@ class Race:
                 self._say(c.name, program, **c.row(), **more, **(ours if c.name != "ours" else {}))
 
     def _expected(self, program: str, drawn: list[tuple[Arrays, jax.Array]]) -> dict[str, jax.Array]:
-        """What the XLA form makes of the first inputs; nothing where it cannot."""
+        """Return the outputs of the XLA form for the first inputs; empty if it fails."""
         if ("xla", program) not in self.ready:
             return {}
         run = self.ready["xla", program]
         try:
             out = jax.block_until_ready(run(*drawn[0]) if program == BOTH else run(drawn[0][0]))
-        except Exception as error:  # noqa: BLE001 - the others go on without it
+        except Exception as error:  # noqa: BLE001 - the others run without it
             self._raised("xla", program, error)
             del self.ready["xla", program]
             return {}
@@ -222,7 +219,7 @@ class Race:
         return named(out)
 
     def _differences(self, name: str, out: Any, expected: dict[str, jax.Array], arguments: Arrays) -> dict[str, float]:
-        """Of the outputs and of every gradient from those of the XLA form."""
+        """Return the differences of the outputs and of every gradient from those of the XLA form."""
         if name == "xla":
             return {}
         got = named(out)
@@ -235,17 +232,17 @@ class Race:
                 }
         return {key: difference(got[key], want) for key, want in expected.items()}
 
-    def _contender(self, name: str, program: str, drawn: list[tuple[Arrays, jax.Array]]) -> Contender:
+    def _contender(self, name: str, program: str, drawn: list[tuple[Arrays, jax.Array]]) -> QueuedContender:
         run, gradient = self.ready[name, program], program == BOTH
         if name != "peer":
             sets = drawn if gradient else [(x,) for x, _ in drawn]
-            return Contender(name, lambda i: run(*sets[i % len(sets)]), jax.block_until_ready)
+            return QueuedContender(name, lambda i: run(*sets[i % len(sets)]), jax.block_until_ready)
         run = peers.program(run, drawn[0][1], gradient)
         leaves = [peers.tensors(self.rule, x) for x, _ in drawn]
         with peers.tuning(peers.TUNING, forget=not self.tuned):
             peers.synchronize(run(leaves[0]))
         self.tuned = True
-        return Contender(name, lambda i: run(leaves[i % len(leaves)]), peers.synchronize)
+        return QueuedContender(name, lambda i: run(leaves[i % len(leaves)]), peers.synchronize)
 
     def _compile(self, implementation: str, program: str) -> Any:
         cotangent = jax.ShapeDtypeStruct(output_shape(self.shape), jnp.bfloat16)
@@ -267,7 +264,7 @@ class Race:
             self.compile_seconds[name, program] = round(time.time() - start, 2)
         except TimeoutError:
             self._say(name, program, NOT_RUN, OUT_OF_TIME)
-        except Exception as error:  # noqa: BLE001 - whatever a contender raises is its result
+        except Exception as error:  # noqa: BLE001 - any exception of a contender is its result
             self._raised(name, program, error)
 
     def _alive(self) -> None:
@@ -285,14 +282,14 @@ class Race:
 
 
 def named(out: Any) -> dict[str, Any]:
-    """The outputs of a program, o, or o and the gradients as d_ARGUMENT."""
+    """Return the outputs of a program by name: o, and gradients as d_ARGUMENT."""
     if not isinstance(out, tuple):
         return {"o": out}
     return {"o": out[0], **{f"d_{name}": x for name, x in out[1].items()}}
 
 
 def difference(got: jax.Array | None, want: jax.Array) -> float:
-    """‖got − want‖ / ‖want‖ on the device; infinite where a number, or the array, is missing."""
+    """Return ‖got − want‖ / ‖want‖, computed on the device; infinity if got is missing or not finite."""
     if got is None or got.shape != want.shape:
         return float("inf")
     error, norm = (float(x) for x in _distance(got, want))
@@ -307,7 +304,7 @@ def _distance(got: jax.Array, want: jax.Array) -> tuple[jax.Array, jax.Array]:
 
 
 def worst(differences: dict[str, float]) -> dict[str, Any]:
-    """The largest difference, in which array it is, and all of them."""
+    """Return the largest difference, the name of its array, and all differences."""
     if not differences:
         return {"difference": None}
     name = max(differences, key=differences.__getitem__)
@@ -315,7 +312,7 @@ def worst(differences: dict[str, float]) -> dict[str, Any]:
 
 
 def why(error: Exception) -> tuple[str, str]:
-    """The status and the reason of a row that an exception is in the place of."""
+    """Return the status and the reason of a row whose measurement raised an exception."""
     if isinstance(error, peers.NoPeer):
         return "missing", str(error)
     refusal = peers.refusal(error)
@@ -323,7 +320,7 @@ def why(error: Exception) -> tuple[str, str]:
 
 
 def warm(rule: str, shape: Shape, gradient: bool) -> None:
-    """Compiles a peer's kernels by running them on a short sequence: they do not depend on its length."""
+    """Compile a peer's kernels by running them on a short sequence: they do not depend on its length."""
     run = peers.load(rule, shape)
     short = dataclasses.replace(shape, length=min(_POOL, shape.length))
     arguments, cotangent = jax.jit(lambda pool: fill(pool, short, 0))(pools(rule, short, 1)[0])
@@ -333,21 +330,21 @@ def warm(rule: str, shape: Shape, gradient: bool) -> None:
 
 
 def compile_peer(spec: dict[str, Any], emit: Emit) -> None:
-    """A row for each program of a peer: its kernels are on disk afterwards, where another process finds them."""
+    """Emit a row for each program of a peer; its kernels are then in Triton's cache for other processes."""
     shape = parse_shapes(spec["shape"])[0]
     for program in spec["programs"]:
         start = time.time()
         try:
             warm(spec["rule"], shape, program == BOTH)
             found = {"status": "compiled", "seconds": round(time.time() - start, 1)}
-        except Exception as error:  # noqa: BLE001 - whatever a peer raises is its result
+        except Exception as error:  # noqa: BLE001 - any exception of a peer is its result
             found = dict(zip(("status", "reason"), why(error), strict=True))
         key = {name: spec[name] for name in ("section", "shape", "rule")}
         emit({**key, "program": program, **found})
 
 
 def job(spec: dict[str, Any], emit: Emit, turn: Callable[[], None]) -> None:
-    """A row for each program of each contender."""
+    """Emit a row for each program of each contender."""
     race = Race(spec, emit)
     race.prepare(spec["prepare_until"])
     turn()
@@ -355,15 +352,15 @@ def job(spec: dict[str, Any], emit: Emit, turn: Callable[[], None]) -> None:
 
 
 def ceilings(spec: dict[str, Any], emit: Emit, turn: Callable[[], None]) -> None:
-    """The rates of a copy in device memory and of a bfloat16 matrix product."""
-    numbers, size = (1 << 12, 64) if spec["dry"] else (1 << 28, 8192)
+    """Emit the rates of a copy in device memory and of a bfloat16 matrix product."""
+    words, size = (1 << 12, 64) if spec["dry"] else (1 << 28, 8192)
     keys = jax.random.split(jax.random.key(0), 3)
-    source = jax.random.bits(keys[0], (numbers,), jnp.uint32)
+    source = jax.random.bits(keys[0], (words,), jnp.uint32)
     a, b = (jax.random.normal(key, (size, size), jnp.bfloat16) for key in keys[1:])
     copy, matmul = jax.jit(jnp.invert), jax.jit(jnp.matmul)
     running = [
-        Contender("copy", lambda i: copy(source), jax.block_until_ready),
-        Contender("matmul", lambda i: matmul(a, b), jax.block_until_ready),
+        QueuedContender("copy", lambda i: copy(source), jax.block_until_ready),
+        QueuedContender("matmul", lambda i: matmul(a, b), jax.block_until_ready),
     ]
     for c in running:
         c.wait(c.call(0))

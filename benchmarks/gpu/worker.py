@@ -1,7 +1,7 @@
-"""One job in a process of its own:  python -m benchmarks.gpu.worker SPEC ROWS
+"""Run one job:  python -m benchmarks.gpu.worker SPEC ROWS
 
-SPEC is JSON; the rows go to the file ROWS, one JSON object a line. {"event": "alive"} says that the job goes on, and
-{"event": "prepared"} that it waits for its turn to be alone on the device, which is a line that it reads.
+SPEC is JSON; the rows are appended to the file ROWS, one JSON object a line. {"event": "alive"} is a sign of life;
+{"event": "prepared"} means that the job waits for a line on its standard input, after which it has the device alone.
 """
 
 import importlib
@@ -23,7 +23,7 @@ def main(argv: list[str]) -> None:
     def turn() -> None:
         emit({"event": "prepared"})
         if not sys.stdin.readline():
-            sys.exit("nobody waits for the result")
+            sys.exit("the suite has exited")
 
     for module in spec["imports"]:
         importlib.import_module(module)

@@ -27,9 +27,8 @@ if TYPE_CHECKING:
         compare_implementations,
         contender,
         implementations,
-        ratio,
-        take_turns,
     )
+    from osdn_jax.compare.timing import ratio, take_turns
     from osdn_jax.compare.tolerances import CANCELLING_FACTOR, TOLERANCES, tolerance
 
 __all__ = [
@@ -55,7 +54,7 @@ __all__ = [
     "tolerance",
     "value_and_gradient",
 ]
-_MODULES = ("tolerances", "machine", "inputs", "float64_scan", "measure", "__main__")
+_MODULES = ("tolerances", "machine", "timing", "inputs", "float64_scan", "measure", "__main__")
 
 
 def __getattr__(name: str) -> Any:

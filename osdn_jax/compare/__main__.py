@@ -1,7 +1,8 @@
-"""Implementations of the delta rule beside each other, under jit:  python -m osdn_jax.compare --rules kda,osdn --grad
+"""Compare implementations of the delta rule under jit:  python -m osdn_jax.compare --rules kda,osdn --grad
 
-Each implementation's outputs (and with --grad its gradients) are compared with the float64 scan, and its compile time,
-run time and temporary memory with those of the scan beside it. Exit status 1 if an error exceeds its tolerance.
+The outputs of each implementation, and with --grad its gradients, are compared with the float64 scan; its compile time,
+run time and temporary memory with those of the scan in the given type. The exit status is 1 if an error exceeds its
+tolerance.
 """
 
 import argparse
@@ -10,7 +11,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,26 +25,41 @@ from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 from osdn_jax.compare.inputs import COMPARED_RULES, SHAPE_SYNTAX, Shape, input_bytes, parse_shapes
 from osdn_jax.compare.machine import available_bytes, environment
-from osdn_jax.compare.measure import Result, compare_implementations, implementations, usual
+from osdn_jax.compare.measure import Result, compare_implementations, default_implementations, implementations
 from osdn_jax.compare.report import console, failures, refusals, result_table
 from osdn_jax.compare.tolerances import CANCELLING, CANCELLING_FACTOR, TOLERANCES
 
 _PROGRAM = "python -m osdn_jax.compare"
-_RULES = "delta_net,gated_delta_net,kda,osdn"
-_SHAPES = "B1T1024H4D64"
-_MOST_BYTES = 2**46  # of inputs, where the system does not say what is free
+_DEFAULT_RULES = "delta_net,gated_delta_net,kda,osdn"
+_DEFAULT_SHAPE = "B1T1024H4D64"
+_MAX_INPUT_BYTES = 2**46  # if the system does not say how much memory is free
 _TOLERANCES = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items())
+_DESCRIPTION = """\
+Compare implementations of the delta rule under jit: errors against the float64 scan, compile time, run time and
+temporary memory, one row for each implementation.
+"""
 _EPILOG = f"""\
 --rules, --implementations, --shapes and --dtypes take one or more values, separated by commas or spaces.
 A shape is {SHAPE_SYNTAX}.
-Tolerances, of the norm: {_TOLERANCES};
+Tolerances, relative to the norm of the reference: {_TOLERANCES};
 {CANCELLING_FACTOR:g} times that for the gradients of {", ".join(name.removeprefix("d_") for name in CANCELLING)}.
-Exit status: 1 if an error exceeds its tolerance, 2 for a wrong command line, else 0.
+Exit status: 0 if every error is within its tolerance, 1 if one exceeds it, 2 for a wrong command line or a file that
+cannot be written.
 """
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """The command line; returns the exit status."""
+    """Run the command line.
+
+    Args:
+        argv: the arguments without the program's name; default: those of the process.
+
+    Returns:
+        The exit status: 0, 1 if an error exceeds its tolerance, or 2 if a file cannot be written.
+
+    Raises:
+        SystemExit: the command line is wrong (status 2) or asks for help (status 0).
+    """
     argv = sys.argv[1:] if argv is None else list(argv)
     given = _parse(argv)
     cases = [(rule, shape, dtype) for rule in given.rules for shape in given.shapes for dtype in given.dtypes]
@@ -62,7 +78,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     about = environment(shlex.join([*_PROGRAM.split(), *argv]))
     wrong = failures(results)
     where = f"{about['device']} ({about['cpu']}, {about['cpu_cores']} cores), jax {about['jax']}"
-    # What was measured is saved before anything is printed: the reader may have left.
+    # Files are written before anything is printed: the reader of the output may have exited.
     saved, unsaved = _save(given, results, about, f"{where}, {about['date']}", passed=not wrong)
     out.print(result_table(results, out.width), soft_wrap=True)
     for line in refusals(results):
@@ -84,7 +100,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _save(
     given: argparse.Namespace, results: Sequence[Result], about: dict[str, Any], note: str, *, passed: bool
 ) -> tuple[list[str], list[str]]:
-    """Writes what --json and --plot ask for; returns what to say of it, and what went wrong."""
+    """Write the files of --json and --plot; return lines about those written, and about those that failed."""
     saved: list[str] = []
     unsaved: list[str] = []
     if given.json is not None:
@@ -101,7 +117,7 @@ def _save(
         except OSError as error:
             unsaved.append(f"--json: {error}")
     if given.plot is not None:
-        from osdn_jax.compare.plot import plot_results  # it takes a second to import
+        from osdn_jax.compare.plot import plot_results  # importing it takes a second
 
         try:
             if any(r.median_seconds is not None for r in results):
@@ -115,13 +131,13 @@ def _save(
 
 
 def _announced(cases: Sequence[tuple[str, Shape, str]]) -> Iterator[tuple[str, Shape, str]]:
-    """The cases, each of them named on stderr while it is measured."""
+    """Yield the cases, naming each on stderr while it is measured."""
     err = Console(stderr=True)
     columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
     with Progress(*columns, console=err, transient=True, disable=not err.is_terminal) as progress:
         task = progress.add_task("", total=None)
         for number, case in enumerate(cases, 1):
-            text = f"{number} of {len(cases)}: {' '.join(str(part) for part in case)}"
+            text = f"{number} of {len(cases)}: {' '.join(str(value) for value in case)}"
             progress.update(task, description=text)
             if not err.is_terminal:
                 print(text, file=sys.stderr, flush=True)
@@ -130,107 +146,127 @@ def _announced(cases: Sequence[tuple[str, Shape, str]]) -> Iterator[tuple[str, S
 
 def _title(given: argparse.Namespace) -> str:
     shapes = {str(dataclasses.replace(s, length=1)).replace("T1H", "H") for s in given.shapes}
-    parts = [given.rules[0] if len(given.rules) == 1 else "", ", ".join(given.dtypes)]
-    parts.append(shapes.pop() if len(shapes) == 1 else "")
-    return "Implementations of the delta rule: " + ", ".join(part for part in parts if part)
+    common = [given.rules[0] if len(given.rules) == 1 else "", ", ".join(given.dtypes)]
+    common.append(shapes.pop() if len(shapes) == 1 else "")
+    return "Implementations of the delta rule: " + ", ".join(text for text in common if text)
+
+
+class _Flattened(argparse.Action):
+    """Joins the lists that the flag's type makes of its values, without repetitions."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """Store the values in their order."""
+        setattr(namespace, self.dest, list(dict.fromkeys(value for several in values for value in several)))
+
+
+def _names(known: Collection[str]) -> Callable[[str], list[str]]:
+    def names(text: str) -> list[str]:
+        found = text.split(",")
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {', '.join(known)}")
+        return found
+
+    return names
+
+
+def _shapes(text: str) -> list[Shape]:
+    try:
+        return parse_shapes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+
+
+def _integer(least: int) -> Callable[[str], int]:
+    def integer(text: str) -> int:
+        if not re.fullmatch(r"\d{1,30}", text) or int(text) < least:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {least}")
+        return int(text)
+
+    return integer
+
+
+def _file(flag: str, suffix: str = "") -> Callable[[str], Path]:
+    def file(text: str) -> Path:
+        if suffix and Path(text).suffix.lower() != suffix:
+            raise argparse.ArgumentTypeError(f"got {text!r}, expected a file that ends in {suffix}")
+        try:
+            return command.output_file(flag, text)
+        except ValueError as error:
+            raise argparse.ArgumentTypeError(str(error).removeprefix(f"--{flag}: ")) from error
+
+    return file
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = command.Parser(
         prog=_PROGRAM,
-        description=(__doc__ or "").split(":  ")[0] + ".",
+        description=_DESCRIPTION,
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    known = implementations()
-    add = parser.add_argument
-    add(
+    known, default = implementations(), default_implementations()
+
+    def add_list(flag: str, metavar: str, kind: Callable[[str], list[Any]], default: list[Any], text: str) -> None:
+        parser.add_argument(flag, nargs="+", type=kind, action=_Flattened, default=default, metavar=metavar, help=text)
+
+    add_list(
         "--rules",
-        nargs="+",
-        default=[_RULES],
-        metavar="RULE",
-        help=f"of {', '.join(COMPARED_RULES)} (default {_RULES})",
+        "RULE",
+        _names(COMPARED_RULES),
+        _DEFAULT_RULES.split(","),
+        f"rules to compare, any of {', '.join(COMPARED_RULES)} (default {_DEFAULT_RULES})",
     )
-    add(
+    add_list(
         "--implementations",
-        nargs="+",
-        default=[",".join(usual())],
-        metavar="NAME",
-        help=f"of {', '.join(known)} (default {', '.join(usual())})",
+        "NAME",
+        _names(known),
+        default,
+        f"implementations to compare, any of {', '.join(known)} (default {', '.join(default)})",
     )
-    add("--shapes", nargs="+", default=[_SHAPES], metavar="SHAPE", help=f"(default {_SHAPES})")
-    add(
-        "--dtypes", nargs="+", default=["float32"], metavar="TYPE", help=f"of {', '.join(TOLERANCES)} (default float32)"
+    add_list("--shapes", "SHAPE", _shapes, parse_shapes(_DEFAULT_SHAPE), f"input shapes (default {_DEFAULT_SHAPE})")
+    add_list(
+        "--dtypes",
+        "TYPE",
+        _names(TOLERANCES),
+        ["float32"],
+        f"input types, any of {', '.join(TOLERANCES)} (default float32)",
     )
+    add = parser.add_argument
     add("--grad", action="store_true", help="measure the forward and backward pass, and check every gradient")
-    add("--json", metavar="FILE", help="write the results, and what they were measured on")
-    add("--plot", metavar="FILE.png", help="draw time and memory against length (give several lengths)")
-    add("--repeats", default="10", metavar="N", help="rounds of timing (default 10)")
-    add("--seed", default="0", metavar="N", help="of the inputs (default 0)")
+    add("--json", type=_file("json"), metavar="FILE", help="write the results and the environment to this file")
+    add(
+        "--plot",
+        type=_file("plot", ".png"),
+        metavar="FILE.png",
+        help="plot time and memory against sequence length (give several lengths)",
+    )
+    add("--repeats", type=_integer(1), default=10, metavar="N", help="number of timing rounds (default 10)")
+    add("--seed", type=_integer(0), default=0, metavar="N", help="random seed of the inputs (default 0)")
     given, rest = parser.parse_known_args(argv)
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
         parser.error(f"{rest[0]}: not known; the flags are {', '.join(flags)}")
-
-    def names(flag: str, values: Sequence[str], known: Sequence[str]) -> list[str]:
-        found = [name for value in values for name in value.split(",")]
-        for name in found:
-            if name not in known:
-                parser.error(f"--{flag}: got {name!r}, expected some of {', '.join(known)}")
-        return list(dict.fromkeys(found))
-
-    def number(flag: str, value: str, least: int) -> int:
-        if not re.fullmatch(r"\d{1,30}", value) or int(value) < least:
-            parser.error(f"--{flag}: got {value!r}, expected a whole number of at least {least}")
-        return int(value)
-
-    def file(flag: str, value: str | None, allowed: Callable[[Path], bool], expected: str) -> Path | None:
-        if value is None:
-            return None
-        if not allowed(Path(value)):
-            parser.error(f"--{flag}: got {value!r}, expected {expected}")
-        try:
-            return command.output_file(flag, value)
-        except ValueError as error:
-            parser.error(str(error))
-
-    shapes: list[Shape] = []
-    for text in given.shapes:
-        try:
-            shapes += parse_shapes(text)
-        except ValueError as error:
-            parser.error(f"--shapes: {error}")
-    checked: dict[str, Any] = {
-        "rules": names("rules", given.rules, list(COMPARED_RULES)),
-        "implementations": names("implementations", given.implementations, known),
-        "shapes": list(dict.fromkeys(shapes)),
-        "dtypes": names("dtypes", given.dtypes, list(TOLERANCES)),
-        "grad": given.grad,
-        "json": file("json", given.json, lambda path: bool(path.name), "a file"),
-        "plot": file("plot", given.plot, lambda path: path.suffix.lower() == ".png", "a file that ends in .png"),
-        "repeats": number("repeats", given.repeats, 1),
-        "seed": number("seed", given.seed, 0),
-    }
-    if checked["json"] is not None and checked["json"] == checked["plot"]:
-        parser.error(f"--plot: got {given.plot!r}, expected another file than that of --json")
+    if given.json is not None and given.json == given.plot:
+        parser.error(f"--plot: got {str(given.plot)!r}, expected another file than that of --json")
     try:
-        for shape in checked["shapes"]:
-            _check_memory(shape, checked["rules"], checked["dtypes"])
+        for shape in given.shapes:
+            _check_memory(shape, given.rules, given.dtypes)
     except ValueError as error:
         parser.error(f"--shapes: {error}")
-    return argparse.Namespace(**checked)
+    return given
 
 
 def _check_memory(shape: Shape, rules: Sequence[str], dtypes: Sequence[str]) -> None:
-    """Raises ValueError where the inputs, in their type and in float64, take more memory than there is."""
+    """Raise ValueError if the inputs, in their type and in float64, need more memory than is free."""
     needed = max(
         input_bytes(rule, shape, dtype) + input_bytes(rule, shape, "float64") for rule in rules for dtype in dtypes
     )
-    available = available_bytes() or _MOST_BYTES
+    available = available_bytes() or _MAX_INPUT_BYTES
     if needed > available:
         raise ValueError(
-            f"got {str(shape)!r}, whose inputs alone need {needed / 1e9:,.1f} GB of memory where "
+            f"got {str(shape)!r}: the inputs alone need {needed / 1e9:,.1f} GB of memory, but only "
             f"{available / 1e9:,.1f} GB are free"
         )
 

@@ -1,4 +1,4 @@
-"""The judge: the token-by-token scan in float64 on the CPU."""
+"""The reference: the token-by-token scan in float64 on the CPU."""
 
 import math
 from collections.abc import Callable
@@ -14,16 +14,19 @@ from osdn_jax.ops import State
 
 
 def reference(rule: str, arrays: Arrays, cotangents: Arrays | None = None) -> tuple[Arrays, Arrays]:
-    """Outputs and, with cotangents, gradients (else {}) by the float64 scan, as NumPy arrays.
+    """Compute the outputs of a rule, and with cotangents its gradients, by the float64 scan.
 
-    The gradient of one long scan would hold a memory per token, gigabytes at T = 4096. So the sequence is cut into
-    pieces of about sqrt(T) tokens, each of which goes on from the state that the last one left, and each piece is run
-    again for its gradient. That is the same scan, token by token, in the same order: no chunkwise form judges here.
+    The gradient of one long scan would hold a state per token, gigabytes at T = 4096. So the sequence is split into
+    blocks of about sqrt(T) tokens, each of which starts from the final state of the one before, and each block is run a
+    second time for its gradient. It is the same scan, token by token, in the same order: no chunkwise form takes part.
 
     Args:
-        rule: one of COMPARED_RULES.
-        arrays: the arguments, of any type: they are taken as the exact numbers that they are.
+        rule: a key of `COMPARED_RULES`.
+        arrays: the arguments, of any type; their values are used exactly.
         cotangents: of the outputs, by name.
+
+    Returns:
+        Outputs and gradients by name, as NumPy arrays; no gradients without cotangents.
 
     Raises:
         MemoryError: it needs more memory than is free.
@@ -31,9 +34,9 @@ def reference(rule: str, arrays: Arrays, cotangents: Arrays | None = None) -> tu
     with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
         wide = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in arrays.items()}
         if cotangents is None:
-            return _numpy(_run(lambda x: _in_pieces(rule, x), wide)), {}
+            return _numpy(_run(lambda x: _in_blocks(rule, x), wide)), {}
         pulled = {name: jnp.asarray(np.asarray(x, np.float64)) for name, x in cotangents.items()}
-        outputs, gradients = _run(value_and_gradient(lambda x: _in_pieces(rule, x)), wide, pulled)
+        outputs, gradients = _run(value_and_gradient(lambda x: _in_blocks(rule, x)), wide, pulled)
         return _numpy(outputs), _numpy(gradients)
 
 
@@ -50,7 +53,7 @@ def _run(function: Callable[..., Any], *arguments: Arrays) -> Any:
     return compiled(*arguments)
 
 
-def _in_pieces(rule: str, arrays: Arrays) -> dict[str, jax.Array]:
+def _in_blocks(rule: str, arrays: Arrays) -> dict[str, jax.Array]:
     tokens = {name: x for name, x in arrays.items() if has_time(name)}
     fixed = {name: x for name, x in arrays.items() if not has_time(name)}
     length = tokens["q"].shape[1]
@@ -58,25 +61,25 @@ def _in_pieces(rule: str, arrays: Arrays) -> dict[str, jax.Array]:
     whole = length // size * size
 
     @jax.checkpoint
-    def piece(state: State, tokens: Arrays) -> tuple[State, jax.Array]:
+    def block(state: State, tokens: Arrays) -> tuple[State, jax.Array]:
         outputs, state = call(rule, {**fixed, **tokens}, state, implementation="scan")
         return state, outputs["o"]
 
-    # The first piece makes the preconditioner's state from the arguments; the others carry it.
-    state, first = piece(State(fixed["initial_state"]), {name: x[:, :size] for name, x in tokens.items()})
-    middle = {name: _to_pieces(x[:, size:whole], size) for name, x in tokens.items()}
-    state, out = jax.lax.scan(piece, state, middle)
-    parts = [first, jnp.moveaxis(out, 0, 1).reshape(first.shape[0], whole - size, *first.shape[2:])]
+    # The first block creates the preconditioner's state from the arguments; the others carry it.
+    state, first = block(State(fixed["initial_state"]), {name: x[:, :size] for name, x in tokens.items()})
+    middle = {name: _to_blocks(x[:, size:whole], size) for name, x in tokens.items()}
+    state, out = jax.lax.scan(block, state, middle)
+    blocks = [first, jnp.moveaxis(out, 0, 1).reshape(first.shape[0], whole - size, *first.shape[2:])]
     if whole < length:
-        state, last = piece(state, {name: x[:, whole:] for name, x in tokens.items()})
-        parts.append(last)
-    outputs = {"o": jnp.concatenate(parts, axis=1), "memory": state.memory}
+        state, last = block(state, {name: x[:, whole:] for name, x in tokens.items()})
+        blocks.append(last)
+    outputs = {"o": jnp.concatenate(blocks, axis=1), "state": state.memory}
     if state.preconditioner is not None:
         outputs["preconditioner"] = state.preconditioner
     return outputs
 
 
-def _to_pieces(x: jax.Array, size: int) -> jax.Array:
+def _to_blocks(x: jax.Array, size: int) -> jax.Array:
     """[B, N size, ...] -> [N, B, size, ...]."""
     return jnp.moveaxis(x.reshape(x.shape[0], x.shape[1] // size, size, *x.shape[2:]), 1, 0)
 

@@ -1,4 +1,4 @@
-"""Random inputs for every rule, in the ranges of the papers, and each rule as a function from one dict to another."""
+"""Random inputs for every rule, in the ranges of the papers, and rules as functions from dict to dict."""
 
 import dataclasses
 import functools
@@ -13,15 +13,28 @@ import numpy as np
 
 from osdn_jax import ops
 
-Arrays = dict[str, Any]  # of NumPy or JAX arrays, by the name of the rule's argument (or output)
+Arrays = dict[str, Any]  # NumPy or JAX arrays, by the name of the argument or output
 
 _SIZES = {"B": "batch", "T": "length", "H": "heads", "Hk": "key_heads", "K": "key_dim", "V": "value_dim"}
-SHAPE_SYNTAX = "B1T4096H4D128 or B=1,T=4096,H=4,K=128,V=128, Hk (default H) at will, D for K = V"
+SHAPE_SYNTAX = "B1T4096H4D128 or B=1,T=4096,H=4,K=128,V=128; Hk is optional (default H), D sets K and V"
 
 
 @dataclasses.dataclass(frozen=True)
 class Shape:
-    """The sizes of a call: q and k are [B, T, Hk, K], v is [B, T, H, V]."""
+    """The sizes of a call: q and k are [B, T, Hk, K], v is [B, T, H, V].
+
+    Args:
+        batch: B, number of sequences.
+        length: T, tokens per sequence.
+        heads: H, number of value heads.
+        key_heads: Hk, number of key heads; divides H.
+        key_dim: K.
+        value_dim: V.
+
+    Example:
+        >>> str(Shape(1, 4096, 4, 2, 128, 128))
+        'B1T4096H4Hk2D128'
+    """
 
     batch: int
     length: int
@@ -31,7 +44,7 @@ class Shape:
     value_dim: int
 
     def __str__(self) -> str:
-        """As the command line takes it."""
+        """Format it as the command line reads it."""
         sizes = [("B", self.batch), ("T", self.length), ("H", self.heads)]
         if self.key_heads != self.heads:
             sizes.append(("Hk", self.key_heads))
@@ -40,25 +53,35 @@ class Shape:
         return "".join(f"{name}{size}" for name, size in sizes)
 
     def sizes(self) -> dict[str, int]:
-        """By the letters of the layouts."""
+        """Return the sizes by the letters of the layouts."""
         return {letter: getattr(self, field) for letter, field in _SIZES.items()}
 
 
 def parse_shapes(text: str) -> list[Shape]:
-    """Shapes from text, several of them separated by commas, each from its B on: see SHAPE_SYNTAX.
+    """Parse one or more shapes.
+
+    Args:
+        text: shapes in the syntax of SHAPE_SYNTAX, separated by commas; each begins with B.
+
+    Returns:
+        The shapes, in order.
 
     Raises:
-        ValueError: the text is no shape; the message says what is wrong with it.
+        ValueError: the text is not a shape; the message says why.
+
+    Example:
+        >>> [str(shape) for shape in parse_shapes("B1T64H4D32,B=2,T=8,H=4,Hk=2,K=16,V=32")]
+        ['B1T64H4D32', 'B2T8H4Hk2K16V32']
     """
-    return [_parse_shape(part) for part in re.split(r",(?=B)", text)]
+    return [_parse_shape(shape) for shape in re.split(r",(?=B)", text)]
 
 
 def _parse_shape(text: str) -> Shape:
     found: dict[str, int] = {}
-    for part in re.findall(r"Hk=?\d+,?|[A-Z]=?\d+,?|.+", text) or [""]:
-        match = re.fullmatch(r"(Hk|[BTHKVD])=?(\d{1,18}),?", part)
+    for field in re.findall(r"Hk=?\d+,?|[A-Z]=?\d+,?|.+", text) or [""]:
+        match = re.fullmatch(r"(Hk|[BTHKVD])=?(\d{1,18}),?", field)
         if match is None:
-            raise ValueError(f"got {text!r}, cannot read {part!r} in it; expected e.g. {SHAPE_SYNTAX}")
+            raise ValueError(f"got {text!r}, cannot read {field!r} in it; expected e.g. {SHAPE_SYNTAX}")
         name, size = match[1], int(match[2])
         if name in found:
             raise ValueError(f"got {text!r}, which gives {name} twice")
@@ -78,7 +101,7 @@ def _parse_shape(text: str) -> Shape:
     return Shape(**{field: found[letter] for letter, field in _SIZES.items()})
 
 
-# --- what each argument is drawn from -------------------------------------------------------------------------------
+# --- the distribution of each argument ------------------------------------------------------------------------------
 
 Draw = Callable[[np.random.Generator, Shape], np.ndarray]
 
@@ -92,7 +115,7 @@ def _values(rng: np.random.Generator, s: Shape) -> np.ndarray:
     return rng.normal(size=(s.batch, s.length, s.heads, s.value_dim))
 
 
-def _memory(rng: np.random.Generator, s: Shape) -> np.ndarray:
+def _state(rng: np.random.Generator, s: Shape) -> np.ndarray:
     return rng.normal(size=(s.batch, s.heads, s.key_dim, s.value_dim))
 
 
@@ -117,14 +140,14 @@ def _write_gate(rng: np.random.Generator, s: Shape) -> np.ndarray:
 
 
 def _time_steps(rng: np.random.Generator, lead: tuple[int, ...], features: tuple[int, ...]) -> np.ndarray:
-    """softplus(token + bias), softplus(bias) being log-uniform in (0.001, 0.1): as Mamba-2 and its heirs start."""
+    """Return softplus(token + bias), softplus(bias) log-uniform in (0.001, 0.1): the initialisation of Mamba-2."""
     start = np.exp(rng.uniform(np.log(0.001), np.log(0.1), size=features))
     bias = start + np.log(-np.expm1(-start))
     return np.logaddexp(0, rng.normal(size=(*lead, *features)) + bias)
 
 
 def _log_decay(rng: np.random.Generator, lead: tuple[int, ...], heads: int, channels: tuple[int, ...]) -> np.ndarray:
-    """-A dt, A uniform in (1, 16) per head (arXiv 2412.06464, 2510.26692)."""
+    """Return -A dt, A uniform in (1, 16) per head (arXiv 2412.06464, 2510.26692)."""
     rate = rng.uniform(1, 16, size=(heads, *[1] * len(channels)))
     return -rate * _time_steps(rng, lead, (heads, *channels))
 
@@ -150,7 +173,10 @@ def _center(rng: np.random.Generator, s: Shape) -> np.ndarray:
 
 
 def _forget(of_value_heads: bool) -> Draw:
-    """log sigmoid(6.9 + token): 0.999, as Adaptive Preconditioner Forgetting starts (arXiv 2605.13473)."""
+    """Sample log sigmoid(6.9 + token), about log 0.999: Adaptive Preconditioner Forgetting at its initialisation.
+
+    Source: arXiv 2605.13473.
+    """
 
     def draw(rng: np.random.Generator, s: Shape) -> np.ndarray:
         heads = s.heads if of_value_heads else s.key_heads
@@ -159,8 +185,8 @@ def _forget(of_value_heads: bool) -> Draw:
     return draw
 
 
-def _start(of_value_heads: bool, around: float) -> Draw:
-    """d_0 near what it is learned from, and inside the bounds of its preset."""
+def _initial(of_value_heads: bool, around: float) -> Draw:
+    """Sample d_0 near its initial value in training, inside the bounds of its preset."""
 
     def draw(rng: np.random.Generator, s: Shape) -> np.ndarray:
         heads = s.heads if of_value_heads else s.key_heads
@@ -174,14 +200,20 @@ def _start(of_value_heads: bool, around: float) -> Draw:
 
 @dataclasses.dataclass(frozen=True)
 class ComparedRule:
-    """A rule, what its array arguments are drawn from, and its static options."""
+    """A rule to compare.
+
+    Args:
+        function: the rule.
+        arguments: the distribution of each array argument.
+        options: its static options.
+    """
 
     function: Callable[..., tuple[jax.Array, ops.State]]
     arguments: Mapping[str, Draw]
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
-_READ = {"initial_state": _memory, "q": _unit_keys, "k": _unit_keys, "v": _values}
+_READ = {"initial_state": _state, "q": _unit_keys, "k": _unit_keys, "v": _values}
 _DELTA = {**_READ, "beta": _gate}
 _GATED = {**_DELTA, "log_decay": _scalar_decay}
 _CHANNELS = {**_DELTA, "log_decay": _channel_decay}
@@ -192,14 +224,14 @@ def _scaled(function: Callable, arguments: Mapping[str, Draw], preset: str, of_v
     options = {name: value for name, value in ops.hypergradient_preset(preset).items() if name != "initial"}
     around = 0.0
     if preset == "trust":
-        # Forgetting toward 0 would soon hold d at its lower bound, where a gradient compares nothing but which token
+        # Forgetting toward 0 would soon hold d at its lower bound, and there a gradient depends only on which token
         # crossed it.
         around = options["anchor"] = 1.0
-    draws = {"log_forget": _forget(of_value_heads), "initial": _start(of_value_heads, around)}
+    draws = {"log_forget": _forget(of_value_heads), "initial": _initial(of_value_heads, around)}
     return ComparedRule(function, {**arguments, **draws}, options)
 
 
-# The float64-only exact_pdn is not here: it is a reference itself.
+# exact_pdn is missing: it is a reference itself, in float64 only.
 COMPARED_RULES: dict[str, ComparedRule] = {
     "delta_net": ComparedRule(ops.delta_net, _DELTA),
     "gated_delta_net": ComparedRule(ops.gated_delta_net, _GATED),
@@ -222,33 +254,47 @@ COMPARED_RULES: dict[str, ComparedRule] = {
 }
 
 _WITHOUT_TIME = ("initial_state", "initial", "center")
-_ACTIVATIONS = ("q", "k", "v", "erase_gate", "write_gate")  # in the type of the model; all else at least float32
+_ACTIVATIONS = ("q", "k", "v", "erase_gate", "write_gate")  # in the type of the model; others are at least float32
 
 
 def has_time(name: str) -> bool:
-    """Whether an argument is [B, T, ...]."""
+    """Return True for an argument of shape [B, T, ...]."""
     return name not in _WITHOUT_TIME
 
 
 def dtype_of(name: str, dtype: str) -> np.dtype:
-    """The type of an argument, or of an output, in a call of a type."""
+    """Return the type of an argument or output if the model's type is `dtype`."""
     narrow = dtype == "bfloat16" and name not in (*_ACTIVATIONS, "o")
     return jnp.dtype("float32" if narrow else dtype)
 
 
 def draw_inputs(rule: str, shape: Shape, dtype: str, seed: int) -> Arrays:
-    """NumPy arrays by argument, rounded to their types. `initial_state` is the memory alone."""
+    """Draw the arguments of a rule.
+
+    Args:
+        rule: a key of `COMPARED_RULES`.
+        shape: the sizes.
+        dtype: float64, float32 or bfloat16; with bfloat16, gates and states are float32.
+        seed: random seed.
+
+    Returns:
+        NumPy arrays by argument, rounded to their types; `initial_state` is the recurrent state alone.
+
+    Example:
+        >>> {name: x.shape for name, x in draw_inputs("delta_net", Shape(1, 8, 2, 1, 4, 4), "float32", 0).items()}
+        {'initial_state': (1, 2, 4, 4), 'q': (1, 8, 1, 4), 'k': (1, 8, 1, 4), 'v': (1, 8, 2, 4), 'beta': (1, 8, 2)}
+    """
     rng = np.random.default_rng(seed)
     return {
         name: draw(rng, shape).astype(dtype_of(name, dtype)) for name, draw in COMPARED_RULES[rule].arguments.items()
     }
 
 
-_MARKED = {"B": 2, "T": 3, "H": 20, "Hk": 5, "K": 7, "V": 11}  # sizes that tell which of them an axis has
+_MARKED = {"B": 2, "T": 3, "H": 20, "Hk": 5, "K": 7, "V": 11}  # distinct, so that a size identifies its axis
 
 
 def input_bytes(rule: str, shape: Shape, dtype: str) -> int:
-    """Bytes of what `draw_inputs` draws, without drawing it."""
+    """Return the bytes of the arrays that `draw_inputs` would return, without drawing them."""
     sizes = {_MARKED[letter]: size for letter, size in shape.sizes().items()}
     return sum(math.prod(sizes[n] for n in axes) * width for axes, width in _marked_inputs(rule, dtype))
 
@@ -260,37 +306,53 @@ def _marked_inputs(rule: str, dtype: str) -> list[tuple[tuple[int, ...], int]]:
 
 
 def draw_cotangents(outputs: Mapping[str, Any], dtype: str, seed: int) -> Arrays:
-    """Normal numbers in the shapes of the outputs."""
+    """Draw cotangents from a normal distribution.
+
+    Args:
+        outputs: arrays or shapes by output.
+        dtype: type of the model.
+        seed: random seed.
+
+    Returns:
+        NumPy arrays by output.
+    """
     rng = np.random.default_rng([seed, 1])
     return {name: rng.normal(size=x.shape).astype(dtype_of(name, dtype)) for name, x in outputs.items()}
 
 
 def program(rule: str, implementation: str | None, **options: Any) -> Callable[[Arrays], dict[str, jax.Array]]:
-    """A rule as a function from a dict of arguments to the dict of its outputs: o, memory and preconditioner.
+    """Return a rule as a function of a dict of arguments.
 
-    Further options of the rule go before those of COMPARED_RULES.
+    Args:
+        rule: a key of `COMPARED_RULES`.
+        implementation: its name; None for the automatic choice.
+        options: further options of the rule; they override those of `COMPARED_RULES`.
+
+    Returns:
+        A function from the arguments to the outputs by name: o, state and, if the rule has one, preconditioner.
+        Without `initial_state` among the arguments, it starts from zeros.
     """
 
     def run(arrays: Arrays) -> dict[str, jax.Array]:
-        state = ops.State(arrays["initial_state"])
+        state = ops.State(arrays["initial_state"]) if "initial_state" in arrays else None
         return call(rule, arrays, state, implementation=implementation, **options)[0]
 
     return run
 
 
-def call(rule: str, arrays: Arrays, state: ops.State, **options: Any) -> tuple[dict[str, jax.Array], ops.State]:
-    """The outputs by name, and the state to go on from."""
+def call(rule: str, arrays: Arrays, state: ops.State | None, **options: Any) -> tuple[dict[str, jax.Array], ops.State]:
+    """Call a rule; return the outputs by name, and the final state."""
     spec = COMPARED_RULES[rule]
     arguments = {name: x for name, x in arrays.items() if name != "initial_state"}
     o, state = spec.function(**arguments, **{**spec.options, **options}, initial_state=state)
-    outputs = {"o": o, "memory": state.memory}
+    outputs = {"o": o, "state": state.memory}
     if state.preconditioner is not None:
         outputs["preconditioner"] = state.preconditioner
     return outputs, state
 
 
 def value_and_gradient(run: Callable[[Arrays], Any]) -> Callable[[Arrays, Arrays], tuple[Any, Arrays]]:
-    """A program (arguments, cotangents of the outputs) -> (outputs, gradients by argument)."""
+    """Return the function (arguments, cotangents of the outputs) -> (outputs, gradients by argument)."""
 
     def both(arrays: Arrays, cotangents: Arrays) -> tuple[Any, Arrays]:
         outputs, pull = jax.vjp(run, arrays)

@@ -1,4 +1,4 @@
-"""What a measurement ran on."""
+"""The machine and versions of a measurement."""
 
 import datetime
 import os
@@ -14,7 +14,14 @@ import osdn_jax
 
 
 def environment(command: str) -> dict[str, Any]:
-    """Versions, machine, date and the command, for the record beside the numbers."""
+    """Return the versions, machine, date and command, to be recorded with the results.
+
+    Args:
+        command: the command line that measured.
+
+    Returns:
+        A dict that JSON can hold; `load_at_start` is the 1-minute load average, or None.
+    """
     devices = jax.devices()
     return {
         "command": command,
@@ -34,17 +41,17 @@ def environment(command: str) -> dict[str, Any]:
 
 
 def load() -> float | None:
-    """Programs that ran or wanted to, averaged over the last minute; None where the system does not say."""
+    """Return the 1-minute load average; None if the system does not report it."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else None
 
 
 def usable_cores() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def available_bytes() -> int | None:
-    """Memory that programs can still take without swapping; None where the system does not say."""
+    """Return the memory available without swapping, in bytes; None if the system does not report it."""
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
     except OSError:

@@ -1,4 +1,4 @@
-"""Errors, times and memory of several implementations of one rule, compiled, and interleaved in one process."""
+"""Errors, times and memory of several implementations of one rule, compiled and interleaved in one process."""
 
 import dataclasses
 import time
@@ -18,29 +18,39 @@ from osdn_jax.compare.inputs import (
     value_and_gradient,
 )
 from osdn_jax.compare.machine import available_bytes
+from osdn_jax.compare.timing import Timed, ratio, take_turns
 from osdn_jax.compare.tolerances import tolerance
 from osdn_jax.ops import mosaic_gpu
 from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
 
 AUTO = "auto"
 BASELINE = "scan"
-_SHORTEST = 2e-3  # seconds: calls that take less are timed several at once
+_SHORTEST = 2e-3  # seconds: of shorter calls one measurement times several
 
 
 def implementations() -> list[str]:
-    """Every registered implementation of the delta rule, and "auto" for the choice by device and shape."""
+    """Return the registered implementations of the delta rule, and "auto" for the choice by device and shape."""
     return [*IMPLEMENTATIONS, AUTO]
 
 
-def usual() -> list[str]:
-    """What to compare unless told otherwise: no interpreter, and kernels on their own device only."""
+def default_implementations() -> list[str]:
+    """Return those compared by default: no interpreter, and kernels only on the device they are for."""
     elsewhere = {"mosaic_gpu_interpret"} if mosaic_gpu.on_hopper() else {"mosaic_gpu_interpret", "mosaic_gpu"}
     return [name for name in implementations() if name not in elsewhere]
 
 
 @dataclasses.dataclass
-class Contender:
-    """A compiled program and its arguments, or why there is none, and what it costs."""
+class Contender(Timed):
+    """A compiled program, its arguments and its costs, or the reason why it cannot run.
+
+    Args:
+        name: its label.
+        arguments: what it is called with.
+        compiled: the program; None if it cannot run.
+        refusal: the reason why it cannot run, if it cannot.
+        compile_seconds: time of lowering and compilation.
+        temporary_bytes: the compiler's count of temporary memory.
+    """
 
     name: str
     arguments: tuple[Any, ...]
@@ -48,29 +58,77 @@ class Contender:
     refusal: str | None = None
     compile_seconds: float | None = None
     temporary_bytes: int | None = None
-    seconds: list[float] = dataclasses.field(default_factory=list)
+    calls: int = 1  # per measurement
+
+    @property
+    def ready(self) -> bool:
+        """Whether there is a program to run."""
+        return self.compiled is not None
+
+    def settle(self) -> None:
+        """Call it once, which touches the memory, and time a second call to choose the number per measurement."""
+        self._call()
+        self.calls = max(1, round(_SHORTEST / self._seconds(1)))
+
+    def measure(self) -> float:
+        """Return the mean seconds of `calls` calls, after one that is not timed.
+
+        A program that has just returned gigabytes to the system would otherwise slow the next one: after a scan of
+        2 GB, chunks took 370 ms instead of 200.
+        """
+        self._call()
+        return self._seconds(self.calls)
+
+    def _call(self) -> None:
+        if self.compiled is not None:
+            jax.block_until_ready(self.compiled(*self.arguments))
+
+    def _seconds(self, calls: int) -> float:
+        start = time.perf_counter()
+        for _ in range(calls):
+            self._call()
+        return max(time.perf_counter() - start, 1e-9) / calls
 
 
 @dataclasses.dataclass(frozen=True)
 class Result:
-    """One row of the table. Times are in seconds; what was not measured is None."""
+    """One row of the table. Times are in seconds; what was not measured is None.
+
+    Args:
+        rule: a key of `COMPARED_RULES`.
+        shape: the shape as text.
+        sizes: its sizes by letter.
+        dtype: float64, float32 or bfloat16.
+        implementation: its name.
+        gradient: True for the forward and backward pass, False for the forward pass alone.
+        refusal: the reason why the implementation cannot run this case, if it cannot.
+        error: the error that uses most of its tolerance.
+        worst: its name: o, state, preconditioner, or d_ and the argument of the gradient.
+        tolerance: its tolerance.
+        errors: every error by name.
+        compile_seconds: time of lowering and compilation.
+        median_seconds: median run time.
+        quartile_seconds: first and third quartile of the run time.
+        temporary_bytes: the compiler's count of temporary memory.
+        speed_up: over the scan: the median over rounds of the ratio within a round.
+    """
 
     rule: str
     shape: str
     sizes: dict[str, int]
     dtype: str
     implementation: str
-    gradient: bool  # whether the program is the forward and backward pass or the forward pass alone
-    refusal: str | None = None  # why the implementation cannot serve this case
-    error: float | None = None  # the worst of `errors`, each as a part of its tolerance
-    worst: str | None = None  # its name: o, memory, preconditioner, or d_ and the argument of the gradient
+    gradient: bool
+    refusal: str | None = None
+    error: float | None = None
+    worst: str | None = None
     tolerance: float | None = None
     errors: dict[str, float] | None = None
     compile_seconds: float | None = None
     median_seconds: float | None = None
     quartile_seconds: tuple[float, float] | None = None
     temporary_bytes: int | None = None
-    speed_up: float | None = None  # over the scan: median over rounds of the ratio within the round
+    speed_up: float | None = None
 
     @property
     def passed(self) -> bool:
@@ -88,18 +146,27 @@ def compare_implementations(
     repeats: int = 10,
     seed: int = 0,
 ) -> list[Result]:
-    """Compares implementations on one rule, shape and type: a result for each, the scan first.
-
-    Where inputs or the float64 scan need more memory than there is, each result is a refusal that says so.
+    """Compare implementations on one rule, shape and type.
 
     Args:
-        rule: one of COMPARED_RULES.
-        shape: the sizes.
+        rule: a key of `COMPARED_RULES`.
+        shape: the sizes of the inputs.
         dtype: float64, float32 or bfloat16.
-        names: of `implementations()`. The scan always runs, as what the speed-up is over.
-        gradient: the forward and backward pass, not the forward pass alone.
-        repeats: rounds of timing; in each one every implementation runs once, one after the other.
-        seed: of the inputs.
+        names: some of `implementations()`. The scan always runs, as the baseline of the speed-up.
+        gradient: measure the forward and backward pass instead of the forward pass alone.
+        repeats: number of timing rounds; in each one every implementation runs once, one after the other.
+        seed: random seed of the inputs.
+
+    Returns:
+        A result for each implementation, the scan first. If the inputs or the float64 scan need more memory than is
+        free, each result is a refusal that says so.
+
+    Example:
+        >>> from osdn_jax.compare import compare_implementations, parse_shapes
+        >>> (shape,) = parse_shapes("B1T16H1D4")
+        >>> scan, chunk = compare_implementations("delta_net", shape, "float32", ["scan", "chunk"], repeats=2)
+        >>> chunk.passed, chunk.median_seconds > 0
+        (True, True)
     """
     names = [BASELINE, *(name for name in names if name != BASELINE)]
     try:
@@ -118,8 +185,8 @@ def compare_implementations(
             refusal=c.refusal,
             **(_judged(errors[c.name], dtype) if c.name in errors else {}),
             compile_seconds=c.compile_seconds,
-            median_seconds=float(np.median(c.seconds)) if c.seconds else None,
-            quartile_seconds=quartiles(c.seconds) if c.seconds else None,
+            median_seconds=c.median_seconds,
+            quartile_seconds=c.quartile_seconds,
             temporary_bytes=c.temporary_bytes,
             speed_up=ratio(baseline, c.seconds) if baseline and c.seconds else None,
         )
@@ -130,7 +197,7 @@ def compare_implementations(
 def _run(
     rule: str, shape: Shape, dtype: str, names: Sequence[str], gradient: bool, repeats: int, seed: int
 ) -> tuple[list[Contender], dict[str, dict[str, float]]]:
-    """(what ran, its errors by name). Raises MemoryError where there is nothing to compare with."""
+    """Return the contenders and their errors by name; raise MemoryError if the float64 scan does not fit."""
     with jax.enable_x64(dtype == "float64"):
         arrays = draw_inputs(rule, shape, dtype, seed)
         outputs = jax.eval_shape(program(rule, BASELINE), arrays)
@@ -157,11 +224,21 @@ def _run(
 
 
 def _line(error: Exception) -> str:
+    """Return an error's message in one line."""
     return " ".join(str(error).split()) or f"it raises {type(error).__name__}"
 
 
 def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Contender:
-    """Compiles a function for its arguments. What raises NotImplementedError becomes a refusal in its words."""
+    """Compile a function for its arguments.
+
+    Args:
+        name: label of the result.
+        function: a function of JAX arrays.
+        arguments: its arguments.
+
+    Returns:
+        The compiled program, or a refusal: the message of a NotImplementedError, or that its memory is not free.
+    """
     new = Contender(name, arguments)
     start = time.perf_counter()
     try:
@@ -183,44 +260,8 @@ def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...
     return new
 
 
-def take_turns(running: Sequence[Contender], repeats: int) -> None:
-    """Times A B C A B C ...: whatever slows the machine for a while slows all of them alike.
-
-    Each timed turn follows an untimed call of the same program: one that has just returned gigabytes to the system
-    would else be paid for by the next (beside a scan of 2 GB, chunks took 370 ms instead of 200).
-    """
-    able = [(c, c.compiled) for c in running if c.compiled is not None]
-    counts = []
-    for c, compiled in able:
-        jax.block_until_ready(compiled(*c.arguments))  # the first call touches the memory
-        counts.append(max(1, round(_SHORTEST / _seconds(compiled, c.arguments, 1))))
-    for _ in range(repeats):
-        for (c, compiled), count in zip(able, counts, strict=True):
-            jax.block_until_ready(compiled(*c.arguments))
-            c.seconds.append(_seconds(compiled, c.arguments, count))
-
-
-def _seconds(compiled: Callable[..., Any], arguments: tuple[Any, ...], count: int) -> float:
-    """Of one call, by the mean of several in a row."""
-    start = time.perf_counter()
-    for _ in range(count):
-        jax.block_until_ready(compiled(*arguments))
-    return max(time.perf_counter() - start, 1e-9) / count
-
-
-def quartiles(seconds: Sequence[float]) -> tuple[float, float]:
-    """The first and the third."""
-    low, high = np.quantile(seconds, [0.25, 0.75])
-    return float(low), float(high)
-
-
-def ratio(over: Sequence[float], under: Sequence[float]) -> float:
-    """The median of the ratios of two contenders' times, round by round."""
-    return float(np.median(np.asarray(over) / np.asarray(under)))
-
-
 def relative_error(got: Any, want: np.ndarray) -> float:
-    """‖got − want‖ / ‖want‖, or ‖got‖ where want is zero; infinite where a number is missing."""
+    """Return ‖got − want‖ / ‖want‖, or ‖got‖ if want is zero; infinity if a value is not finite."""
     got = np.asarray(got).astype(np.float64)
     norm = np.linalg.norm(want)
     error = float(np.linalg.norm(got - want) / (norm if norm > 0 else 1.0))
@@ -241,7 +282,7 @@ def _errors(contender: Contender, expected: Arrays) -> dict[str, float]:
 
 
 def _judged(errors: dict[str, float], dtype: str) -> dict[str, Any]:
-    """The error that uses most of its tolerance."""
+    """Return the fields of a result about its errors; `error` is the one that uses most of its tolerance."""
     allowed = {name: tolerance(dtype, name) for name in errors}
     worst = max(errors, key=lambda name: errors[name] / allowed[name])
     return {"errors": errors, "error": errors[worst], "worst": worst, "tolerance": allowed[worst]}

@@ -1,4 +1,4 @@
-"""Time and memory against the length of the sequence, log-log."""
+"""Plot of time and memory against sequence length, log-log."""
 
 import math
 from collections.abc import Callable, Sequence
@@ -13,22 +13,22 @@ from osdn_jax.compare.measure import AUTO, Result
 from osdn_jax.compare.report import duration, size
 from osdn_jax.plotting import COLOURS, GREY, INK, label_ends, new_canvas, png, style_axes, widest_label
 
-_LEFT = 0.055  # of the first panel, as a part of the figure
-_GAP = 0.062  # least distance of two labels, as a part of the axes' height
+_LEFT = 0.055  # edge of the first panel, as a fraction of the figure
+_GAP = 0.062  # minimum distance between two labels, as a fraction of the axes' height
 _MARKERS = "oDs^vPX"
 
 
 def plot_results(results: Sequence[Result], path: str | Path, *, title: str, note: str = "") -> None:
-    """Draws the median time and the temporary memory of every series, 1500 × 675 pixels, as a PNG.
+    """Plot the median time and the temporary memory of every series as a PNG of 1500 × 675 pixels.
 
-    A series is a rule, an implementation, a type and all sizes but the length; a label names what differs between
-    them. Implementations have colours, rules (with whatever else differs) have markers.
+    A series is a rule, an implementation, a type and all sizes except the length; a label names what differs between
+    them. Implementations have colours, rules (with everything else that differs) have markers.
 
     Args:
         results: what was measured; cases that were not served are left out.
         path: the PNG file.
-        title: stands above the picture.
-        note: stands below it, small: where and how it was measured.
+        title: printed above the panels.
+        note: printed below them, small: where and how it was measured.
 
     Raises:
         ValueError: nothing was measured.
@@ -82,25 +82,25 @@ def _panel(
 
 
 def _line(implementation: str) -> dict[str, Any]:
-    """The package's own choice lies on top of what it chose and leaves that visible."""
+    """Return the line style; that of "auto" leaves the implementation it chose visible underneath."""
     if implementation == AUTO:
         return {"linewidth": 1.2, "linestyle": (0, (5, 3)), "markerfacecolor": "none", "zorder": 3}
     return {"linewidth": 1.8, "markeredgecolor": "white"}
 
 
 def _group(r: Result) -> tuple[str, ...]:
-    """All that makes a series, but the implementation."""
+    """Return everything that identifies a series except the implementation."""
     return r.rule, r.dtype, *(f"{name}{size}" for name, size in r.sizes.items() if name != "T")
 
 
 def _distinct(groups: Sequence[tuple[str, ...]]) -> list[str]:
-    """The parts of each group that are not the same in all of them."""
-    differ = [len(set(part)) > 1 for part in zip(*groups, strict=True)]
-    return [" ".join(part for part, keep in zip(group, differ, strict=True) if keep) for group in groups]
+    """Return, for each group, the fields that are not the same in all of them."""
+    differ = [len(set(field)) > 1 for field in zip(*groups, strict=True)]
+    return [" ".join(field for field, keep in zip(group, differ, strict=True) if keep) for group in groups]
 
 
 def _style(axes: Axes, lengths: Sequence[int], text: Callable[[float], str], title: str) -> None:
-    style_axes(axes, xlabel="Tokens in the sequence")
+    style_axes(axes, xlabel="Sequence length (tokens)")
     axes.xaxis.set_major_locator(FixedLocator(list(lengths)))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_major_formatter(FuncFormatter(lambda t, _: f"{t:,.0f}"))

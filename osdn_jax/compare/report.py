@@ -1,4 +1,4 @@
-"""Results as a table for the terminal, and how numbers are written."""
+"""Results as a table for the terminal, and the format of its numbers."""
 
 import os
 from collections.abc import Iterable, Sequence
@@ -11,23 +11,27 @@ from rich.text import Text
 from osdn_jax.compare.measure import Result
 from osdn_jax.console import PipedConsole
 
-_WIDTH = 132  # of a table that goes to a file or a pipe
+_WIDTH = 132  # columns, if the output is a file or a pipe
 _COLUMNS = ("implementation", "error", "worst in", "compile", "time", "quartiles", "temporary", "speed-up")
-_LEFT = ("implementation", "worst in")  # aligned; the others are numbers
-_DROPPED = ("quartiles", "compile", "worst in", "temporary", "speed-up")  # where a window is narrow, in this order
+_LEFT = ("implementation", "worst in")  # aligned left; the others are numbers
+_DROPPED = ("quartiles", "compile", "worst in", "temporary", "speed-up")  # in a narrow window, in this order
 _GAP = "  "
 
 
 def console() -> Console:
-    """A console that leaves a table its width where neither a window nor COLUMNS says otherwise."""
+    """Return the console of the table; it is 132 columns wide unless a terminal or COLUMNS sets the width."""
     ours = PipedConsole()
     return ours if ours.is_terminal or "COLUMNS" in os.environ else PipedConsole(width=_WIDTH)
 
 
 def result_table(results: Sequence[Result], width: int = _WIDTH) -> Text:
-    """A block of rows per rule, shape and type, under its name.
+    """Return the table: a block of rows for each rule, shape and type.
 
-    In a narrower window than all columns take, columns are left out, and named below; digits never are.
+    If the window is too narrow for all columns, some are left out, and named below the table; digits never are.
+
+    Args:
+        results: what was measured, in the order of the rows.
+        width: columns of the window.
     """
     gradient = bool(results) and results[0].gradient
     title = "Forward and backward pass" if gradient else "Forward pass"
@@ -49,7 +53,7 @@ def result_table(results: Sequence[Result], width: int = _WIDTH) -> Text:
 
 
 def _fitting(rows: Sequence[dict[str, Text]], width: int) -> tuple[list[str], list[str]]:
-    """(the columns that a window has room for, those that it has not)."""
+    """Return the columns that fit into a window, and those that do not."""
     columns, left_out = list(_COLUMNS), []
     for column in (*_DROPPED, ""):
         needed = sum(max(cell_len(row[name].plain) for row in [_HEADER, *rows]) for name in columns)
@@ -76,12 +80,12 @@ def _line(row: dict[str, Text], widths: dict[str, int]) -> Text:
 
 
 def refusals(results: Iterable[Result]) -> list[str]:
-    """Why cases were not served, in full: a cell of the table is short."""
+    """Return why cases were not served, a line each: a cell of the table is too short for it."""
     return [f"{_case(r)}: not served: {r.refusal}" for r in results if r.refusal]
 
 
 def failures(results: Iterable[Result]) -> list[str]:
-    """What exceeded its tolerance."""
+    """Return a line for each result with an error that exceeds its tolerance."""
     return [
         f"{_case(r)}: error {r.error:.1e} in {r.worst} exceeds its tolerance of {r.tolerance:.0e}"
         for r in results
@@ -97,7 +101,7 @@ _HEADER = {column: Text(column, style="bold") for column in _COLUMNS}
 
 
 def _row(r: Result) -> dict[str, Text]:
-    """The cells of a result by column."""
+    """Return the cells of a result by column."""
     cells = [Text(f"  {r.implementation}"), *(Text(cell) if isinstance(cell, str) else cell for cell in _cells(r))]
     return dict(zip(_COLUMNS, cells, strict=True))
 
@@ -119,12 +123,22 @@ def _cells(r: Result) -> list[str | Text]:
 
 
 def duration(seconds: float | None) -> str:
-    """Three digits and a unit."""
+    """Return three digits and a unit; nothing for None.
+
+    Example:
+        >>> duration(0.0123)
+        '12.3 ms'
+    """
     return _scaled(seconds, (("s", 1.0), ("ms", 1e-3), ("µs", 1e-6)))
 
 
 def size(count: float | None) -> str:
-    """Three digits and a unit, by thousands."""
+    """Return three digits and a unit of powers of 1,000; nothing for None.
+
+    Example:
+        >>> size(3_113_000_000)
+        '3.11 GB'
+    """
     return _scaled(count, (("GB", 1e9), ("MB", 1e6), ("kB", 1e3), ("B", 1.0)))
 
 

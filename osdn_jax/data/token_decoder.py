@@ -1,4 +1,4 @@
-"""Text of token ids as they are sampled, for tokenizers whose text of a token depends on its neighbours."""
+"""A streaming decoder of token ids, for tokenizers in which the text of a token depends on its neighbours."""
 
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
@@ -26,7 +26,7 @@ class TokenDecoder:
     Args:
         decode: converts ids to text.
         context: ids before the stream, whose text is not repeated.
-        byte_tokens: {id: byte} of the tokens that stand for single bytes, as the function `byte_tokens` finds them.
+        byte_tokens: {id: byte} of the tokens that stand for single bytes, as `find_byte_tokens` returns them.
         skipped: ids that have no text and do not separate the bytes around them.
 
     Example:
@@ -137,7 +137,7 @@ class TokenDecoder:
             self._set_window([*self._anchor, *new])
 
 
-def byte_tokens(id_of: Callable[[str], int | None], decode: Callable[[list[int]], str]) -> dict[int, int]:
+def find_byte_tokens(id_of: Callable[[str], int | None], decode: Callable[[list[int]], str]) -> dict[int, int]:
     """Return {id: byte} of the tokens <0x00> to <0xFF>; {} if the tokenizer decodes them as the text of their names."""
     bytes_of_ids = {i: byte for byte in range(256) if (i := id_of(f"<0x{byte:02X}>")) is not None}
     probe = next((i for i, byte in bytes_of_ids.items() if byte == _PROBE), None)

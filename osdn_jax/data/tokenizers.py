@@ -13,7 +13,7 @@ from jaxtyping import Int, Int32
 from osdn_jax._optional import require
 from osdn_jax.data.byte_tokenizer import ByteTokenizer, checked_ids, checked_text
 from osdn_jax.data.documents import Document
-from osdn_jax.data.token_decoder import TokenDecoder, byte_tokens
+from osdn_jax.data.token_decoder import TokenDecoder, find_byte_tokens
 
 BYTES = "bytes"  # selects the tokenizer that needs no file
 
@@ -190,7 +190,7 @@ class _FileTokenizer:
 
     def stream_decoder(self, context: Iterable[int] | np.ndarray = ()) -> TokenDecoder:
         """Return a decoder for ids that follow those of `context`, whose text is not repeated."""
-        bytes_of_ids = byte_tokens(self._id_of, self._decode)
+        bytes_of_ids = find_byte_tokens(self._id_of, self._decode)
         return TokenDecoder(self.decode, context, byte_tokens=bytes_of_ids, skipped=self._skipped)
 
 

@@ -1,4 +1,4 @@
-"""Causal softmax attention with rotary positions: the mixer that the delta rules are compared with."""
+"""Causal softmax attention with rotary positions: the baseline that the delta rules are compared with."""
 
 import dataclasses
 import functools
@@ -18,35 +18,48 @@ from osdn_jax.nn.sharding import module_with_auto_axes
 from osdn_jax.ops import checks
 from osdn_jax.ops.containment import contained
 
-_CHUNK = 512  # queries
+_CHUNK = 512  # queries in a chunk, by default
 
 
 class AttentionState(NamedTuple):
-    """The last S = max_length keys and values, the newest at the end, from which attention goes on."""
+    """The cache of attention: the last S = max_length keys and values, the newest at the end.
 
-    keys: Float[Array, "B S Hk K"]  # rotated already
+    Attributes:
+        keys: [B, S, Hk, K], already rotated.
+        values: [B, S, Hk, V].
+        position: position of the next token; the last key is at the position before it.
+        start: [B], position at which the current document began; the next token sees nothing before it.
+    """
+
+    keys: Float[Array, "B S Hk K"]
     values: Float[Array, "B S Hk V"]
-    position: Int[Array, ""]  # of the next token; the last key is at the position before it
-    start: Int[Array, " B"]  # position at which the document that goes on began; nothing before it is seen
+    position: Int[Array, ""]
+    start: Int[Array, " B"]
 
 
 class SoftmaxAttention(nnx.Module):
     """Multi-head or grouped-query attention (arXiv 2305.13245), causal, with rotary positions (2104.09864).
 
-    The projections have no bias; softmax is in float32. If the config asks for them, q and k are normalised per head
-    before they are rotated (2302.05442), and the output is multiplied by a logistic gate of the input (2505.06708).
+    The projections have no bias; softmax is in float32. Optionally q and k are normalised per head before they are
+    rotated (2302.05442), and the output is multiplied by a logistic gate of the input (2505.06708).
 
-    A continuation sees its own tokens and the max_length tokens before it: up to there pieces equal the whole, beyond
-    it the oldest tokens drop out. A call without a state is not limited.
+    A continuation sees its own tokens and the max_length tokens before it. Up to that length, processing a sequence in
+    several calls equals one call; beyond it the oldest tokens drop out. A call without a state is not limited.
+
+    Args:
+        config: sizes and options.
+        layers: number of layers of the whole model, which scales the initial output projection.
+        dtype: of activations and matrix products; the parameters are float32.
+        rngs: random streams for the parameters.
     """
 
     def __init__(self, config: AttentionConfig, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
-        """layers: of the whole model, for the scale at which the last projection starts."""
+        """Create the parameters."""
         self.config, self.dtype = config, dtype
         width, results = config.width, config.heads * config.value_dim
         self.queries, self.keys = config.heads * config.key_dim, config.num_key_heads * config.key_dim
         outputs = self.queries + self.keys + config.num_key_heads * config.value_dim
-        self.project = linear(width, outputs, dtype, rngs=rngs)  # q, k and v at once
+        self.project = linear(width, outputs, dtype, rngs=rngs)  # q, k and v, fused
         self.output = linear(results, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
         self.gate = linear(width, results, dtype, rngs=rngs) if config.output_gate else None
 
@@ -76,18 +89,24 @@ class SoftmaxAttention(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         context_axis: str | None = None,
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
-        """Mixes a sequence, or its continuation from a state; one token at a time is decoding.
+        """Mix a sequence, or its continuation from a state; one token at a time is decoding.
 
-        Positions count on through packed documents: only their differences matter, and no token sees another document.
-        With context_axis, as in `ops.delta_rule`, every device has the keys and values of all tokens for its queries.
+        Positions continue through packed documents: only their differences matter, and no token sees another document.
+        A token that is not finite (NaN or inf) reaches no token before it and no other document.
 
-        Returns the output and the state after the last token.
+        Args:
+            x: [B, T, D].
+            state: as returned by an earlier call; None at the start of a sequence.
+            segment_ids: [B, T] integers that tell packed documents apart; None for one document per row.
+            context_axis: mesh axis that splits the sequence, as in `ops.delta_rule`: every device gathers the keys and
+                values of all tokens for its queries.
 
-        A token that is not finite reaches no token before it and no other document.
+        Returns:
+            The output [B, T, D], and the state after the last token.
 
         Raises:
-            ValueError: a state of another batch or config; segment_ids of another shape than x.
-            TypeError: a state of another mixer; segment_ids that are no integers.
+            ValueError: a state of another batch size or config; segment_ids of another shape than x.
+            TypeError: a state of another mixer; segment_ids that are not integers.
         """
         attend = functools.partial(SoftmaxAttention._mix, context_axis=context_axis)
         return module_with_auto_axes(attend, self, x, state, segment_ids)
@@ -115,8 +134,8 @@ class SoftmaxAttention(nnx.Module):
             total, offset = length * jax.lax.axis_size(context_axis), length * jax.lax.axis_index(context_axis)
             if segment_ids is not None:
                 segment_ids = jax.lax.all_gather(segment_ids, context_axis, axis=1, tiled=True)
-        here = position + offset + jnp.arange(length, dtype=jnp.int32)
-        q, k = (rotate(y, here, config.rotary_base) for y in (q, k))
+        positions = position + offset + jnp.arange(length, dtype=jnp.int32)
+        q, k = (rotate(y, positions, config.rotary_base) for y in (q, k))
         if context_axis is not None:
             k, v = (jax.lax.all_gather(y, context_axis, axis=1, tiled=True) for y in (k, v))
         all_starts = _document_starts(position + jnp.arange(total, dtype=jnp.int32), start, segment_ids)
@@ -128,26 +147,26 @@ class SoftmaxAttention(nnx.Module):
             keys, values = jnp.concatenate([state.keys, k], axis=1), jnp.concatenate([state.values, v], axis=1)
             first = starts - position + config.max_length
         if state is None and context_axis is None and config.implementation == "cudnn":
-            out = _by_cudnn(q, k, v, None if segment_ids is None else starts)
+            out = _attend_cudnn(q, k, v, None if segment_ids is None else starts)
         else:
-            place = keys.shape[1] - total + offset
-            out = attend(q, keys, values, first, place=place, chunk_size=config.chunk_size)
+            own_key = keys.shape[1] - total + offset
+            out = attend(q, keys, values, first, first_query=own_key, chunk_size=config.chunk_size)
 
         out = out.reshape(batch, length, config.heads * config.value_dim)
         if self.gate is not None:
             out = out * jax.nn.sigmoid(self.gate(x))
-        after = AttentionState(
+        new_state = AttentionState(
             _last(keys, config.max_length),
             _last(values, config.max_length),
             position + total,
             jnp.concatenate([start[:, None], all_starts], axis=1)[:, -1],
         )
-        return self.output(out), after
+        return self.output(out), new_state
 
 
 def _check_state(state: AttentionState, batch: int, config: AttentionConfig) -> None:
     if not isinstance(state, AttentionState):
-        raise TypeError(f"state: got a {type(state).__name__}, expected the AttentionState of such a mixer or None")
+        raise TypeError(f"state: got a {type(state).__name__}, expected the AttentionState of an earlier call or None")
     lead = (batch, config.max_length, config.num_key_heads)
     for name, x, shape in (
         ("keys", state.keys, (*lead, config.key_dim)),
@@ -164,10 +183,15 @@ def _graph(config: AttentionConfig, dtype: jnp.dtype) -> nnx.GraphDef:
 
 
 def rotate(x: Float[Array, "B T H K"], positions: Int[Array, " T"], base: float) -> Float[Array, "B T H K"]:
-    """Rotary position embedding: turns each pair (x_i, x_{i + K/2}) by the angle position * base^(-2i / K).
+    """Rotate each pair (x_i, x_{i + K/2}) by the angle position * base^(-2i / K): rotary position embedding.
 
-    So the product of a query and a key depends on their positions through the difference alone. The pairs are those of
+    The product of a query and a key then depends on the difference of their positions only. The pairs are those of
     Llama's code in Transformers; the paper (arXiv 2104.09864) pairs neighbours. Angles are float32.
+
+    Args:
+        x: queries or keys, [B, T, H, K] with even K.
+        positions: [T] integers.
+        base: base of the geometric series of frequencies, 10,000 in the paper.
     """
     half, wide = x.shape[-1] // 2, _wide(x.dtype)
     angles = positions.astype(wide)[:, None] * base ** (-jnp.arange(half, dtype=wide) / half)[None]
@@ -182,23 +206,23 @@ def attend(
     v: Float[Array, "B S Hk V"],
     first: Int[Array, "B T"],
     *,
-    place: Int[Array, ""] | int | None = None,
+    first_query: Int[Array, ""] | int | None = None,
     chunk_size: int | None = None,
 ) -> Float[Array, "B T H V"]:
-    """softmax(q kᵀ / sqrt(K)) v, where query t sees the keys first[t] .. place + t.
+    """Return softmax(q kᵀ / sqrt(K)) v, where query t sees the keys first[t] .. first_query + t.
 
-    What a query does not see does not reach it, NaN included. Chunks of queries are computed one after another, and
-    again in the backward pass, so that [B, H, chunk_size, S] scores are held at a time; those of keys that a query does
-    not see are computed too. Key head h serves the query heads h H / Hk and those after it. Scores and softmax are
-    float32 (float64 for float64 inputs). Gradients are in reverse mode only.
+    Whatever a query does not see does not affect it, NaN included. Chunks of queries are computed one after another,
+    and recomputed in the backward pass, so that only [B, H, chunk_size, S] scores exist at a time; scores of keys that
+    a query does not see are computed too. Key head h serves the query heads h H / Hk to (h + 1) H / Hk - 1. Scores and
+    softmax are float32 (float64 for float64 inputs). Gradients exist in reverse mode only.
 
     Args:
         q, k, v: queries, keys and values.
-        first: index of the first key that each query sees; below 0 is all of them.
-        place: index of the first query's own key; S - T if None.
-        chunk_size: queries at a time; 512 if None.
+        first: [B, T], index of the first key that each query sees; 0 or less for all of them.
+        first_query: index of the first query's own key. Default: S - T, queries for the last keys.
+        chunk_size: number of queries at a time. Default: 512.
     """
-    last = (k.shape[1] - q.shape[1] if place is None else place) + jnp.arange(q.shape[1], dtype=jnp.int32)
+    last = (k.shape[1] - q.shape[1] if first_query is None else first_query) + jnp.arange(q.shape[1], dtype=jnp.int32)
     return _attend((q, k, v), first, last, chunk_size or _CHUNK)
 
 
@@ -206,7 +230,7 @@ def attend(
 def _attend(
     heads: tuple[jax.Array, jax.Array, jax.Array], first: jax.Array, last: jax.Array, chunk_size: int
 ) -> jax.Array:
-    """By chunks of queries; where that is not finite, by single queries that leave out what they do not see."""
+    """Attend by chunks of queries; if that is not finite, by single queries that leave out what they do not see."""
 
     def chunks(heads: Any, seen: Any) -> jax.Array:
         return _by_chunks(_attend_chunk, heads, seen, chunk_size)
@@ -219,7 +243,7 @@ def _by_queries(heads: Any, seen: Any) -> jax.Array:
 
 
 def _by_chunks(attend: Callable[..., jax.Array], heads: Any, seen: Any, size: int) -> jax.Array:
-    """attend(q, k, v, first, last) for size queries at a time."""
+    """Return attend(q, k, v, first, last), computed for `size` queries at a time."""
     (q, k, v), (first, last) = heads, seen
     length = q.shape[1]
     if length <= size:
@@ -227,8 +251,8 @@ def _by_chunks(attend: Callable[..., jax.Array], heads: Any, seen: Any, size: in
 
     def chunks(x: jax.Array, axis: int) -> jax.Array:
         padding = [(0, -length % size if i == axis else 0) for i in range(x.ndim)]
-        parts = (*x.shape[:axis], -(-length // size), size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(parts), axis, 0)
+        shape = (*x.shape[:axis], -(-length // size), size, *x.shape[axis + 1 :])
+        return jnp.moveaxis(jnp.pad(x, padding).reshape(shape), axis, 0)
 
     rows = (chunks(q, 1), chunks(first, 1), chunks(last, 0))
     out = jax.lax.map(lambda row: attend(row[0], k, v, *row[1:]), rows)
@@ -249,20 +273,20 @@ def _attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, la
 
 @jax.checkpoint
 def _attend_query(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-    """`_attend_chunk` of one query, to which keys and values that it does not see are zeros."""
+    """Return `_attend_chunk` of one query, with zeros for the keys and values that it does not see."""
     visible = jnp.any(_visible(k.shape[1], first, last), axis=1)[..., None, None]
     k, v = (jnp.where(visible, x, jnp.zeros_like(x)) for x in (k, v))
     return _attend_chunk(q, k, v, first, last)
 
 
 def _visible(columns: int, first: jax.Array, last: jax.Array) -> jax.Array:
-    """Which keys each query sees, [B, T, S] bool."""
+    """Return a mask of the keys that each query sees, [B, T, S]."""
     column = jnp.arange(columns, dtype=jnp.int32)[None, None]
     return (column >= first[..., None]) & (column <= last[None, :, None])
 
 
 @jax.jit
-def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | None) -> jax.Array:
+def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | None) -> jax.Array:
     def cudnn(heads: Any, seen: Any) -> jax.Array:
         q, k, v = heads
         mask = None
@@ -277,7 +301,7 @@ def _by_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | None)
 
 
 def _document_starts(positions: jax.Array, start: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """The position at which each token's document began, [B, T]; the first token goes on with the one before it."""
+    """Return the position at which each token's document began, [B, T]; the first token continues the document."""
     shape = (start.shape[0], positions.shape[0])
     if segment_ids is None:
         return jnp.broadcast_to(start[:, None], shape)
@@ -287,7 +311,7 @@ def _document_starts(positions: jax.Array, start: jax.Array, segment_ids: jax.Ar
 
 
 def _last(x: jax.Array, size: int) -> jax.Array:
-    """The last size tokens, with zeros before them if there are fewer."""
+    """Return the last `size` tokens, padded with zeros in front if there are fewer."""
     missing = max(size - x.shape[1], 0)
     return jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0)))[:, x.shape[1] + missing - size :]
 

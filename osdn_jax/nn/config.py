@@ -1,4 +1,4 @@
-"""Configurations of the modules, and the papers' rules by name."""
+"""Configurations of the modules, and the named rules as fields of a mixer's configuration."""
 
 import dataclasses
 from typing import Any, Literal
@@ -9,10 +9,11 @@ from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
 Decay = Literal["none", "scalar", "channel"]
 Strength = Literal["scalar", "channel"]
 Preconditioner = Literal["none", "hypergradient", "gram"]
-# What a block keeps for its gradient: all, only what its weights were multiplied to, only its input.
+# Rematerialisation, what a block keeps for its gradient: everything, the outputs of its matrix products with weights
+# ("blocks"), or its input only ("full").
 Remat = Literal["none", "blocks", "full"]
 
-TRANSFORMER = "transformer"  # the one rule that is no delta rule
+TRANSFORMER = "transformer"  # the one rule that is not a delta rule: softmax attention
 
 
 def _positive(name: str, value: float) -> None:
@@ -22,21 +23,34 @@ def _positive(name: str, value: float) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class HypergradientConfig:
-    """Settings of the hypergradient preconditioner (arXiv 2605.13473); see `ops.hypergradient_preconditioner`.
+    """Settings of the hypergradient preconditioner of OSDN (arXiv 2605.13473).
 
-    Raises ValueError or TypeError where a field is out of its range.
+    `ops.hypergradient_preconditioner` has the equations.
+
+    Args:
+        eta: step size of the preconditioner's update. Default: 1.
+        bounds: (low, high) that each entry of d is clipped to, or None for no bounds. Default: (0, 1e9).
+        initial: value that the learned initial preconditioner d_0 is initialised to. Default: 0.
+        anchor: value that forgetting decays d towards. Default: 0.
+        forget: use Adaptive Preconditioner Forgetting, a gate per token and head that starts near 0.999. Default: True.
+        beta_aware: b_t = beta in the update instead of 1, with one preconditioner per value head. Default: False.
+        normalize: divide the update by sum(k^2) + 1e-5. Default: False.
+
+    Raises:
+        ValueError: a field is out of range.
+        TypeError: a field has another type.
     """
 
     eta: float = 1.0
     bounds: tuple[float, float] | None = (0.0, 1e9)
-    initial: float = 0.0  # what the learned d_0 starts from
+    initial: float = 0.0
     anchor: float = 0.0
-    forget: bool = True  # Adaptive Preconditioner Forgetting: a gate per token and head, near 0.999 at first
+    forget: bool = True
     beta_aware: bool = False
     normalize: bool = False
 
     def __post_init__(self) -> None:
-        """Checks the fields; bounds may come as a list, as JSON has them."""
+        """Check the fields; bounds may be a list, as in JSON."""
         for name in ("eta", "initial", "anchor"):
             checks.number(name, getattr(self, name))
         for name in ("forget", "beta_aware", "normalize"):
@@ -45,9 +59,20 @@ class HypergradientConfig:
 
     @classmethod
     def preset(cls, name: str, **changes: Any) -> "HypergradientConfig":
-        """The published setting "paper" or "trust", with changes. Raises ValueError for another name.
+        """Return a published setting, "paper" or "trust", with changes.
 
-        "trust" forgets toward 1: toward 0, as the paper's, forgetting would soon hold d on its lower bound of 2/3.
+        "trust" forgets towards 1: towards 0, as in the paper, forgetting would soon hold d on its lower bound of 2/3.
+
+        Args:
+            name: "paper" or "trust".
+            **changes: fields that replace those of the setting.
+
+        Raises:
+            ValueError: another name, or a field out of range.
+
+        Example:
+            >>> HypergradientConfig.preset("trust", forget=False).bounds
+            (0.6666666666666666, 1.5)
         """
         anchor = {"trust": 1.0}.get(name, 0.0)
         return cls(**{"anchor": anchor, **hypergradient_preset(name), **changes})
@@ -55,47 +80,80 @@ class HypergradientConfig:
 
 @dataclasses.dataclass(frozen=True)
 class GramConfig:
-    """Settings of the Gram preconditioner (arXiv 2604.21100); see `ops.gram_preconditioner`.
+    """Settings of the Gram preconditioner of Preconditioned DeltaNet (arXiv 2604.21100).
 
-    Raises ValueError or TypeError where a field is out of its range.
+    `ops.gram_preconditioner` has the equations.
+
+    Args:
+        center: value that the learned center, one per preconditioner, is initialised to. Default: -0.2.
+        squash: x, so that the factors on the keys lie in [1/x, x]; 1 for no preconditioning. Default: 1.5.
+
+    Raises:
+        ValueError: a field is out of range.
+        TypeError: a field has another type.
     """
 
-    center: float = -0.2  # what the learned center starts from
+    center: float = -0.2
     squash: float = 1.5
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
+        """Check the fields."""
         checks.number("center", self.center)
         _positive("squash", self.squash)
 
 
 @dataclasses.dataclass(frozen=True)
 class MixerConfig:
-    """A token mixer of the delta-rule family: what decays, what gates and preconditions the write, and its sizes.
+    """A token mixer of the delta-rule family: its decay, gates, preconditioner and sizes.
 
-    Raises ValueError where a field is out of its range.
+    `mixer_config` gives the configurations of the named rules.
+
+    Args:
+        width: D, size of the residual stream.
+        heads: H, number of value heads.
+        key_dim: K, key channels per head.
+        value_dim: V, value channels per head.
+        key_heads: Hk, number of query and key heads, a divisor of `heads`. Default: `heads`.
+        decay: decay of the state: "none" (the default), "scalar" per head, or "channel" for each key channel.
+        erase: subtract what the state recalls for the key before writing (the delta rule); False for linear attention.
+            Default: True.
+        strength: "scalar" (the default) for beta, one number per head and token; "channel" for an erase gate on each
+            key channel and a write gate on each value channel in its place (GDN-2).
+        preconditioner: how the write key is computed from the key: "none" (the default), "hypergradient" or "gram".
+        hypergradient: settings of the hypergradient preconditioner.
+        gram: settings of the Gram preconditioner.
+        conv_size: taps of the short convolution. Default: 4.
+        negative_eigenvalues: beta, or the erase gate, in (0, 2) instead of (0, 1). Default: False.
+        output_gate: multiply the output by a gate of the input. Default: False.
+        norm_epsilon: of the RMS norm of the output. Default: 1e-6.
+        chunk_size: tokens in a chunk, as in `ops.delta_rule`. Default: chosen by the implementation.
+        implementation: as in `ops.delta_rule`. Default: the fastest for device, shapes and dtype.
+
+    Raises:
+        ValueError: a field is out of range, or fields do not go together.
+        TypeError: a field has another type.
     """
 
     width: int
     heads: int
-    key_dim: int  # per head
-    value_dim: int  # per head
-    key_heads: int | None = None  # default: as many as heads
+    key_dim: int
+    value_dim: int
+    key_heads: int | None = None
     decay: Decay = "none"
-    erase: bool = True  # False: linear attention
-    strength: Strength = "scalar"  # "channel": in place of beta an erase gate on the key and a write gate on the value
+    erase: bool = True
+    strength: Strength = "scalar"
     preconditioner: Preconditioner = "none"
     hypergradient: HypergradientConfig = HypergradientConfig()
     gram: GramConfig = GramConfig()
     conv_size: int = 4
-    negative_eigenvalues: bool = False  # beta, or the erase gate, in (0, 2) instead of (0, 1)
+    negative_eigenvalues: bool = False
     output_gate: bool = False
     norm_epsilon: float = 1e-6
     chunk_size: int | None = None
     implementation: str | None = None
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
+        """Check the fields."""
         for name in ("width", "heads", "key_dim", "value_dim", "conv_size"):
             _at_least_one(name, getattr(self, name))
         _divides_heads(self.key_heads, self.heads)
@@ -120,38 +178,54 @@ class MixerConfig:
 
     @property
     def num_key_heads(self) -> int:
-        """Hk, the key heads."""
+        """Hk, the number of query and key heads."""
         return self.key_heads or self.heads
 
     @property
     def preconditioner_heads(self) -> int:
-        """P: one preconditioner per value head where it follows that head's beta, else one per key head."""
+        """P, the number of preconditioners: one per value head if it depends on that head's beta, else per key head."""
         aware = self.preconditioner == "hypergradient" and self.hypergradient.beta_aware
         return self.heads if aware else self.num_key_heads
 
 
 @dataclasses.dataclass(frozen=True)
 class AttentionConfig:
-    """Causal softmax attention with rotary positions; see `nn.SoftmaxAttention`.
+    """Causal softmax attention with rotary positions; `nn.SoftmaxAttention` describes it.
 
-    Raises ValueError where a field is out of its range.
+    Args:
+        width: D, size of the residual stream.
+        heads: H, number of query heads.
+        key_dim: K, channels of queries and keys per head, an even number.
+        value_dim: V, value channels per head.
+        key_heads: Hk, number of key and value heads, a divisor of `heads`. Default: `heads`.
+        rotary_base: base of the rotary frequencies. Default: 10,000.
+        qk_norm: normalise queries and keys per head. Default: False.
+        output_gate: multiply the output by a gate of the input. Default: False.
+        norm_epsilon: of the norms of queries and keys. Default: 1e-6.
+        max_length: tokens that a state holds. Default: 2048.
+        chunk_size: queries at a time. Default: 512.
+        implementation: "chunk" (the default, None) or "cudnn".
+
+    Raises:
+        ValueError: a field is out of range, or fields do not go together.
+        TypeError: a field has another type.
     """
 
     width: int
     heads: int
-    key_dim: int  # per head, even
-    value_dim: int  # per head
-    key_heads: int | None = None  # of keys and values; default: as many as heads
+    key_dim: int
+    value_dim: int
+    key_heads: int | None = None
     rotary_base: float = 10_000.0
     qk_norm: bool = False
     output_gate: bool = False
     norm_epsilon: float = 1e-6
-    max_length: int = 2048  # tokens that a state holds
-    chunk_size: int | None = None  # queries at a time
-    implementation: Literal["chunk", "cudnn"] | None = None  # None: chunk
+    max_length: int = 2048
+    chunk_size: int | None = None
+    implementation: Literal["chunk", "cudnn"] | None = None
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
+        """Check the fields."""
         for name in ("width", "heads", "key_dim", "value_dim", "max_length"):
             _at_least_one(name, getattr(self, name))
         _divides_heads(self.key_heads, self.heads)
@@ -159,7 +233,7 @@ class AttentionConfig:
             checks.flag(name, getattr(self, name))
         _positive("norm_epsilon", self.norm_epsilon)
         if self.key_dim % 2:
-            raise ValueError(f"key_dim: got {self.key_dim}, expected an even number, for rotary positions turn pairs")
+            raise ValueError(f"key_dim: got {self.key_dim}, expected an even number: rotary positions rotate pairs")
         if not checks.number("rotary_base", self.rotary_base) > 1:
             raise ValueError(f"rotary_base: got {self.rotary_base}, expected more than 1")
         checks.chunk_size(self.chunk_size)
@@ -172,7 +246,7 @@ class AttentionConfig:
 
     @property
     def num_key_heads(self) -> int:
-        """Hk, the heads of keys and values."""
+        """Hk, the number of key and value heads."""
         return self.key_heads or self.heads
 
 
@@ -205,20 +279,51 @@ RULES: dict[str, dict[str, Any]] = {
 
 
 def mixer_config(rule: str, **fields: Any) -> MixerConfig | AttentionConfig:
-    """The mixer of a rule by its paper's name, with further fields; "transformer" is softmax attention.
+    """Return the configuration of a named rule's mixer.
 
-    Raises ValueError for an unknown rule.
+    Args:
+        rule: a key of `nn.RULES`, such as "osdn" or "gated_delta_net"; "transformer" is softmax attention.
+        **fields: sizes and options of `MixerConfig` ("transformer": `AttentionConfig`); they override the rule's.
+
+    Raises:
+        ValueError: an unknown rule, or a field out of range.
+        TypeError: an unknown or missing field.
+
+    Example:
+        >>> mixer = mixer_config("os_gdn", width=64, heads=4, key_dim=16, value_dim=16, key_heads=2)
+        >>> mixer.decay, mixer.preconditioner, mixer.hypergradient.eta
+        ('scalar', 'hypergradient', 0.003)
     """
     _one_of("rule", rule, tuple(RULES))
-    kind = AttentionConfig if rule == TRANSFORMER else MixerConfig
-    return kind(**{**RULES[rule], **fields})
+    config = AttentionConfig if rule == TRANSFORMER else MixerConfig
+    return config(**{**RULES[rule], **fields})
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelConfig:
-    """A causal language model: embedding, blocks of mixer and MLP, norm, head.
+    """A causal language model, `nn.CausalLM`: embedding, blocks of mixer and MLP, norm, head.
 
-    Raises ValueError where a field is out of its range.
+    Args:
+        vocab_size: number of vocabulary entries.
+        layers: number of blocks.
+        mixer: configuration of the blocks' mixers, which also has the width; `mixer_config` gives one by name.
+        mlp_dim: hidden units of the MLPs.
+        tied_embeddings: use the embedding as the matrix of the head. Default: False.
+        norm_epsilon: of the blocks' norms and the last one. Default: 1e-6.
+        dropout: rate on what each mixer and MLP adds to the residual stream. Default: 0.
+        dtype: "float32" (the default) or "bfloat16", of activations and matrix products; parameters are float32.
+        remat: what each block keeps for its gradient; the rest is recomputed. "none" (the default) keeps everything,
+            "blocks" the outputs of matrix products with weights, "full" the block's input only.
+
+    Raises:
+        ValueError: a field is out of range.
+        TypeError: a field has another type.
+
+    Example:
+        >>> mixer = mixer_config("osdn", width=64, heads=4, key_dim=16, value_dim=16)
+        >>> config = ModelConfig(vocab_size=256, layers=2, mixer=mixer, mlp_dim=128)
+        >>> dataclasses.replace(config, layers=4).layers
+        4
     """
 
     vocab_size: int
@@ -227,12 +332,12 @@ class ModelConfig:
     mlp_dim: int
     tied_embeddings: bool = False
     norm_epsilon: float = 1e-6
-    dropout: float = 0.0  # on what each mixer and MLP adds to the residual stream
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of activations and matrix products; parameters are float32
-    remat: Remat = "none"  # what each block computes again for its gradient; see Remat
+    dropout: float = 0.0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    remat: Remat = "none"
 
     def __post_init__(self) -> None:
-        """Checks the fields."""
+        """Check the fields."""
         for name in ("vocab_size", "layers", "mlp_dim"):
             _at_least_one(name, getattr(self, name))
         _one_of("dtype", self.dtype, ("float32", "bfloat16"))
@@ -250,9 +355,9 @@ def _at_least_one(name: str, value: int) -> None:
 
 
 def _nested(config: Any, name: str, *kinds: type[Any]) -> None:
-    """Makes the field a config of one of the kinds where it is a dict of its fields, as `dataclasses.asdict` writes it.
+    """Replace a field that is a dict, as `dataclasses.asdict` writes it, by the config whose fields it has.
 
-    Raises TypeError for anything else, and for a dict that fits none of the kinds or several.
+    Raises TypeError for any other type, and for a dict whose keys do not identify one config.
     """
     value, names = getattr(config, name), " or ".join(kind.__name__ for kind in kinds)
     if isinstance(value, kinds):

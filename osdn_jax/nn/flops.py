@@ -1,16 +1,16 @@
-"""Operations of training per token, by formula: products alone, a multiplication and an addition each.
+"""FLOPs per token of training, by formula: matrix products only, with a multiplication and an addition as two.
 
 Model FLOPs are those of the mathematics, whatever the implementation, as in the definition of MFU (PaLM, 2204.02311,
-appendix B). A step does more: the chunkwise form's products inside of a chunk, and what rematerialisation computes
-again. A gradient costs two forward passes. Of a forward pass, per token and block but for the head:
+appendix B). A training step executes more: the chunkwise form's products inside a chunk, and whatever rematerialisation
+recomputes. A gradient costs two forward passes. The forward pass, per token and (except for the head) per block:
 
-    matrices     2 for each number of the kernels, convolutions included
-    head         2 for each number of the head, or of the embedding that is tied to it
-    delta rule   6 H K V, for S^T k, w e^T and S^T q (2102.11174); 4 H K V where nothing is erased
-      in chunks  4 H C (K + V) besides, for chunks of C tokens (2406.06484): k w^T, q w^T, and two products with R
-    attention    2 (T + 1) / 2 H (K + V), for q k^T and p v: causal, without documents (2205.14135)
+    matrices     2 per weight of the kernels, convolutions included
+    head         2 per weight of the head, or of the embedding tied to it
+    delta rule   6 H K V, for S^T k, w e^T and S^T q (2102.11174); 4 H K V without the erase term
+      in chunks  plus 4 H C (K + V) for chunks of C tokens (2406.06484): k w^T, q w^T, and two products with R
+    attention    2 (T + 1) / 2 H (K + V), for q k^T and p v: causal, one document per sequence (2205.14135)
 
-Elementwise work is left out, and with it the preconditioners, whose states are vectors.
+Elementwise work is not counted, and so neither are the preconditioners, whose states are vectors.
 """
 
 import dataclasses
@@ -20,18 +20,18 @@ from typing import Any
 
 from osdn_jax.nn.config import AttentionConfig, ModelConfig
 
-CHUNK = 64  # tokens, of the kernels
+CHUNK = 64  # tokens in a chunk of the kernels
 
 
 @dataclasses.dataclass(frozen=True)
 class Flops:
-    """Per token, of the forward pass.
+    """FLOPs per token of the forward pass.
 
-    Args:
+    Attributes:
         matrices: products with the blocks' parameters.
         head: products with the matrix of the head.
         mixing: the recurrences or attention.
-        chunks: what their chunkwise form does besides.
+        chunks: what their chunkwise form adds to `mixing`.
     """
 
     matrices: float
@@ -41,36 +41,41 @@ class Flops:
 
     @property
     def training(self) -> float:
-        """Model FLOPs of a training step per token."""
+        """Model FLOPs per token of a training step."""
         return 3 * (self.matrices + self.head + self.mixing)
 
     def executed(self, remat: str) -> float:
-        """What a training step does per token, with the rematerialisation of `ModelConfig.remat`.
+        """Return the FLOPs per token that a training step executes, with rematerialisation.
 
-        The head's logits are computed once more whatever it is, as they are never kept.
+        Args:
+            remat: as in `ModelConfig.remat`. The head's logits are recomputed in any case, as they are never kept.
         """
-        again = {"none": 0.0, "blocks": self.mixing + self.chunks, "full": self.matrices + self.mixing + self.chunks}
-        return self.training + 3 * self.chunks + self.head + again[remat]
+        recomputed = {
+            "none": 0.0,
+            "blocks": self.mixing + self.chunks,
+            "full": self.matrices + self.mixing + self.chunks,
+        }
+        return self.training + 3 * self.chunks + self.head + recomputed[remat]
 
 
 def per_token(config: ModelConfig, parameters: Mapping[str, Any], length: int) -> Flops:
-    """FLOPs per token of a model.
+    """Return the FLOPs per token of a model.
 
     Args:
-        config: of the model.
-        parameters: its arrays or their shapes by name, as of `nn.split_model`.
-        length: T, tokens of a sequence.
+        config: the model's configuration.
+        parameters: {name: array or shape}, as returned by `nn.split_model`.
+        length: T, tokens in a sequence.
     """
     sizes = {name: math.prod(x.shape) for name, x in parameters.items()}
     kernels = sum(size for name, size in sizes.items() if name.endswith("/kernel") and name.startswith("blocks/"))
     mixer = config.mixer
     heads, states = mixer.heads, mixer.key_dim * mixer.value_dim
-    both = mixer.key_dim + mixer.value_dim
+    key_and_value = mixer.key_dim + mixer.value_dim
     if isinstance(mixer, AttentionConfig):
-        mixing, chunks = (length + 1) * heads * both, 0
+        mixing, chunks = (length + 1) * heads * key_and_value, 0
     else:
         chunk = CHUNK if mixer.chunk_size is None else mixer.chunk_size
-        mixing, chunks = (6 if mixer.erase else 4) * heads * states, 4 * heads * min(chunk, length) * both
+        mixing, chunks = (6 if mixer.erase else 4) * heads * states, 4 * heads * min(chunk, length) * key_and_value
     return Flops(
         matrices=2.0 * kernels,
         head=2.0 * sizes["embedding/embedding" if config.tied_embeddings else "head/kernel"],

@@ -1,6 +1,6 @@
-"""Gates of the recurrences: decays of the memory, what is erased and written, forgetting of the preconditioners.
+"""Gates of the recurrences: decay of the state, erase and write gates, forgetting of the preconditioners.
 
-All are float32.
+All of them return float32.
 """
 
 import jax
@@ -15,14 +15,21 @@ _FORGET_BIAS = 6.9  # logistic(6.9) = 0.9990
 
 
 class DecayGate(nnx.Module):
-    """Log decay -exp(A_log) softplus(f(x) + dt_bias), per head or per channel.
+    """Log decay of each token, -exp(A_log) softplus(f(x) + dt_bias), per head or per channel.
 
-    Per head as in arXiv 2405.21060 and 2412.06464, per channel as in 2510.26692, where f is of low rank: width ->
-    channels -> heads * channels.
+    Per head as in Mamba-2 and Gated DeltaNet (arXiv 2405.21060, 2412.06464), where f is a projection. Per channel as in
+    KDA (2510.26692), where f has low rank: width -> channels -> heads * channels.
+
+    Args:
+        width: D, size of the residual stream.
+        heads: H, number of heads.
+        channels: K, key channels of a head, for a decay per channel; None for a decay per head.
+        dtype: of the projections.
+        rngs: random streams for the parameters.
     """
 
     def __init__(self, width: int, heads: int, channels: int | None, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
-        """channels: None for a decay per head."""
+        """Create the parameters."""
         self.heads, self.channels = heads, channels
         outputs = heads * (channels or 1)
         self.down = None if channels is None else linear(width, channels, dtype, rngs=rngs)
@@ -31,7 +38,7 @@ class DecayGate(nnx.Module):
         self.bias = NoDecayParam(initializers.time_step_bias(rngs.params(), (outputs,), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"] | Float[Array, "B T H K"]:
-        """The log decay of each token, [B, T, H] or [B, T, H, K]."""
+        """Return the log decay of each token, [B, T, H] or [B, T, H, K], at most 0."""
         x = x if self.down is None else self.down(x)
         step = jax.nn.softplus(self.project(x).astype(jnp.float32) + self.bias[...][None, None])
         rate = jnp.exp(self.log_rate[...])[None, None]
@@ -41,18 +48,25 @@ class DecayGate(nnx.Module):
 
 
 class ChannelGate(nnx.Module):
-    """A logistic gate per channel: what is erased of each key or written of each value (arXiv 2605.22791).
+    """Logistic gate per channel: the erase gate on keys and the write gate on values of GDN-2 (arXiv 2605.22791).
 
-    Without a bias it starts around 1/2, as beta does.
+    It has no bias, so it starts around 1/2, as beta does.
+
+    Args:
+        width: D, size of the residual stream.
+        heads: number of heads of the keys or values that it multiplies.
+        channels: C, channels of one head.
+        dtype: of the projection.
+        rngs: random streams for the parameters.
     """
 
     def __init__(self, width: int, heads: int, channels: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
-        """heads, channels: of the keys or values that it multiplies."""
+        """Create the parameters."""
         self.heads, self.channels = heads, channels
         self.project = linear(width, heads * channels, dtype, rngs=rngs)
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H C"]:
-        """The gate of each token, [B, T, H, C], in (0, 1)."""
+        """Return the gate of each token, in (0, 1)."""
         gate = jax.nn.sigmoid(self.project(x).astype(jnp.float32))
         return gate.reshape(*gate.shape[:2], self.heads, self.channels)
 
@@ -60,14 +74,18 @@ class ChannelGate(nnx.Module):
 class ForgetGate(nnx.Module):
     """Adaptive Preconditioner Forgetting: the log of a logistic gate per token and head (arXiv 2605.13473).
 
-    It starts from weight 0 and bias 6.9, 0.999 for every token, and weight decay leaves it there.
+    Weight 0 and bias 6.9 give 0.999 for every token at the start of training, and weight decay acts on neither.
+
+    Args:
+        width: D, size of the residual stream.
+        heads: P, number of preconditioners.
     """
 
     def __init__(self, width: int, heads: int) -> None:
-        """heads: of the preconditioner."""
+        """Create the parameters."""
         self.kernel = NoDecayParam(jnp.zeros((width, heads), jnp.float32))
         self.bias = NoDecayParam(jnp.full((heads,), _FORGET_BIAS, jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T P"]:
-        """The log of what is kept at each token."""
+        """Return the log of the fraction of the preconditioner that each token keeps."""
         return jax.nn.log_sigmoid(x.astype(jnp.float32) @ self.kernel[...] + self.bias[...][None, None])

@@ -1,4 +1,4 @@
-"""Small layers of the blocks: short convolution, normalisation, MLP."""
+"""Small layers of the blocks: short convolution, normalisation, MLP, embedding lookup, dropout."""
 
 import jax
 import jax.numpy as jnp
@@ -11,26 +11,32 @@ from osdn_jax.ops import checks, collectives
 
 
 class NoDecayParam(nnx.Param):
-    """A parameter that weight decay leaves alone: gates, rates, preconditioners, norms, convolutions."""
+    """A parameter without weight decay: gates, rates, preconditioners, convolutions."""
 
 
 class RMSNorm(nnx.RMSNorm):
-    """Flax's, computed in float32 whatever the type of its input, which is that of its output."""
+    """Flax's RMSNorm over the last axis, computed in float32; the output has the dtype of the input."""
 
     def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs) -> None:
-        """features: of the last axis, which is normalised."""
+        """Create the scale of each of the `features` of the last axis."""
         super().__init__(features, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
 
     def __call__(self, x: Float[Array, "*B D"], mask: jax.Array | None = None) -> Float[Array, "*B D"]:
-        """x / sqrt(mean(x^2) + epsilon) * scale."""
+        """Return x / sqrt(mean(x^2) + epsilon) * scale."""
         return super().__call__(x, mask).astype(x.dtype)
 
 
 class ShortConvolution(nnx.Module):
-    """Causal depthwise convolution along the sequence, without bias, that stays inside packed documents."""
+    """Causal depthwise convolution along the sequence, without bias, that stays inside packed documents.
+
+    Args:
+        channels: C, number of features; each has its own taps.
+        size: number of taps; the last one is on the current token.
+        rngs: random streams for the parameters.
+    """
 
     def __init__(self, channels: int, size: int, *, rngs: nnx.Rngs) -> None:
-        """channels: features, each with its own taps; size: taps, the last one on the current token."""
+        """Create the taps."""
         bound = size**-0.5  # PyTorch's Conv1d default, as in the papers' code
         taps = jax.random.uniform(rngs.params(), (size, channels), minval=-bound, maxval=bound)
         self.kernel = NoDecayParam(taps)
@@ -42,12 +48,22 @@ class ShortConvolution(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         context_axis: str | None = None,
     ) -> tuple[Float[Array, "B T C"], Float[Array, "B W C"]]:
-        """Convolves x, preceded by the window of the size - 1 inputs before it (zeros if None).
+        """Convolve a sequence, or its continuation.
 
-        Returns the outputs and the window for what follows. With context_axis, as in `ops.delta_rule`, the windows are
-        those before the first token of all and after the last.
+        Args:
+            x: [B, T, C].
+            window: [B, size - 1, C], the inputs before x, as returned by an earlier call. Default: zeros, the start of
+                a sequence.
+            segment_ids: [B, T] integers that tell packed documents apart. Default: one document per row.
+            context_axis: mesh axis that splits the sequence, as in `ops.delta_rule`. The windows are then those before
+                the first token and after the last token of the whole sequence.
 
-        Raises ValueError or TypeError for a window or segment_ids of another shape or type.
+        Returns:
+            The outputs [B, T, C], and the window for the next call.
+
+        Raises:
+            ValueError: window or segment_ids has another shape; or too few tokens on each device of context_axis.
+            TypeError: segment_ids are not integers.
         """
         kernel = self.kernel[...].astype(x.dtype)
         size, length = kernel.shape[0], x.shape[1]
@@ -72,7 +88,7 @@ class ShortConvolution(nnx.Module):
         padded = jnp.concatenate([window, x], axis=1)
         ids = None
         if segment_ids is not None:
-            # The window belongs to the document that goes on with the first token.
+            # The window belongs to the document of the first token.
             earlier = jnp.repeat(segment_ids[:, :1], size - 1, axis=1)
             if context_axis is not None:
                 earlier = collectives.before(segment_ids, context_axis, size - 1)
@@ -88,10 +104,18 @@ class ShortConvolution(nnx.Module):
 
 
 class SwiGLU(nnx.Module):
-    """Gated MLP: down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202)."""
+    """Gated MLP: down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202).
+
+    Args:
+        width: D, size of the residual stream.
+        hidden: number of hidden units.
+        layers: number of layers of the whole model, which scales the initial `down` projection.
+        dtype: of activations and matrix products; the parameters are float32.
+        rngs: random streams for the parameters.
+    """
 
     def __init__(self, width: int, hidden: int, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
-        """layers: of the whole model, for the scale at which the last projection starts."""
+        """Create the parameters."""
         self.width, self.hidden, self.dtype = width, hidden, dtype
         self.gate_and_up = linear(width, 2 * hidden, dtype, rngs=rngs)
         self.down = linear(hidden, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
@@ -107,13 +131,13 @@ class SwiGLU(nnx.Module):
         return nnx.graphdef(nnx.eval_shape(lambda: SwiGLU(self.width, hidden, 1, self.dtype, rngs=nnx.Rngs(0))))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
-        """Token by token."""
+        """Apply the MLP to each token."""
         gate, up = jnp.split(self.gate_and_up(x), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up)
 
 
 def embed(table: Float[Array, "Vocab D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
-    """Rows of an embedding for tokens; a token outside the vocabulary has NaN, so that a mistake shows."""
+    """Return the tokens' rows of an embedding; NaN for a token outside the vocabulary, so that the mistake shows."""
     return jnp.take(table, jnp.where(tokens < 0, table.shape[0], tokens), axis=0, mode="fill", fill_value=jnp.nan)
 
 
@@ -125,18 +149,28 @@ def linear(
     kernel_init: nnx.Initializer = initializers.kernel,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """A projection without bias; parameters float32, computation in dtype."""
+    """Return a projection without bias, with float32 parameters and computation in dtype."""
     return nnx.Linear(inputs, outputs, use_bias=False, dtype=dtype, kernel_init=kernel_init, rngs=rngs)
 
 
 def unit_norm(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
-    """x / sqrt(sum(x^2) + 1e-6) over the last axis, in float32; the type of x is kept."""
+    """Return x / sqrt(sum(x^2) + 1e-6) over the last axis, computed in float32, in the dtype of x.
+
+    The mixers normalise queries and keys with it.
+
+    Args:
+        x: [..., D].
+
+    Example:
+        >>> [f"{x:.3f}" for x in unit_norm(jnp.asarray([3.0, 4.0]))]
+        ['0.600', '0.800']
+    """
     wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def dropout(x: Float[Array, "B T D"], rate: float, key: jax.Array | None) -> Float[Array, "B T D"]:
-    """Zeroes each number with probability rate and scales the rest up by 1 / (1 - rate); without a key does nothing."""
+    """Zero each element with probability `rate` and scale the others by 1 / (1 - rate); without a key return x."""
     if key is None or rate == 0.0:
         return x
     kept = jax.random.bernoulli(key, 1.0 - rate, x.shape)

@@ -1,4 +1,4 @@
-"""Negative log likelihood of a batch: the sums that training and evaluation are made of."""
+"""Negative log likelihood of a batch, for the training loss and for evaluation."""
 
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -14,11 +14,17 @@ from osdn_jax.nn.split import Parameters
 
 
 class LikelihoodSums(NamedTuple):
-    """Weighted sums over the targets of a batch, float32."""
+    """Weighted sums over the targets of a batch, float32.
 
-    nats: Float[Array, ""]  # of negative log likelihoods
-    squared_normalizers: Float[Array, ""]  # of logsumexp(logits)^2
-    targets: Float[Array, ""]  # of the weights
+    Attributes:
+        nats: sum of negative log likelihoods; divided by `targets` it is the mean loss.
+        squared_normalizers: sum of logsumexp(logits)^2, for a z-loss.
+        targets: sum of the weights.
+    """
+
+    nats: Float[Array, ""]
+    squared_normalizers: Float[Array, ""]
+    targets: Float[Array, ""]
 
 
 def likelihood_sums(
@@ -29,21 +35,24 @@ def likelihood_sums(
     chunks: Chunks = DEFAULT_CHUNKS,
     dropout_key: jax.Array | None = None,
 ) -> LikelihoodSums:
-    """The sums of a batch, without its logits in memory. A target of weight 0 may be any number.
+    """Return the sums of a batch without forming its logits as a whole.
+
+    `CausalLM` shows it in a training step.
 
     Args:
-        apply: of `nn.split_model`, of a model with the methods `features` and `unembedding`.
-        parameters: of the model.
-        batch: inputs, targets, segment_ids and weights, [B, T] each.
-        chunks: as of `nn.cross_entropy`.
-        dropout_key: random key of the model's dropout; None for none.
+        apply: (parameters, ...) -> ..., as `nn.split_model` returns it for a model with the methods `features` and
+            `unembedding`.
+        parameters: the model's parameters.
+        batch: {"inputs", "targets", "segment_ids", "weights"}, [B, T] each; a target with weight 0 may be anything.
+        chunks: sizes of the logits formed at a time, as in `nn.cross_entropy`.
+        dropout_key: random key of the model's dropout. Default: None, no dropout.
     """
     hidden, _ = apply(
         parameters, batch["inputs"], segment_ids=batch["segment_ids"], dropout_key=dropout_key, method="features"
     )
     unembedding, targets = apply(parameters, method="unembedding"), jnp.asarray(batch["targets"])
-    of_tokens = cross_entropy if ambient_mesh() is None else cross_entropy_over_mesh
-    nats, normalizers = of_tokens(hidden, unembedding, targets, chunks)
+    loss = cross_entropy if ambient_mesh() is None else cross_entropy_over_mesh
+    nats, normalizers = loss(hidden, unembedding, targets, chunks)
     weights = jnp.asarray(batch["weights"])
 
     def weighted(x: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The causal language model."""
+"""The causal language model: embedding, residual blocks, norm and head."""
 
 import functools
 from typing import Any
@@ -17,14 +17,19 @@ from osdn_jax.nn.parallel import look_up, over_mesh
 from osdn_jax.nn.sharding import ambient_mesh, constrain, module_with_auto_axes
 from osdn_jax.ops import checks
 
-BlockState = MixerState | AttentionState
+BlockState = MixerState | AttentionState  # what a block carries from one call to the next
 
 
 class Block(nnx.Module):
-    """A pre-norm residual block: x + mixer(norm(x)), then x + mlp(norm(x))."""
+    """A pre-norm residual block: x + mixer(norm(x)), then x + mlp(norm(x)).
+
+    Args:
+        config: the configuration of the whole model.
+        rngs: random streams for the parameters.
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        """config: of the whole model."""
+        """Create the parameters."""
         width, dtype = config.mixer.width, jnp.dtype(config.dtype)
         self.dropout = config.dropout
         self.mixer_norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
@@ -40,7 +45,20 @@ class Block(nnx.Module):
         segment_ids: Int[Array, "B T"] | None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], BlockState | None]:
-        """Returns the residual stream after the block and the mixer's state after the last token (None over a mesh)."""
+        """Apply the block.
+
+        Args:
+            x: the residual stream, [B, T, D].
+            state: the mixer's state before the first token; None at the start of a sequence.
+            segment_ids: [B, T] integers that tell packed documents apart; None for one document per row.
+            dropout_key: random key of the config's dropout; None for no dropout.
+
+        Returns:
+            The residual stream after the block, and the mixer's state after the last token (None over a mesh).
+
+        Raises:
+            ValueError: a state over a mesh.
+        """
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
         mixed, state = self._mix(self.mixer_norm(x), state, segment_ids)
         x = x + dropout(mixed, self.dropout, keys[0])
@@ -49,7 +67,7 @@ class Block(nnx.Module):
         return x + dropout(out, self.dropout, keys[1]), state
 
     def preconditioner(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> dict[str, jax.Array]:
-        """The statistics of `CausalLM.preconditioners` for this block."""
+        """Return the statistics of `CausalLM.preconditioners` for this block."""
         config = self.mixer.config
         if getattr(config, "preconditioner", "none") == "none":
             raise ValueError("preconditioners: got a model whose rule has none")
@@ -75,10 +93,58 @@ class Block(nnx.Module):
 
 
 class CausalLM(nnx.Module):
-    """A causal language model over tokens; positions come from the recurrence, or from attention's rotations."""
+    """A causal language model over tokens; positions come from the recurrence, or from attention's rotations.
+
+    Args:
+        config: sizes and rule.
+        rngs: random streams; `params` initialises the parameters.
+
+    Example:
+        A model, the logits of a prompt (prefill), then one token at a time from the states (decoding):
+
+        >>> import jax, jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from osdn_jax import nn
+        >>> mixer = nn.mixer_config("osdn", width=16, heads=2, key_dim=8, value_dim=8)
+        >>> config = nn.ModelConfig(vocab_size=32, layers=1, mixer=mixer, mlp_dim=32)
+        >>> model = nn.CausalLM(config, rngs=nnx.Rngs(0))
+        >>> tokens = jnp.asarray([[3, 1, 4, 1, 5]], jnp.int32)
+        >>> logits, states = model(tokens[:, :4])
+        >>> logits.shape
+        (1, 4, 32)
+        >>> logits, states = model(tokens[:, 4:], states)
+        >>> logits.shape
+        (1, 1, 32)
+
+        A training step, on the model as a pure function of its parameters:
+
+        >>> import optax
+        >>> apply, parameters = nn.split_model(model)
+        >>> decay = optax.add_decayed_weights(1e-4, mask=nn.weight_decay_mask(model))
+        >>> optimizer = optax.chain(decay, optax.sgd(0.1))
+        >>> batch = {
+        ...     "inputs": tokens[:, :-1],
+        ...     "targets": tokens[:, 1:],
+        ...     "segment_ids": jnp.zeros((1, 4), jnp.int32),
+        ...     "weights": jnp.ones((1, 4)),
+        ... }
+        >>> @jax.jit
+        ... def step(parameters, optimizer_state, batch):
+        ...     def loss(parameters):
+        ...         sums = nn.likelihood_sums(apply, parameters, batch)
+        ...         return sums.nats / sums.targets
+        ...     value, gradient = jax.value_and_grad(loss)(parameters)
+        ...     updates, optimizer_state = optimizer.update(gradient, optimizer_state, parameters)
+        ...     return optax.apply_updates(parameters, updates), optimizer_state, value
+        >>> optimizer_state = optimizer.init(parameters)
+        >>> parameters, optimizer_state, before = step(parameters, optimizer_state, batch)
+        >>> parameters, optimizer_state, after = step(parameters, optimizer_state, batch)
+        >>> bool(after < before)
+        True
+    """
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
-        """config: sizes and rule; rngs: its `params` stream starts the parameters."""
+        """Create the parameters."""
         self.config = config
         width, dtype = config.mixer.width, jnp.dtype(config.dtype)
         self.embedding = nnx.Embed(
@@ -95,21 +161,25 @@ class CausalLM(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T Vocab"], tuple[BlockState | None, ...]]:
-        """Logits of the token after each token, float32, and the states of the blocks after the last one.
+        """Return the logits of the token after each token, and the blocks' states after the last one.
 
-        Under `jax.set_mesh` of a mesh with the axes of `nn.sharding` it runs over its devices, and keeps no states.
+        Under `jax.set_mesh` of a mesh with the axes `nn.MESH_AXES` the model runs on its devices and keeps no states.
 
         Args:
-            tokens: [B, T]; a whole sequence, or its continuation from states, down to one token at a time. One outside
-                the vocabulary has an embedding of NaN.
-            states: one per block; None is the start of a sequence.
-            segment_ids: packed documents; nothing passes from one to the next.
-            dropout_key: random key of the config's dropout; None for none, as in evaluation.
+            tokens: [B, T] integers: a whole sequence, or its continuation from `states`, down to one token at a time.
+                A token outside the vocabulary has an embedding of NaN.
+            states: one per block, as returned by an earlier call; None at the start of a sequence.
+            segment_ids: [B, T] integers that tell packed documents apart: nothing passes from one to the next. Default:
+                one document per row.
+            dropout_key: random key of the config's dropout; None (the default) for no dropout, as in evaluation.
+
+        Returns:
+            (logits [B, T, vocabulary] in float32, states); the states are None over a mesh.
 
         Raises:
-            ValueError: tokens are not [B, T], segment_ids have another shape, states are not one per block or those of
-                another batch or config.
-            TypeError: tokens or segment_ids are no integers; states of another kind of mixer.
+            ValueError: tokens are not [B, T]; segment_ids have another shape; states are not one per block, or belong
+                to another batch size or config.
+            TypeError: tokens or segment_ids are not integers; the states are those of another type of mixer.
         """
         tokens = self._check_tokens(tokens)
         return module_with_auto_axes(CausalLM._logits, self, tokens, states, segment_ids, dropout_key)
@@ -126,7 +196,10 @@ class CausalLM(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         dropout_key: jax.Array | None = None,
     ) -> tuple[Float[Array, "B T D"], tuple[BlockState | None, ...]]:
-        """What the head reads, in the config's dtype, and the states; arguments as of a call."""
+        """Return the inputs of the head [B, T, D] in the config's dtype, and the states.
+
+        The arguments and errors are those of a call.
+        """
         tokens = self._check_tokens(tokens)
         return module_with_auto_axes(CausalLM._features, self, tokens, states, segment_ids, dropout_key)
 
@@ -150,10 +223,18 @@ class CausalLM(nnx.Module):
     def preconditioners(
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
     ) -> dict[str, Float[Array, " L"]]:
-        """What the preconditioners multiply keys by, over the tokens, for each of the L blocks.
+        """Return statistics of the factors that the preconditioners multiply keys by, for each of the L blocks.
 
-        "mean", "min" and "max", and for bounded ones "clipped", the share of the multipliers on a bound. Raises
-        ValueError for a model whose rule has no preconditioner.
+        Args:
+            tokens: [B, T] integers.
+            segment_ids: [B, T] integers that tell packed documents apart.
+
+        Returns:
+            {"mean", "min", "max": [L]} over all tokens, heads and channels; for bounded preconditioners also "clipped",
+            the fraction of factors on a bound.
+
+        Raises:
+            ValueError: the model's rule has no preconditioner.
         """
         return module_with_auto_axes(CausalLM._preconditioners, self, self._check_tokens(tokens), segment_ids)
 
@@ -167,7 +248,7 @@ class CausalLM(nnx.Module):
         return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
 
     def unembedding(self) -> Float[Array, "Vocab D"]:
-        """The matrix of the head, a row for each token of the vocabulary: logits are features @ unembedding.T."""
+        """Return the matrix of the head, a row for each vocabulary entry: logits are features @ unembedding.T."""
         return self.embedding.embedding[...] if self.head is None else self.head.kernel[...].T
 
     def _check_tokens(self, tokens: jax.Array) -> jax.Array:
@@ -186,10 +267,10 @@ class CausalLM(nnx.Module):
             raise ValueError(f"states: got {got}, expected a tuple of {self.config.layers}, one per block, or None")
 
 
-# Blocks are alike: as a function of its parameters a block is traced and lowered once, however many there are.
+# All blocks have the same graph: as a function of its parameters, a block is traced and lowered once for all of them.
 @functools.partial(jax.jit, static_argnames=("graph", "remat"))
 def _run(
-    parameters: Any,  # the state of `nnx.split`
+    parameters: Any,  # the state that `nnx.split` returns
     x: jax.Array,
     state: BlockState | None,
     segment_ids: jax.Array | None,
@@ -198,7 +279,7 @@ def _run(
     graph: nnx.GraphDef,
     remat: str,
 ) -> tuple[jax.Array, BlockState | None]:
-    """A block, keeping for its gradient what ModelConfig.remat says and computing the rest again."""
+    """Apply a block; its gradient recomputes what `ModelConfig.remat` does not keep."""
 
     def block(parameters: Any, *arguments: Any) -> tuple[jax.Array, BlockState | None]:
         return nnx.merge(graph, parameters)(*arguments)

@@ -1,7 +1,7 @@
-"""Layers over a mesh: every device has its rows, its tokens, and its heads or hidden units.
+"""Layers over a mesh: each device computes some of the rows, of the tokens, and of the heads or hidden units.
 
-Parameters lie in parts on the devices of the axis fsdp and are brought together where they are used; their gradients
-are summed and parted again. Each device of the axis tensor computes a part of every output, summed over them.
+Parameters are sharded over the mesh axis fsdp: all-gathered on use, and their gradients reduce-scattered. The outputs
+of the shards over the axis tensor are partial sums, reduced over that axis.
 """
 
 from collections.abc import Callable
@@ -35,66 +35,75 @@ class TensorParallel(Protocol):
 
 def over_mesh(
     module: TensorParallel,
-    kind: str,
+    prefix: str,
     call: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
     mesh: jax.sharding.AbstractMesh,
     x: jax.Array,
     segment_ids: jax.Array | None = None,
 ) -> jax.Array:
-    """call(module, x [B, T, D], segment_ids [B, T]), which returns [B, T, D], over a mesh.
+    """Return call(module, x, segment_ids), [B, T, D], computed over a mesh.
 
     Args:
-        module: the module, whose output is a sum over its shards.
-        kind: the module's name in `nn.sharding`: "mixer" or "mlp".
-        call: runs a device's module on its part of x.
-        mesh: that of `jax.set_mesh`.
-        x: the residual stream.
-        segment_ids: packed documents.
+        module: the module; its output is the sum of its shards' outputs.
+        prefix: the module's name in the parameter table of `nn.sharding`, "mixer" or "mlp".
+        call: (shard of the module, x, segment_ids) -> output, on each device's shards of the arrays.
+        mesh: the mesh of `jax.set_mesh`.
+        x: the residual stream, [B, T, D].
+        segment_ids: [B, T] integers that tell packed documents apart; None for one document per row.
+
+    Raises:
+        ValueError: the axis tensor has a size that does not divide the heads or hidden units.
     """
     graph = module.shard(mesh.shape["tensor"])
-    places, axes, parameters = {}, {}, {}
+    variables, axes, parameters = {}, {}, {}
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         name = "/".join(map(str, path))
-        places[name] = (path, variable.type)
-        axes[name], value = parameter_axes(f"{kind}/{name}"), variable[...]
+        variables[name] = (path, variable.type)
+        axes[name], value = parameter_axes(f"{prefix}/{name}"), variable[...]
         if variable.type is nnx.Param and value.ndim == 2:
-            value = value.astype(x.dtype)  # as the layer would, but before it travels
-        parameters[name] = [value]
+            value = value.astype(x.dtype)  # as the layer does, but before the all-gather
+        parameters[name] = [value]  # one array per fused projection
         if name in module.fused:
             sizes = module.fused[name]
             ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
-            parameters[name] = jnp.split(value, ends, axis=-1)
+            parameters[name] = jnp.split(value, ends, axis=-1)  # so that each is sharded by its own heads
             axes[name] = ("width" if axes[name][0] == "fused" else None, "heads")
 
     def body(parameters: dict[str, list[jax.Array]], x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
         state = []
-        for name, pieces in parameters.items():
+        for name, projections in parameters.items():
             if "width" in axes[name]:
-                at = axes[name].index("width")
-                pieces = [lax.all_gather(piece, "fsdp", axis=at, tiled=True) for piece in pieces]
-            path, variable = places[name]
-            state.append((path, variable(jnp.concatenate(pieces, axis=-1))))
+                axis = axes[name].index("width")
+                projections = [lax.all_gather(y, "fsdp", axis=axis, tiled=True) for y in projections]
+            path, variable = variables[name]
+            state.append((path, variable(jnp.concatenate(projections, axis=-1))))
         return lax.psum(call(nnx.merge(graph, nnx.from_flat_state(state)), x, segment_ids), "tensor")
 
     stream, tokens = spec("batch", "time", None), spec("batch", "time")
-    in_specs = ({name: [spec(*axes[name])] * len(pieces) for name, pieces in parameters.items()}, stream, tokens)
+    of_parameters = {name: [spec(*axes[name])] * len(projections) for name, projections in parameters.items()}
+    in_specs = (of_parameters, stream, tokens)
     return jax.shard_map(body, in_specs=in_specs, out_specs=stream)(parameters, x, segment_ids)
 
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
-    """Rows of an embedding [Vocab, D] for tokens [B, T], over the mesh of `jax.set_mesh`: [B, T, D].
+    """Return the tokens' rows of an embedding, over the mesh of `jax.set_mesh`; NaN as in `layers.embed`.
 
-    A token outside the vocabulary has NaN, as in `layers.embed`.
+    Args:
+        table: [vocabulary, D].
+        tokens: [B, T] integers.
+
+    Returns:
+        [B, T, D].
     """
 
     def body(table: jax.Array, tokens: jax.Array) -> jax.Array:
         table = lax.all_gather(table, "fsdp", axis=1, tiled=True)
         row = tokens - table.shape[0] * lax.axis_index("tensor")
-        here = (row >= 0) & (row < table.shape[0])
-        rows = jnp.take(table, jnp.where(here, row, 0), axis=0)
+        is_local = (row >= 0) & (row < table.shape[0])
+        rows = jnp.take(table, jnp.where(is_local, row, 0), axis=0)
         outside = (tokens < 0) | (tokens >= table.shape[0] * lax.axis_size("tensor"))
         others = jnp.where(outside, jnp.asarray(jnp.nan, rows.dtype), jnp.zeros((), rows.dtype))
-        return lax.psum(jnp.where(here[..., None], rows, others[..., None]), "tensor")
+        return lax.psum(jnp.where(is_local[..., None], rows, others[..., None]), "tensor")
 
     in_specs = (spec("vocabulary", "width"), spec("batch", "time"))
     return jax.shard_map(body, in_specs=in_specs, out_specs=spec("batch", "time", None))(table, tokens)
@@ -103,9 +112,9 @@ def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:
 def cross_entropy_over_mesh(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunks: Chunks = DEFAULT_CHUNKS
 ) -> tuple[jax.Array, jax.Array]:
-    """`cross_entropy` over the mesh of `jax.set_mesh`: every device has tokens of its own, and the whole matrix.
+    """Compute `cross_entropy` over the mesh of `jax.set_mesh`: each device has some tokens and the whole matrix.
 
-    The matrix's gradient is summed over the devices once, not in every chunk.
+    The gradient of the matrix is summed over the devices once, not in every chunk.
     """
 
     def body(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -114,12 +123,12 @@ def cross_entropy_over_mesh(
 
     tokens = spec("batch", "position")
     in_specs = (spec("batch", "position", None), spec(None, None), tokens)
-    matrix = unembedding.astype(hidden.dtype)  # before it travels, as it is used
+    matrix = unembedding.astype(hidden.dtype)  # cast before the all-gather
     return jax.shard_map(body, in_specs=in_specs, out_specs=(tokens, tokens))(hidden, matrix, targets)
 
 
 def shard_size(name: str, size: int, count: int) -> int:
-    """size / count. Raises ValueError, naming what is to be split, where count does not divide it."""
+    """Return size / count. Raises a ValueError that names what is split if count does not divide it."""
     if size % count:
         raise ValueError(f"{name}: got {size}, expected a multiple of the {count} devices of the mesh axis tensor")
     return size // count

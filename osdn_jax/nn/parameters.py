@@ -1,4 +1,4 @@
-"""Parameters: their number, counted and by closed formula, and which of them weight decay and Muon act on."""
+"""Number of parameters, counted and by closed formula, and which of them weight decay and Muon act on."""
 
 import jax
 from flax import nnx
@@ -6,14 +6,17 @@ from flax import nnx
 from osdn_jax.nn.config import AttentionConfig, MixerConfig, ModelConfig
 from osdn_jax.nn.layers import NoDecayParam
 
+# Projections to the gates of the recurrences and preconditioners, by their name in a block.
+_GATES = {"beta", "decay", "erase_gate", "write_gate", "gram_decay", "gram_gain"}
+
 
 def count_parameters(model: nnx.Module) -> int:
-    """How many numbers the model learns."""
+    """Return the number of trainable parameters of a model, which may be abstract (`nnx.eval_shape`)."""
     return sum(x.size for x in jax.tree.leaves(nnx.state(model, nnx.Param)))
 
 
 def parameter_formula(config: ModelConfig) -> int:
-    """How many numbers a model of this config learns, by closed formula."""
+    """Return the number of trainable parameters of a `CausalLM`, by closed formula."""
     width = config.mixer.width
     block = 2 * width + mixer_formula(config.mixer) + 3 * width * config.mlp_dim
     embeddings = config.vocab_size * width * (1 if config.tied_embeddings else 2)
@@ -21,7 +24,7 @@ def parameter_formula(config: ModelConfig) -> int:
 
 
 def mixer_formula(config: MixerConfig | AttentionConfig) -> int:
-    """How many numbers a mixer of this config learns, by closed formula."""
+    """Return the number of trainable parameters of a mixer, by closed formula."""
     width, heads, key_dim = config.width, config.heads, config.key_dim
     values = heads * config.value_dim
     if isinstance(config, AttentionConfig):
@@ -40,29 +43,29 @@ def mixer_formula(config: MixerConfig | AttentionConfig) -> int:
         total += width * heads + 2 * heads
     elif config.decay == "channel":
         total += width * key_dim + key_dim * heads * key_dim + heads + heads * key_dim
-    scales = config.preconditioner_heads
+    preconditioners = config.preconditioner_heads
     if config.preconditioner == "hypergradient":
-        total += scales * key_dim + (width * scales + scales if config.hypergradient.forget else 0)
+        total += preconditioners * key_dim
+        total += width * preconditioners + preconditioners if config.hypergradient.forget else 0
     elif config.preconditioner == "gram":
-        total += 2 * width * scales + 3 * scales
+        total += 2 * width * preconditioners + 3 * preconditioners
     return total
 
 
-# Projections to the gates of the recurrences and preconditioners, by their place in a block.
-_GATES = {"beta", "decay", "erase_gate", "write_gate", "gram_decay", "gram_gain"}
-
-
-def muon_mask(model: nnx.Module) -> dict[str, bool]:
-    """Return True for the weight matrices of the blocks, which Muon updates: not embeddings, head, gates or norms."""
-    return {
-        name: decayed and name.startswith("blocks/") and _GATES.isdisjoint(name.split("/"))
-        for name, decayed in weight_decay_mask(model).items()
-    }
-
-
 def weight_decay_mask(model: nnx.Module) -> dict[str, bool]:
-    """Return True for the parameters that weight decay acts on: matrices that are not a `NoDecayParam`."""
+    """Return {parameter: does weight decay act on it}: True for matrices that are not a `NoDecayParam`."""
     return {
         "/".join(map(str, path)): x.get_value().ndim >= 2 and not issubclass(x.type, NoDecayParam)
         for path, x in nnx.to_flat_state(nnx.state(model))
+    }
+
+
+def muon_mask(model: nnx.Module) -> dict[str, bool]:
+    """Return {parameter: does Muon update it}: True for the blocks' weight matrices, except projections to gates.
+
+    The embedding and the head are not in a block, and a `NoDecayParam` is not a weight matrix.
+    """
+    return {
+        name: decayed and name.startswith("blocks/") and _GATES.isdisjoint(name.split("/"))
+        for name, decayed in weight_decay_mask(model).items()
     }

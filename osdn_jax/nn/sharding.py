@@ -1,6 +1,6 @@
-"""How parameters and activations lie on a mesh: each axis of an array has a name, and each name its mesh axes.
+"""Sharding of parameters and activations: each array axis has a logical name, and `AXIS_RULES` maps it to mesh axes.
 
-A model runs over several devices where its call is traced under `jax.set_mesh` of a mesh with the axes `MESH_AXES`.
+A model runs on several devices if it is called under `jax.set_mesh` of a mesh with the axes `MESH_AXES`.
 """
 
 import re
@@ -16,18 +16,18 @@ from jax.sharding import PartitionSpec as P
 MESH_AXES = ("data", "fsdp", "tensor", "context")
 
 AXIS_RULES: dict[str | None, Any] = {
-    "batch": ("data", "fsdp"),  # rows: copies of the model, and devices that share one copy's parameters
+    "batch": ("data", "fsdp"),  # rows: over copies of the model, and over the devices that share one copy's parameters
     "time": "context",  # tokens of a sequence
-    "position": ("context", "tensor"),  # likewise, where every token is for itself: the loss
-    "width": "fsdp",  # of the residual stream, in parameters
-    "fused": ("fsdp", "tensor"),  # likewise, of matrices that make several kinds of heads or units at once
-    "heads": "tensor",  # heads, and all that belongs to one head
+    "position": ("context", "tensor"),  # tokens of a sequence in the loss, where each token is independent
+    "width": "fsdp",  # the residual stream, in parameters
+    "fused": ("fsdp", "tensor"),  # the residual stream, in matrices that fuse several projections
+    "heads": "tensor",  # heads, and everything that belongs to one head
     "hidden": "tensor",  # units of the MLP
     "vocabulary": "tensor",
     None: None,
 }
 
-# By the end of a parameter's path, the first that fits.
+# (end of a parameter's path, names of its axes); the first match counts.
 _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding/embedding", ("vocabulary", "width")),
     (r"head/kernel", ("width", "vocabulary")),
@@ -47,7 +47,11 @@ _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
 
 
 def parameter_axes(name: str) -> tuple[str | None, ...]:
-    """The names of a parameter's axes, by its path in the model. Raises ValueError for one that has none."""
+    """Return the logical names of a parameter's axes, by its path in the model.
+
+    Raises:
+        ValueError: the table in this module has no entry for the parameter.
+    """
     for pattern, axes in _PARAMETERS:
         if re.search(rf"(^|/){pattern}$", name):
             return axes
@@ -55,21 +59,26 @@ def parameter_axes(name: str) -> tuple[str | None, ...]:
 
 
 def parameter_spec(name: str) -> P:
-    """Where a parameter lies."""
+    """Return the partition of a parameter, by its path such as "blocks/0/mixer/project/kernel"."""
     return spec(*parameter_axes(name))
 
 
 def spec(*axes: str | None) -> P:
-    """Where an array with axes of these names lies."""
+    """Return the partition of an array with these logical axes."""
     return P(*(AXIS_RULES[axis] for axis in axes))
 
 
 def with_auto_axes(call: Callable[..., Any], x: jax.Array, *arrays: Any) -> Any:
-    """call(x, *arrays), with Auto axes in place of a mesh's Explicit ones: the compiler finds how arrays lie.
+    """Return call(x, *arrays), computed with Auto axes if the mesh has Explicit ones: the compiler partitions it.
 
-    On a mesh with Explicit axes, that of `jax.set_mesh` or of x [B, T, ...], results of two axes and more lead with the
-    rows of x and are split by them as x is; in a mesh with the axes `MESH_AXES` as those say. Other results are whole
-    on every device. Without such a mesh it is the plain call.
+    The mesh is that of `jax.set_mesh`, or that of x. Results [B, T, ...] and [B, ...] are sharded by rows as x is (over
+    a mesh with the axes `MESH_AXES`, as those say); other results are replicated. Without Explicit axes this is the
+    plain call.
+
+    Args:
+        call: a function of arrays.
+        x: [B, T, ...].
+        arrays: further arguments of `call`, trees of arrays.
     """
     mesh = _explicit_mesh(x)
     if mesh is None:
@@ -101,7 +110,7 @@ def _explicit_mesh(x: jax.Array) -> jax.sharding.AbstractMesh | None:
 
 
 def module_with_auto_axes(method: Callable[..., Any], module: nnx.Module, x: jax.Array, *more: Any) -> Any:
-    """method(module, x, *more) likewise, where the module's parameters may be split over the mesh, too."""
+    """Return method(module, x, *more) as `with_auto_axes` does; the module's parameters may be sharded too."""
     if _explicit_mesh(x) is None:
         return method(module, x, *more)
     graph, parameters = nnx.split(module)
@@ -113,7 +122,7 @@ def module_with_auto_axes(method: Callable[..., Any], module: nnx.Module, x: jax
 
 
 def ambient_mesh() -> jax.sharding.AbstractMesh | None:
-    """The mesh of `jax.set_mesh` if a model is to run over it; None outside of one, and inside a `jax.shard_map`."""
+    """Return the mesh of `jax.set_mesh` if it has the axes `MESH_AXES`; None without, and inside a `jax.shard_map`."""
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty or not set(MESH_AXES) <= set(mesh.axis_names):
         return None
@@ -121,5 +130,5 @@ def ambient_mesh() -> jax.sharding.AbstractMesh | None:
 
 
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
-    """x, laid out over the mesh by the names of its axes; as it is without a mesh."""
+    """Return x with the sharding of these logical axes; x itself without a mesh."""
     return x if ambient_mesh() is None else jax.lax.with_sharding_constraint(x, spec(*axes))

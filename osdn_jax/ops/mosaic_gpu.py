@@ -1,4 +1,4 @@
-"""The Pallas kernels for Hopper GPUs as implementations of the operators."""
+"""Implementations of the operators by the Pallas kernels for Hopper GPUs."""
 
 import jax
 import jax.numpy as jnp
@@ -7,33 +7,34 @@ from osdn_jax.ops import selection
 from osdn_jax.ops.arguments import Call
 from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
 from osdn_jax.ops.selection import on_hopper
-from pallas_kernels import delta_rule as kernels
+from pallas_kernels import delta_rule as delta_rule_kernels
 from pallas_kernels import gram as gram_kernels
 from pallas_kernels import hypergradient as hypergradient_kernels
 from pallas_kernels.common.tiles import CHUNK
 
 
 def by_default() -> bool:
-    """Whether None is the kernels here, for what they serve."""
+    """Return True if `implementation=None` means the kernels, for the arguments that they support."""
     return selection.MOSAIC_GPU_MEASURED and on_hopper()
 
 
 def limitation(call: Call, chunk_size: int | None) -> str | None:
-    """Why the kernels cannot serve a call, naming the argument; None where they can."""
+    """Return why the kernels do not support a call, naming the argument; None if they do."""
     if chunk_size not in (None, CHUNK):
         return _chunk_limitation(chunk_size)
-    return kernels.limitation(call.q, call.k, call.v, call.beta, call.w)
+    return delta_rule_kernels.limitation(call.q, call.k, call.v, call.beta, call.w)
 
 
 def delta_rule(
     call: Call, *, erase: bool, scale: float, chunk_size: int | None, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
-    """The delta rule by kernels, or with interpret by their interpreter on any machine.
+    """Run the kernels of the delta rule, or with interpret their interpreter, on any machine.
 
-    Raises NotImplementedError where the kernels cannot serve the call, or without a Hopper GPU.
+    Raises:
+        NotImplementedError: the kernels do not support the call, or there is no Hopper GPU.
     """
     _refuse(limitation(call, chunk_size), interpret)
-    return kernels.delta_rule(
+    return delta_rule_kernels.delta_rule(
         call.q,
         call.k,
         call.v,
@@ -49,7 +50,7 @@ def delta_rule(
 
 
 def hypergradient_limitation(k: jax.Array, tokens: Tokens, chunk_size: int | None) -> str | None:
-    """Likewise for the hypergradient preconditioner of keys k [B, T, P, K]."""
+    """Return why the kernels do not support the hypergradient preconditioner of keys k [B, T, P, K], or None."""
     if chunk_size not in (None, CHUNK):
         return _chunk_limitation(chunk_size)
     if tokens.u.dtype != jnp.float32:
@@ -67,7 +68,7 @@ def hypergradient(
     multiply: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """The hypergradient preconditioner by kernels, its d or its write keys; raises as `delta_rule` does."""
+    """Run the kernels of the hypergradient preconditioner, for its d or its write keys; raise like `delta_rule`."""
     _refuse(hypergradient_limitation(k, tokens, chunk_size), interpret)
     return hypergradient_kernels.hypergradient(
         k,
@@ -85,7 +86,7 @@ def hypergradient(
 
 
 def gram_limitation(k: jax.Array, log_decay: jax.Array, chunk_size: int | None) -> str | None:
-    """Likewise for the Gram preconditioner of keys k [B, T, P, K]."""
+    """Return why the kernels do not support the Gram preconditioner of keys k [B, T, P, K], or None."""
     if chunk_size not in (None, CHUNK):
         return _chunk_limitation(chunk_size)
     return gram_kernels.limitation(k, log_decay)
@@ -104,7 +105,7 @@ def gram(
     multiply: bool,
     interpret: bool,
 ) -> tuple[jax.Array, jax.Array]:
-    """The Gram preconditioner by kernels, its multipliers or its write keys; raises as `delta_rule` does."""
+    """Run the kernels of the Gram preconditioner, for its multipliers or its write keys; raise like `delta_rule`."""
     _refuse(gram_limitation(k, log_decay, chunk_size), interpret)
     return gram_kernels.gram(
         k, log_decay, gain, center, squash, initial, restarts, multiply=multiply, interpret=interpret

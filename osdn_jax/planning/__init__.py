@@ -1,4 +1,4 @@
-"""What a training run needs of its devices, before they are there: memory, collectives, FLOPs, what fits."""
+"""Planning a training run without its devices: memory, collectives, FLOPs, and which options fit."""
 
 from osdn_jax.planning.formatting import as_json, report
 from osdn_jax.planning.planner import Plan, plan

@@ -1,4 +1,4 @@
-"""The arrays of a checkpoint: their names, shapes, dtypes and shardings, and a checksum of each."""
+"""The arrays of a checkpoint: names, shapes, dtypes, shardings and checksums."""
 
 import math
 from typing import Any
@@ -11,7 +11,7 @@ type PyTree = Any
 
 
 def leaves(tree: PyTree) -> list[tuple[str, Any]]:
-    """(path, leaf) of each leaf, such as ("params/head/kernel", array)."""
+    """Return (path, leaf) of each leaf, such as ("params/head/kernel", array)."""
     return [
         (jax.tree_util.keystr(path, simple=True, separator="/"), leaf)
         for path, leaf in jax.tree_util.tree_flatten_with_path(tree)[0]
@@ -28,7 +28,7 @@ def _check_leaf(path: str, leaf: Any) -> None:
 
 
 def abstract(tree: PyTree) -> PyTree:
-    """The tree's shapes, dtypes and shardings. Raises TypeError for a leaf that is no array and no such struct."""
+    """Return the tree's shapes, dtypes and shardings. Raises TypeError for a leaf that is neither array nor struct."""
     for path, leaf in leaves(tree):
         _check_leaf(path, leaf)
     first = jax.sharding.SingleDeviceSharding(jax.devices()[0])
@@ -36,7 +36,7 @@ def abstract(tree: PyTree) -> PyTree:
 
 
 def checksums(tree: PyTree) -> dict[str, int]:
-    """{path: checksum} of each array; one transfer of a number per array."""
+    """Return {path: checksum} of each array; transfers one number per array from the device."""
     for path, leaf in leaves(tree):
         _check_leaf(path, leaf)
     return {path: int(x) for path, x in [(path, _checksum(leaf)) for path, leaf in leaves(tree)]}
@@ -44,10 +44,10 @@ def checksums(tree: PyTree) -> dict[str, int]:
 
 @jax.jit
 def _checksum(x: jax.Array) -> jax.Array:
-    """Σ word · (2 · position + 1) mod 2³² over the array's words of at most 32 bits: uint32 [].
+    """Return Σ word · (2 · position + 1) mod 2³² over the array's words of at most 32 bits: uint32 [].
 
-    Any one changed word changes it, because an odd factor is invertible mod 2³². Positions come from the indices of
-    each axis, so a sharded array is summed where it is.
+    A change of any single word changes it, because an odd factor is invertible mod 2³². Positions are computed from the
+    indices of each axis, so a sharded array is summed in place.
     """
     if x.dtype == jnp.bool_:
         x = x.astype(jnp.uint8)

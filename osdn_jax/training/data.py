@@ -31,7 +31,6 @@ from osdn_jax.data.streams import HUB
 from osdn_jax.training import fingerprints
 
 type Text = list[Document] | PreparedTokens
-type Counted = PackedWindows | TokenWindows
 
 _FIRST_DOCUMENTS = 16  # of a stream that nothing is held out of, for its fingerprint
 
@@ -59,7 +58,7 @@ class Data(NamedTuple):
 class _Part(NamedTuple):
     """One source: windows to train on, what is held out of it, and the fingerprint of the text to train on."""
 
-    windows: Counted | StreamedWindows
+    windows: TokenWindows | StreamedWindows
     held_out: Text | None
     fingerprint: str
 
@@ -197,7 +196,7 @@ def _streamed(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
     return _Part(windows, held_out, fingerprints.of_documents(first))
 
 
-def _windows(text: Text, tokenizer: Tokenizer, length: int) -> Counted:
+def _windows(text: Text, tokenizer: Tokenizer, length: int) -> TokenWindows:
     if isinstance(text, PreparedTokens):
         return TokenWindows(text, length)
     if isinstance(tokenizer, ByteTokenizer):
@@ -205,10 +204,10 @@ def _windows(text: Text, tokenizer: Tokenizer, length: int) -> Counted:
     return TokenWindows(TokenizedDocuments(text, tokenizer), length)
 
 
-def _tokens_per_byte(windows: Sequence[Counted | StreamedWindows]) -> float:
+def _tokens_per_byte(windows: Sequence[TokenWindows | StreamedWindows]) -> float:
     counted = [part for part in windows if not isinstance(part, StreamedWindows)]
     return sum(part.text_tokens for part in counted) / sum(part.text_bytes for part in counted)
 
 
-def _size(windows: Sequence[Counted], of_what: str = " of text") -> str:
+def _size(windows: Sequence[TokenWindows], of_what: str = " of text") -> str:
     return f"{sum(part.text_bytes for part in windows) / 1e6:.2f} MB{of_what}"

@@ -41,13 +41,13 @@ def splits(case: Case, arguments: Any, axis: str) -> Any:
         name = getattr(path[-1], "key", None) or ("out", "state")[path[-1].idx]
         if case.sharded == "batch":
             return P() if name == "center" else P(axis)
-        heads = {"center": 0, "restart": None, "resets": None, **dict.fromkeys(_STATES, 1)}.get(name, 2)
+        heads = {"center": 0, "resets": None, **dict.fromkeys(_STATES, 1)}.get(name, 2)
         return P() if heads is None else P(*[None] * heads, axis)
 
     return jax.tree.map_with_path(split, arguments)
 
 
-_STATES = ("state", "initial_state", "initial", "restart_state", "anchor")
+_STATES = ("state", "initial_state", "initial", "after_reset", "anchor")
 
 
 def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
@@ -81,12 +81,12 @@ def _hypergradient(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]
     keys, tokens = (BATCH, case.length, HEADS, case.key_dim), _array(BATCH, case.length, HEADS)
     state = _array(BATCH, HEADS, case.key_dim)
     arrays = {"k": _array(*keys, dtype=dtype), "step": tokens, "beta": tokens}
-    arrays |= {"initial": state, "restart_state": state}
+    arrays |= {"initial": state, "after_reset": state}
     if "forget" in case.options:
         arrays |= {"log_forget": tokens, "anchor": state}
     if "documents" in case.options:
-        arrays["restart"] = _array(BATCH, case.length, dtype=bool)
-    absent = dict.fromkeys(("log_forget", "restart", "anchor"))
+        arrays["resets"] = _array(BATCH, case.length, dtype=bool)
+    absent = dict.fromkeys(("log_forget", "resets", "anchor"))
     options: dict[str, Any] = {"bounds": (0.0, 2.0) if "bounds" in case.options else None, "multiply": multiply}
     out = _array(*keys, dtype=dtype if multiply else jnp.float32)
     return arrays, (out, state), lambda given: hypergradient(**(absent | given), **options)

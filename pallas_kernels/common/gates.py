@@ -1,4 +1,4 @@
-"""What every token of a chunk is scaled by, as the kernels read it."""
+"""Per-token scale factors of a chunk, in the layout that the kernels read."""
 
 from typing import Any
 
@@ -9,35 +9,36 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.tiles import CHUNK, column_scale, indices, row_scale
 
-# Rows of the gates of a chunk, [GATES, 64] float32; the first three are all that the recurrences read.
+# Rows of the gates of a chunk, [GATES, 64] float32. The scans read the first three only.
 BETA = 0
-FROM_START = 1  # what is left, at a token, of the memory that the chunk starts with
-TO_END = 2  # what is left, at the end of the chunk, of what a token writes
+FROM_START = 1  # decay from the start of the chunk to a token: the factor on the state
+TO_END = 2  # decay from a token to the end of the chunk: the factor on its write
 SCALES = 3
-# The last three are read along columns too. The sum of the log decays from the start of the chunk is two numbers, a
-# multiple of 1/256 and the rest: the first's differences are exact beside resets, and the second's are small.
+# The last three are also read along columns, for the decay of each pair of tokens. The sum of the log decays since the
+# start of the chunk is kept as a multiple of 1/256 plus a remainder: differences of the former stay exact next to
+# resets, and those of the latter are small.
 COARSE, FINE = 3, 4
-SEGMENT = 5  # how often the memory has restarted since the start of the chunk
+SEGMENT = 5  # number of resets since the start of the chunk
 GATES = 6
 PAIR_ROWS = 3
 
-# The least log decay that kernels are given; its exp is 0, as is that of anything below -104. With it the sums of 64
-# tokens stay within 2^16, up to which multiples of 1/256 are exact, so that it adds no error to the decays beside it.
+# The smallest log decay that kernels receive. Its exp is 0, like that of anything below -104. With this bound the sums
+# over 64 tokens stay within 2^16, up to which multiples of 1/256 are exact, so it adds no error to its neighbours.
 LOWEST = -1000.0
 
 
 def to_chunks(x: jax.Array) -> jax.Array:
-    """[B, T, H] -> [B, H, N, 64]."""
+    """Reshape [B, T, H] to [B, H, N, 64]."""
     return x.swapaxes(1, 2).reshape(x.shape[0], x.shape[2], -1, CHUNK)
 
 
 def from_chunks(x: jax.Array) -> jax.Array:
-    """[B, H, N, 64] -> [B, T, H]."""
+    """Reshape [B, H, N, 64] to [B, T, H]."""
     return x.reshape(*x.shape[:2], -1).swapaxes(1, 2)
 
 
 def pad_to_multiple(x: jax.Array, multiple: int = CHUNK) -> jax.Array:
-    """[B, T, ...] with zeros after the last token, up to a multiple of tokens."""
+    """Pad [B, T, ...] with zeros after the last token, to a multiple of tokens."""
     return jnp.pad(x, [(0, 0), (0, -x.shape[1] % multiple)] + [(0, 0)] * (x.ndim - 2))
 
 
@@ -48,28 +49,24 @@ def segments_of(resets: jax.Array) -> jax.Array:
 
 
 def clamped(log_decay: jax.Array) -> jax.Array:
-    """Log decays of at least `LOWEST`, in place of resets down to -inf, which get no gradient. NaN stays NaN."""
+    """Raise log decays below `LOWEST`, down to -inf, to it; those get no gradient. NaN stays NaN."""
     return jnp.where(log_decay < LOWEST, LOWEST, log_decay)
 
 
 def two_sums(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Log decays [..., 64] summed from the start, as a multiple of 1/256 and the rest."""
+    """Return the sums of log decays [..., 64] since the start as a multiple of 1/256 and a remainder."""
     coarse = jnp.round(log_decay * 256.0) / 256.0
     return jnp.cumsum(coarse, axis=-1), jnp.cumsum(log_decay - coarse, axis=-1)
 
 
-def pair_rows_of(gates: Any) -> Any:
-    """The rows of the gates of a chunk that are read along columns, [PAIR_ROWS, 64]."""
-    return gates.at[pl.ds(GATES - PAIR_ROWS, PAIR_ROWS)]
-
-
-def pair_rows_tile(*stages: int) -> Any:
-    """Shared memory for them: the compiler gives one vector one layout, along rows or along columns."""
-    return plgpu.SMEM((*stages, PAIR_ROWS, CHUNK), jnp.float32)
-
-
 def gates_of(beta: jax.Array, log_decay: jax.Array | None, segment: jax.Array | None) -> jax.Array:
-    """Return gates [B, H, N, GATES, 64] from beta, a scalar log decay [B, T, H] and segments [B, N, 64] float32."""
+    """Return the gates [B, H, N, GATES, 64].
+
+    Args:
+        beta: [B, T, H].
+        log_decay: scalar log decay [B, T, H], or None.
+        segment: of each token, from `segments_of` [B, N, 64] float32, or None without resets.
+    """
     beta = to_chunks(beta)
     ones, zeros = jnp.ones_like(beta), jnp.zeros_like(beta)
     rows = [beta, ones, ones, zeros, zeros, zeros]
@@ -85,14 +82,27 @@ def gates_of(beta: jax.Array, log_decay: jax.Array | None, segment: jax.Array | 
     return jnp.stack(rows, axis=3)
 
 
+def pair_rows_of(gates: Any) -> Any:
+    """Return the rows [PAIR_ROWS, 64] of the gates of a chunk that are also read along columns."""
+    return gates.at[pl.ds(GATES - PAIR_ROWS, PAIR_ROWS)]
+
+
+def pair_rows_tile(*stages: int) -> Any:
+    """Return shared memory for a second copy of these rows.
+
+    The compiler gives a vector in shared memory a single layout, along rows or along columns.
+    """
+    return plgpu.SMEM((*stages, PAIR_ROWS, CHUNK), jnp.float32)
+
+
 def pair_decay(gates: Any, pair_rows: Any, *, decay: bool, resets: bool) -> jax.Array:
-    """What is left at token i of what token j <= i wrote, else 0: [64, 64].
+    """Return the decay [64, 64] from token j to token i >= j; 0 above the diagonal and between segments.
 
     Args:
         gates: of the chunk [GATES, 64], in shared memory.
-        pair_rows: its rows that are also read along columns, `pair_rows_of(gates)`, in shared memory.
+        pair_rows: the second copy of `pair_rows_of(gates)`, in shared memory.
         decay: apply the scalar decay of COARSE and FINE.
-        resets: keep only pairs of one segment.
+        resets: keep only pairs within one segment.
     """
     i, j = indices((CHUNK, CHUNK))
     keep = i >= j
@@ -100,7 +110,7 @@ def pair_decay(gates: Any, pair_rows: Any, *, decay: bool, resets: bool) -> jax.
     if resets:
         left = jnp.where(row_scale(gates.at[SEGMENT], left) == _column(pair_rows, SEGMENT, left), left, 0.0)
     if decay:
-        # Above the diagonal the difference is positive and may overflow: it is cut before it is exponentiated.
+        # Above the diagonal the difference is positive and may overflow: mask it before taking exp.
         sums = row_scale(gates.at[COARSE], left) - _column(pair_rows, COARSE, left)
         sums = sums + (row_scale(gates.at[FINE], left) - _column(pair_rows, FINE, left))
         left = left * jnp.exp(jnp.where(keep, sums, 0.0))

@@ -1,4 +1,4 @@
-"""The inverse of a unit lower triangular 64 x 64 matrix on the tensor cores, to float32's order of precision."""
+"""The inverse of a unit lower triangular 64 x 64 matrix on the tensor cores, to about float32 precision."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -11,36 +11,46 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.tiles import CHUNK, indices, products, read, smem, split, split_terms
 
-BLOCK = 16  # the tensor cores' shortest sum
+BLOCK = 16  # rows and columns of a diagonal block: the shortest sum of the tensor cores
 
 
-def _scratch(columns: int) -> Any:
-    """A float32 matrix as the sum of two bfloat16 ones, 16 bits of its 24, whose columns are read in blocks of 16."""
+def _halves(columns: int) -> Any:
+    """Return shared memory for a float32 matrix as two bfloat16 halves, which hold 16 of its 24 bits.
+
+    Its columns are read in blocks of 16.
+    """
     return smem(2, CHUNK, columns, dtype=jnp.bfloat16, swizzle=2 * BLOCK)
 
 
-SCRATCH = [_scratch(columns) for columns in (CHUNK, CHUNK, BLOCK, BLOCK, 2 * BLOCK)]
+SCRATCH = {
+    "matrix": _halves(CHUNK),  # A
+    "inverse": _halves(CHUNK),
+    "diagonal": _halves(BLOCK),  # the inverses of the diagonal blocks, stacked
+    "corner": _halves(BLOCK),
+    "wide": _halves(2 * BLOCK),
+}
 
 
-def unit_lower_inverse(lower: jax.Array, scratch: Sequence[Any]) -> jax.Array:
-    """(I + A)^-1 for A [64, 64] in registers, whose numbers on and above the diagonal are ignored.
+def unit_lower_inverse(lower: jax.Array, scratch: Any) -> jax.Array:
+    """Return (I + A)^-1 for A [64, 64] in registers, whose elements on and above the diagonal are ignored.
 
-    By block doubling: X, the inverse of the diagonal blocks of size n, becomes that of twice the size as X - X (A X),
-    where of A X only the corners that join two blocks count. This is backward stable where keys are nearly parallel,
-    and a Neumann series is not. Each product is three of the bfloat16 halves, and of the columns and rows that count.
+    By block doubling: X, the inverse of the diagonal blocks of size n, becomes that of the blocks of size 2n as
+    X - X (A X), where of A X only the corners that join two blocks count. This is backward stable if keys are nearly
+    parallel; a Neumann series is not. Each product is three products of bfloat16 halves, restricted to the rows and
+    columns that contribute.
 
     Args:
         lower: A.
-        scratch: shared memory as in `SCRATCH`; `times_inverse` needs it as it is left.
+        scratch: namespace of references to `SCRATCH`; `times_inverse` needs their contents.
     """
-    a, x, diagonal, corner, wide = scratch
+    a, x, diagonal, wide = scratch.matrix, scratch.inverse, scratch.diagonal, scratch.wide
     joined = wide.at[:, :, pl.ds(0, BLOCK)]
     i, j = indices((CHUNK, CHUNK))
     _split(jnp.where(i > j, lower, 0.0), a)
     plgpu.commit_smem()
-    inverse = _diagonal_inverse(a, (diagonal, corner, joined))
+    inverse = _diagonal_inverse(a, diagonal, scratch.corner, joined)
 
-    # From 16 to 32: the columns of blocks 0 and 2 receive what joins them with blocks 1 and 3.
+    # From 16 to 32: join block 1 to block 0 and block 3 to block 2, in the columns of blocks 0 and 2.
     _split(inverse, diagonal)
     plgpu.commit_smem()
     first, second = _products(*((_columns(a, c), _rows(diagonal, c)) for c in (0, 2)))
@@ -54,7 +64,7 @@ def unit_lower_inverse(lower: jax.Array, scratch: Sequence[Any]) -> jax.Array:
         _split(jnp.where(block == c + 1, -corners[c], column) if c in corners else column, _columns(x, c))
     plgpu.commit_smem()
 
-    # From 32 to 64: the columns of blocks 0 and 1 do.
+    # From 32 to 64: join blocks 2 and 3 to blocks 0 and 1, in the columns of the latter.
     left = _columns(x, 0, 2)
     (product,) = _products((_columns(a, 0, 2), _rows(left, 0, 2)))
     _split(product, wide)
@@ -65,29 +75,27 @@ def unit_lower_inverse(lower: jax.Array, scratch: Sequence[Any]) -> jax.Array:
     return read(x.at[0]) + read(x.at[1])
 
 
-def times_inverse(matrix: jax.Array, scratch: Sequence[Any]) -> jax.Array:
-    """matrix [64, 64] in registers times the inverse that `unit_lower_inverse` left in scratch, as precisely."""
-    a, x, *_ = scratch
-    _split(matrix, a)
+def times_inverse(matrix: jax.Array, scratch: Any) -> jax.Array:
+    """Return matrix [64, 64], in registers, times the inverse that `unit_lower_inverse` left in scratch."""
+    _split(matrix, scratch.matrix)
     plgpu.commit_smem()
-    return _products((a, x))[0]
+    return _products((scratch.matrix, scratch.inverse))[0]
 
 
-def _diagonal_inverse(a: Any, scratch: Sequence[Any]) -> jax.Array:
-    """The inverses of the four diagonal blocks [16, 16] of I + A, under one another [64, 16]."""
-    x, corner, joined = scratch
+def _diagonal_inverse(a: Any, x: Any, corner: Any, joined: Any) -> jax.Array:
+    """Return the inverses of the four diagonal blocks [16, 16] of I + A, stacked [64, 16]."""
     i, j = indices((CHUNK, BLOCK))
     block, i = i >> 4, i & (BLOCK - 1)
 
-    def own(blocks: Sequence[jax.Array]) -> jax.Array:
-        """Of matrices [64, 16], one per block, the rows of that block."""
-        first, second, third, fourth = blocks
+    def diagonal(columns: Sequence[jax.Array]) -> jax.Array:
+        """Select from each of four block columns [64, 16] the rows of its diagonal block."""
+        first, second, third, fourth = columns
         return jnp.where(block < 2, jnp.where(block == 0, first, second), jnp.where(block == 2, third, fourth))
 
     def times(left: Any, right: Any) -> jax.Array:
-        return own(_products(*((left, _rows(right, c)) for c in range(4))))
+        return diagonal(_products(*((left, _rows(right, c)) for c in range(4))))
 
-    lower = own([read(_columns(a, c).at[0]) + read(_columns(a, c).at[1]) for c in range(4)])
+    lower = diagonal([read(_columns(a, c).at[0]) + read(_columns(a, c).at[1]) for c in range(4)])
     inverse = jnp.where(i == j, 1.0, jnp.where((i == j + 1) & (i & 1 == 1), -lower, 0.0))
 
     def double(level: Any, inverse: jax.Array) -> jax.Array:
@@ -98,7 +106,7 @@ def _diagonal_inverse(a: Any, scratch: Sequence[Any]) -> jax.Array:
         _split(times(corner, x), joined)
         plgpu.commit_smem()
         inverse = inverse - times(x, joined)
-        plgpu.commit_smem()  # the operands have served
+        plgpu.commit_smem()  # the operands are dead: the next level overwrites them
         return inverse
 
     return lax.fori_loop(0, 3, double, inverse)
@@ -109,7 +117,7 @@ def _split(value: jax.Array, matrix: Any) -> None:
 
 
 def _products(*pairs: tuple[Any, Any]) -> list[jax.Array]:
-    """Products of matrices in two halves each."""
+    """Return products of matrices that are each given as two halves."""
     return products(*(split_terms([a.at[0], a.at[1]], [b.at[0], b.at[1]]) for a, b in pairs))
 
 

@@ -1,6 +1,6 @@
-"""Kernels in a program that is sharded by `jax.jit`: every device runs those of its own batch and heads.
+"""Partition kernels in programs that `jax.jit` shards: every device runs them on its shard of batch and heads.
 
-To XLA's partitioner a kernel is opaque: by itself it would gather all arguments and compute everything on every device.
+A kernel is opaque to XLA's partitioner, which would gather all arguments and run the whole kernel on every device.
 """
 
 import functools
@@ -15,8 +15,8 @@ from jax.experimental.custom_partitioning import custom_partitioning
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
-# What an axis of an array is, a letter each: "b" batch, "k" key heads, "h" value heads, "." an axis that a kernel needs
-# whole; A, B, ... are axes of vmap, the innermost first.
+# The axes of an array, one letter each: "b" batch, "k" key heads, "h" value heads, "." an axis that a kernel needs
+# unsharded; A, B, ... are axes of vmap, innermost first.
 Axes = str
 
 _GROUP = "group"  # value heads of one key head
@@ -24,15 +24,15 @@ _MAPPED = string.ascii_uppercase
 
 
 class Heads(NamedTuple):
-    """Key heads, and how many value heads each of them has."""
+    """Number of key heads and of value heads per key head."""
 
     keys: int
     group: int = 1
 
-    def split(self, parts: int) -> bool:
-        """Whether each of as many parts of the value heads has whole groups, or all of them one key head."""
-        each, rest = divmod(self.keys * self.group, parts)
-        return rest == 0 and (each % self.group == 0 or self.group % each == 0)
+    def divisible(self, shards: int) -> bool:
+        """Return True if every shard of the value heads has whole groups, or heads of one group only."""
+        each, remainder = divmod(self.keys * self.group, shards)
+        return remainder == 0 and (each % self.group == 0 or self.group % each == 0)
 
 
 def per_shard(
@@ -40,42 +40,42 @@ def per_shard(
     arguments: Any,
     axes: Any,
     results: Sequence[Axes],
-    static: Any,
+    options: Any,
     *,
     heads: Heads,
     interpret: bool,
 ) -> list[jax.Array]:
-    """function(arguments, static), by each device for its own part of the batch and heads where jit shards them.
+    """Return function(arguments, options); where jit shards batch or heads, each device runs it on its own shard.
 
-    It is compiled once for all calls of the same shapes, also where the caller is not compiled. Inside of `shard_map`,
-    on one device and in the interpreter it is what it would be without.
+    It is compiled once for all calls of the same shapes, even if the caller is not compiled. Inside `shard_map`, on one
+    device and in the interpreter it adds nothing.
 
     Args:
-        function: returns a list of arrays; of any batch and heads, without mixing them. Not a closure.
+        function: returns a list of arrays, for any batch and heads, without mixing them. Not a closure.
         arguments: a tree of arrays.
         axes: of every array, in the order of the tree.
-        results: those of every result.
-        static: hashable.
-        heads: of the whole arrays.
-        interpret: whether the kernels are interpreted, which knows nothing of several devices.
+        results: axes of every result.
+        options: hashable.
+        heads: of the unsharded arrays.
+        interpret: True if the kernels are interpreted; the interpreter does not support several devices.
 
     Raises:
-        NotImplementedError: inside of a `shard_map` over some axes of the mesh but not all.
+        NotImplementedError: inside a `shard_map` over some but not all axes of the mesh.
     """
     flat, tree = jax.tree.flatten(arguments)
     letters = tuple(jax.tree.leaves(axes))
     plain = interpret or _in_shard_map()
-    return list(_entry(function, static, tree, letters, tuple(results), heads, plain)(*flat))
+    return list(_entry(function, options, tree, letters, tuple(results), heads, plain)(*flat))
 
 
 def _in_shard_map() -> bool:
-    """Whether each device is given its part. Raises NotImplementedError where it is, but along some mesh axes only."""
+    """Return True inside a shard_map over all mesh axes; raise NotImplementedError inside one over some of them."""
     mesh = jax.sharding.get_abstract_mesh()
-    rest = [name for name, size in mesh.shape.items() if size > 1 and name not in mesh.manual_axes]
-    if mesh.manual_axes and rest:
+    others = [name for name, size in mesh.shape.items() if size > 1 and name not in mesh.manual_axes]
+    if mesh.manual_axes and others:
         inside = ", ".join(mesh.manual_axes)
         raise NotImplementedError(
-            f"jax.shard_map: got one over {inside}, with {', '.join(rest)} left to jit, the kernels need all or none"
+            f"jax.shard_map: got one over {inside}, with {', '.join(others)} left to jit, the kernels need all or none"
         )
     return bool(mesh.manual_axes)
 
@@ -83,7 +83,7 @@ def _in_shard_map() -> bool:
 @functools.cache
 def _entry(
     function: Callable[[Any, Any], Sequence[jax.Array]],
-    static: Any,
+    options: Any,
     tree: Any,
     axes: tuple[Axes, ...],
     results: tuple[Axes, ...],
@@ -91,7 +91,7 @@ def _entry(
     plain: bool,
 ) -> Callable[..., Sequence[jax.Array]]:
     def run(*flat: jax.Array) -> list[jax.Array]:
-        return list(function(tree.unflatten(flat), static))
+        return list(function(tree.unflatten(flat), options))
 
     return _partitioned(run, axes, results, heads, plain)
 
@@ -99,7 +99,7 @@ def _entry(
 def _partitioned(
     run: Callable[..., list[jax.Array]], axes: Sequence[Axes], results: Sequence[Axes], heads: Heads, plain: bool
 ) -> Callable[..., Sequence[jax.Array]]:
-    """run, if not plain partitioned, with a rule for vmap: a partitioned function has none of its own."""
+    """Return run, partitioned unless plain, with a batching rule: a partitioned function has none."""
     sharded = run if plain else _with_rule(run, axes, results, heads)
     mappable = jax.custom_batching.custom_vmap(jax.jit(sharded))
 
@@ -107,7 +107,7 @@ def _partitioned(
     def _(_: int, mapped: Sequence[bool], *flat: jax.Array) -> tuple[Sequence[jax.Array], list[bool]]:
         letter = _MAPPED[sum(x in _MAPPED for x in results[0])]
         places = [0 if each else None for each in mapped]
-        many = jax.vmap(run, in_axes=places)  # of no given size: a device may have fewer
+        many = jax.vmap(run, in_axes=places)  # of any size: a device may have fewer
         inner = [letter + x if each else x for x, each in zip(axes, mapped, strict=True)]
         out = _partitioned(many, inner, [letter + x for x in results], heads, plain)(*flat)
         return out, [True] * len(out)
@@ -124,15 +124,15 @@ def _with_rule(
         shardings = [NamedSharding(mesh, P(*(split[letter] for letter in x))) for x in letters]
 
         def by_device(*flat: jax.Array) -> list[jax.Array]:
-            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # what it is given is split no more
-                return _with_own_keys(run, axes, split, heads, mesh, *flat)
+            with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), ())):  # its arguments are already local
+                return _with_local_keys(run, axes, split, heads, mesh, *flat)
 
         return mesh, by_device, shardings[len(axes) :], tuple(shardings[: len(axes)])
 
     sharded = custom_partitioning(run)
     left, right = (
-        ", ".join(_factors(name, i, x, heads) for i, x in enumerate(part))
-        for name, part in (("given", axes), ("made", results))
+        ", ".join(_factors(name, i, x, heads) for i, x in enumerate(arrays))
+        for name, arrays in (("given", axes), ("made", results))
     )
     rule = f"{left} -> {right}"
     whole = tuple(word for word in rule.replace(",", " ").split() if word.startswith(("given", "made")))
@@ -142,16 +142,17 @@ def _with_rule(
 
 
 def _factors(name: str, number: int, axes: Axes, heads: Heads) -> str:
-    """The axes of an array in the notation of sharding rules."""
+    """Return the axes of an array in the notation of sharding rules."""
     values = "keys" if heads.group == 1 else _GROUP if heads.keys == 1 else f"(keys {_GROUP})"
     names = {"b": "batch", "k": "keys", "h": values} | {letter: f"mapped{letter}" for letter in _MAPPED}
     return " ".join(names.get(letter, f"{name}{number}_{i}") for i, letter in enumerate(axes))
 
 
 def _agreed(axes: Sequence[Axes], arrays: Sequence[Any], heads: Heads) -> dict[str, tuple[str, ...]]:
-    """For every letter the mesh axes to split it over, in all arrays: the finest split that any of them has now.
+    """Return the mesh axes to shard each letter over, in all arrays: the finest sharding that any of them has.
 
-    Key heads are split with their value heads, as far as there are enough of them. What a kernel needs whole is not.
+    Key heads are sharded like their value heads, as far as there are enough of them; axes that a kernel needs unsharded
+    are not.
     """
     found: dict[str, tuple[str, ...]] = {}
     for letters, array in zip(axes, arrays, strict=True):
@@ -165,11 +166,11 @@ def _agreed(axes: Sequence[Axes], arrays: Sequence[Any], heads: Heads) -> dict[s
             if size % _product(names, sizes) == 0 and _product(names, sizes) > _product(found.get(letter, ()), sizes):
                 found[letter] = names
     sizes = arrays[0].sharding.mesh.shape
-    taken: set[str] = set()
+    used: set[str] = set()
     for letter, names in found.items():
-        found[letter] = () if letter == "." or taken & {*names} else names
-        taken |= {*found[letter]}
-    while not heads.split(_product(found.get("h", ()), sizes)):
+        found[letter] = () if letter == "." or used & {*names} else names
+        used |= {*found[letter]}
+    while not heads.divisible(_product(found.get("h", ()), sizes)):
         found["h"] = found["h"][:-1]
     values = found.get("h", ())
     keys = values
@@ -182,7 +183,7 @@ def _product(names: Sequence[str], sizes: Any) -> int:
     return math.prod(sizes[name] for name in names)
 
 
-def _with_own_keys(
+def _with_local_keys(
     run: Callable[..., list[jax.Array]],
     axes: Sequence[Axes],
     split: dict[str, tuple[str, ...]],
@@ -190,7 +191,7 @@ def _with_own_keys(
     mesh: Any,
     *flat: jax.Array,
 ) -> list[jax.Array]:
-    """run. Where there are more devices than key heads, it is given that of this device's value heads."""
+    """Call run, with the key heads that this device's value heads need if there are more devices than key heads."""
     more = split["h"][len(split["k"]) :]
     if not more:
         return run(*flat)
@@ -198,7 +199,7 @@ def _with_own_keys(
     first = lax.div(lax.axis_index(more) * values, heads.group)
     count = max(1, values // heads.group)
 
-    def own(x: jax.Array, letters: Axes) -> jax.Array:
+    def local(x: jax.Array, letters: Axes) -> jax.Array:
         return lax.dynamic_slice_in_dim(x, first, count, axis=letters.index("k")) if "k" in letters else x
 
-    return run(*map(own, flat, axes))
+    return run(*map(local, flat, axes))

@@ -1,4 +1,4 @@
-"""Which mesh axes arrays vary over inside a `jax.shard_map`."""
+"""Mesh axes that arrays vary over inside a `jax.shard_map`."""
 
 from typing import Any
 
@@ -7,12 +7,12 @@ from jax import lax
 
 
 def axes_of(tree: Any) -> frozenset[str]:
-    """The mesh axes that any of the arrays varies over."""
+    """Return the mesh axes that any array of the tree varies over."""
     return frozenset().union(*(jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(tree)))
 
 
 def vary(tree: Any, axes: frozenset[str]) -> Any:
-    """The arrays as ones that vary over mesh axes, whatever they varied over before."""
+    """Return the arrays marked as varying over these mesh axes too."""
 
     def one(x: jax.Array) -> jax.Array:
         missing = axes - jax.typeof(x).manual_axis_type.varying
@@ -22,8 +22,8 @@ def vary(tree: Any, axes: frozenset[str]) -> Any:
 
 
 def match_varying_axes(tree: Any) -> Any:
-    """The arrays, under shard_map as ones that vary over every mesh axis that any of them varies over.
+    """Return the arrays, inside shard_map marked as varying over every mesh axis that any of them varies over.
 
-    A custom gradient needs it of its arguments: each cotangent must vary over the axes that its argument does.
+    A custom gradient needs this of its arguments: each cotangent must vary over the same axes as its argument.
     """
     return vary(tree, axes_of(tree))

@@ -1,4 +1,4 @@
-"""The asymmetric gated delta rule on Hopper GPUs: the kernels in order, their gradient, and what they do not serve."""
+"""The asymmetric gated delta rule on Hopper GPUs: the kernels in order, their gradient, and their limits."""
 
 import functools
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from pallas_kernels.common.gates import BETA, FROM_START, clamped, from_chunks, 
 from pallas_kernels.common.partitioning import Axes, Heads, per_shard
 from pallas_kernels.common.shard_map import match_varying_axes
 from pallas_kernels.common.tiles import CHUNK
-from pallas_kernels.delta_rule.gradients import D_CUMULATIVE, D_END, Z_WRITE, gradients
+from pallas_kernels.delta_rule.gradients import D_CUMULATIVE, D_END, Z_WRITTEN, gradients
 from pallas_kernels.delta_rule.gradients_channel_decay import gradients_channel_decay
 from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions, prepare
 from pallas_kernels.delta_rule.prepare_channel_decay import prepare_channel_decay
@@ -25,7 +25,7 @@ _TYPES = (jnp.bfloat16, jnp.float16)
 
 
 def limitation(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, w: jax.Array | None) -> str | None:
-    """Why the kernels cannot serve these arguments, naming the argument; None where they can."""
+    """Return why the kernels do not support these arguments, naming the argument; None if they do."""
     for name, x in (("q", q), ("v", v)):
         if x.dtype not in _TYPES:
             return f"{name}: got {x.dtype}, the kernels take bfloat16 or float16"
@@ -35,19 +35,20 @@ def limitation(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, w: jax
         if other is not None and other.dtype != q.dtype:
             return f"{name}: got {other.dtype} beside a q of {q.dtype}, the kernels take one type"
     if beta.dtype != jnp.float32:
-        return f"beta: got {beta.dtype}, the kernels keep gates and memory in float32"
+        return f"beta: got {beta.dtype}, the kernels keep gates and state in float32"
     return None
 
 
 class Inputs(NamedTuple):
-    """Arrays of a call; optional parts are None.
+    """Arrays of a call; optional ones are None.
 
-    With P splits of every sequence B is B P, and T is T / P, a multiple of 64, but for the initial memory.
+    Once each sequence is cut into P splits, B becomes B P and T becomes T / P, a multiple of 64, except in the initial
+    state.
     """
 
     q: jax.Array  # [B, T, Hk, K]
     k: jax.Array  # [B, T, Hk, K]
-    w: jax.Array | None  # [B, T, Hk or H, K]; None where it is k
+    w: jax.Array | None  # [B, T, Hk or H, K]; None: k
     v: jax.Array  # [B, T, H, V]
     beta: jax.Array  # [B, T, H] float32
     log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K] float32
@@ -69,10 +70,10 @@ def delta_rule(
     splits: int | None = None,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
-    """S = decay S; S += beta w (v - S^T k)^T; o = scale S^T q, in chunks of 64 tokens.
+    """Apply S = decay S; S += beta w (v - S^T k)^T; o = scale S^T q, in chunks of 64 tokens.
 
-    Products run on the tensor cores in the type of q with float32 sums; (I + A)^-1, gates and the memory are float32.
-    A gradient keeps the inputs alone and runs the forward recurrence again.
+    Products run on the tensor cores in the type of q with float32 sums; (I + A)^-1, gates and the state are float32.
+    The gradient saves only the inputs and runs the forward scan again.
 
     Args:
         q, k: [B, T, Hk, K] bfloat16 or float16, K of 64, 128 or 256; any T.
@@ -80,18 +81,18 @@ def delta_rule(
         beta: [B, T, H] float32.
         write_key: w, [B, T, Hk or H, K]; default k.
         log_decay: [B, T, H] or per channel [B, T, H, K] float32.
-        erase: False leaves out S^T k.
+        erase: False omits S^T k.
         scale: factor on the outputs.
         initial_state: [B, H, K, V] float32.
         resets: [B, T] bool; True resets the state to zeros before that token.
         splits: number of splits of the sequence that run in parallel; default: enough to fill the GPU if heads are few.
-        interpret: run on any machine, slowly, in Pallas' interpreter, which also looks for races.
+        interpret: run on any machine, slowly, in Pallas' interpreter, which also detects races.
 
     Returns:
-        (o [B, T, H, V] in the type of v, final memory [B, H, K, V] float32).
+        (o [B, T, H, V] in the type of v, final state [B, H, K, V] float32).
 
     Raises:
-        NotImplementedError: the kernels do not serve these types or shapes; see `limitation`.
+        NotImplementedError: the kernels do not support these types or shapes; see `limitation`.
     """
     reason = limitation(q, k, v, beta, write_key)
     if reason is not None:
@@ -125,13 +126,14 @@ def _delta_rule_fwd(inputs: Inputs, resets: jax.Array | None, options: DeltaRule
 def _delta_rule_bwd(options: DeltaRuleOptions, saved: Any, cotangents: Any) -> Any:
     inputs, resets = saved
     q, k, w, *_ = inputs
-    count = 2 + options.erase  # with those of v, beta and the first memory, and perhaps log_decay, after them
-    results = [*["b.h."] * (count + 1), "b.h", "bh..", *filter(None, [_axes(inputs).log_decay])]
+    keys = 2 + options.erase  # q, k (with erase) and w
+    # Then those of v, beta, the initial state and perhaps log_decay.
+    results = [*["b.h."] * (keys + 1), "b.h", "bh..", *filter(None, [_axes(inputs).log_decay])]
     found = _per_shard(_backward, inputs, resets, tuple(cotangents), results, options)
-    keys, (d_v, d_beta, d_initial, *rest) = found[:count], found[count:]
-    d_log_decay = rest[0] if rest else None
-    d_q, d_w = _per_key_head(keys[0], q), _per_key_head(keys[-1], k if w is None else w)
-    d_k = _per_key_head(keys[1], k) if options.erase else jnp.zeros_like(k)
+    d_keys, (d_v, d_beta, d_initial, *d_decays) = found[:keys], found[keys:]
+    d_log_decay = d_decays[0] if d_decays else None
+    d_q, d_w = _per_key_head(d_keys[0], q), _per_key_head(d_keys[-1], k if w is None else w)
+    d_k = _per_key_head(d_keys[1], k) if options.erase else jnp.zeros_like(k)
     if w is None:
         return Inputs(d_q, d_k + d_w, None, d_v, d_beta, d_log_decay, d_initial), None
     return Inputs(d_q, d_k, d_w, d_v, d_beta, d_log_decay, d_initial), None
@@ -147,7 +149,7 @@ def _per_shard(
 
 
 def _axes(inputs: Inputs) -> Any:
-    """What `per_shard` is to know of every one of the inputs."""
+    """Return the axes of each input, in the notation of `per_shard`."""
     keys, w = "b.k.", inputs.w
     writes = None if w is None else keys if w.shape[2] == inputs.q.shape[2] else "b.h."
     decays = None if inputs.log_decay is None else "b.h."[: inputs.log_decay.ndim]
@@ -156,26 +158,26 @@ def _axes(inputs: Inputs) -> Any:
 
 
 class _Splits(NamedTuple):
-    """How the sequences of a device are cut; splits are more of a batch."""
+    """Splits of the sequences on one device, which the kernels see as a larger batch."""
 
     number: int
     batch: int
     length: int
 
     def cut(self, x: jax.Array) -> jax.Array:
-        """[B, T, ...] -> [B P, T / P, ...]; the tokens that fill the last chunks write and decay nothing."""
+        """Reshape [B, T, ...] to [B P, T / P, ...]; the padding of the last chunks writes and decays nothing."""
         return pad_to_multiple(x, CHUNK * self.number).reshape(self.batch * self.number, -1, *x.shape[2:])
 
     def join(self, x: jax.Array) -> jax.Array:
-        """The inverse."""
+        """Invert `cut`."""
         return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.length]
 
     def first(self, x: jax.Array) -> jax.Array:
-        """Of [B P, ...] that of the first piece."""
+        """Return the entry of the first split [B, ...] of x [B P, ...]."""
         return x.reshape(self.batch, self.number, *x.shape[1:])[:, 0]
 
     def last(self, x: jax.Array) -> jax.Array:
-        """Of [B P, ...] that of the last piece."""
+        """Return the entry of the last split [B, ...] of x [B P, ...]."""
         return x.reshape(self.batch, self.number, *x.shape[1:])[:, -1]
 
 
@@ -203,53 +205,55 @@ def _prepare(inputs: Inputs, segment: jax.Array | None, options: DeltaRuleOption
 
 
 def _forward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRuleOptions) -> list[jax.Array]:
-    """(outputs, final memory)."""
+    """Return [outputs, final state]."""
     splits, inputs, segment = _cut(*arguments[:2], options)
     initial = inputs.initial
     chunks = _prepare(inputs, segment, options, gradient=False)
     if splits.number > 1:
         initial, _ = initial_states(chunks, inputs.v, initial, options)
-    out, final = scan(chunks, inputs.v, initial, options, keep="outputs")
-    return [splits.join(out), splits.last(final)]
+    results = scan(chunks, inputs.v, initial, options, keep="outputs")
+    return [splits.join(results.out), splits.last(results.final)]
 
 
 def _backward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRuleOptions) -> list[jax.Array]:
-    """Gradients of q, k (with erase) and w by value head, of v, beta, the initial memory and, if any, log_decay."""
+    """Return gradients of q, k (with erase), w by value head, of v, beta, the initial state and log_decay if given."""
     splits, inputs, segment = _cut(*arguments[:2], options)
     initial, log_decay = inputs.initial, inputs.log_decay
     d_out, d_final = splits.cut(arguments[2][0]), arguments[2][1]
-    # R is beta times what a token's prediction misses, and the gradient of beta is that times Z: beta is kept from 0.
+    # R is beta times the prediction error, and the gradient of beta is Z times that error, R / beta: keep beta from 0.
     smallest = 2.0 ** (-20 if inputs.q.dtype == jnp.bfloat16 else -10)
     beta = jnp.where(jnp.abs(inputs.beta) < smallest, smallest, inputs.beta)
     chunks = _prepare(inputs._replace(beta=beta), segment, options, gradient=True)
     if splits.number > 1:
-        initial, through = initial_states(chunks, inputs.v, initial, options)
-        own = scan_backward(chunks, d_out, jnp.zeros_like(initial), options).d_initial
-        d_final = final_state_gradients(through, own, d_final)
-    # Shared memory holds what rounding takes away for V up to 128 only.
-    rests = inputs.v.shape[3] <= 128
-    write, states, rest = scan(chunks, inputs.v, initial, options, keep="states")
-    back = scan_backward(chunks, d_out, d_final, options, rests=rests and log_decay is not None)
-    results = gradients(chunks, d_out, [write, rest] if rests else [write], back, states, options)
-    keys, (rows, keep, *pairs) = results[: 2 + options.erase], results[2 + options.erase :]
-    gates, decays = chunks.gates, []
+        initial, matrices = initial_states(chunks, inputs.v, initial, options)
+        from_zeros = scan_backward(chunks, d_out, jnp.zeros_like(initial), options).d_initial
+        d_final = final_state_gradients(matrices, from_zeros, d_final)
+    # The low-order halves fit in shared memory only for V <= 128.
+    with_low = inputs.v.shape[3] <= 128
+    forward = scan(chunks, inputs.v, initial, options, keep="states")
+    backward = scan_backward(chunks, d_out, d_final, options, with_low=with_low and log_decay is not None)
+    written = [forward.written, forward.written_low] if with_low else [forward.written]
+    d_keys, sums, d_carry, d_pairs = gradients(chunks, d_out, written, backward, forward.states, options)
+    gates, d_decays = chunks.gates, []
     if options.decay:
-        # The last token's sum also decays what the chunk writes and keeps.
-        left = jnp.sum(rows[..., D_END, :], axis=(3, 4)) + jnp.sum(keep, axis=-1) * gates[..., FROM_START, -1]
-        d_sums = jnp.sum(rows[..., D_CUMULATIVE, :], axis=3).at[..., -1].add(left)
-        decays = [from_chunks(lax.cumsum(d_sums, axis=3, reverse=True))]
+        # The sum of log decays up to the last token also decays the writes of the chunk and the state it starts from.
+        d_last = jnp.sum(sums[..., D_END, :], axis=(3, 4)) + jnp.sum(d_carry, axis=-1) * gates[..., FROM_START, -1]
+        d_sums = jnp.sum(sums[..., D_CUMULATIVE, :], axis=3).at[..., -1].add(d_last)
+        d_decays = [from_chunks(lax.cumsum(d_sums, axis=3, reverse=True))]
     elif log_decay is not None and chunks.carry is not None:
         q, k, w = inputs.q, inputs.k, inputs.k if inputs.w is None else inputs.w
-        *keys, inside = gradients_channel_decay(q, k, w, log_decay, pairs, keys, options)
-        keys = keys if options.erase else [keys[0], keys[-1]]
-        decays = [inside + jnp.repeat((chunks.carry * keep).swapaxes(1, 2), CHUNK, axis=1)]
-    d_beta = from_chunks(rows[..., 0, Z_WRITE, :] / gates[..., BETA, :])
-    d_keys, d_values, d_decays = ([splits.join(x) for x in group] for group in (keys, (back.d_v, d_beta), decays))
-    return [*d_keys, *d_values, splits.first(back.d_initial), *d_decays]
+        *d_keys, d_inside = gradients_channel_decay(q, k, w, log_decay, d_pairs, d_keys, options)
+        d_keys = d_keys if options.erase else [d_keys[0], d_keys[-1]]
+        d_decays = [d_inside + jnp.repeat((chunks.carry * d_carry).swapaxes(1, 2), CHUNK, axis=1)]
+    d_beta = from_chunks(sums[..., 0, Z_WRITTEN, :] / gates[..., BETA, :])
+    d_keys, d_values, d_decays = (
+        [splits.join(x) for x in group] for group in (d_keys, (backward.d_v, d_beta), d_decays)
+    )
+    return [*d_keys, *d_values, splits.first(backward.d_initial), *d_decays]
 
 
 def _per_key_head(gradient: jax.Array, x: jax.Array) -> jax.Array:
-    """Sums gradients [B, T, H, K] over the value heads that read one head of x."""
+    """Sum gradients [B, T, H, K] over the value heads that read the same head of x."""
     shape = (*x.shape[:3], gradient.shape[2] // x.shape[2], x.shape[3])
     return jnp.sum(gradient.reshape(shape), axis=3, dtype=jnp.float32).astype(x.dtype)
 

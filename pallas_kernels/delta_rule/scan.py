@@ -1,7 +1,6 @@
-"""The delta rule from chunk to chunk."""
+"""The forward scan: the state from chunk to chunk."""
 
 import functools
-from collections.abc import Sequence
 from typing import Any, Literal
 
 import jax
@@ -21,89 +20,104 @@ def scan(
     options: DeltaRuleOptions,
     *,
     keep: Literal["outputs", "states", "final"],
-) -> list[jax.Array]:
-    """The recurrence, and what is to be kept of it.
-
-    Returns:
-        "outputs": outputs [B, T, H, V] and the final memory [B, H, K, V] float32; "final": the latter alone; "states",
-        for the gradient: R = (I + A)^-1 beta (V - K S) [B, T, H, V], which is what each token writes under its key, in
-        the type of v; the memory before each chunk [B, H, N, K, V]; what rounding takes off R.
+) -> Any:
+    """Run the scan and return a namespace of the results that `keep` names.
 
     Args:
         chunks: of `prepare` or `prepare_channel_decay`.
         v: [B, T, H, V].
-        initial: [B, H, K, V] float32.
+        initial: initial state [B, H, K, V] float32.
         options: fixed options of the kernels.
-        keep: see above.
+        keep: the results to write to global memory.
+
+            "outputs": `out` [B, T, H, V] and `final`, the final state [B, H, K, V] float32.
+            "final": `final` alone.
+            "states", for the gradient: `written`, R = (I + A)^-1 beta (V - K S) [B, T, H, V], which each token writes
+            under its key, in the type of v; `states`, the state before each chunk [B, H, N, K, V]; `written_low`, the
+            low half of R.
     """
     q, k, w, gates, carry, scores, solved, inverse = chunks
     batch, length, heads, value_dim = v.shape
     key_dim, dtype = q.shape[3], v.dtype
-    each = jax.ShapeDtypeStruct(v.shape, dtype)
+    values = jax.ShapeDtypeStruct(v.shape, dtype)
     states = jax.ShapeDtypeStruct((batch, heads, length // CHUNK, key_dim, value_dim), dtype)
     final = jax.ShapeDtypeStruct(initial.shape, jnp.float32)
-    out = {"outputs": [each, final], "states": [each, states, each], "final": [final]}[keep]
+    out = {
+        "outputs": {"out": values, "final": final},
+        "states": {"written": values, "states": states, "written_low": values},
+        "final": {"final": final},
+    }[keep]
     inputs = {"w": w if solved is None else solved, "v": v, "gates": gates}
     if keep == "outputs":
         inputs |= {"q": q, "scores": scores}
     if options.erase:
         inputs["k"] = k
-    solve = keep == "states" and options.erase
-    if solve:
-        inputs |= zip(("inverse", "rest"), inverse, strict=True)
+    if keep == "states" and inverse is not None:
+        inputs |= {"inverse": inverse[0], "inverse_low": inverse[1]}
+    solve = "inverse" in inputs
 
-    def step(chunk: Chunk, memory: jax.Array, out_refs: Sequence[Any], scratch: Sequence[Any]) -> jax.Array:
-        state_s, residual_s, fine_s, write_s, out_s, rest_s = scratch
+    def step(chunk: Chunk, state: jax.Array, target: Any, shared: Any) -> jax.Array:
         if keep == "states":
-            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # the chunk before's memory, but not what it wrote
-        state_s[...] = memory.astype(dtype)
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # the previous state is stored, R not yet
+        shared.state[...] = state.astype(dtype)
         plgpu.commit_smem()
         if keep == "states":
-            plgpu.copy_smem_to_gmem(state_s, out_refs[1].at[chunk.states])
-        now, kept = chunk.arrive()
-        gates_s = now["gates"]
-        # What the memory holds for queries and read keys, then both products with what is missing.
-        held = _products({name: [(now[name], state_s)] for name in ("k", "q") if name in now})
+            plgpu.copy_smem_to_gmem(shared.state, target.states.at[chunk.states])
+        tiles, kept = chunk.arrive()
+        gates = tiles["gates"]
+        # Read the state with queries and read keys, then multiply both by the residual.
+        recalled = _products({name: [(tiles[name], shared.state)] for name in ("k", "q") if name in tiles})
         if options.gated:
-            held = {name: x * row_scale(gates_s.at[FROM_START], x) for name, x in held.items()}
-        residual = read(now["v"])
+            recalled = {name: x * row_scale(gates.at[FROM_START], x) for name, x in recalled.items()}
+        residual = read(tiles["v"])
         if options.erase:
-            residual = residual - held["k"]
-        residual = residual * row_scale(gates_s.at[BETA], residual)
+            residual = residual - recalled["k"]
+        residual = residual * row_scale(gates.at[BETA], residual)
         if solve:
-            split(residual, residual_s, fine_s)
+            split(residual, shared.residual, shared.residual_low)
         else:
-            residual_s[...] = residual.astype(dtype)
-        # With erase the scale to the end of the chunk is in the write keys.
-        scaled_s = residual_s
+            shared.residual[...] = residual.astype(dtype)
+        # With erase the decay to the end of the chunk is already in the write keys.
+        until_end = shared.residual
         if options.gated and not options.erase:
-            scaled_s = write_s
-            write_s[...] = (residual * row_scale(gates_s.at[TO_END], residual)).astype(dtype)
+            until_end = shared.until_end
+            until_end[...] = (residual * row_scale(gates.at[TO_END], residual)).astype(dtype)
         plgpu.commit_smem()
-        terms = {"w": [(now["w"].T, scaled_s)]}
+        terms = {"state": [(tiles["w"].T, until_end)]}
         if keep == "outputs":
-            terms["out"] = [(now["scores"], residual_s)]
+            terms["out"] = [(tiles["scores"], shared.residual)]
         elif solve:
-            terms["write"] = split_terms((now["inverse"], now["rest"]), (residual_s, fine_s))
+            halves = (tiles["inverse"], tiles["inverse_low"])
+            terms["written"] = split_terms(halves, (shared.residual, shared.residual_low))
         results = _products(terms)
-        plgpu.wait_smem_to_gmem(int(keep == "states"), wait_read_only=True)  # all else of the chunk before
+        plgpu.wait_smem_to_gmem(int(keep == "states"), wait_read_only=True)  # all other stores of the previous chunk
         if keep == "outputs":
-            out_s[...] = (held["q"] * options.scale + results["out"]).astype(dtype)
+            shared.out[...] = (recalled["q"] * options.scale + results["out"]).astype(dtype)
         elif keep == "states":
-            split(results.get("write", residual), out_s, rest_s)
+            split(results.get("written", residual), shared.out, shared.out_low)
         plgpu.commit_smem()
-        if keep != "final":
-            plgpu.copy_smem_to_gmem(out_s, out_refs[0].at[chunk.rows])
-        if keep == "states":
-            plgpu.copy_smem_to_gmem(rest_s, out_refs[2].at[chunk.rows])
+        if keep == "outputs":
+            plgpu.copy_smem_to_gmem(shared.out, target.out.at[chunk.rows])
+        elif keep == "states":
+            plgpu.copy_smem_to_gmem(shared.out, target.written.at[chunk.rows])
+            plgpu.copy_smem_to_gmem(shared.out_low, target.written_low.at[chunk.rows])
         if kept is not None:
-            memory = memory * kept
-        return memory + results["w"]
+            state = state * kept
+        return state + results["state"]
 
     width = tile_width(key_dim)
     tile = functools.partial(smem, dtype=dtype, swizzle=2 * width)
-    scratch = [tile(key_dim, width), *[tile(CHUNK, width)] * 5]
-    return chunk_loop("delta_rule_recur", inputs, carry, initial, out, scratch, step, options, returns=keep != "states")
+    names = ("residual", "residual_low", "until_end", "out", "out_low")
+    return chunk_loop(
+        "delta_rule_recur",
+        step,
+        inputs=inputs,
+        carry=carry,
+        initial=initial,
+        out=out,
+        scratch={"state": tile(key_dim, width), **dict.fromkeys(names, tile(CHUNK, width))},
+        options=options,
+    )
 
 
 def _products(terms: dict[str, list[tuple[Any, Any]]]) -> dict[str, jax.Array]:

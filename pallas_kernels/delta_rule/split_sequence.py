@@ -1,9 +1,11 @@
-"""A long sequence of few heads in pieces that run at once, so that they fill the GPU.
+"""Split a long sequence of few heads into splits that run in parallel, to fill the GPU.
 
-The memory after a piece is linear in the one before it, S' = M S + N: N is the piece begun with zeros, and M the piece
-begun with the identity, with all values zero. From these follow the memories that the pieces begin with, and from M^T
-the gradients that they end with.
+The state after a split is linear in the state before it, S' = M S + N: N is the result of the split started from zeros,
+M that of the split started from the identity with all values zero. From these follow the states that the splits start
+from, and from M^T the gradients of the states that they end with.
 """
+
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +16,15 @@ from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions
 from pallas_kernels.delta_rule.scan import scan
 
 _MULTIPROCESSORS = 132
-_SHORTEST = 16  # chunks
-_FEWEST = 4  # pieces: the work is some three times that of the sequence in one
+_SHORTEST = 16  # chunks of a split
+_FEWEST = 4  # splits: their work is about three times that of the unsplit sequence
 
 
 def split_count(batch: int, heads: int, chunks: int, key_dim: int, value_dim: int) -> int:
-    """Pieces, a power of two, that one wave of blocks holds; 1 where heads fill the GPU or the sequence is short."""
+    """Return the number of splits, a power of two whose blocks fit in one wave.
+
+    It is 1 if the heads fill the GPU or the sequence is short.
+    """
     blocks = batch * heads * value_dim // tile_width(key_dim)
     count = 1
     while 2 * count * blocks <= _MULTIPROCESSORS and chunks >= 2 * count * _SHORTEST:
@@ -30,45 +35,47 @@ def split_count(batch: int, heads: int, chunks: int, key_dim: int, value_dim: in
 def initial_states(
     chunks: Chunks, v: jax.Array, initial: jax.Array, options: DeltaRuleOptions
 ) -> tuple[jax.Array, jax.Array]:
-    """The memory that every piece begins with [B P, H, K, V], and M of every piece [B, P, H, K, K].
+    """Return the state that every split starts from [B P, H, K, V], and M of every split [B, P, H, K, K].
 
     Args:
-        chunks: of the pieces, batch and pieces being one axis.
+        chunks: of the splits; batch and splits are one axis.
         v: [B P, T / P, H, V].
-        initial: of the whole sequences [B, H, K, V] float32.
+        initial: initial state of the whole sequences [B, H, K, V] float32.
         options: fixed options of the kernels.
     """
     batch, heads, key_dim, value_dim = initial.shape
     count, length = v.shape[0] // batch, v.shape[1]
-    (own,) = scan(chunks, v, jnp.zeros((batch * count, heads, key_dim, value_dim), jnp.float32), options, keep="final")
+    zeros = jnp.zeros((batch * count, heads, key_dim, value_dim), jnp.float32)
+    from_zeros = scan(chunks, v, zeros, options, keep="final").final
     identity = jnp.broadcast_to(jnp.eye(key_dim, dtype=jnp.float32), (batch * count, heads, key_dim, key_dim))
-    nothing = jnp.zeros((batch * count, length, heads, key_dim), v.dtype)
-    (through,) = scan(chunks, nothing, identity, options, keep="final")
-    through = through.reshape(batch, count, heads, key_dim, key_dim)
-
-    def step(memory: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        through, own = piece
-        return jnp.einsum("bhij,bhjv->bhiv", through, memory, precision=lax.Precision.HIGHEST) + own, memory
-
-    pieces = (through.swapaxes(0, 1), own.reshape(batch, count, *own.shape[1:]).swapaxes(0, 1))
-    _, memories = lax.scan(step, initial, pieces)
-    return memories.swapaxes(0, 1).reshape(own.shape), through
+    no_values = jnp.zeros((batch * count, length, heads, key_dim), v.dtype)
+    matrices = scan(chunks, no_values, identity, options, keep="final").final
+    matrices = matrices.reshape(batch, count, heads, key_dim, key_dim)
+    return _chain("bhij,bhjv->bhiv", matrices, from_zeros, initial), matrices
 
 
-def final_state_gradients(through: jax.Array, own: jax.Array, d_final: jax.Array) -> jax.Array:
-    """The gradient of the memory that every piece ends with [B P, H, K, V].
+def final_state_gradients(matrices: jax.Array, from_zeros: jax.Array, d_final: jax.Array) -> jax.Array:
+    """Return the gradient of the state that every split ends with [B P, H, K, V].
 
     Args:
-        through: M of every piece [B, P, H, K, K].
-        own: the gradient of the memory that every piece begins with, were that of its last one zero [B P, H, K, V].
-        d_final: of the whole sequences [B, H, K, V].
+        matrices: M of every split [B, P, H, K, K].
+        from_zeros: gradient of the state that every split starts from, given a zero gradient of the state that it ends
+            with [B P, H, K, V].
+        d_final: gradient of the final state of the whole sequences [B, H, K, V].
     """
-    batch, count = through.shape[:2]
+    return _chain("bhji,bhjv->bhiv", matrices, from_zeros, d_final, reverse=True)
 
-    def step(d_memory: jax.Array, piece: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        through, own = piece
-        return jnp.einsum("bhji,bhjv->bhiv", through, d_memory, precision=lax.Precision.HIGHEST) + own, d_memory
 
-    pieces = (through.swapaxes(0, 1), own.reshape(batch, count, *own.shape[1:]).swapaxes(0, 1))
-    _, gradients = lax.scan(step, d_final, pieces, reverse=True)
-    return gradients.swapaxes(0, 1).reshape(own.shape)
+def _chain(
+    equation: str, matrices: jax.Array, added: jax.Array, initial: jax.Array, *, reverse: bool = False
+) -> jax.Array:
+    """Return the state before every split of the recurrence S' = M S + N, in reverse order if asked."""
+    batch, count = matrices.shape[:2]
+
+    def step(state: jax.Array, split: Iterable[jax.Array]) -> tuple[jax.Array, jax.Array]:
+        matrix, added = split
+        return jnp.einsum(equation, matrix, state, precision=lax.Precision.HIGHEST) + added, state
+
+    splits = (matrices.swapaxes(0, 1), added.reshape(batch, count, *added.shape[1:]).swapaxes(0, 1))
+    _, states = lax.scan(step, initial, splits, reverse=reverse)
+    return states.swapaxes(0, 1).reshape(added.shape)

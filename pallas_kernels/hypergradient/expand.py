@@ -1,5 +1,6 @@
-"""d before every token, or its write key, from the state before each chunk. Parallel over all chunks."""
+"""d before every token, or its write key, from d before each chunk, in parallel over all chunks."""
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -7,116 +8,120 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.launch import launch
-from pallas_kernels.common.tiles import CHUNK, read, smem
-from pallas_kernels.hypergradient import chunk as parts
-from pallas_kernels.hypergradient import tokens
-from pallas_kernels.hypergradient.chunk import BLOCK, GATES, PIECE, Static
+from pallas_kernels.common.launch import BlockIndex, launch
+from pallas_kernels.common.tiles import CHUNK, SLAB, read, smem
+from pallas_kernels.hypergradient.chunk import (
+    GATES,
+    Chunks,
+    HypergradientOptions,
+    channels,
+    closed_form,
+    fold_slabs,
+    halves_of,
+    halves_tile,
+    sum_rows_of,
+    sum_rows_tile,
+    write_weights,
+)
+from pallas_kernels.hypergradient.tokens import LOADED_TOKENS, key_rows, load_row, scan_tokens
 
 
 def expand(
-    k: jax.Array,
-    gates: jax.Array,
-    starts: jax.Array,
-    feedback: jax.Array,
-    redone: jax.Array,
-    restart: jax.Array,
-    anchor: jax.Array,
-    *,
-    static: Static,
-    multiply: bool,
-    redone_only: bool = False,
+    chunks: Chunks, *, options: HypergradientOptions, multiply: bool, sequential_only: bool = False
 ) -> jax.Array:
-    """d before every token [B, T, P, K] float32, or the write keys d k in the type of k.
+    """Return d before every token [B, T, P, K] float32, or the write keys d k in the type of k.
 
-    A chunk that goes token by token does so here once more, as in `scan`, which then has no rows to write.
+    A sequential chunk is computed token by token here as in `scan`, which therefore has no rows to write.
 
     Args:
-        k: [B, T, P, K], T a multiple of 64.
-        gates: [B, P, N, GATES, 64].
-        starts, feedback, redone: of `scan`.
-        restart, anchor: [B, P, K] float32.
-        static: the options.
+        chunks: of `scan`.
+        options: of the kernel.
         multiply: return the write keys.
-        redone_only: leave undefined what does not go token by token.
+        sequential_only: compute only the sequential chunks and leave the others undefined; default False.
     """
-    batch, length, heads, size = k.shape
-    count, pieces = length // CHUNK, size // PIECE
-    inputs = [k, gates, starts, feedback, redone, restart, anchor]
-    out = jax.ShapeDtypeStruct(k.shape, k.dtype if multiply else jnp.float32)
+    batch, length, heads, size = chunks.k.shape
+    count, slabs = length // CHUNK, size // SLAB
 
-    def body(at: Any, *refs: Any) -> None:
-        k_ref, gates_ref, starts_ref, feedback_ref, redone_ref, restart_ref, anchor_ref, out_ref, *rest = refs
-        gates_s, start_s, restart_s, anchor_s, ready, token_scratch, chunk_scratch = rest
-        b, p, n = at("batch", "head", "chunk")
+    def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
+        b, p, n = index("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
 
-        def closed_form() -> None:
-            k_s, out_s, again_s, feedback_s, u, weights, loaded = chunk_scratch
-            u, weights = parts.at(u, 0), parts.at(weights, 0)
-            for piece in range(pieces):
-                plgpu.copy_gmem_to_smem(k_ref.at[b, rows, p, parts.channels(piece)], k_s.at[piece], loaded)
-            plgpu.copy_gmem_to_smem(parts.sums_of(gates_ref.at[b, p, n]), again_s, loaded)
-            plgpu.copy_gmem_to_smem(feedback_ref.at[b, p, n], feedback_s, loaded)
-            plgpu.barrier_wait(loaded)
-            parts.weigh(feedback_s, gates_s, again_s, weights, static)
+        def expand_chunk() -> None:
+            local = shared.chunk
+            u, weights = halves_of(local.u), halves_of(local.weights)
+            for slab in range(slabs):
+                plgpu.copy_gmem_to_smem(source.k.at[b, rows, p, channels(slab)], local.k.at[slab], local.loaded)
+            plgpu.copy_gmem_to_smem(sum_rows_of(source.gates.at[b, p, n]), local.sum_rows, local.loaded)
+            plgpu.copy_gmem_to_smem(source.feedback.at[b, p, n], local.feedback, local.loaded)
+            plgpu.barrier_wait(local.loaded)
+            write_weights(local.feedback, shared.gates, local.sum_rows, weights, options)
 
-            def step(piece: Any, _: Any) -> None:
-                part = parts.channels(piece)
-                keys, states = k_s.at[piece], (start_s.at[part], anchor_s.at[part])
-                values = parts.closed_form(keys, *states, gates_s, u, weights, static)
+            def write(slab: Any, _: Any) -> None:
+                columns, keys = channels(slab), local.k.at[slab]
+                states = shared.start.at[columns], shared.anchor.at[columns]
+                d = closed_form(keys, *states, shared.gates, u, weights, options)
                 if multiply:
-                    out = keys  # in the place of the keys
-                    out[...] = (values * read(keys)).astype(k_ref.dtype)
+                    out = keys  # the write keys overwrite the keys
+                    out[...] = (d * read(keys)).astype(source.k.dtype)
                 else:
-                    out = out_s
+                    out = local.out
                     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-                    out[...] = values
+                    out[...] = d
                 plgpu.commit_smem()
-                plgpu.copy_smem_to_gmem(out, out_ref.at[b, rows, p, part])
+                plgpu.copy_smem_to_gmem(out, target.out.at[b, rows, p, columns])
 
-            parts.over(pieces, step, None)
+            fold_slabs(slabs, write, None)
             plgpu.wait_smem_to_gmem(0)
 
-        def token_by_token() -> None:
+        def expand_sequentially() -> None:
             def write(t: Any, key: jax.Array, d: jax.Array) -> None:
-                out_ref[b, n * CHUNK + t, p] = (d * key if multiply else d).astype(out_ref.dtype)
+                target.out[b, n * CHUNK + t, p] = (d * key if multiply else d).astype(target.out.dtype)
 
-            block = lambda first: k_ref.at[b, pl.ds(n * CHUNK + first, BLOCK), p]
-            memory = (restart_s, anchor_s, *token_scratch)
-            tokens.token_by_token(tokens.load_row(start_s), block, gates_s, *memory, static=static, write=write)
+            keys_from = lambda first: source.k.at[b, pl.ds(n * CHUNK + first, LOADED_TOKENS), p]
+            start = load_row(shared.start)
+            scan_tokens(start, keys_from, shared, shared.gates, shared.rows, options=options, write=write)
 
-        def begin(do: Any) -> None:
-            plgpu.copy_gmem_to_smem(gates_ref.at[b, p, n], gates_s, ready)
-            plgpu.copy_gmem_to_smem(starts_ref.at[b, p, n], start_s, ready)
-            for source, target in [(restart_ref, restart_s), (anchor_ref, anchor_s)]:
-                plgpu.copy_gmem_to_smem(source.at[b, p], target, ready)
-            plgpu.barrier_wait(ready)
-            do()
+        def load_and(run: Callable[[], None]) -> None:
+            plgpu.copy_gmem_to_smem(source.gates.at[b, p, n], shared.gates, shared.loaded)
+            plgpu.copy_gmem_to_smem(source.start.at[b, p, n], shared.start, shared.loaded)
+            plgpu.copy_gmem_to_smem(source.after_reset.at[b, p], shared.after_reset, shared.loaded)
+            plgpu.copy_gmem_to_smem(source.anchor.at[b, p], shared.anchor, shared.loaded)
+            plgpu.barrier_wait(shared.loaded)
+            run()
 
-        if not static.exact:
-            begin(closed_form)
+        if not options.may_run_sequentially:
+            load_and(expand_chunk)
             return
-        again = redone_ref[b, p, n] > 0
-        pl.when(again)(lambda: begin(token_by_token))
-        if not redone_only:
-            pl.when(jnp.logical_not(again))(lambda: begin(closed_form))
+        sequential = source.sequential[b, p, n] > 0
+        pl.when(sequential)(lambda: load_and(expand_sequentially))
+        if not sequential_only:
+            pl.when(jnp.logical_not(sequential))(lambda: load_and(expand_chunk))
 
-    row, per_token = plgpu.SMEM((size,), jnp.float32), plgpu.SMEM((CHUNK,), jnp.float32)
-    of_a_chunk = [
-        smem(pieces, CHUNK, PIECE, dtype=k.dtype),
-        plgpu.SMEM((1,), jnp.float32) if multiply else smem(CHUNK, PIECE, dtype=jnp.float32),
-        parts.again_tile(),
-        per_token,
-        *[parts.halves(1)] * 2,
-        plgpu.Barrier(num_arrivals=pieces + 2),
-    ]
-    scratch = [
-        plgpu.SMEM((GATES, CHUNK), jnp.float32),
-        *[row] * 3,
-        plgpu.Barrier(num_arrivals=4),
-        [plgpu.SMEM((BLOCK, size), k.dtype), plgpu.Barrier()] if static.exact else [],
-        [] if redone_only else of_a_chunk,  # blocks that need less of the memory leave room for others
-    ]
-    grid = {"batch": batch, "chunk": count, "head": heads}
-    return launch(body, "hypergradient_expand", out, grid, scratch, static.interpret, inputs, automatic_barriers=True)
+    out = jax.ShapeDtypeStruct(chunks.k.shape, chunks.k.dtype if multiply else jnp.float32)
+    chunk = {
+        "k": smem(slabs, CHUNK, SLAB, dtype=chunks.k.dtype),
+        "out": plgpu.SMEM((1,), jnp.float32) if multiply else smem(CHUNK, SLAB, dtype=jnp.float32),
+        "sum_rows": sum_rows_tile(),
+        "feedback": plgpu.SMEM((CHUNK,), jnp.float32),
+        "u": halves_tile(),
+        "weights": halves_tile(),
+        "loaded": plgpu.Barrier(num_arrivals=slabs + 2),
+    }
+    return launch(
+        body,
+        "hypergradient_expand",
+        inputs=chunks._asdict(),
+        out={"out": out},
+        scratch={
+            "gates": plgpu.SMEM((GATES, CHUNK), jnp.float32),
+            "start": plgpu.SMEM((size,), jnp.float32),
+            "after_reset": plgpu.SMEM((size,), jnp.float32),
+            "anchor": plgpu.SMEM((size,), jnp.float32),
+            "loaded": plgpu.Barrier(num_arrivals=4),
+            "rows": key_rows(size, chunks.k.dtype) if options.may_run_sequentially else None,
+            "chunk": None if sequential_only else chunk,  # less shared memory leaves room for more blocks
+        },
+        grid={"batch": batch, "chunk": count, "head": heads},
+        interpret=options.interpret,
+        automatic_barriers=True,
+    ).out

@@ -1,15 +1,16 @@
-"""The gradients of what a chunk reads, from the cotangent of the state after it. Parallel over all chunks."""
+"""The gradients of the arrays that a chunk reads, from the results of `scan_backward`, in parallel over all chunks."""
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import BlockIndex, Phases, launch
 from pallas_kernels.common.tiles import (
     CHUNK,
+    SLAB,
     along_columns,
     column_scale,
     products,
@@ -21,171 +22,223 @@ from pallas_kernels.common.tiles import (
     split_terms,
     zero_rows,
 )
-from pallas_kernels.hypergradient import chunk as parts
-from pallas_kernels.hypergradient import tokens
-from pallas_kernels.hypergradient.chunk import BETA, BLOCK, DRAW, FORGET, GATES, PIECE, RESTART, STEP, TO_END, Static
+from pallas_kernels.hypergradient.chunk import (
+    ANCHOR_WEIGHT,
+    BETA,
+    FORGET,
+    GATES,
+    RESET,
+    STEP,
+    TO_END,
+    Chunks,
+    HypergradientOptions,
+    channels,
+    closed_form,
+    decay_between_transposed,
+    fold_slabs,
+    halves_of,
+    halves_tile,
+    sum_rows_of,
+    sum_rows_tile,
+    write_weights,
+)
+from pallas_kernels.hypergradient.scan_backward import Cotangents
+from pallas_kernels.hypergradient.tokens import (
+    LOADED_TOKENS,
+    adjoint_rows,
+    load_row,
+    scan_tokens_backward,
+    split_reset_cotangent,
+    token_vjp,
+    zero_row,
+)
 
 # Rows of the gradients of the gates of a chunk.
 D_STEP, D_BETA, D_LOG_FORGET = range(3)
 
 
+class Gradients(NamedTuple):
+    """Results of `gradients`."""
+
+    d_k: jax.Array  # [B, T, P, K] in the type of k
+    d_gates: jax.Array  # of step, beta and log_forget [B, P, N, 3, 64] float32
+    d_anchor: jax.Array | None  # by chunk [B, P, N, K] float32
+
+
 def gradients(
-    k: jax.Array,
-    gates: jax.Array,
-    starts: jax.Array,
-    feedback: jax.Array,
-    redone: jax.Array,
+    chunks: Chunks,
     d: jax.Array | None,
-    cotangent: jax.Array,
-    r: jax.Array,
-    after: jax.Array,
-    anchor: jax.Array,
-    static: Static,
-) -> list[jax.Array]:
-    """Cotangents of k, of step, beta and log_forget [B, P, N, 3, 64], and if anchored of anchor [B, P, N, K].
+    d_out: jax.Array,
+    cotangents: Cotangents,
+    options: HypergradientOptions,
+) -> Gradients:
+    """Return the gradients of k, of the gates and, if anchored, of the anchor.
 
     Args:
-        k: [B, T, P, K], T a multiple of 64.
-        gates: [B, P, N, GATES, 64].
-        starts, feedback, redone: of `scan`.
-        d: [B, T, P, K] float32, of `expand`; read where a chunk goes token by token. None where none does.
-        cotangent: of d, or with `static.multiply` of d k.
-        r, after: of `scan_backward`.
-        anchor: [B, P, K].
-        static: the options.
+        chunks: of `scan`.
+        d: [B, T, P, K] float32, of `expand`; read in sequential chunks. None if there are none.
+        d_out: cotangent of d, or with `options.multiply` of d k.
+        cotangents: of `scan_backward`.
+        options: of the kernel.
     """
-    batch, length, heads, size = k.shape
-    count, pieces = length // CHUNK, size // PIECE
-    inputs = [k, gates, starts, feedback, redone, cotangent, r, after, anchor]
-    if d is not None:
-        inputs += [d]
-    lead = (batch, heads, count)
-    out = [jax.ShapeDtypeStruct(k.shape, k.dtype), jax.ShapeDtypeStruct((*lead, 3, CHUNK), jnp.float32)]
-    out += [jax.ShapeDtypeStruct((*lead, size), jnp.float32)] * static.anchored
+    batch, length, heads, size = chunks.k.shape
+    count, slabs = length // CHUNK, size // SLAB
+    leading = (batch, heads, count)
 
-    def body(at: Any, *refs: Any) -> None:
-        ins, outs, rest = refs[: len(inputs)], refs[len(inputs) :][: len(out)], refs[len(inputs) + len(out) :]
-        k_ref, gates_ref, starts_ref, feedback_ref, redone_ref, cotangent_ref, r_ref, after_ref, *more = ins
-        (anchor_ref, *d_ref), (d_k_ref, d_gates_ref, *d_anchor_ref) = more, outs
-        tiles, gates_s, after_s, anchor_s, d_gates_s, d_anchor_s, ready, loaded, block_loaded = rest
-        of_a_chunk, blocks = tiles if static.exact else (tiles, None)
-        b, p, n = at("batch", "head", "chunk")
+    def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
+        b, p, n = index("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
+        gates = shared.gates
 
-        def closed_form() -> None:
-            k_s, cotangent_s, again_s, start_s, feedback_s, r_s, u_and_g, weights, left = of_a_chunk
-            u_and_g, weights, left = (parts.at(pair, 0) for pair in (u_and_g, weights, left))
-            for piece in range(pieces):
-                for ref, target in [(k_ref, k_s), (cotangent_ref, cotangent_s)]:
-                    plgpu.copy_gmem_to_smem(ref.at[b, rows, p, parts.channels(piece)], target.at[piece], loaded)
-            for ref, target in [(starts_ref, start_s), (feedback_ref, feedback_s), (r_ref, r_s)]:
-                plgpu.copy_gmem_to_smem(ref.at[b, p, n], target, loaded)
-            plgpu.copy_gmem_to_smem(parts.sums_of(gates_ref.at[b, p, n]), again_s, loaded)
+        def run_chunk() -> None:
+            local, loaded = shared.phases.chunk, shared.chunk_loaded
+            u_or_g, weights, decay = (halves_of(halves) for halves in (local.u_or_g, local.weights, local.decay))
+            for slab in range(slabs):
+                for ref, tile in [(source.k, local.k), (source.d_out, local.d_out)]:
+                    plgpu.copy_gmem_to_smem(ref.at[b, rows, p, channels(slab)], tile.at[slab], loaded)
+            plgpu.copy_gmem_to_smem(source.start.at[b, p, n], local.start, loaded)
+            plgpu.copy_gmem_to_smem(source.feedback.at[b, p, n], local.feedback, loaded)
+            plgpu.copy_gmem_to_smem(source.d_feedback.at[b, p, n], local.d_feedback, loaded)
+            plgpu.copy_gmem_to_smem(sum_rows_of(source.gates.at[b, p, n]), local.sum_rows, loaded)
             plgpu.barrier_wait(loaded)
-            split(parts.left_after(gates_s, again_s, static), *left)
-            parts.weigh(feedback_s, gates_s, again_s, weights, static)
+            split(decay_between_transposed(gates, local.sum_rows, options), *decay)
+            write_weights(local.feedback, gates, local.sum_rows, weights, options)
 
-            def step(piece: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                part, keys = parts.channels(piece), k_s.at[piece]
-                states = start_s.at[part], anchor_s.at[part]
-                d = parts.closed_form(keys, *states, gates_s, u_and_g, weights, static)
-                taken = read_rows(gates_s.at[BETA]) * read_rows(r_s)
+            def add(slab: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                columns, keys = channels(slab), local.k.at[slab]
+                states = local.start.at[columns], shared.anchor.at[columns]
+                d = closed_form(keys, *states, gates, u_or_g, weights, options)
+                beta_d_feedback = read_rows(gates.at[BETA]) * read_rows(local.d_feedback)
                 k = read(keys)
                 predicted = jnp.sum(k * k * d, axis=1)
-                g = read(cotangent_s.at[piece])
-                if static.multiply:
+                g = read(local.d_out.at[slab])
+                if options.multiply:
                     g = g * k
-                split(g - along_columns(taken, k) * (k * k), *u_and_g)
+                split(g - along_columns(beta_d_feedback, k) * (k * k), *u_or_g)
                 plgpu.commit_smem()
-                added = products(split_terms(left, u_and_g, short=not static.forget))[0]
-                after = column_scale(after_s.at[part], added)
-                if static.forget:
-                    after = after * row_scale(gates_s.at[TO_END], after)
-                after = after + added
-                # Read only now, and again: over the product they would take too many registers.
-                k, coefficient = read(keys), read_rows(gates_s.at[STEP]) * read_rows(feedback_s)
-                d_u = along_columns(coefficient, d) * after - along_columns(taken, d) * d
+                from_later = products(split_terms(decay, u_or_g, short=not options.forget))[0]
+                d_added = column_scale(shared.d_after.at[columns], from_later)
+                if options.forget:
+                    d_added = d_added * row_scale(gates.at[TO_END], d_added)
+                d_added = d_added + from_later
+                # Read k again here: held over the product, these values take too many registers.
+                k, coefficient = read(keys), read_rows(gates.at[STEP]) * read_rows(local.feedback)
+                d_u = along_columns(coefficient, d) * d_added - along_columns(beta_d_feedback, d) * d
                 d_k = 2.0 * (k * d_u)
-                if static.multiply:
-                    d_k = d_k + read(cotangent_s.at[piece]) * d
-                sums = (sums[0] + predicted, sums[1] + jnp.sum(after * (k * k), axis=1), *sums[2:])
-                keys[...] = d_k.astype(k_ref.dtype)
-                if static.anchored:
-                    d = d - column_scale(anchor_s.at[part], d)
-                    d_anchor_s[part] = jnp.sum(after * row_scale(gates_s.at[DRAW], after), axis=0)
-                return (*sums[:2], sums[2] + jnp.sum(after * d, axis=1)) if static.forget else sums
+                if options.multiply:
+                    d_k = d_k + read(local.d_out.at[slab]) * d
+                sums = (sums[0] + predicted, sums[1] + jnp.sum(d_added * (k * k), axis=1), *sums[2:])
+                keys[...] = d_k.astype(source.k.dtype)
+                if options.anchored:
+                    d = d - column_scale(shared.anchor.at[columns], d)
+                    shared.d_anchor[columns] = jnp.sum(d_added * row_scale(gates.at[ANCHOR_WEIGHT], d_added), axis=0)
+                return (*sums[:2], sums[2] + jnp.sum(d_added * d, axis=1)) if options.forget else sums
 
-            sums = parts.over(pieces, step, (zero_rows(CHUNK),) * (2 + static.forget))
-            d_gates_s[D_BETA] = -(read_rows(r_s) * sums[0])
-            d_gates_s[D_STEP] = sums[1] * read_rows(feedback_s)
-            if static.forget:
-                d_gates_s[D_LOG_FORGET] = sums[2] * read_rows(gates_s.at[FORGET])
+            sums = fold_slabs(slabs, add, (zero_rows(CHUNK),) * (2 + options.forget))
+            shared.d_gates[D_BETA] = -(read_rows(local.d_feedback) * sums[0])
+            shared.d_gates[D_STEP] = sums[1] * read_rows(local.feedback)
+            if options.forget:
+                shared.d_gates[D_LOG_FORGET] = sums[2] * read_rows(gates.at[FORGET])
             plgpu.commit_smem()
-            for piece in range(pieces):
-                plgpu.copy_smem_to_gmem(k_s.at[piece], d_k_ref.at[b, rows, p, parts.channels(piece)])
+            for slab in range(slabs):
+                plgpu.copy_smem_to_gmem(local.k.at[slab], target.d_k.at[b, rows, p, channels(slab)])
 
-        def token_by_token() -> None:
-            def block(first: Any) -> list[Any]:
-                block = pl.ds(n * CHUNK + first, BLOCK)
-                return [ref.at[b, block, p] for ref in (k_ref, *d_ref, cotangent_ref)]
+        def run_sequentially() -> None:
+            def rows_from(first: Any) -> list[Any]:
+                rows = pl.ds(n * CHUNK + first, LOADED_TOKENS)
+                return [ref.at[b, rows, p] for ref in (source.k, source.d, source.d_out)]
 
             def step(t: Any, token: list[Any], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                gate = lambda row: gates_s[row, t]
-                k, d, cotangent = (tokens.load_row(ref) for ref in token)
-                used = cotangent * k if static.multiply else cotangent
-                pulled = tokens.pull(carry[0], used, d, k * k, gate, anchor_s, static)
-                r = gate(STEP) * pulled.coefficient
-                d_u = (gate(STEP) * pulled.feedback) * pulled.after - (gate(BETA) * r) * d
+                gate = lambda row: gates[row, t]
+                k, d, d_out = (load_row(ref) for ref in token)
+                d_used = d_out * k if options.multiply else d_out
+                adjoint = token_vjp(carry[0], d_used, d, k * k, gate, shared.anchor, options)
+                d_feedback = gate(STEP) * adjoint.d_coefficient
+                d_u = (gate(STEP) * adjoint.feedback) * adjoint.d_updated - (gate(BETA) * d_feedback) * d
                 d_k = 2.0 * (k * d_u)
-                if static.multiply:
-                    d_k = d_k + cotangent * d
-                d_k_ref[b, n * CHUNK + t, p] = d_k.astype(k_ref.dtype)
-                d_gates_s[D_STEP, t] = pulled.coefficient * pulled.feedback
-                d_gates_s[D_BETA, t] = -(r * pulled.predicted)
-                if static.anchored:
-                    d = d - tokens.load_row(anchor_s)
-                    d_anchor_s[...] = tokens.load_row(d_anchor_s) + gate(DRAW) * pulled.after
-                if static.forget:
-                    d_gates_s[D_LOG_FORGET, t] = gate(FORGET) * jnp.sum(pulled.after * d)
-                return (tokens.stopped(gate(RESTART), pulled.before)[0] if static.documents else pulled.before,)
+                if options.multiply:
+                    d_k = d_k + d_out * d
+                target.d_k[b, n * CHUNK + t, p] = d_k.astype(source.k.dtype)
+                shared.d_gates[D_STEP, t] = adjoint.d_coefficient * adjoint.feedback
+                shared.d_gates[D_BETA, t] = -(d_feedback * adjoint.predicted)
+                if options.anchored:
+                    d = d - load_row(shared.anchor)
+                    shared.d_anchor[...] = load_row(shared.d_anchor) + gate(ANCHOR_WEIGHT) * adjoint.d_updated
+                if options.forget:
+                    shared.d_gates[D_LOG_FORGET, t] = gate(FORGET) * jnp.sum(adjoint.d_updated * d)
+                d_before = adjoint.d_before
+                return (split_reset_cotangent(gate(RESET), d_before)[0] if options.resets else d_before,)
 
-            tokens.reversed_tokens(block, blocks, block_loaded, step, (tokens.load_row(after_s),))
+            carry = (load_row(shared.d_after),)
+            scan_tokens_backward(rows_from, shared.phases.rows, shared.rows_loaded, step, carry)
 
-        for ref, target in [(gates_ref.at[b, p, n], gates_s), (after_ref.at[b, p, n], after_s)]:
-            plgpu.copy_gmem_to_smem(ref, target, ready)
-        plgpu.copy_gmem_to_smem(anchor_ref.at[b, p], anchor_s, ready)
-        if not static.forget:
-            d_gates_s[D_LOG_FORGET] = tokens.no_row(CHUNK)
-        if static.anchored:
-            d_anchor_s[...] = tokens.no_row(size)
-        plgpu.barrier_wait(ready)
-        if static.exact:
-            again = redone_ref[b, p, n] > 0
-            pl.when(again)(token_by_token)
-            pl.when(jnp.logical_not(again))(closed_form)
+        plgpu.copy_gmem_to_smem(source.gates.at[b, p, n], gates, shared.loaded)
+        plgpu.copy_gmem_to_smem(source.d_after.at[b, p, n], shared.d_after, shared.loaded)
+        plgpu.copy_gmem_to_smem(source.anchor.at[b, p], shared.anchor, shared.loaded)
+        if not options.forget:
+            shared.d_gates[D_LOG_FORGET] = zero_row(CHUNK)
+        if options.anchored:
+            shared.d_anchor[...] = zero_row(size)
+        plgpu.barrier_wait(shared.loaded)
+        if options.may_run_sequentially:
+            sequential = source.sequential[b, p, n] > 0
+            pl.when(sequential)(run_sequentially)
+            pl.when(jnp.logical_not(sequential))(run_chunk)
         else:
-            closed_form()
+            run_chunk()
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(d_gates_s, d_gates_ref.at[b, p, n])
-        if static.anchored:
-            plgpu.copy_smem_to_gmem(d_anchor_s, d_anchor_ref[0].at[b, p, n])
+        plgpu.copy_smem_to_gmem(shared.d_gates, target.d_gates.at[b, p, n])
+        if options.anchored:
+            plgpu.copy_smem_to_gmem(shared.d_anchor, target.d_anchor.at[b, p, n])
         plgpu.wait_smem_to_gmem(0)
 
-    row, per_token = plgpu.SMEM((size,), jnp.float32), plgpu.SMEM((CHUNK,), jnp.float32)
-    of_a_chunk = [smem(pieces, CHUNK, PIECE, dtype=dtype) for dtype in (k.dtype, cotangent.dtype)]
-    of_a_chunk += [parts.again_tile(), row, per_token, per_token, *[parts.halves(1)] * 3]
-    blocks = tokens.blocks(size, k.dtype, cotangent.dtype)
-    scratch = [
-        plgpu.RefUnion(of_a_chunk, blocks) if static.exact else of_a_chunk,  # a chunk needs the one or the others
-        plgpu.SMEM((GATES, CHUNK), jnp.float32),
-        row,
-        row,
-        plgpu.SMEM((3, CHUNK), jnp.float32),
-        row,
-        plgpu.Barrier(num_arrivals=3),
-        plgpu.Barrier(num_arrivals=2 * pieces + 4),
-        plgpu.Barrier(num_arrivals=3),
-    ]
-    grid = {"batch": batch, "chunk": count, "head": heads}
-    run = (body, "hypergradient_finish", out, grid, scratch, static.interpret, inputs)
-    return list(launch(*run, automatic_barriers=True))
+    d_anchor = jax.ShapeDtypeStruct((*leading, size), jnp.float32)
+    chunk = {
+        "k": smem(slabs, CHUNK, SLAB, dtype=chunks.k.dtype),
+        "d_out": smem(slabs, CHUNK, SLAB, dtype=d_out.dtype),
+        "sum_rows": sum_rows_tile(),
+        "start": plgpu.SMEM((size,), jnp.float32),
+        "feedback": plgpu.SMEM((CHUNK,), jnp.float32),
+        "d_feedback": plgpu.SMEM((CHUNK,), jnp.float32),
+        "u_or_g": halves_tile(),
+        "weights": halves_tile(),
+        "decay": halves_tile(),
+    }
+    rows = adjoint_rows(size, chunks.k.dtype, d_out.dtype)
+    found = launch(
+        body,
+        "hypergradient_finish",
+        inputs={
+            "k": chunks.k,
+            "gates": chunks.gates,
+            "start": chunks.start,
+            "feedback": chunks.feedback,
+            "sequential": chunks.sequential,
+            "d_out": d_out,
+            "d_feedback": cotangents.d_feedback,
+            "d_after": cotangents.d_after,
+            "anchor": chunks.anchor,
+            "d": d,
+        },
+        out={
+            "d_k": jax.ShapeDtypeStruct(chunks.k.shape, chunks.k.dtype),
+            "d_gates": jax.ShapeDtypeStruct((*leading, 3, CHUNK), jnp.float32),
+            "d_anchor": d_anchor if options.anchored else None,
+        },
+        scratch={
+            # A block runs its chunk in closed form or token by token, so the two share memory.
+            "phases": Phases(chunk=chunk, rows=rows) if options.may_run_sequentially else {"chunk": chunk},
+            "gates": plgpu.SMEM((GATES, CHUNK), jnp.float32),
+            "d_after": plgpu.SMEM((size,), jnp.float32),
+            "anchor": plgpu.SMEM((size,), jnp.float32),
+            "d_gates": plgpu.SMEM((3, CHUNK), jnp.float32),
+            "d_anchor": plgpu.SMEM((size,), jnp.float32),
+            "loaded": plgpu.Barrier(num_arrivals=3),
+            "chunk_loaded": plgpu.Barrier(num_arrivals=2 * slabs + 4),
+            "rows_loaded": plgpu.Barrier(num_arrivals=3),
+        },
+        grid={"batch": batch, "chunk": count, "head": heads},
+        interpret=options.interpret,
+        automatic_barriers=True,
+    )
+    return Gradients(**vars(found))

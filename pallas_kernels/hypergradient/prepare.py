@@ -1,17 +1,18 @@
-"""The part of a chunk of the hypergradient preconditioner that needs no state. Parallel over all chunks."""
+"""The part of the hypergradient preconditioner that needs no state, in parallel over all chunks."""
 
-from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.inverse import SCRATCH, unit_lower_inverse
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.inverse import SCRATCH as INVERSE
+from pallas_kernels.common.inverse import unit_lower_inverse
+from pallas_kernels.common.launch import BlockIndex, Phases, launch
 from pallas_kernels.common.tiles import (
     CHUNK,
+    SLAB,
     column_scale,
     products,
     read,
@@ -21,93 +22,130 @@ from pallas_kernels.common.tiles import (
     split_terms,
     zero_rows,
 )
-from pallas_kernels.hypergradient import chunk as parts
-from pallas_kernels.hypergradient.chunk import BETA, GATES, LEAD, PIECE, STEP, Static
+from pallas_kernels.hypergradient.chunk import (
+    BETA,
+    DECAY_BEFORE,
+    GATES,
+    STEP,
+    HypergradientOptions,
+    channels,
+    decay_between,
+    decay_between_transposed,
+    fold_slabs,
+    halves_of,
+    halves_tile,
+    squares,
+    sum_rows_of,
+    sum_rows_tile,
+)
 
 
-def prepare(k: jax.Array, gates: jax.Array, cotangent: jax.Array | None, static: Static) -> list[jax.Array]:
-    """(I + L)^-1 of every chunk, [B, P, N, 64, 64] float32, and for the gradient what the cotangents of d add.
+class Prepared(NamedTuple):
+    """Results of `prepare`, float32."""
 
-    With g the cotangents of d, they add sum_{j > i} E_ji <u_i, g_j> to the cotangent of token i's coefficient,
-    [B, P, N, 64], and sum_j lead_j g_j to that of the state before the chunk, [B, P, N, K].
+    inverse: jax.Array  # (I + L)^-1 [B, P, N, 64, 64]
+    d_coefficient: jax.Array | None  # sum_{j > i} E_ji <u_i, g_j> for token i [B, P, N, 64]
+    d_start: jax.Array | None  # sum_j decay_j g_j [B, P, N, K]
+
+
+def prepare(k: jax.Array, gates: jax.Array, d_out: jax.Array | None, options: HypergradientOptions) -> Prepared:
+    """Return (I + L)^-1 of every chunk and, for the gradient, the effect of the cotangents g of d within the chunk.
+
+    They add `d_coefficient` to the cotangent of step * feedback of each token, and `d_start` to that of d before the
+    chunk.
 
     Args:
         k: [B, T, P, K], T a multiple of 64.
         gates: [B, P, N, GATES, 64].
-        cotangent: of d, [B, T, P, K] float32, or with `static.multiply` of d k, in the type of k; or None.
-        static: the options.
+        d_out: cotangent of d, [B, T, P, K] float32, or with `options.multiply` of d k, in the type of k. None for the
+            forward pass.
+        options: of the kernel.
     """
     batch, _, heads, size = k.shape
-    count, pieces = gates.shape[2], size // PIECE
-    backward = cotangent is not None
-    inputs = [k, gates] if cotangent is None else [k, gates, cotangent]
-    shapes = [(CHUNK, CHUNK), (CHUNK,), (size,)] if backward else [(CHUNK, CHUNK)]
-    out = [jax.ShapeDtypeStruct((batch, heads, count, *shape), jnp.float32) for shape in shapes]
+    count, slabs = gates.shape[2], size // SLAB
+    backward = d_out is not None
 
-    def body(at: Any, *refs: Any) -> None:
-        ins, outs, scoped = refs[: len(inputs)], refs[len(inputs) :][: len(out)], refs[len(inputs) + len(out) :]
-        k_s, gates_s, again_s, adds_s, state_s, loaded, g_loaded, g_s, shared = scoped
-        (u,), inverse_s, (x_s, left, g) = shared
-        left, g = parts.at(left, 0), parts.at(g, 0)
-        b, p, n = at("batch", "head", "chunk")
+    def result(*shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((batch, heads, count, *shape), jnp.float32)
+
+    def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
+        u, store = shared.phases.solve.u, shared.phases.store
+        decay, g = halves_of(store.decay), halves_of(store.g)
+        b, p, n = index("batch", "head", "chunk")
         rows = pl.ds(n * CHUNK, CHUNK)
-        for piece in range(pieces):
-            plgpu.copy_gmem_to_smem(ins[0].at[b, rows, p, parts.channels(piece)], k_s.at[piece], loaded)
+        for slab in range(slabs):
+            plgpu.copy_gmem_to_smem(source.k.at[b, rows, p, channels(slab)], shared.k.at[slab], shared.loaded)
             if backward:
-                plgpu.copy_gmem_to_smem(ins[2].at[b, rows, p, parts.channels(piece)], g_s.at[piece], g_loaded)
-        plgpu.copy_gmem_to_smem(ins[1].at[b, p, n], gates_s, loaded)
-        plgpu.copy_gmem_to_smem(parts.sums_of(ins[1].at[b, p, n]), again_s, loaded)
-        plgpu.barrier_wait(loaded)
-        for piece in range(pieces):
-            split(parts.squares(k_s.at[piece]), *parts.at(u, piece))
+                d_out_slab = source.d_out.at[b, rows, p, channels(slab)]
+                plgpu.copy_gmem_to_smem(d_out_slab, shared.d_out.at[slab], shared.d_out_loaded)
+        plgpu.copy_gmem_to_smem(source.gates.at[b, p, n], shared.gates, shared.loaded)
+        plgpu.copy_gmem_to_smem(sum_rows_of(source.gates.at[b, p, n]), shared.sum_rows, shared.loaded)
+        plgpu.barrier_wait(shared.loaded)
+        for slab in range(slabs):
+            split(squares(shared.k.at[slab]), *halves_of(u, slab))
         plgpu.commit_smem()
         pairs: list[tuple[Any, Any]] = []
-        for piece in range(pieces):
-            pairs += [(a, b.T) for a, b in split_terms(parts.at(u, piece), parts.at(u, piece))]
-        lower = products(pairs)[0] * parts.left_before(gates_s, again_s, static)
-        lower = lower * row_scale(gates_s.at[BETA], lower) * column_scale(gates_s.at[STEP], lower)
-        plgpu.commit_smem()  # the squared keys have served
-        inverse = unit_lower_inverse(lower, inverse_s)
-        plgpu.commit_smem()  # so has the inverse's memory
-        x_s[...] = inverse
+        for slab in range(slabs):
+            pairs += [(x, y.T) for x, y in split_terms(halves_of(u, slab), halves_of(u, slab))]
+        lower = products(pairs)[0] * decay_between(shared.gates, shared.sum_rows, options)
+        lower = lower * row_scale(shared.gates.at[BETA], lower) * column_scale(shared.gates.at[STEP], lower)
+        plgpu.commit_smem()  # the squared keys are dead: the inverse reuses their shared memory
+        inverse = unit_lower_inverse(lower, shared.phases.inverse)
+        plgpu.commit_smem()  # the operands of the inverse are dead: the results reuse their shared memory
+        store.inverse[...] = inverse
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(x_s, outs[0].at[b, p, n])
+        plgpu.copy_smem_to_gmem(store.inverse, target.inverse.at[b, p, n])
         if backward:
-            split(parts.left_after(gates_s, again_s, static), *left)
-            plgpu.barrier_wait(g_loaded)
+            split(decay_between_transposed(shared.gates, shared.sum_rows, options), *decay)
+            plgpu.barrier_wait(shared.d_out_loaded)
 
-            def add(piece: Any, adds: jax.Array) -> jax.Array:
-                cotangents = read(g_s.at[piece])
-                if static.multiply:
-                    cotangents = cotangents * read(k_s.at[piece])
+            def add(slab: Any, sums: jax.Array) -> jax.Array:
+                cotangents = read(shared.d_out.at[slab])
+                if options.multiply:
+                    cotangents = cotangents * read(shared.k.at[slab])
                 split(cotangents, *g)
-                if static.forget:
-                    cotangents = cotangents * row_scale(gates_s.at[LEAD], cotangents)
-                state_s[parts.channels(piece)] = jnp.sum(cotangents, axis=0)
+                if options.forget:
+                    cotangents = cotangents * row_scale(shared.gates.at[DECAY_BEFORE], cotangents)
+                shared.d_start[channels(slab)] = jnp.sum(cotangents, axis=0)
                 plgpu.commit_smem()
-                added = products(split_terms(left, g, short=not static.forget))[0]
-                plgpu.commit_smem()  # the operands have served
-                return adds + jnp.sum(added * parts.squares(k_s.at[piece]), axis=1)
+                d_added = products(split_terms(decay, g, short=not options.forget))[0]
+                plgpu.commit_smem()  # the operands are dead: the next slab overwrites them
+                return sums + jnp.sum(d_added * squares(shared.k.at[slab]), axis=1)
 
-            adds_s[...] = parts.over(pieces, add, zero_rows(CHUNK))
+            shared.d_coefficient[...] = fold_slabs(slabs, add, zero_rows(CHUNK))
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(adds_s, outs[1].at[b, p, n])
-            plgpu.copy_smem_to_gmem(state_s, outs[2].at[b, p, n])
+            plgpu.copy_smem_to_gmem(shared.d_coefficient, target.d_coefficient.at[b, p, n])
+            plgpu.copy_smem_to_gmem(shared.d_start, target.d_start.at[b, p, n])
         plgpu.wait_smem_to_gmem(0)
 
-    half = parts.halves(1)
-    # One after the other: what the inverse is of, what it works in, what is written and what the cotangents work in.
-    shared = plgpu.RefUnion([parts.halves(pieces)], SCRATCH, [smem(CHUNK, CHUNK, dtype=jnp.float32), half, half])
-    scratch: Sequence[Any] = [
-        smem(pieces, CHUNK, PIECE, dtype=k.dtype),
-        plgpu.SMEM((GATES, CHUNK), jnp.float32),
-        parts.again_tile(),
-        plgpu.SMEM((CHUNK,), jnp.float32),
-        plgpu.SMEM((size,), jnp.float32),
-        plgpu.Barrier(num_arrivals=pieces + 2),
-        plgpu.Barrier(num_arrivals=pieces),
-        plgpu.SMEM((1,), jnp.float32) if cotangent is None else smem(pieces, CHUNK, PIECE, dtype=cotangent.dtype),
-        shared,
-    ]
-    grid = {"batch": batch, "chunk": count, "head": heads}
-    return list(launch(body, "hypergradient_prepare", out, grid, scratch, static.interpret, inputs))
+    inputs = {"k": k, "gates": gates, "d_out": d_out}
+    out = {
+        "inverse": result(CHUNK, CHUNK),
+        "d_coefficient": result(CHUNK) if backward else None,
+        "d_start": result(size) if backward else None,
+    }
+    scratch = {
+        "k": smem(slabs, CHUNK, SLAB, dtype=k.dtype),
+        "gates": plgpu.SMEM((GATES, CHUNK), jnp.float32),
+        "sum_rows": sum_rows_tile(),
+        "d_coefficient": plgpu.SMEM((CHUNK,), jnp.float32),
+        "d_start": plgpu.SMEM((size,), jnp.float32),
+        "loaded": plgpu.Barrier(num_arrivals=slabs + 2),
+        "d_out_loaded": plgpu.Barrier(num_arrivals=slabs),
+        "d_out": plgpu.SMEM((1,), jnp.float32) if d_out is None else smem(slabs, CHUNK, SLAB, dtype=d_out.dtype),
+        "phases": Phases(
+            solve={"u": halves_tile(slabs)},
+            inverse=INVERSE,
+            store={"inverse": smem(CHUNK, CHUNK, dtype=jnp.float32), "decay": halves_tile(), "g": halves_tile()},
+        ),
+    }
+    found = launch(
+        body,
+        "hypergradient_prepare",
+        inputs=inputs,
+        out=out,
+        scratch=scratch,
+        grid={"batch": batch, "chunk": count, "head": heads},
+        interpret=options.interpret,
+    )
+    return Prepared(**vars(found))

@@ -1,7 +1,8 @@
-"""The hypergradient preconditioner from chunk to chunk: one block per batch and head keeps its state.
+"""The forward scan over chunks of the hypergradient preconditioner: one block per batch and head keeps the state.
 
-The chain from one chunk to the next is what takes time, so it holds no more than the next chunk needs: the feedback of
-every token and the state after the last, three products with a vector. `expand` does the rest, chunk-parallel.
+The chain from one chunk to the next decides how long the scan takes. So it computes no more than the next chunk needs,
+the feedback of every token and d after the last one: three products with a vector. `expand` does the rest, in parallel
+over all chunks.
 """
 
 from typing import Any
@@ -12,26 +13,40 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.launch import launch
-from pallas_kernels.common.tiles import CHUNK, column_scale, indices, read_rows, smem, zero_rows
-from pallas_kernels.hypergradient import chunk as parts
-from pallas_kernels.hypergradient import tokens
+from pallas_kernels.common.launch import BlockIndex, launch
+from pallas_kernels.common.tiles import CHUNK, SLAB, column_scale, indices, read_rows, smem, zero_rows
 from pallas_kernels.hypergradient.chunk import (
     BETA,
-    BLOCK,
-    FORCED,
+    DECAY_BEFORE,
     FORGET,
     GATES,
-    LEAD,
-    PIECE,
-    RESTART,
+    RESET,
+    RESET_INSIDE,
+    SCAN_SLAB,
     STEP,
     TO_END,
-    Static,
+    Chunks,
+    HypergradientOptions,
+    channels,
+    closed_form,
+    fold_slabs,
+    halves_of,
+    halves_tile,
+    read_by_channel,
+    read_by_token,
+    squares,
+    squares_transposed,
+    sum_over_tokens,
+    sum_rows_of,
+    sum_rows_tile,
+    write_weights,
+    zero_channels,
 )
+from pallas_kernels.hypergradient.tokens import LOADED_TOKENS, key_rows, load_row, out_of_bounds, scan_tokens
 
-# Relative errors far above those of `expand`: in a sum of terms of one sign, and in what is left of the start.
-_ROUNDING, _LEFT = 2.0**-12, 2.0**-18
+# Relative safety margins of the bound test, far above the rounding errors of `expand`: of the sum of the terms of one
+# sign, and of the decayed d from before the chunk.
+_SUM_MARGIN, _START_MARGIN = 2.0**-12, 2.0**-18
 
 
 def scan(
@@ -39,185 +54,204 @@ def scan(
     gates: jax.Array,
     inverse: jax.Array,
     initial: jax.Array,
-    restart: jax.Array,
+    after_reset: jax.Array,
     anchor: jax.Array,
-    static: Static,
-) -> list[jax.Array]:
-    """The state before each chunk, the feedback of each token, the final state, and which chunks go token by token.
-
-    They are [B, P, N, K], [B, P, N, 64] and [B, P, K] float32, and [B, P, N] int32, all zeros where `static.exact` is
-    False. The feedback of a chunk that goes token by token means nothing.
+    options: HypergradientOptions,
+) -> tuple[Chunks, jax.Array]:
+    """Return the chunks with d before each, the feedback and the sequential ones, and d after the last [B, P, K].
 
     Args:
         k: [B, T, P, K], T a multiple of 64.
         gates: [B, P, N, GATES, 64].
         inverse: of `prepare`.
-        initial, restart, anchor: [B, P, K] float32.
-        static: the options.
+        initial: d before the first chunk [B, P, K] float32.
+        after_reset: d after a reset [B, P, K] float32.
+        anchor: [B, P, K] float32.
+        options: of the kernel.
     """
     batch, length, heads, size = k.shape
-    count, width = length // CHUNK, min(size, parts.WIDTH)
-    steps = size // width
-    lead = (batch, heads, count)
-    shapes = [(*lead, size), (*lead, CHUNK), initial.shape]
-    out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes] + [jax.ShapeDtypeStruct(lead, jnp.int32)]
+    count, width = length // CHUNK, min(size, SCAN_SLAB)
+    slabs = size // width
+    leading = (batch, heads, count)
 
-    def body(at: Any, *refs: Any) -> None:
-        k_ref, gates_ref, inverse_ref, initial_ref, restart_ref, anchor_ref, *rest = refs
-        starts_ref, feedback_ref, final_ref, redone_ref, *rest = rest
-        k_s, gates_s, inverse_s, state_s, feedback_s, tokens_s, restart_s, anchor_s, ready, loaded, *rest = rest
-        token_scratch, test_scratch = rest
-        b, p = at("batch", "head")
-
-        def here(step: Any) -> Any:
-            return pl.ds(step * width, width)
+    def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
+        b, p = index("batch", "head")
 
         def load(n: Any, slot: Any) -> None:
-            for step in range(steps):
-                source = k_ref.at[b, pl.ds(n * CHUNK, CHUNK), p, here(step)]
-                plgpu.copy_gmem_to_smem(source, k_s.at[slot, step], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(gates_ref.at[b, p, n], gates_s.at[slot], loaded.at[slot])
-            plgpu.copy_gmem_to_smem(inverse_ref.at[b, p, n], inverse_s.at[slot], loaded.at[slot])
+            loaded = shared.chunk_loaded.at[slot]
+            for slab in range(slabs):
+                keys = source.k.at[b, pl.ds(n * CHUNK, CHUNK), p, channels(slab, width)]
+                plgpu.copy_gmem_to_smem(keys, shared.k.at[slot, slab], loaded)
+            plgpu.copy_gmem_to_smem(source.gates.at[b, p, n], shared.gates.at[slot], loaded)
+            plgpu.copy_gmem_to_smem(source.inverse.at[b, p, n], shared.inverse.at[slot], loaded)
 
         def solve(slot: Any) -> jax.Array:
-            """The feedback of every token."""
-            gates = gates_s.at[slot]
+            """Return the feedback of every token."""
+            gates = shared.gates.at[slot]
 
-            def recall(step: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                squares = parts.squares(k_s.at[slot, step])
-                start = column_scale(state_s.at[slot, here(step)], squares)
-                if not static.anchored:
-                    return (sums[0] + jnp.sum(squares * start, axis=1),)
-                drawn = column_scale(anchor_s.at[here(step)], squares)
-                start = start - drawn
-                return sums[0] + jnp.sum(squares * start, axis=1), sums[1] + jnp.sum(squares * drawn, axis=1)
+            def predict(slab: Any, sums: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+                u = squares(shared.k.at[slot, slab])
+                origin = column_scale(shared.d.at[slot, channels(slab, width)], u)
+                if not options.anchored:
+                    return (sums[0] + jnp.sum(u * origin, axis=1),)
+                anchor = column_scale(shared.anchor.at[channels(slab, width)], u)
+                origin = origin - anchor
+                return sums[0] + jnp.sum(u * origin, axis=1), sums[1] + jnp.sum(u * anchor, axis=1)
 
-            recalled, *drawn = parts.over(steps, recall, (zero_rows(CHUNK),) * (1 + static.anchored))
-            if static.forget:
-                recalled = recalled * read_rows(gates.at[LEAD])
-            if static.anchored:
-                recalled = recalled + drawn[0]
-            tokens_s[...] = 1.0 - read_rows(gates.at[BETA]) * recalled
-            solved = plgpu.load(inverse_s.at[slot], layout=plgpu.Layout.WGMMA)
-            return jnp.sum(solved * column_scale(tokens_s, solved), axis=1)
+            predicted, *by_anchor = fold_slabs(slabs, predict, (zero_rows(CHUNK),) * (1 + options.anchored))
+            if options.forget:
+                predicted = predicted * read_rows(gates.at[DECAY_BEFORE])
+            if options.anchored:
+                predicted = predicted + by_anchor[0]
+            shared.per_token[...] = 1.0 - read_rows(gates.at[BETA]) * predicted
+            inverse = plgpu.load(shared.inverse.at[slot], layout=plgpu.Layout.WGMMA)
+            return jnp.sum(inverse * column_scale(shared.per_token, inverse), axis=1)
 
         def advance(slot: Any) -> Any:
-            """Takes the state past the chunk; above 0 where a value inside of it might leave the bounds.
+            """Write d after the chunk; return a value above 0 if a d inside of the chunk may be out of bounds.
 
-            What a token adds never grows afterwards. So no value lies below the lesser of the start and what is left of
-            it at the end, and all that is added with a negative sign; nor above the greater, and all of positive sign.
+            The contribution of a token never grows after it. So every d of a channel is at least the smaller of d
+            before the chunk and its decayed value at the end, plus all negative contributions; and at most the larger
+            of the two, plus all positive ones.
             """
-            gates = gates_s.at[slot]
-            lead = gates_s[slot, LEAD, CHUNK - 1] * gates_s[slot, FORGET, CHUNK - 1]
-            coefficient = parts.by_token(feedback_s.at[slot]) * parts.by_token(gates.at[STEP])
-            to_end = coefficient * parts.by_token(gates.at[TO_END]) if static.forget else coefficient
+            gates = shared.gates.at[slot]
+            chunk_decay = shared.gates[slot, DECAY_BEFORE, CHUNK - 1] * shared.gates[slot, FORGET, CHUNK - 1]
+            coefficient = read_by_token(shared.feedback.at[slot]) * read_by_token(gates.at[STEP])
+            to_end = coefficient * read_by_token(gates.at[TO_END]) if options.forget else coefficient
 
-            def add(step: Any, leaving: jax.Array) -> jax.Array:
-                squares = parts.squares_by_channel(k_s.at[slot, step])
-                start = parts.by_channel(state_s.at[slot, here(step)])
-                left = start * lead if static.forget else start
-                if static.anchored:
-                    drawn = parts.by_channel(anchor_s.at[here(step)])
-                    left = drawn + lead * (start - drawn)
-                if static.bounds is None:
-                    state_s[1 - slot, here(step)] = left + parts.over_tokens(squares, to_end)
-                    return leaving
-                up = parts.over_tokens(squares, jnp.maximum(coefficient, 0.0))
-                down = parts.over_tokens(squares, jnp.minimum(coefficient, 0.0))
-                added = parts.over_tokens(squares, to_end) if static.forget else up + down
-                state_s[1 - slot, here(step)] = left + added
-                least, most = jnp.minimum(start, left), jnp.maximum(start, left)
-                if static.anchored:
-                    rounded = (jnp.abs(start) + jnp.abs(drawn)) * _LEFT
-                    least, most = least - rounded, most + rounded
-                elif static.forget:  # keeps its sign, and so zero as a bound, however little is left
-                    least, most = least - jnp.abs(least) * _LEFT, most + jnp.abs(most) * _LEFT
-                least, most = least + down * (1.0 + _ROUNDING), most + up * (1.0 + _ROUNDING)
+            def add(slab: Any, suspects: jax.Array) -> jax.Array:
+                u = squares_transposed(shared.k.at[slot, slab])
+                start = read_by_channel(shared.d.at[slot, channels(slab, width)])
+                decayed = start * chunk_decay if options.forget else start
+                if options.anchored:
+                    anchor = read_by_channel(shared.anchor.at[channels(slab, width)])
+                    decayed = anchor + chunk_decay * (start - anchor)
+                if options.bounds is None:
+                    shared.d[1 - slot, channels(slab, width)] = decayed + sum_over_tokens(u, to_end)
+                    return suspects
+                up = sum_over_tokens(u, jnp.maximum(coefficient, 0.0))
+                down = sum_over_tokens(u, jnp.minimum(coefficient, 0.0))
+                added = sum_over_tokens(u, to_end) if options.forget else up + down
+                shared.d[1 - slot, channels(slab, width)] = decayed + added
+                least, most = jnp.minimum(start, decayed), jnp.maximum(start, decayed)
+                if options.anchored:
+                    margin = (jnp.abs(start) + jnp.abs(anchor)) * _START_MARGIN
+                    least, most = least - margin, most + margin
+                elif options.forget:  # the margin keeps the sign, so that 0 as a bound holds under any decay
+                    least, most = least - jnp.abs(least) * _START_MARGIN, most + jnp.abs(most) * _START_MARGIN
+                least, most = least + down * (1.0 + _SUM_MARGIN), most + up * (1.0 + _SUM_MARGIN)
                 infinite = jnp.where(up - down < jnp.inf, 0.0, 1.0)
-                return leaving + tokens.outside(least, static) + tokens.outside(most, static) + infinite
+                return suspects + out_of_bounds(least, options) + out_of_bounds(most, options) + infinite
 
-            leaving = parts.over(steps, add, parts.no_channels(width))
-            return 0.0 if static.bounds is None else jnp.sum(leaving)
+            suspects = fold_slabs(slabs, add, zero_channels(width))
+            return 0.0 if options.bounds is None else jnp.sum(suspects)
 
-        def test(n: Any, slot: Any) -> Any:
-            """How many values of the chunk leave the bounds, of those that `expand` would write."""
-            again_s, u, weights, again_loaded = test_scratch
-            u, weights = parts.at(u, 0), parts.at(weights, 0)
-            plgpu.copy_gmem_to_smem(parts.sums_of(gates_ref.at[b, p, n]), again_s, again_loaded)
-            plgpu.barrier_wait(again_loaded)
-            parts.weigh(feedback_s.at[slot], gates_s.at[slot], again_s, weights, static)
-            first = indices((CHUNK, PIECE))[0] == 0
+        def count_out_of_bounds(n: Any, slot: Any) -> Any:
+            """Return how many values of the chunk, as `expand` would write them, are out of bounds."""
+            test = shared.test
+            u, weights = halves_of(test.u), halves_of(test.weights)
+            plgpu.copy_gmem_to_smem(sum_rows_of(source.gates.at[b, p, n]), test.sum_rows, test.loaded)
+            plgpu.barrier_wait(test.loaded)
+            write_weights(shared.feedback.at[slot], shared.gates.at[slot], test.sum_rows, weights, options)
+            first = indices((CHUNK, SLAB))[0] == 0
 
-            def count_leaving(step: Any, leaving: jax.Array) -> jax.Array:
-                for begin in range(0, width, PIECE):
-                    channels = pl.ds(step * width + begin, PIECE)
-                    keys = k_s.at[slot, step, :, pl.ds(begin, PIECE)]
-                    states = state_s.at[slot, channels], anchor_s.at[channels]
-                    values = parts.closed_form(keys, *states, gates_s.at[slot], u, weights, static)
-                    leaving = leaving + jnp.sum(jnp.where(first, 0.0, tokens.outside(values, static)), axis=1)
-                return leaving
+            def add(slab: Any, counts: jax.Array) -> jax.Array:
+                for begin in range(0, width, SLAB):
+                    columns = pl.ds(slab * width + begin, SLAB)
+                    keys = shared.k.at[slot, slab, :, pl.ds(begin, SLAB)]
+                    states = shared.d.at[slot, columns], shared.anchor.at[columns]
+                    d = closed_form(keys, *states, shared.gates.at[slot], u, weights, options)
+                    counts = counts + jnp.sum(jnp.where(first, 0.0, out_of_bounds(d, options)), axis=1)
+                return counts
 
-            tokens_s[...] = parts.over(steps, count_leaving, zero_rows(CHUNK))
-            after = tokens.outside(tokens.load_row(state_s.at[1 - slot]), static)
-            return jnp.sum(tokens.load_row(tokens_s)) + jnp.sum(after)
+            shared.per_token[...] = fold_slabs(slabs, add, zero_rows(CHUNK))
+            after = out_of_bounds(load_row(shared.d.at[1 - slot]), options)
+            return jnp.sum(load_row(shared.per_token)) + jnp.sum(after)
 
-        def redo(n: Any, slot: Any) -> None:
-            rows = lambda first: k_ref.at[b, pl.ds(n * CHUNK + first, BLOCK), p]
-            start, memory = tokens.load_row(state_s.at[slot]), (restart_s, anchor_s, *token_scratch)
-            state_s[1 - slot] = tokens.token_by_token(start, rows, gates_s.at[slot], *memory, static=static)
+        def run_sequentially(n: Any, slot: Any) -> None:
+            keys_from = lambda first: source.k.at[b, pl.ds(n * CHUNK + first, LOADED_TOKENS), p]
+            start, gates = load_row(shared.d.at[slot]), shared.gates.at[slot]
+            shared.d[1 - slot] = scan_tokens(start, keys_from, shared, gates, shared.rows, options=options)
 
         def chunk(n: Any, _: Any) -> None:
             slot = lax.rem(n, jnp.int32(2))
             pl.when(n + 1 < count)(lambda: load(n + 1, 1 - slot))
-            plgpu.barrier_wait(loaded.at[slot])
-            if static.documents:
+            plgpu.barrier_wait(shared.chunk_loaded.at[slot])
+            if options.resets:
 
-                @pl.when(gates_s[slot, RESTART, 0] > 0.0)
-                def _start() -> None:
-                    state_s[slot] = tokens.load_row(restart_s)
+                @pl.when(shared.gates[slot, RESET, 0] > 0.0)
+                def _reset() -> None:
+                    shared.d[slot] = load_row(shared.after_reset)
                     plgpu.commit_smem()
 
-            plgpu.copy_smem_to_gmem(state_s.at[slot], starts_ref.at[b, p, n])
+            plgpu.copy_smem_to_gmem(shared.d.at[slot], target.start.at[b, p, n])
             feedback = solve(slot)
-            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # of what is written now: two chunks ago, and one
-            feedback_s[slot] = feedback
-            again = advance(slot)
-            if static.exact:
-                forced = gates_s[slot, FORCED, 0]
-                if static.bounds is not None:
-                    again = lax.cond((again > 0.0) & (forced == 0.0), lambda: test(n, slot), lambda: 0.0)
-                again = (again + forced) > 0.0
-                redone_ref[b, p, n] = again.astype(jnp.int32)
-                pl.when(again)(lambda: redo(n, slot))
+            # Wait for the stores from feedback[slot], two chunks ago, and from d[1 - slot], one chunk ago.
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)
+            shared.feedback[slot] = feedback
+            suspects = advance(slot)
+            if options.may_run_sequentially:
+                reset_inside = shared.gates[slot, RESET_INSIDE, 0]
+                if options.bounds is not None:
+                    test = (suspects > 0.0) & (reset_inside == 0.0)
+                    suspects = lax.cond(test, lambda: count_out_of_bounds(n, slot), lambda: 0.0)
+                sequential = (suspects + reset_inside) > 0.0
+                target.sequential[b, p, n] = sequential.astype(jnp.int32)
+                pl.when(sequential)(lambda: run_sequentially(n, slot))
             else:
-                redone_ref[b, p, n] = jnp.int32(0)
+                target.sequential[b, p, n] = jnp.int32(0)
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(feedback_s.at[slot], feedback_ref.at[b, p, n])
+            plgpu.copy_smem_to_gmem(shared.feedback.at[slot], target.feedback.at[b, p, n])
 
-        for source, target in [(initial_ref, state_s.at[0]), (restart_ref, restart_s), (anchor_ref, anchor_s)]:
-            plgpu.copy_gmem_to_smem(source.at[b, p], target, ready)
+        plgpu.copy_gmem_to_smem(source.initial.at[b, p], shared.d.at[0], shared.states_loaded)
+        plgpu.copy_gmem_to_smem(source.after_reset.at[b, p], shared.after_reset, shared.states_loaded)
+        plgpu.copy_gmem_to_smem(source.anchor.at[b, p], shared.anchor, shared.states_loaded)
         load(0, 0)
-        plgpu.barrier_wait(ready)
+        plgpu.barrier_wait(shared.states_loaded)
         lax.fori_loop(0, count, chunk, None)
-        plgpu.copy_smem_to_gmem(state_s.at[count % 2], final_ref.at[b, p])
+        plgpu.copy_smem_to_gmem(shared.d.at[count % 2], target.final.at[b, p])
         plgpu.wait_smem_to_gmem(0)
 
-    row = plgpu.SMEM((size,), jnp.float32)
-    scratch = [
-        smem(2, steps, CHUNK, width, dtype=k.dtype),
-        plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
-        smem(2, CHUNK, CHUNK, dtype=jnp.float32),
-        plgpu.SMEM((2, size), jnp.float32),
-        plgpu.SMEM((2, CHUNK), jnp.float32),
-        plgpu.SMEM((CHUNK,), jnp.float32),
-        row,
-        row,
-        plgpu.Barrier(num_arrivals=3),
-        plgpu.Barrier(num_arrivals=steps + 2, num_barriers=2),
-        [plgpu.SMEM((BLOCK, size), k.dtype), plgpu.Barrier()] if static.exact else [],
-        [parts.again_tile(), *[parts.halves(1)] * 2, plgpu.Barrier()] if static.bounds is not None else [],
-    ]
-    grid = {"batch": batch, "head": heads}
-    arguments = [k, gates, inverse, initial, restart, anchor]
-    run = (body, "hypergradient_walk", out, grid, scratch, static.interpret, arguments)
-    return list(launch(*run, automatic_barriers=True))
+    bound_test = {
+        "sum_rows": sum_rows_tile(),
+        "u": halves_tile(),
+        "weights": halves_tile(),
+        "loaded": plgpu.Barrier(),
+    }
+    found = launch(
+        body,
+        "hypergradient_walk",
+        inputs={
+            "k": k,
+            "gates": gates,
+            "inverse": inverse,
+            "initial": initial,
+            "after_reset": after_reset,
+            "anchor": anchor,
+        },
+        out={
+            "start": jax.ShapeDtypeStruct((*leading, size), jnp.float32),
+            "feedback": jax.ShapeDtypeStruct((*leading, CHUNK), jnp.float32),
+            "final": jax.ShapeDtypeStruct(initial.shape, jnp.float32),
+            "sequential": jax.ShapeDtypeStruct(leading, jnp.int32),
+        },
+        scratch={
+            "k": smem(2, slabs, CHUNK, width, dtype=k.dtype),
+            "gates": plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
+            "inverse": smem(2, CHUNK, CHUNK, dtype=jnp.float32),
+            "d": plgpu.SMEM((2, size), jnp.float32),
+            "feedback": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "per_token": plgpu.SMEM((CHUNK,), jnp.float32),
+            "after_reset": plgpu.SMEM((size,), jnp.float32),
+            "anchor": plgpu.SMEM((size,), jnp.float32),
+            "states_loaded": plgpu.Barrier(num_arrivals=3),
+            "chunk_loaded": plgpu.Barrier(num_arrivals=slabs + 2, num_barriers=2),
+            "rows": key_rows(size, k.dtype) if options.may_run_sequentially else None,
+            "test": bound_test if options.bounds is not None else None,
+        },
+        grid={"batch": batch, "head": heads},
+        interpret=options.interpret,
+        automatic_barriers=True,
+    )
+    chunks = Chunks(k, gates, found.start, found.feedback, found.sequential, after_reset, anchor)
+    return chunks, found.final

@@ -1,14 +1,14 @@
-"""The gradient of the hypergradient preconditioner, from chunk to chunk: the cotangent of its state, last chunk first.
+"""The backward scan over chunks of the hypergradient preconditioner: the cotangent of its state, last chunk first.
 
-With g the cotangents of d and l that of the state after a chunk that was not done token by token,
+With g the cotangents of d and l that of the state after a chunk which is not sequential,
 
-    (I + L)^T r = step (adds + to_end <l, u>)       adds_i = sum_{j > i} E_ji <u_i, g_j>, from `prepare`
-    l before the chunk = lead_C l + sum_j lead_j (g_j - beta_j r_j u_j)
+    (I + L)^T r = step (d_coefficient + to_end <l, u>)       d_coefficient and d_start from `prepare`
+    l before the chunk = decay_C l + d_start - sum_j decay_j beta_j r_j u_j
 
-and r is the cotangent of the feedback. What follows from r and l within a chunk is done by `gradients`, in parallel.
+where r is the cotangent of the feedback. `gradients` computes the rest from r and l, in parallel over all chunks.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,169 +16,206 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import BlockIndex, launch
 from pallas_kernels.common.tiles import CHUNK, column_scale, read_rows, smem, zero_rows
-from pallas_kernels.hypergradient import chunk as parts
-from pallas_kernels.hypergradient import tokens
-from pallas_kernels.hypergradient.chunk import BETA, BLOCK, FORGET, GATES, LEAD, RESTART, STEP, TO_END, WIDTH, Static
+from pallas_kernels.hypergradient.chunk import (
+    BETA,
+    DECAY_BEFORE,
+    FORGET,
+    GATES,
+    RESET,
+    SCAN_SLAB,
+    STEP,
+    TO_END,
+    Chunks,
+    HypergradientOptions,
+    channels,
+    fold_slabs,
+    read_by_channel,
+    read_by_token,
+    read_transposed,
+    squares,
+    squares_transposed,
+    sum_over_tokens,
+)
+from pallas_kernels.hypergradient.prepare import Prepared
+from pallas_kernels.hypergradient.tokens import (
+    LOADED_TOKENS,
+    adjoint_rows,
+    load_row,
+    scan_tokens_backward,
+    split_reset_cotangent,
+    token_vjp,
+    zero_row,
+)
+
+
+class Cotangents(NamedTuple):
+    """Results of `scan_backward`, float32."""
+
+    d_feedback: jax.Array  # r [B, P, N, 64], undefined in sequential chunks
+    d_after: jax.Array  # l, of the state after every chunk [B, P, N, K]
+    d_initial: jax.Array  # [B, P, K]
+    d_after_reset: jax.Array  # [B, P, K]
 
 
 def scan_backward(
-    k: jax.Array,
-    gates: jax.Array,
-    prepared: list[jax.Array],
-    redone: jax.Array,
+    chunks: Chunks,
+    prepared: Prepared,
     d: jax.Array | None,
-    cotangent: jax.Array,
-    final: jax.Array,
-    anchor: jax.Array,
-    static: Static,
-) -> list[jax.Array]:
-    """r [B, P, N, 64], l after every chunk [B, P, N, K], the cotangents of initial and restart [B, P, K].
+    d_out: jax.Array,
+    d_final: jax.Array,
+    options: HypergradientOptions,
+) -> Cotangents:
+    """Return the cotangents of the feedback and of the states.
 
     Args:
-        k: [B, T, P, K], T a multiple of 64.
-        gates: [B, P, N, GATES, 64].
-        prepared: of `prepare`, with cotangents.
-        redone: [B, P, N], of `scan`.
-        d: [B, T, P, K] float32, of `expand`; read where a chunk goes token by token. None where none does.
-        cotangent: of d, or with `static.multiply` of d k.
-        final: that of the final state [B, P, K].
-        anchor: [B, P, K].
-        static: the options.
+        chunks: of `scan`.
+        prepared: of `prepare`, for `d_out`.
+        d: [B, T, P, K] float32, of `expand`; read in sequential chunks. None if there are none.
+        d_out: cotangent of d, or with `options.multiply` of d k.
+        d_final: cotangent of the final state [B, P, K].
+        options: of the kernel.
     """
-    batch, length, heads, size = k.shape
-    count, width = length // CHUNK, min(size, WIDTH)
-    steps = size // width
-    inputs = [k, gates, *prepared, redone, final, anchor]
-    if d is not None:
-        inputs += [d, cotangent]
-    shapes = [(batch, heads, count, CHUNK), (batch, heads, count, size), final.shape, final.shape]
-    out = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    batch, length, heads, size = chunks.k.shape
+    count, width = length // CHUNK, min(size, SCAN_SLAB)
+    slabs = size // width
 
-    def body(at: Any, *refs: Any) -> None:
-        ins, (r_ref, after_ref, initial_ref, restart_ref, *rest) = refs[: len(inputs)], refs[len(inputs) :]
-        k_ref, gates_ref, inverse_ref, adds_ref, state_adds_ref, redone_ref, final_ref, anchor_ref, *token_refs = ins
-        k_s, gates_s, inverse_s, adds_s, state_adds_s, state_s, r_s, tokens_s, restart_s, anchor_s, *rest = rest
-        ready, loaded, token_scratch = rest
-        b, p = at("batch", "head")
-
-        def here(step: Any) -> Any:
-            return pl.ds(step * width, width)
+    def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
+        b, p = index("batch", "head")
 
         def load(n: Any, slot: Any) -> None:
-            for step in range(steps):
-                source = k_ref.at[b, pl.ds(n * CHUNK, CHUNK), p, here(step)]
-                plgpu.copy_gmem_to_smem(source, k_s.at[slot, step], loaded.at[slot])
-            for ref, target in [
-                (gates_ref, gates_s),
-                (inverse_ref, inverse_s),
-                (adds_ref, adds_s),
-                (state_adds_ref, state_adds_s),
-            ]:
-                plgpu.copy_gmem_to_smem(ref.at[b, p, n], target.at[slot], loaded.at[slot])
+            loaded = shared.chunk_loaded.at[slot]
+            for slab in range(slabs):
+                keys = source.k.at[b, pl.ds(n * CHUNK, CHUNK), p, channels(slab, width)]
+                plgpu.copy_gmem_to_smem(keys, shared.k.at[slot, slab], loaded)
+            for name in ("gates", "inverse", "d_coefficient", "d_start"):
+                plgpu.copy_gmem_to_smem(getattr(source, name).at[b, p, n], getattr(shared, name).at[slot], loaded)
 
-        def closed_form(slot: Any) -> None:
-            gates = gates_s.at[slot]
+        def run_chunk(slot: Any) -> None:
+            gates = shared.gates.at[slot]
 
-            def recall(step: Any, recalled: jax.Array) -> jax.Array:
-                squares = parts.squares(k_s.at[slot, step])
-                return recalled + jnp.sum(squares * column_scale(state_s.at[slot, here(step)], squares), axis=1)
+            def add(slab: Any, sums: jax.Array) -> jax.Array:
+                u = squares(shared.k.at[slot, slab])
+                return sums + jnp.sum(u * column_scale(shared.d_state.at[slot, channels(slab, width)], u), axis=1)
 
-            recalled = parts.over(steps, recall, zero_rows(CHUNK))
-            if static.forget:
-                recalled = recalled * read_rows(gates.at[TO_END])
-            tokens_s[...] = (recalled + read_rows(adds_s.at[slot])) * read_rows(gates.at[STEP])
-            r_s[slot] = parts.over_tokens(parts.transposed(inverse_s.at[slot]), parts.by_token(tokens_s))
-            taken = parts.by_token(r_s.at[slot]) * parts.by_token(gates.at[BETA])
-            if static.forget:
-                taken = taken * parts.by_token(gates.at[LEAD])
-            lead = gates_s[slot, LEAD, CHUNK - 1] * gates_s[slot, FORGET, CHUNK - 1]
+            d_coefficient = fold_slabs(slabs, add, zero_rows(CHUNK))
+            if options.forget:
+                d_coefficient = d_coefficient * read_rows(gates.at[TO_END])
+            d_coefficient = d_coefficient + read_rows(shared.d_coefficient.at[slot])
+            shared.per_token[...] = d_coefficient * read_rows(gates.at[STEP])
+            d_feedback = sum_over_tokens(read_transposed(shared.inverse.at[slot]), read_by_token(shared.per_token))
+            shared.d_feedback[slot] = d_feedback
+            weights = read_by_token(shared.d_feedback.at[slot]) * read_by_token(gates.at[BETA])
+            if options.forget:
+                weights = weights * read_by_token(gates.at[DECAY_BEFORE])
+            chunk_decay = shared.gates[slot, DECAY_BEFORE, CHUNK - 1] * shared.gates[slot, FORGET, CHUNK - 1]
 
-            def carry_back(step: Any, _: Any) -> None:
-                state = parts.by_channel(state_s.at[slot, here(step)])
-                if static.forget:
-                    state = state * lead
-                state = state + parts.by_channel(state_adds_s.at[slot, here(step)])
-                state_s[1 - slot, here(step)] = state - parts.over_tokens(
-                    parts.squares_by_channel(k_s.at[slot, step]), taken
+            def write(slab: Any, _: Any) -> None:
+                d_state = read_by_channel(shared.d_state.at[slot, channels(slab, width)])
+                if options.forget:
+                    d_state = d_state * chunk_decay
+                d_state = d_state + read_by_channel(shared.d_start.at[slot, channels(slab, width)])
+                shared.d_state[1 - slot, channels(slab, width)] = d_state - sum_over_tokens(
+                    squares_transposed(shared.k.at[slot, slab]), weights
                 )
 
-            parts.over(steps, carry_back, None)
+            fold_slabs(slabs, write, None)
 
-        def token_by_token(n: Any, slot: Any) -> None:
-            *blocks, block_loaded = token_scratch
-
-            def rows(first: Any) -> list[Any]:
-                return [ref.at[b, pl.ds(n * CHUNK + first, BLOCK), p] for ref in (k_ref, *token_refs)]
+        def run_sequentially(n: Any, slot: Any) -> None:
+            def rows_from(first: Any) -> list[Any]:
+                rows = pl.ds(n * CHUNK + first, LOADED_TOKENS)
+                return [ref.at[b, rows, p] for ref in (source.k, source.d, source.d_out)]
 
             def step(t: Any, token: list[Any], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
-                gate = lambda row: gates_s[slot, row, t]
-                key, d, used = (tokens.load_row(ref) for ref in token)
-                if static.multiply:
-                    used = used * key
-                state = tokens.pull(carry[0], used, d, key * key, gate, anchor_s, static).before
-                if not static.documents:
-                    return (state,)
-                before, start = tokens.stopped(gate(RESTART), state)
-                return before, carry[1] + start
+                gate = lambda row: shared.gates[slot, row, t]
+                key, d, d_out = (load_row(ref) for ref in token)
+                if options.multiply:
+                    d_out = d_out * key
+                d_before = token_vjp(carry[0], d_out, d, key * key, gate, shared.anchor, options).d_before
+                if not options.resets:
+                    return (d_before,)
+                d_before, d_after_reset = split_reset_cotangent(gate(RESET), d_before)
+                return d_before, carry[1] + d_after_reset
 
-            state = tokens.load_row(state_s.at[slot])
-            start = (state, tokens.load_row(restart_s)) if static.documents else (state,)
-            ends = tokens.reversed_tokens(rows, blocks, block_loaded, step, start)
-            state_s[1 - slot] = ends[0]
-            if static.documents:
-                restart_s[...] = ends[1]
+            d_state = load_row(shared.d_state.at[slot])
+            carry = (d_state, load_row(shared.d_after_reset)) if options.resets else (d_state,)
+            carry = scan_tokens_backward(rows_from, shared.rows, shared.rows.loaded, step, carry)
+            shared.d_state[1 - slot] = carry[0]
+            if options.resets:
+                shared.d_after_reset[...] = carry[1]
 
         def chunk(reverse: Any, _: Any) -> None:
             n, slot = count - 1 - reverse, lax.rem(reverse, jnp.int32(2))
             pl.when(n > 0)(lambda: load(n - 1, 1 - slot))
-            plgpu.copy_smem_to_gmem(state_s.at[slot], after_ref.at[b, p, n])
-            plgpu.barrier_wait(loaded.at[slot])
-            plgpu.wait_smem_to_gmem(2, wait_read_only=True)  # of what is written now: two chunks ago, and one
-            if static.exact:
-                again = redone_ref[b, p, n] > 0
-                pl.when(again)(lambda: token_by_token(n, slot))
-                pl.when(jnp.logical_not(again))(lambda: closed_form(slot))
+            plgpu.copy_smem_to_gmem(shared.d_state.at[slot], target.d_after.at[b, p, n])
+            plgpu.barrier_wait(shared.chunk_loaded.at[slot])
+            # Wait for the stores from d_feedback[slot], two chunks ago, and from d_state[1 - slot], one chunk ago.
+            plgpu.wait_smem_to_gmem(2, wait_read_only=True)
+            if options.may_run_sequentially:
+                sequential = source.sequential[b, p, n] > 0
+                pl.when(sequential)(lambda: run_sequentially(n, slot))
+                pl.when(jnp.logical_not(sequential))(lambda: run_chunk(slot))
             else:
-                closed_form(slot)
-            if static.documents:
+                run_chunk(slot)
+            if options.resets:
 
-                @pl.when(gates_s[slot, RESTART, 0] > 0.0)
-                def _start() -> None:
-                    restart_s[...] = tokens.load_row(restart_s) + tokens.load_row(state_s.at[1 - slot])
-                    state_s[1 - slot] = tokens.no_row(size)
+                @pl.when(shared.gates[slot, RESET, 0] > 0.0)
+                def _reset() -> None:
+                    shared.d_after_reset[...] = load_row(shared.d_after_reset) + load_row(shared.d_state.at[1 - slot])
+                    shared.d_state[1 - slot] = zero_row(size)
 
             plgpu.commit_smem()
-            plgpu.copy_smem_to_gmem(r_s.at[slot], r_ref.at[b, p, n])  # nobody reads it where it was not made
+            plgpu.copy_smem_to_gmem(shared.d_feedback.at[slot], target.d_feedback.at[b, p, n])
 
-        restart_s[...] = tokens.no_row(size)
-        plgpu.copy_gmem_to_smem(final_ref.at[b, p], state_s.at[0], ready)
-        plgpu.copy_gmem_to_smem(anchor_ref.at[b, p], anchor_s, ready)
+        shared.d_after_reset[...] = zero_row(size)
+        plgpu.copy_gmem_to_smem(source.d_final.at[b, p], shared.d_state.at[0], shared.states_loaded)
+        plgpu.copy_gmem_to_smem(source.anchor.at[b, p], shared.anchor, shared.states_loaded)
         load(count - 1, 0)
-        plgpu.barrier_wait(ready)
+        plgpu.barrier_wait(shared.states_loaded)
         lax.fori_loop(0, count, chunk, None)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(state_s.at[count % 2], initial_ref.at[b, p])
-        plgpu.copy_smem_to_gmem(restart_s, restart_ref.at[b, p])
+        plgpu.copy_smem_to_gmem(shared.d_state.at[count % 2], target.d_initial.at[b, p])
+        plgpu.copy_smem_to_gmem(shared.d_after_reset, target.d_after_reset.at[b, p])
         plgpu.wait_smem_to_gmem(0)
 
-    row = plgpu.SMEM((size,), jnp.float32)
-    scratch = [
-        smem(2, steps, CHUNK, width, dtype=k.dtype),
-        plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
-        smem(2, CHUNK, CHUNK, dtype=jnp.float32),
-        plgpu.SMEM((2, CHUNK), jnp.float32),
-        plgpu.SMEM((2, size), jnp.float32),
-        plgpu.SMEM((2, size), jnp.float32),
-        plgpu.SMEM((2, CHUNK), jnp.float32),
-        plgpu.SMEM((CHUNK,), jnp.float32),
-        row,
-        row,
-        plgpu.Barrier(num_arrivals=2),
-        plgpu.Barrier(num_arrivals=steps + 4, num_barriers=2),
-        [*tokens.blocks(size, k.dtype, cotangent.dtype), plgpu.Barrier(num_arrivals=3)] if static.exact else [],
-    ]
-    grid = {"batch": batch, "head": heads}
-    run = (body, "hypergradient_walk_back", out, grid, scratch, static.interpret, inputs)
-    return list(launch(*run, automatic_barriers=True))
+    rows = adjoint_rows(size, chunks.k.dtype, d_out.dtype) | {"loaded": plgpu.Barrier(num_arrivals=3)}
+    found = launch(
+        body,
+        "hypergradient_walk_back",
+        inputs={
+            "k": chunks.k,
+            "gates": chunks.gates,
+            **prepared._asdict(),
+            "sequential": chunks.sequential,
+            "d_final": d_final,
+            "anchor": chunks.anchor,
+            "d": d,
+            "d_out": None if d is None else d_out,
+        },
+        out={
+            "d_feedback": jax.ShapeDtypeStruct((batch, heads, count, CHUNK), jnp.float32),
+            "d_after": jax.ShapeDtypeStruct((batch, heads, count, size), jnp.float32),
+            "d_initial": jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
+            "d_after_reset": jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
+        },
+        scratch={
+            "k": smem(2, slabs, CHUNK, width, dtype=chunks.k.dtype),
+            "gates": plgpu.SMEM((2, GATES, CHUNK), jnp.float32),
+            "inverse": smem(2, CHUNK, CHUNK, dtype=jnp.float32),
+            "d_coefficient": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "d_start": plgpu.SMEM((2, size), jnp.float32),
+            "d_state": plgpu.SMEM((2, size), jnp.float32),
+            "d_feedback": plgpu.SMEM((2, CHUNK), jnp.float32),
+            "per_token": plgpu.SMEM((CHUNK,), jnp.float32),
+            "d_after_reset": plgpu.SMEM((size,), jnp.float32),
+            "anchor": plgpu.SMEM((size,), jnp.float32),
+            "states_loaded": plgpu.Barrier(num_arrivals=2),
+            "chunk_loaded": plgpu.Barrier(num_arrivals=slabs + 4, num_barriers=2),
+            "rows": rows if options.may_run_sequentially else None,
+        },
+        grid={"batch": batch, "head": heads},
+        interpret=options.interpret,
+        automatic_barriers=True,
+    )
+    return Cotangents(**vars(found))

@@ -19,7 +19,7 @@ def scan():
 def test_a_right_kernel_passes(scan):
     row = check.compare(TINY, "random", 1, check.both(TINY, "chunk"), scan)
     assert row["status"] == "pass"
-    assert set(row["errors"]) == {"o", "memory"} | {f"d_{n}" for n in ("q", "k", "v", "beta", "log_decay")} | {
+    assert set(row["errors"]) == {"o", "state"} | {f"d_{n}" for n in ("q", "k", "v", "beta", "log_decay")} | {
         "d_initial_state"
     }
 

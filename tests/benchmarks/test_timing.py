@@ -43,7 +43,7 @@ def test_batches_alternate_and_are_long_enough(monkeypatch):
             now[0] += 1e-5
             return log.append(name)
 
-        return timing.Contender(name, call, lambda out: now.__setitem__(0, now[0] + seconds))
+        return timing.QueuedContender(name, call, lambda out: now.__setitem__(0, now[0] + seconds))
 
     a, b = contender("a", 0.01), contender("b", 0.0)
     for c in (a, b):

@@ -31,7 +31,7 @@ def test_jsonl_has_one_document_per_row(tmp_path, ending):
     ]
 
 
-def test_the_last_ending_decides_the_kind(tmp_path):
+def test_the_last_ending_determines_the_format(tmp_path):
     (tmp_path / "a.jsonl.txt").write_text("not JSON")
     assert read_documents(tmp_path) == [Document("a.jsonl.txt", b"not JSON")]
 
@@ -102,7 +102,7 @@ def test_missing_path_and_empty_folder(tmp_path):
         read_documents("")
 
 
-def test_bad_file_in_a_folder_is_not_passed_over(tmp_path):
+def test_a_bad_file_in_a_folder_is_not_skipped(tmp_path):
     (tmp_path / "a.txt").write_text("good")
     (tmp_path / "b.txt").write_text("")
     with pytest.raises(ValueError, match=r"b\.txt holds no text"):

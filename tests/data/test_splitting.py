@@ -15,7 +15,7 @@ def many(count=40):
     return [Document(f"d{i}", bytes([65 + i % 26]) * (50 + i)) for i in range(count)]
 
 
-def test_whole_documents_where_there_are_enough():
+def test_whole_documents_are_held_out_if_there_are_enough():
     documents = many()
     train, validation = split_documents(documents, 0.1, seed=0)
     assert sorted(train + validation) == sorted(documents)

@@ -1,4 +1,4 @@
-"""Documents from files and from data sets, one after the other: what they hold, positions, shares, what is refused."""
+"""Streams of documents from files and data sets: contents, saved positions, shares, errors."""
 
 import gzip
 import json
@@ -50,7 +50,7 @@ def test_every_format_holds_the_same_documents(files):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "xz", "parquet", "txt", "hub"])
-def test_a_position_restores_what_follows(files, kind):
+def test_a_saved_position_restores_the_remaining_documents(files, kind):
     stream = open_stream(files[kind])
     states = [stream.get_state()]
     for _ in TEXTS:
@@ -80,18 +80,18 @@ def test_a_fingerprint_changes_with_the_files(files):
     assert FileStream(files["parquet"]).size is None  # compressed
 
 
-def test_blank_rows_are_passed_over_and_text_is_normalised(tmp_path):
-    texts_there = ["a\r\nb\rc", " \n", "", "\ufeffd"]
-    write_parquet(tmp_path / "rows.parquet", texts_there)
-    write_jsonl(tmp_path / "rows.jsonl", texts_there)
+def test_blank_rows_are_skipped_and_text_is_normalised(tmp_path):
+    rows = ["a\r\nb\rc", " \n", "", "\ufeffd"]
+    write_parquet(tmp_path / "rows.parquet", rows)
+    write_jsonl(tmp_path / "rows.jsonl", rows)
     (tmp_path / "hub").mkdir()
-    write_jsonl(tmp_path / "hub" / "rows.jsonl", ["a\0b", *texts_there])
+    write_jsonl(tmp_path / "hub" / "rows.jsonl", ["a\0b", *rows])
     for name in ("rows.parquet", "rows.jsonl"):
         assert texts(open_stream(tmp_path / name)) == ["a\nb\nc", "d"]
     assert texts(open_stream(f"hf:{tmp_path}/hub")) == ["ab", "a\nb\nc", "d"]
 
 
-def test_parquet_columns_of_every_kind_of_string(tmp_path):
+def test_parquet_columns_of_every_string_type(tmp_path):
     for i, kind in enumerate((pyarrow.large_string(), pyarrow.dictionary(pyarrow.int32(), pyarrow.string()))):
         file = write_parquet(tmp_path / f"{i}.parquet", pyarrow.array(TEXTS).cast(kind))
         assert texts(read_documents(file)) == TEXTS
@@ -137,7 +137,7 @@ def test_a_bad_data_set_is_refused_by_name(files, tmp_path):
         next(open_stream(f"hf:{tmp_path}/empty"))
 
 
-def test_a_hub_out_of_reach_is_said_with_what_to_do(monkeypatch, files):
+def test_an_unreachable_hub_is_reported_with_alternatives(monkeypatch, files):
     import datasets
 
     def fail(*_, **__):
@@ -153,14 +153,14 @@ def test_a_hub_out_of_reach_is_said_with_what_to_do(monkeypatch, files):
     ):
         assert words in str(caught.value)
     monkeypatch.undo()
-    stream = open_stream(files["hub"])  # and when the network fails on the way
+    stream = open_stream(files["hub"])  # also if the network fails while reading
     next(stream)
     monkeypatch.setattr(stream, "_rows", iter(fail, None))
     with pytest.raises(ConnectionError, match="cannot be reached"):
         next(stream)
 
 
-def test_nothing_asks_for_remote_code(monkeypatch, files):
+def test_no_remote_code_is_requested(monkeypatch, files):
     import datasets
 
     real, asked = datasets.load_dataset, []
@@ -173,7 +173,7 @@ def test_nothing_asks_for_remote_code(monkeypatch, files):
 
 
 @pytest.mark.parametrize(("kind", "library"), [("hub", "datasets"), ("parquet", "pyarrow")])
-def test_a_missing_library_is_said_with_how_to_install_it(monkeypatch, files, kind, library):
+def test_a_missing_library_is_reported_with_how_to_install_it(monkeypatch, files, kind, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=re.escape(f"{library}: pip install 'osdn-jax[data]'")):
         next(open_stream(files[kind]))

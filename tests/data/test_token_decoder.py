@@ -1,4 +1,4 @@
-"""Streamed text: that of all tokens together, whatever the tokenizer and wherever the stream starts."""
+"""Streamed text equals the text of all tokens, for every tokenizer and every start of the stream."""
 
 import numpy as np
 import pytest
@@ -35,25 +35,25 @@ def streamed(tokenizer, ids, context=()):
 
 
 def ids_of(tokenizer, *tokens):
-    """Bytes as integers, other tokens by name."""
+    """Return token ids, given bytes as integers and other tokens by name."""
     find = tokenizer._tokenizer.token_to_id if hasattr(tokenizer, "_tokenizer") else tokenizer._processor.piece_to_id
     return [find(f"<0x{token:02X}>" if isinstance(token, int) else token) for token in tokens]
 
 
-def test_a_text_comes_whole_from_wherever_the_stream_starts(tokenizer):
+def test_the_text_is_complete_wherever_the_stream_starts(tokenizer):
     ids = tokenizer.encode(TEXT, bos=True)
     whole = tokenizer.decode(ids)
     for cut in range(len(ids)):
         before = tokenizer.decode(ids[:cut])
         if HALF in before:
-            continue  # of half a character not everything is out
+            continue  # part of this character has not been emitted
         pieces = streamed(tokenizer, ids[cut:], ids[:cut])
         assert before + "".join(pieces) == whole
         assert not any(HALF in piece for piece in pieces)
 
 
 @pytest.mark.parametrize("kind", ["llama", "gemma", "byte-level"])
-def test_pieces_are_those_of_the_library(tokenizers, kind):
+def test_pieces_equal_those_of_the_library(tokenizers, kind):
     tokenizer = tokenizers[kind]
     ids = tokenizer.encode(TEXT, bos=True).tolist()
     library = DecodeStream(skip_special_tokens=True)
@@ -61,13 +61,13 @@ def test_pieces_are_those_of_the_library(tokenizers, kind):
     assert streamed(tokenizer, ids) == [*wanted, ""]
 
 
-def test_any_tokens_read_as_they_do_together(request, tokenizer):
+def test_random_tokens_decode_as_they_do_together(request, tokenizer):
     rng = np.random.default_rng(0)
     some = [tokenizer.encode(letter).tolist() for letter in "日é😀"]
     for trial in range(300):
         pool = rng.choice(tokenizer.vocab_size, 8) if trial % 2 else np.arange(tokenizer.vocab_size)
         if request.node.callspec.params["tokenizer"] in BYTE_FALLBACK:
-            # There a byte that is in no character changes those around it, once it has come.
+            # In these an invalid byte changes, in hindsight, the text of the bytes before it.
             pool = [token for token in pool if not 3 + 128 <= token < 3 + 256]
         drawn = [[int(rng.choice([0, *pool]))] for _ in range(rng.integers(1, 30))]
         ids = sum((some[rng.integers(3)] if rng.random() < 0.2 else token for token in drawn), [])
@@ -75,20 +75,20 @@ def test_any_tokens_read_as_they_do_together(request, tokenizer):
 
 
 @pytest.mark.parametrize("kind", [*BYTE_FALLBACK, "sentencepiece"])
-def test_bytes_that_are_no_character_leave_the_others(tokenizers, kind):
+def test_invalid_bytes_leave_their_neighbours_unchanged(tokenizers, kind):
     tokenizer = tokenizers[kind]
     for tokens, wanted in (
         ((0xE6, 0x97, 0xA5, 0xFF, 0xE6, 0x97, 0xA5), ["", "", "日", HALF, "", "", "日", ""]),
         ((0xE6, 0x97, "a", 0xA5, "a"), ["", "", f"{HALF * 2}a", HALF, "a", ""]),
         (("a", 0xF0, 0x9F, 0xF0, 0x9F, 0x98, 0x80), ["a", "", "", HALF * 2, "", "", "😀", ""]),
-        ((0xFF, "▁", "a"), [HALF, " ", "a", ""]),  # no blank at the start is left out
+        ((0xFF, "▁", "a"), [HALF, " ", "a", ""]),  # the blank is not dropped as one at the start would be
         ((0xE6, 0x97, 0xA5, "▁", "▁", 0x0A, 0x20, "▁", "a"), ["", "", "日", " ", " ", "\n", " ", " ", "a", ""]),
     ):
         assert streamed(tokenizer, ids_of(tokenizer, *tokens)) == wanted
 
 
 @pytest.mark.parametrize("kind", BYTE_FALLBACK)
-def test_special_tokens_do_not_part_the_bytes_of_a_character(tokenizers, kind):
+def test_special_tokens_do_not_split_the_bytes_of_a_character(tokenizers, kind):
     ids = ids_of(tokenizers[kind], 0xE6, "<s>", 0x97, "</s>", 0xA5, "<s>", "▁", "a")
     assert "".join(streamed(tokenizers[kind], ids)) == tokenizers[kind].decode(ids) == "日 a"
 
@@ -100,17 +100,17 @@ def test_the_end_of_half_a_character(tokenizers):
         assert decoder.push(ids) == "a"
         assert decoder.finish() == HALF * 2 == tokenizers[kind].decode(ids)[1:]
         assert decoder.finish() == ""
-        assert decoder.push(ids_of(tokenizers[kind], 0xA5, "a")) == f"{HALF}a"  # used for another text
+        assert decoder.push(ids_of(tokenizers[kind], 0xA5, "a")) == f"{HALF}a"  # the decoder is reused
 
 
-def test_a_stream_goes_on_with_half_a_character_of_its_context(tokenizers):
+def test_a_stream_completes_a_character_of_its_context(tokenizers):
     for kind in (*BYTE_FALLBACK, "sentencepiece", "byte-level"):
         ids = tokenizers[kind].encode("a日本")
         assert streamed(tokenizers[kind], ids[-1:], ids[:-1]) == ["本", ""]
 
 
-def test_long_streams_take_little(tokenizer):
-    """Of text that never comes to a visible end, too, only a few tokens are decoded again."""
+def test_long_streams_decode_few_tokens_at_a_time(tokenizer):
+    """Only a few tokens are decoded again, even if no character is ever complete or visible."""
     sizes = []
 
     def decode(ids):
@@ -124,20 +124,20 @@ def test_long_streams_take_little(tokenizer):
         assert max(sizes) < 100
 
 
-def test_what_is_no_id_changes_nothing(tokenizers):
+def test_an_invalid_id_leaves_the_decoder_unchanged(tokenizers):
     for kind in ("llama", "byte-level", "sentencepiece"):
         tokenizer = tokenizers[kind]
         ids = tokenizer.encode("日本 a").tolist()
         decoder = tokenizer.stream_decoder()
-        said = decoder.push(ids[:-3])
+        emitted = decoder.push(ids[:-3])
         with pytest.raises(ValueError, match=f"got {tokenizer.vocab_size} at position 1"):
             decoder.push([ids[0], tokenizer.vocab_size])
         with pytest.raises(TypeError, match="integers"):
             decoder.push([0.5])
-        assert said + decoder.push(ids[-3:]) + decoder.finish() == tokenizer.decode(ids)
+        assert emitted + decoder.push(ids[-3:]) + decoder.finish() == tokenizer.decode(ids)
 
 
-def test_names_of_bytes_are_text_where_the_tokenizer_says_so(tmp_path):
+def test_names_of_bytes_are_text_without_byte_fallback(tmp_path):
     file = write_byte_fallback(tmp_path / "tokenizer.json", "gemma")
     file.write_text(file.read_text().replace('"ByteFallback"', '"Fuse"'))
     tokenizer = load_tokenizer(file)

@@ -27,7 +27,7 @@ def tokenizer(request, files):
     return load_tokenizer(files[request.param])
 
 
-def test_texts_come_back(tokenizer):
+def test_decode_inverts_encode(tokenizer):
     assert isinstance(tokenizer, Tokenizer)
     for text in TEXTS:
         text = text.replace("\n", " ")  # SentencePiece normalises it away
@@ -47,7 +47,7 @@ def test_merges_are_used(files):
         assert len(load_tokenizer(files[name]).encode(TEXTS[0])) < len(TEXTS[0]) / 1.5
 
 
-def test_a_file_is_known_by_its_content(files):
+def test_the_fingerprint_is_that_of_the_content(files):
     assert isinstance(load_tokenizer("bytes"), ByteTokenizer)
     for name in ("json", "model"):
         assert load_tokenizer(files[name]).fingerprint == hashlib.sha256(files[name].read_bytes()).hexdigest()
@@ -73,7 +73,7 @@ def test_half_a_character_is_held_back(files):
     assert decoder.finish() == "\N{REPLACEMENT CHARACTER}"
 
 
-def test_names_of_special_tokens_in_a_text_are_text(files):
+def test_names_of_special_tokens_in_a_text_are_encoded_as_text(files):
     for name, text in (("json", "a<|endoftext|>b"), ("model", "a <s> b")):
         tokenizer = load_tokenizer(files[name])
         ids = tokenizer.encode(text)
@@ -83,7 +83,7 @@ def test_names_of_special_tokens_in_a_text_are_text(files):
     )
 
 
-def test_truncation_and_padding_in_the_file_are_left_out(tmp_path):
+def test_truncation_and_padding_in_the_file_are_ignored(tmp_path):
     settings = {
         "truncation": {"direction": "Right", "max_length": 3, "strategy": "LongestFirst", "stride": 0},
         "padding": {
@@ -99,7 +99,7 @@ def test_truncation_and_padding_in_the_file_are_left_out(tmp_path):
     assert load_tokenizer(plain).encode(TEXTS[0]).tolist() == load_tokenizer(set_up).encode(TEXTS[0]).tolist()
 
 
-def test_the_start_token_is_the_one_that_is_named(tmp_path):
+def test_the_start_token_is_the_configured_one(tmp_path):
     file = write_tokenizer(tmp_path / "tokenizer.json", start="<start>")
     with pytest.raises(ValueError, match=r"tokenizer.json has no start token.*special tokens: '<start>'"):
         load_tokenizer(file)
@@ -116,7 +116,7 @@ def test_the_start_token_is_the_one_that_is_named(tmp_path):
         load_tokenizer(file)
 
 
-def test_sentencepiece_starts_with_its_end_where_it_has_no_beginning(tmp_path):
+def test_sentencepiece_uses_its_end_token_without_a_start_token(tmp_path):
     assert load_tokenizer(write_sentencepiece(tmp_path / "a.model", bos_id=-1)).bos_id == 2
     with pytest.raises(ValueError, match="a.model has no start token"):
         load_tokenizer(write_sentencepiece(tmp_path / "a.model", bos_id=-1, eos_id=-1))
@@ -149,7 +149,7 @@ def test_a_truncated_model_is_refused(tmp_path, files):
         load_tokenizer(tmp_path / "a.model")
 
 
-def test_a_path_that_is_none(tmp_path):
+def test_a_path_without_a_tokenizer(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"no such tokenizer: .*absent.json; expected 'bytes'"):
         load_tokenizer(tmp_path / "absent.json")
     with pytest.raises(ValueError, match="holds no tokenizer.json and no tokenizer.model"):
@@ -161,14 +161,14 @@ def test_a_path_that_is_none(tmp_path):
 
 
 @pytest.mark.parametrize(("name", "library"), [("json", "tokenizers"), ("model", "sentencepiece")])
-def test_a_missing_library_is_said_with_how_to_install_it(monkeypatch, files, name, library):
+def test_a_missing_library_is_reported_with_how_to_install_it(monkeypatch, files, name, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=re.escape(f"{library}: pip install 'osdn-jax[tokenizers]'")):
         load_tokenizer(files[name])
 
 
 @pytest.mark.parametrize("name", ["json", "model"])
-def test_what_is_no_text_and_what_are_no_ids(files, name):
+def test_bad_text_and_bad_ids(files, name):
     tokenizer = load_tokenizer(files[name])
     with pytest.raises(TypeError, match="text must be a str; got bytes"):
         tokenizer.encode(b"bytes")

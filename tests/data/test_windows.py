@@ -1,4 +1,4 @@
-"""Packed windows: what is a target, where segments start, what is padding."""
+"""Windows: which tokens are targets, where segments start, what is padding."""
 
 import pickle
 
@@ -8,7 +8,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from osdn_jax.data import Document, PackedWindows
+from osdn_jax.data import ByteDocuments, Document, PackedWindows, TokenizedDocuments, TokenWindows, load_tokenizer
+from support.corpora import all_tokens
+from support.corpora import documents as corpus_documents
 
 DOCUMENTS = st.lists(st.binary(max_size=20).map(lambda text: text.replace(b"\0", b"\x01")), min_size=1, max_size=8)
 
@@ -41,7 +43,7 @@ def test_segments_count_from_one_in_each_window():
 
 
 @given(DOCUMENTS.filter(any), st.integers(1, 30))
-def test_every_byte_is_a_target_once_and_follows_its_past(texts, length):
+def test_every_byte_is_a_target_once_after_its_predecessor(texts, length):
     windows = packed(texts, length)
     seen = []
     previous_target = 0
@@ -127,3 +129,24 @@ def test_bad_sequence_length(length, error, message):
 def test_bad_documents(documents, error, message):
     with pytest.raises(error, match=message):
         PackedWindows(documents, 4)
+
+
+@pytest.mark.parametrize("length", [1, 4, 30])
+def test_byte_documents_equal_documents_tokenised_as_bytes(length):
+    for a, b in zip(
+        PackedWindows(corpus_documents(), length),
+        TokenWindows(TokenizedDocuments(corpus_documents(), load_tokenizer()), length),
+        strict=True,
+    ):
+        np.testing.assert_equal(a, b)
+    as_bytes, tokenised = ByteDocuments(corpus_documents()), TokenizedDocuments(corpus_documents(), load_tokenizer())
+    assert all_tokens(as_bytes) == all_tokens(tokenised)
+    assert (as_bytes.start_id, as_bytes.text_tokens, as_bytes.text_bytes) == (0, 222, 222)
+    assert (tokenised.start_id, tokenised.text_tokens, tokenised.text_bytes) == (0, 222, 222)
+
+
+def test_documents_without_tokens_and_text_that_cannot_be_encoded(corpus):
+    with pytest.raises(ValueError, match="hold no text"):
+        TokenizedDocuments([], load_tokenizer(corpus / "tokenizer.json"))
+    with pytest.raises(ValueError, match="document 'x': text must not hold the NUL"):
+        TokenizedDocuments([Document("x", b"\0")], load_tokenizer())

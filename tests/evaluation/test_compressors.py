@@ -1,4 +1,4 @@
-"""General compressors as a yardstick."""
+"""Bits per byte of general-purpose compressors."""
 
 import gzip
 import lzma

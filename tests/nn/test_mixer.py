@@ -1,4 +1,4 @@
-"""What the mixer gives its rule, and what it makes of the output."""
+"""Inputs that the mixer gives to its rule, and its output."""
 
 import jax
 import jax.numpy as jnp
@@ -125,7 +125,7 @@ def test_a_state_of_another_batch_is_refused():
 
 @pytest.mark.parametrize("rule", ["osdn", "os_kda", "pgdn"])
 def test_multipliers_are_those_of_the_write_keys(rule, monkeypatch):
-    """What `multipliers` returns is what the rule's call writes with, also where heads share keys, by document."""
+    """`multipliers` returns the factors that the rule writes with, also with shared key heads and packed documents."""
     config = mixer_config(rule, width=8, heads=4, key_heads=2, key_dim=4, value_dim=3)
     mixer = DeltaMixer(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 8)), jnp.float32)

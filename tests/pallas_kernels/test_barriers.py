@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import Phases, launch
 from pallas_kernels.common.tiles import product, read, smem
 from pallas_kernels.delta_rule import delta_rule
 from pallas_kernels.gram import gram
@@ -84,7 +84,14 @@ def tile():
 def kernel(body, *scratch):
     """Runs body(input, output, *scratch) as a kernel on a matrix of bfloat16."""
     out = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
-    return lambda x: launch(lambda at, *refs: body(*refs), "probe", out, {"block": 1}, scratch, False, [x])
+    types = {str(i): each for i, each in enumerate(scratch)}
+
+    def named(index, source, target, shared):
+        body(source.x, target.out, *vars(shared).values())
+
+    return lambda x: (
+        launch(named, "probe", inputs={"x": x}, out={"out": out}, scratch=types, grid={"block": 1}, interpret=False).out
+    )
 
 
 def of(body, *scratch):
@@ -159,8 +166,8 @@ def test_a_vector_that_is_read_as_others_wrote_it(commit):
 
 @pytest.mark.parametrize("commit", [True, False])
 def test_two_uses_of_the_same_memory(commit):
-    def body(x, out, shared, loaded):
-        first_s, second_s = shared
+    def body(x, out, phases, loaded):
+        first_s, second_s = phases.first, phases.second
         arrive(x, first_s, loaded)
         value = read(first_s)
         if commit:
@@ -169,8 +176,8 @@ def test_two_uses_of_the_same_memory(commit):
         plgpu.commit_smem()
         out[...] = read(second_s).astype(jnp.bfloat16)
 
-    shared = plgpu.RefUnion(tile(), smem(64, 64, dtype=jnp.float16))
-    assert bool(of(body, shared, plgpu.Barrier())) is not commit
+    phases = Phases(first=tile(), second=smem(64, 64, dtype=jnp.float16))
+    assert bool(of(body, phases, plgpu.Barrier())) is not commit
 
 
 @pytest.mark.parametrize("fence", [True, False])

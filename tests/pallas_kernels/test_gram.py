@@ -56,8 +56,8 @@ def test_write_keys_at_once():
     x = inputs(case, jnp.bfloat16)
 
     def run(x, multiply):
-        center, restarts = x["center"], jnp.zeros((1, 70), bool).at[0, 40].set(True)
-        arguments = (x["k"], x["log_decay"], x["gain"], center, 1.5, x["initial"], restarts)
+        center, resets = x["center"], jnp.zeros((1, 70), bool).at[0, 40].set(True)
+        arguments = (x["k"], x["log_decay"], x["gain"], center, 1.5, x["initial"], resets)
         out, final = kernels.gram(*arguments, multiply=multiply, interpret=True)
         return {"w": out if multiply else (out * x["k"].astype(jnp.float32)).astype(jnp.bfloat16), "final": final}
 

@@ -10,20 +10,19 @@ import pytest
 from osdn_jax.ops.gram import write_key
 from osdn_jax.ops.hypergradient import preconditioned
 from pallas_kernels.hypergradient import hypergradient
-from pallas_kernels.hypergradient.chunk import Static, make_gates
+from pallas_kernels.hypergradient.chunk import HypergradientOptions, make_gates
 from pallas_kernels.hypergradient.expand import expand
 from pallas_kernels.hypergradient.prepare import prepare
 from pallas_kernels.hypergradient.scan import scan
 from support import assert_close, jit, random_like, value_and_gradient
 from support.interpreter import assert_no_races
 
-# A chunk that is done again token by token has been done in closed form before, and may well have overflowed in it.
-# NumPy, which interprets the products, says so.
+# A sequential chunk is first computed in closed form, which may overflow. NumPy, which interprets the products, warns.
 pytestmark = pytest.mark.filterwarnings("ignore:(overflow|invalid value) encountered in:RuntimeWarning")
 
 LO, HI = BOUNDS = (2 / 3, 3 / 2)
 ETA = 0.5
-CHUNK = 64  # of the kernel
+CHUNK = 64  # of the kernels
 TOLERANCE = 1e-5
 
 
@@ -45,7 +44,7 @@ def without(x, *names):
 
 
 def one_token():
-    """A single update leaves the bounds: in one head that of the first chunk's last token, in the other a later one."""
+    """One update leaves the bounds: in one head at the last token of the first chunk, in the other at a later one."""
     x = base(110, heads=2)
     x["k"] *= 0.1
     x["k"][0, CHUNK - 1, 0] *= 300
@@ -54,7 +53,7 @@ def one_token():
 
 
 def almost_always():
-    """Most updates leave the bounds; some channels have no keys and start on a bound, and stay there."""
+    """Most updates leave the bounds; channels without keys start on a bound and stay there."""
     x = base(70)
     x["k"] *= 30
     x["k"][..., 5:9] = 0
@@ -63,14 +62,14 @@ def almost_always():
 
 
 def overflow():
-    """Free of the bounds, d would grow by 1e24 a token and overflow within a chunk."""
+    """Without the bounds d would grow by 1e24 per token and overflow within a chunk."""
     x = base(57)
     x["k"] *= 1e6
     return x
 
 
 def strong_forgetting():
-    """Tokens that forget all beside tokens that forget next to nothing."""
+    """Tokens that forget everything next to tokens that forget almost nothing."""
     x = base(128)
     x["log_forget"] *= 0.1
     x["log_forget"][0, 10:40:3], x["log_forget"][0, 70:90:7] = -20, -300
@@ -78,7 +77,7 @@ def strong_forgetting():
 
 
 def resets(every=False):
-    """Tokens that forget all, however that is written, in a chunk that is to be done again and in others."""
+    """Tokens that forget everything, in every notation for it, in a sequential chunk and in others."""
     x = base(130)
     if every:
         x["log_forget"][:] = -np.inf
@@ -89,12 +88,12 @@ def resets(every=False):
     return x
 
 
-# The numbers, what does not follow from them, and in which of its chunks which head leaves the bounds.
+# Arrays, options, and for each head whether a value leaves the bounds in each chunk.
 CASES = {
     "no bounds, no beta, no forgetting": (without(base(57), "beta", "log_forget", "anchor"), {}, None),
     "no bounds, forgetting, normalised": (without(base(65), "anchor"), {"normalize": True}, None),
     "write keys, no bounds, strong forgetting": (strong_forgetting(), {"multiply": True}, None),
-    "bounds that never bind, two pieces of channels": (base(65, size=128), {"bounds": BOUNDS}, [[0, 0]]),
+    "bounds that never bind, two slabs of channels": (base(65, size=128), {"bounds": BOUNDS}, [[0, 0]]),
     "write keys, bounds that bind once": (one_token(), {"bounds": BOUNDS, "multiply": True}, [[1, 0], [0, 1]]),
     "bounds that bind almost always": (almost_always(), {"bounds": BOUNDS}, [[1, 1]]),
     "an update that overflows": (overflow(), {"bounds": BOUNDS}, [[1]]),
@@ -133,12 +132,12 @@ def kernel(x, *, bounds=None, starts=(), normalize=False, multiply=False):
     step = jnp.full(x["k"].shape[:3], ETA) if beta is None else ETA * beta
     if normalize:
         step = step / (jnp.sum(jnp.square(x["k"].astype(jnp.float32)), axis=-1) + 1e-5)
-    restart = None
+    resets = None
     if starts:
-        restart = jnp.zeros(x["k"].shape[:2], bool).at[:, jnp.array(starts)].set(True)
+        resets = jnp.zeros(x["k"].shape[:2], bool).at[:, jnp.array(starts)].set(True)
     anchor = None if anchor is None else jnp.broadcast_to(anchor, x["initial"].shape)
     return hypergradient(
-        *(x["k"], step, beta, x.get("log_forget"), restart, x["initial"], x["restart"], anchor, bounds),
+        *(x["k"], step, beta, x.get("log_forget"), resets, x["initial"], x["restart"], anchor, bounds),
         multiply=multiply,
         interpret=True,
     )
@@ -150,7 +149,7 @@ def as_arrays(x, dtype=jnp.float32):
 
 
 def compute(x, options, transformation=lambda f: f):
-    """((values, gradients) of the kernel, the same of the scan)."""
+    """Return ((values, gradients) of the kernel, the same of the scan)."""
     run, want = (functools.partial(f, **options) for f in (kernel, reference))
     cotangents = random_like(jax.eval_shape(transformation(want), x), seed=1)
     with assert_no_races():
@@ -159,7 +158,7 @@ def compute(x, options, transformation=lambda f: f):
 
 
 def leaves(d, final, bounds):
-    """In which chunks [P, N] a value of d lies on a bound after an update."""
+    """Return for each head and chunk [P, N] whether an update put a value of d on a bound."""
     after = np.concatenate([d[0, 1:], final], axis=0)
     on = np.isin(after, np.asarray(bounds, np.float32)).any(axis=-1)
     padded = np.pad(on, ((0, -len(on) % CHUNK), (0, 0)))
@@ -177,7 +176,7 @@ def test_values_and_gradients(name):
 
 
 def toward_a_bound(falling):
-    """A chunk in which d rises, or falls and is drawn down, each head from a little further on."""
+    """A chunk in which d rises, or falls toward a lower anchor; each head starts a little closer to the bound."""
     x = base(CHUNK, heads=5)
     squared = np.random.default_rng(1).uniform(*((0.5, 2.5) if falling else (0.2, 2)), size=x["beta"].shape)
     x["k"] *= np.sqrt(squared)[..., None]
@@ -188,7 +187,7 @@ def toward_a_bound(falling):
 
 
 def reach(x):
-    """How far a chunk's values get, and might get as the kernel estimates it: least and most of each head."""
+    """Return the least and most of each head: of the values of a chunk, and of the kernel's estimate of them."""
     d, final = (np.asarray(y[0]) for y in jit(reference)(x))
     u, d = np.square(x["k"][0]), np.concatenate([d, final[None]])
     coefficient = ETA * x["beta"][0] * (1 - x["beta"][0] * np.sum(d[:-1] * u, axis=-1))
@@ -202,20 +201,19 @@ def reach(x):
 
 
 def one_chunk(x, bounds):
-    """((d, the final d) of a chunk without documents, which heads did it token by token)."""
+    """Return ((d, the final d) of a chunk without resets, the heads in which it is sequential)."""
     forget = "log_forget" in x
-    static = Static(bounds=bounds, forget=forget, anchored=forget, documents=False, multiply=False, interpret=True)
+    options = HypergradientOptions(bounds, forget, anchored=forget, resets=False, multiply=False, interpret=True)
     zeros = jnp.zeros_like(x["beta"])
     gates = make_gates(ETA * x["beta"], x["beta"], x.get("log_forget", zeros), zeros[:, :, 0])
-    (inverse,) = prepare(x["k"], gates, None, static)
+    inverse = prepare(x["k"], gates, None, options).inverse
     states = x["restart"], jnp.broadcast_to(x.get("anchor", 0.0), x["initial"].shape)
-    starts, feedback, final, redone = scan(x["k"], gates, inverse, x["initial"], *states, static)
-    d = expand(x["k"], gates, starts, feedback, redone, *states, static=static, multiply=False)
-    return (d, final), redone[0, :, 0]
+    chunks, final = scan(x["k"], gates, inverse, x["initial"], *states, options)
+    return (expand(chunks, options=options, multiply=False), final), chunks.sequential[0, :, 0]
 
 
 @pytest.mark.parametrize(("falling", "bound"), [(False, 0.956), (True, 0.535)])
-def test_a_chunk_goes_token_by_token_where_a_value_leaves_the_bounds_and_only_there(falling, bound):
+def test_a_chunk_is_sequential_if_and_only_if_a_value_leaves_the_bounds(falling, bound):
     x = as_arrays(toward_a_bound(falling))
     sign = -1 if falling else 1
     leaves, might = (sign * y[0 if falling else 1] > sign * bound for y in reach(x))
@@ -223,8 +221,8 @@ def test_a_chunk_goes_token_by_token_where_a_value_leaves_the_bounds_and_only_th
     assert np.all(sign * x["initial"] < sign * bound)
     bounds = (bound, np.inf) if falling else (-np.inf, bound)
     with assert_no_races():
-        got, redone = jit(functools.partial(one_chunk, bounds=bounds))(x)
-    np.testing.assert_array_equal(redone, leaves)
+        got, sequential = jit(functools.partial(one_chunk, bounds=bounds))(x)
+    np.testing.assert_array_equal(sequential, leaves)
     assert_close(got, jit(functools.partial(reference, bounds=bounds))(x), TOLERANCE)
 
 
@@ -232,7 +230,7 @@ def test_a_chunk_goes_token_by_token_where_a_value_leaves_the_bounds_and_only_th
 def test_half_precision(dtype, multiply):
     x = as_arrays(base(57), dtype)
     got, want = compute(x, {"bounds": BOUNDS, "multiply": multiply})
-    # Keys of 16 bits are squared in float32: nothing is rounded to them but the gradient of k, and write keys.
+    # 16-bit keys are squared in float32: only the gradient of k and write keys are rounded to 16 bits.
     assert got[0][0].dtype == (dtype if multiply else jnp.float32)
     assert_close(got[0][0].astype(jnp.float32), want[0][0].astype(jnp.float32), 3e-4)
     assert_close(got[1].pop("k").astype(jnp.float32), want[1].pop("k").astype(jnp.float32), 3e-3)
@@ -269,7 +267,7 @@ def test_a_missing_number_spreads_as_in_the_scan():
 @pytest.mark.parametrize("multiply", [False, True])
 @pytest.mark.parametrize("axis", ["batch", "tokens", "heads"])
 def test_nothing(axis, multiply):
-    """Values and gradients of nothing, in the shapes and types of nothing."""
+    """Empty inputs give empty values and gradients of the right shapes and types."""
     of_tokens, of_states = (("batch", "tokens", "heads", "K"), ("batch", "heads", "K"))
     axes = dict.fromkeys(("k", "beta", "log_forget"), of_tokens) | {"anchor": ("heads", "K")}
     axes |= dict.fromkeys(("initial", "restart"), of_states)

@@ -10,21 +10,22 @@ from support.interpreter import assert_no_races
 
 
 def _copy(wait_first):
-    def body(x_ref, o_ref, x_s, y_s, loaded):
-        plgpu.copy_gmem_to_smem(x_ref, x_s, loaded)
+    def body(index, source, target, shared):
+        plgpu.copy_gmem_to_smem(source.x, shared.x, shared.loaded)
         if wait_first:
-            plgpu.barrier_wait(loaded)
-        y_s[...] = x_s[...] + 1.0
+            plgpu.barrier_wait(shared.loaded)
+        shared.y[...] = shared.x[...] + 1.0
         if not wait_first:
-            plgpu.barrier_wait(loaded)
+            plgpu.barrier_wait(shared.loaded)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(y_s, o_ref)
+        plgpu.copy_smem_to_gmem(shared.y, target.y)
         plgpu.wait_smem_to_gmem(0)
 
     x = jnp.zeros((128,), jnp.float32)
     out = jax.ShapeDtypeStruct(x.shape, x.dtype)
-    scratch = [plgpu.SMEM(x.shape, x.dtype)] * 2 + [plgpu.Barrier()]
-    return launch(lambda _at, *refs: body(*refs), "copy", out, {"block": 1}, scratch, True, [x])
+    tile = plgpu.SMEM(x.shape, x.dtype)
+    scratch = {"x": tile, "y": tile, "loaded": plgpu.Barrier()}
+    return launch(body, "copy", inputs={"x": x}, out={"y": out}, scratch=scratch, grid={"block": 1}, interpret=True).y
 
 
 def test_a_kernel_that_waits_for_its_copy_passes():

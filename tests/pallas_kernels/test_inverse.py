@@ -14,10 +14,12 @@ from support.interpreter import assert_no_races
 MATRIX = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 
 
-def interpreted(body, out, scratch, *arguments):
+def interpreted(body, out, scratch, **inputs):
+    """The results of body(source, target, shared), by name."""
     with assert_no_races():
-        entry = lambda _at, *refs: body(*refs)
-        return launch(entry, "probe", out, {"block": 1}, scratch, True, [jnp.asarray(x) for x in arguments])
+        entry = lambda index, *refs: body(*refs)
+        inputs = {name: jnp.asarray(x) for name, x in inputs.items()}
+        return launch(entry, "probe", inputs=inputs, out=out, scratch=scratch, grid={"block": 1}, interpret=True)
 
 
 def error(x, want):
@@ -26,27 +28,28 @@ def error(x, want):
 
 @pytest.mark.parametrize("noise", [1.0, 0.01])
 def test_inverse_and_a_product_with_it(noise):
-    def body(a, p, inverse, product, *scratch):
-        inverse[...] = unit_lower_inverse(read_global(a), scratch)
-        product[...] = times_inverse(read_global(p), scratch)
+    def body(source, target, shared):
+        target.inverse[...] = unit_lower_inverse(read_global(source.a), shared)
+        target.product[...] = times_inverse(read_global(source.p), shared)
 
     rng = np.random.default_rng(0)
     k = unit(rng.normal(size=64) * (noise < 1.0) + noise * rng.normal(size=(64, 64)))
     a, p = (0.95 * k @ k.T).astype(np.float32), rng.normal(size=(64, 64)).astype(np.float32)
-    inverse, product = interpreted(body, [MATRIX, MATRIX], SCRATCH, a, p)
+    found = interpreted(body, {"inverse": MATRIX, "product": MATRIX}, SCRATCH, a=a, p=p)
     want = np.linalg.inv(np.eye(64) + np.tril(a.astype(np.float64), -1))
-    assert error(inverse, want) < 2e-5
-    assert error(product, p @ want) < 2e-5
+    assert error(found.inverse, want) < 2e-5
+    assert error(found.product, p @ want) < 2e-5
 
 
 def halves(value, dtype):
-    def body(x, high, low, high_s, low_s):
-        split(read_global(x), high_s, low_s)
-        high[...], low[...] = high_s[...], low_s[...]
+    def body(source, target, shared):
+        split(read_global(source.x), shared.high, shared.low)
+        target.high[...], target.low[...] = shared.high[...], shared.low[...]
 
-    tile = smem(64, 64, dtype=dtype)
-    out = [jax.ShapeDtypeStruct((64, 64), dtype)] * 2
-    return [np.asarray(half.astype(jnp.float32)) for half in interpreted(body, out, [tile, tile], value)]
+    names = ("high", "low")
+    out, scratch = (dict.fromkeys(names, x) for x in (jax.ShapeDtypeStruct((64, 64), dtype), smem(64, 64, dtype=dtype)))
+    found = interpreted(body, out, scratch, x=value)
+    return [np.asarray(half.astype(jnp.float32)) for half in (found.high, found.low)]
 
 
 @pytest.mark.parametrize(("dtype", "digits"), [(jnp.bfloat16, 17), (jnp.float16, 21)])

@@ -126,9 +126,17 @@ def test_the_report_of_what_does_not_fit(made):
     total = made.memory.total
     assert "It does not fit" in with_memory(total / 0.95)
     assert "No remat and micro-batch fits by estimate (the least, --config.model" in with_memory(total / 0.95)
-    assert "fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 alone" in with_memory(total / 0.9)
+    assert "Fits only with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92: " in with_memory(total / 0.9)
     option = advice.Option("full", 4, 1, 1.0)
     assert "--config.model.remat=full --config.accumulate=4" in with_memory(total / 0.95, (option,))
+
+
+def test_the_report_names_the_gpus_that_it_was_compiled_for(made):
+    def first_line(topology):
+        return planning.report(Plan(**{**vars(made), "compiled_for": "gpu", "topology": topology})).splitlines()[0]
+
+    assert first_line("1x8") == "Compiled for 8 × NVIDIA H200 (1 host × 8); no GPU required."
+    assert first_line("8x8") == "Compiled for 64 × NVIDIA H200 (8 hosts × 8); no GPU required."
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
-"""Whether the barriers of a kernel are enough: what the interpreter, which runs a warpgroup as one thread, cannot see.
+"""Static check for missing barriers in a kernel, which the interpreter misses: it runs a warpgroup as one thread.
 
 The kernels turn off the barriers that Pallas would put around every store and copy, and place their own. Between
-barriers the four warps of a block run as they like, so that of any two accesses to overlapping shared memory, one of
-them a write, a barrier must come between. A write and what the tensor cores or a copy then read of it need a
-`commit_smem`, which is a fence too. That copies have arrived before they are read is the interpreter's to see.
+barriers the four warps of a block run in any order, so a barrier must come between any two accesses to overlapping
+shared memory of which one is a write. Between a write from registers and a read by the tensor cores or a copy it must
+be `commit_smem`, which is also a fence. The interpreter checks that copies have arrived before they are read.
 
-The check follows a kernel's jaxpr in order, loops twice and branches one by one. A place that depends on a variable may
-be anywhere. A thread that writes the numbers of a matrix that it has itself read needs no barrier.
+The check follows a kernel's jaxpr in order, with every loop body twice and every branch in turn. An index that depends
+on a variable may be anywhere. A thread that overwrites elements of a matrix that it has read itself needs no barrier.
 """
 
 import dataclasses
@@ -20,12 +20,12 @@ REGISTERS, PRODUCT, UNFENCED = "registers", "product", "registers, without a fen
 
 @dataclasses.dataclass(frozen=True)
 class Place:
-    """A part of an allocation in shared memory."""
+    """A region of an allocation in shared memory."""
 
     root: Any
-    member: tuple  # of a union of allocations: type, shape and (first, after the last) byte; () where there is none
-    key: tuple  # equal for the same part, seen from the same iteration of a loop
-    intervals: tuple  # (start, stop) along every axis of the allocation; None where unknown
+    member: tuple  # in a union of allocations: type, shape and byte range (start, stop); () outside of a union
+    key: tuple  # equal for the same region within one iteration of a loop
+    intervals: tuple  # (start, stop) along every axis of the allocation; None if unknown
     matrix: bool
 
     def overlaps(self, other):
@@ -39,14 +39,17 @@ class Place:
         return all(a < d and c < b for (a, b), (c, d) in zip(self.intervals, other.intervals, strict=True))
 
     def is_own(self, other):
-        """Whether each thread has the same numbers of both."""
+        """Return True if each thread holds the same elements of both."""
         return self.matrix and self.root is other.root and (self.member, self.key) == (other.member, other.key)
 
 
 class Checker:
+    """The accesses of one kernel since its last barrier, and the faults found so far."""
+
     def __init__(self, kernel):
         self.kernel, self.faults = kernel, []
-        self.reads, self.writes = set(), set()  # since the last barrier: (place, by what); writes also without a fence
+        # Since the last barrier, as (place, accessor); writes that a barrier without a fence has followed stay, marked.
+        self.reads, self.writes = set(), set()
 
     def check(self, kind, place, others, *, own=True):
         for other, by in others:
@@ -62,7 +65,7 @@ class Checker:
         self.writes.add((place, REGISTERS))
 
     def proxy_read(self, place, by):
-        """By the tensor cores or a copy."""
+        """Record a read by the tensor cores or by a copy."""
         self.check(by, place, self.writes, own=False)
         if by == PRODUCT:
             self.reads.add((place, by))
@@ -125,14 +128,15 @@ class Checker:
 
 
 def line_of(eqn):
-    """The lines of the kernels that an equation comes from, the innermost first."""
+    """Return the source lines in the kernels that an equation comes from, the innermost first."""
     frames = eqn.source_info.traceback.frames if eqn.source_info.traceback else []
-    lines = [f"{f.file_name.rsplit('/', 1)[-1]}:{f.line_num}" for f in frames if "/pallas_kernels/" in f.file_name]
+    ours = [f for f in frames if "/pallas_kernels/" in f.file_name]
+    lines = [f"{f.file_name.rpartition('/pallas_kernels/')[2]}:{f.line_num}" for f in ours]
     return " < ".join(line for line in lines[:3])
 
 
 def inner(variables, values, env):
-    """The environment of a jaxpr inside another, as far as its variables are known."""
+    """Return the environment of a jaxpr inside another, as far as its variables are known."""
     known = zip(variables, values, strict=False)
     return {a: env.get(b, b) if hashable(b) else b for a, b in known}
 
@@ -151,7 +155,7 @@ def leaves_of(flat, trees):
 
 
 def place(env, ref, tree, leaves):
-    """Where an access goes; None where it is not in shared memory."""
+    """Return the region that an access touches, None if it is not in shared memory."""
     kind = str(ref.aval)
     if not kind.startswith("Ref<smem>") or "barrier" in kind:
         return None
@@ -184,7 +188,7 @@ def place(env, ref, tree, leaves):
 
 
 def kernels_of(jaxpr):
-    """(name, jaxpr, whether its barriers are its own) of every kernel in a jaxpr."""
+    """Yield (name, jaxpr, whether it places its own barriers) for every kernel in a jaxpr."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "mpmd_map":
             own = eqn.params["compiler_params"].unsafe_no_auto_barriers
@@ -199,7 +203,11 @@ def kernels_of(jaxpr):
 
 
 def faults(function, *arguments):
-    """What is wrong with the barriers of the kernels that a function calls; the names of those that place their own."""
+    """Check the kernels that a function calls.
+
+    Returns:
+        (the missing barriers, the names of the kernels that place their own barriers).
+    """
     found, names = [], set()
     for name, jaxpr, own in kernels_of(jax.make_jaxpr(function)(*arguments).jaxpr):
         if own:

@@ -1,15 +1,17 @@
-"""Small texts, tokenizers and data sets on disk, made with the libraries themselves."""
+"""Small texts, tokenizers and data sets on disk, written with the libraries themselves."""
 
 import io
 import json
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import sentencepiece
 import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
-from osdn_jax.data import Document
+from osdn_jax.data import Document, HubStream, StreamedWindows, load_tokenizer
+from osdn_jax.data.prepare import prepare
 
 TEXTS = [
     "the memory writes what the key recalls",
@@ -27,7 +29,7 @@ def documents(texts=TEXTS):
 
 
 def write_tokenizer(path, *, start="<|endoftext|>", **settings):
-    """A byte-level BPE in `tokenizer.json` form; settings are written over its JSON."""
+    """Write a byte-level BPE as a `tokenizer.json`; `settings` replace members of its JSON."""
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
@@ -44,7 +46,7 @@ def write_tokenizer(path, *, start="<|endoftext|>", **settings):
 
 
 def write_byte_fallback(path, style="llama"):
-    """A tokenizer.json with byte fall-back in the style of llama or gemma, or with a Metaspace decoder."""
+    """Write a tokenizer.json with byte fallback in the style of llama or gemma, or with a Metaspace decoder."""
     vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2} | {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
     vocabulary |= {letter: len(vocabulary) + i for i, letter in enumerate("▁abcdefghijklmnopqrstuvwxyz.,")}
     tokenizer = tokenizers.Tokenizer(
@@ -68,7 +70,7 @@ def write_byte_fallback(path, style="llama"):
 
 
 def write_sentencepiece(path, **settings):
-    """A SentencePiece model with byte fall-back."""
+    """Write a SentencePiece model with byte fallback."""
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
         sentence_iterator=iter(TEXTS * 5),
@@ -92,3 +94,41 @@ def write_parquet(path, texts=TEXTS, field="text", **columns):
     table = pyarrow.table({field: pyarrow.array(texts)} | columns)
     pyarrow.parquet.write_table(table, path, row_group_size=2)
     return path
+
+
+def prepare_rows(corpus, output, **options):
+    """Prepare the rows.jsonl of a corpus, or another `source`, into several small shards."""
+    options = {"tokenizer": corpus / "tokenizer.json", "shard_bytes": 60} | options
+    return prepare(options.pop("source", corpus / "rows.jsonl"), output, **options)
+
+
+def streamed_windows(corpus, sequence_length, **options):
+    """Windows over the data set "set" of a corpus, as the hub streams it."""
+
+    def open_share(index, count):
+        return HubStream(f"hf:{corpus / 'set'}", shard_index=index, shard_count=count)
+
+    return StreamedWindows(open_share, load_tokenizer(corpus / "tokenizer.json"), sequence_length, **options)
+
+
+def contents(folder):
+    """The bytes of every file in a folder, by name."""
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def all_tokens(stream):
+    """The tokens of a `TokenStream`."""
+    return stream.read(0, len(stream)).tolist()
+
+
+def edit_manifest(folder, change):
+    """Apply `change` to the manifest of a prepared folder."""
+    values = json.loads((folder / "dataset.json").read_text())
+    change(values)
+    (folder / "dataset.json").write_text(json.dumps(values))
+
+
+def window_counts(batches):
+    """{the tokens of a window: how often it occurs}"""
+    rows = [row.tobytes() for batch in batches for row in np.concatenate([batch["inputs"], batch["targets"]], -1)]
+    return {row: rows.count(row) for row in rows}

@@ -1,6 +1,6 @@
-"""What Mosaic GPU's interpreter says of a kernel's races, without importing anything private.
+"""Race detection by Mosaic GPU's interpreter, without private imports.
 
-JAX 0.12 raises at a race unless told otherwise; JAX 0.11 prints it and goes on. Both call it RACE DETECTED.
+JAX 0.12 raises at a race by default; JAX 0.11 prints it and continues. Both report RACE DETECTED.
 """
 
 import contextlib
@@ -12,12 +12,12 @@ import jax
 
 @contextlib.contextmanager
 def assert_no_races():
-    """Fails if a kernel that is interpreted inside, with detect_races=True, has a race."""
+    """Fail if a kernel that is interpreted inside the block, with detect_races=True, has a race."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):
             yield
-            jax.effects_barrier()  # the interpreter is callbacks: they are over now
+            jax.effects_barrier()  # wait for the callbacks that the interpreter runs in
     finally:
         sys.stdout.write(printed.getvalue())
     assert "RACE DETECTED" not in printed.getvalue()
