@@ -28,7 +28,8 @@ from osdn_jax.compare import reference as judge
 from osdn_jax.compare.inputs import input_bytes
 from osdn_jax.compare.plot import plot_results
 from osdn_jax.compare.report import duration, result_table, size
-from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
+from osdn_jax.ops.selection import Implementation
 from support import assert_close, jit
 
 SMALL = "B1T5H2Hk1K3V2"
@@ -50,14 +51,14 @@ def compare(tmp_path, capsys):
 def altered(change):
     """The scan with `change` applied to its outputs."""
 
-    def implementation(call, **options):
-        out, memory = IMPLEMENTATIONS["scan"](call, **options)
-        return change(out), memory
+    def run(call, options, **more):
+        out, state = IMPLEMENTATIONS["scan"].run(call, options, **more)
+        return change(out), state
 
-    return implementation
+    return Implementation(run, mixes_segments=False)
 
 
-def refused(call, **options):
+def refused(call, options):
     raise NotImplementedError("needs a\nHopper GPU, this is a toaster")
 
 
@@ -131,7 +132,7 @@ def test_a_registered_kernel_joins_by_itself(compare, monkeypatch):
 
 
 def test_what_cannot_serve_says_why_and_fails_nothing(compare, monkeypatch, tmp_path):
-    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", refused)
+    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", Implementation(refused))
     picture = tmp_path / "p.png"
     status, printed, results, _ = compare("--implementations", "kernel", "--plot", str(picture))
     assert status == 0
@@ -190,10 +191,10 @@ def test_results_that_cannot_be_saved_are_shown(capsys, monkeypatch, tmp_path):
 
 
 def test_other_errors_are_not_hidden(compare, monkeypatch):
-    def broken(call, **options):
+    def broken(call, options):
         raise ValueError("a bug")
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "broken", broken)
+    monkeypatch.setitem(IMPLEMENTATIONS, "broken", Implementation(broken))
     with pytest.raises(ValueError, match="a bug"):
         compare("--implementations", "broken")
 

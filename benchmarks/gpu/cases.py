@@ -10,7 +10,6 @@ import numpy as np
 from osdn_jax import ops
 from osdn_jax.compare import Shape, draw_inputs
 from osdn_jax.compare.inputs import Arrays
-from osdn_jax.ops import gram, hypergradient
 
 KEYS = ("random", "near-parallel")
 # With this step size and these bounds, peaked keys leave the bounds in some chunks, come close in others, and stay far
@@ -208,10 +207,12 @@ def outputs(case: Case, x: Arrays, segment_ids: jax.Array | None, implementation
         o, state = ops.delta_rule(**x, erase=case.erase, **options)
         return {"o": o, "state": state}
     if case.preset == "gram":
-        out, final = gram.preconditioned(**x, multiply=case.multiply, **options)
+        by_gram = ops.gram_write_key if case.multiply else ops.gram_preconditioner
+        out, final = by_gram(**x, **options)
         return {"multiplier": out, "final": final}
     preset = BINDING if case.preset == "binding" else ops.hypergradient_preset(case.preset)
     preset = {name: value for name, value in preset.items() if name != "initial"}
     anchor = 0.0 if case.preset == "paper" else 1.0
-    out, final = hypergradient.preconditioned(**x, **preset, anchor=anchor, multiply=case.multiply, **options)
+    by_hypergradient = ops.hypergradient_write_key if case.multiply else ops.hypergradient_preconditioner
+    out, final = by_hypergradient(**x, **preset, anchor=anchor, **options)
     return {"multiplier": out, "final": final}

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn.sharding import with_auto_axes
-from osdn_jax.ops import checks, collectives
+from osdn_jax.ops import checks, sequence_parallel
 
 
 class Chunks(NamedTuple):
@@ -66,7 +66,7 @@ def _cross_entropy(
     vocabulary, wide = unembedding.shape[0], _accumulator(hidden)
     x, labels = _cut(hidden, chunks.sequence, 1), _cut(targets, chunks.sequence, 1)
     words = _cut(unembedding, chunks.vocabulary, 0)
-    axes = collectives.axes_of((hidden, unembedding, targets))  # of a jax.shard_map around this
+    axes = sequence_parallel.axes_of((hidden, unembedding, targets))  # of a jax.shard_map around this
 
     def of_tokens(_: None, i: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
         x_i, labels_i = _piece(x, i, 1), _piece(labels, i, 1)
@@ -80,7 +80,7 @@ def _cross_entropy(
             return (higher, total, jnp.where(jnp.any(is_target, axis=-1), found, wanted)), None
 
         start = tuple(jnp.full(labels_i.shape, value, wide) for value in (-jnp.inf, 0.0, jnp.nan))
-        start = collectives.vary(start, axes)
+        start = sequence_parallel.vary(start, axes)
         (peak, total, wanted), _ = jax.lax.scan(of_words, start, jnp.arange(words.shape[1], dtype=jnp.int32))
         normalizer = peak + jnp.log(total)
         return None, (normalizer - wanted, normalizer)
@@ -108,7 +108,7 @@ def _backward(
     # d logits = probability * (d nats + d normalizer) - one_hot(target) * d nats
     by_token = (hidden, targets, normalizer, cotangents[0], cotangents[0] + cotangents[1])
     pieces = tuple(_cut(y, chunks.sequence, 1) for y in by_token)
-    axes = collectives.axes_of((by_token, words))
+    axes = sequence_parallel.axes_of((by_token, words))
 
     def of_tokens(d_words: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
         x_i, labels_i, normalizer_i, d_nats, d_both = (_piece(y, i, 1) for y in pieces)
@@ -124,11 +124,11 @@ def _backward(
             d_words = jax.lax.dynamic_update_index_in_dim(d_words, _piece(d_words, j, 0) + d_words_j, j, 1)
             return (d_x, d_words), None
 
-        start = (collectives.vary(jnp.zeros(x_i.shape, wide), axes), d_words)
+        start = (sequence_parallel.vary(jnp.zeros(x_i.shape, wide), axes), d_words)
         (d_x, d_words), _ = jax.lax.scan(of_words, start, jnp.arange(words.shape[1], dtype=jnp.int32))
         return d_words, d_x.astype(x_i.dtype)
 
-    zero = collectives.vary(jnp.zeros(words.shape, wide), axes)
+    zero = sequence_parallel.vary(jnp.zeros(words.shape, wide), axes)
     d_words, d_hidden = jax.lax.scan(of_tokens, zero, jnp.arange(pieces[0].shape[2], dtype=jnp.int32))
     # XLA would merge a transpose that follows into the products, which it cannot run on a CPU in 16 bits.
     d_words = jax.lax.optimization_barrier(d_words)

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from osdn_jax.ops import checks, hypergradient_preset
-from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
 
 Decay = Literal["none", "scalar", "channel"]
 Strength = Literal["scalar", "channel"]

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,6 +17,7 @@ from osdn_jax.nn.layers import NoDecayParam, RMSNorm, ShortConvolution, linear, 
 from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
 from osdn_jax.ops import State
+from osdn_jax.ops.rules.entry import Gram, Hypergradient, preconditioned_delta_rule
 
 
 class MixerState(NamedTuple):
@@ -111,23 +111,30 @@ class DeltaMixer(nnx.Module):
     def multipliers(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T P K"]:
-        """What the preconditioner multiplies each key by before it is written; P preconditioners.
+        """Return the factor of the preconditioner on each key that is written.
 
-        Raises ValueError for a mixer without a preconditioner.
+        Args:
+            x: tokens, [B, T, D].
+            segment_ids: [B, T] integers, for packed sequences.
+
+        Returns:
+            [B, T, P, K], P preconditioners; the write key is this factor times k.
+
+        Raises:
+            ValueError: the mixer has no preconditioner.
         """
         config = self.config
         _, k, _, _ = self._heads(x, None, segment_ids, None)
-        options: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": config.chunk_size}
+        shared: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": config.chunk_size}
         if config.preconditioner == "none":
             raise ValueError("multipliers: got a mixer with preconditioner='none', expected 'hypergradient' or 'gram'")
         if config.preconditioner == "gram":
-            (log_decay, gain), more = self._gram(x)
-            return ops.gram_preconditioner(k, log_decay, gain, **more, **options)[0]
-        more = self._hypergradient(x)
+            return ops.gram_preconditioner(k, **self._gram(x)._asdict(), **shared)[0]
+        arguments = self._hypergradient(x)._asdict()
         beta = None
-        if more.pop("beta_aware"):
+        if arguments.pop("beta_aware"):
             beta, k = self._beta(x), jnp.repeat(k, config.heads // config.num_key_heads, axis=2)
-        return ops.hypergradient_preconditioner(k, beta, **more, **options)[0]
+        return ops.hypergradient_preconditioner(k, beta, **arguments, **shared)[0]
 
     def _heads(
         self, x: jax.Array, window: jax.Array | None, segment_ids: jax.Array | None, context_axis: str | None
@@ -144,23 +151,28 @@ class DeltaMixer(nnx.Module):
         beta = jax.nn.sigmoid(gate(x).astype(jnp.float32))
         return 2.0 * beta if self.config.negative_eigenvalues else beta
 
-    def _hypergradient(self, x: jax.Array) -> dict[str, Any]:
+    def _hypergradient(self, x: jax.Array) -> Hypergradient:
+        """Return the preconditioner's arguments for the tokens x."""
         settings, initial = self.config.hypergradient, cast(NoDecayParam, self.initial)
-        return {
-            "eta": settings.eta,
-            "bounds": settings.bounds,
-            "anchor": settings.anchor,
-            "normalize": settings.normalize,
-            "beta_aware": settings.beta_aware,
-            "initial": initial[...],
-            "log_forget": None if self.forget is None else self.forget(x),
-        }
+        return Hypergradient(
+            eta=settings.eta,
+            log_forget=None if self.forget is None else self.forget(x),
+            initial=initial[...],
+            anchor=settings.anchor,
+            bounds=settings.bounds,
+            normalize=settings.normalize,
+            beta_aware=settings.beta_aware,
+        )
 
-    def _gram(self, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
-        """(log decay and gain of each token, options)."""
+    def _gram(self, x: jax.Array) -> Gram:
+        """Return the preconditioner's arguments for the tokens x."""
         decay, gain, center = cast(tuple[Any, Any, Any], (self.gram_decay, self.gram_gain, self.gram_center))
-        options = {"center": center[...], "squash": self.config.gram.squash}
-        return (decay(x), jax.nn.sigmoid(gain(x).astype(jnp.float32))), options
+        return Gram(
+            log_decay=decay(x),
+            gain=jax.nn.sigmoid(gain(x).astype(jnp.float32)),
+            center=center[...],
+            squash=self.config.gram.squash,
+        )
 
     def _rule(
         self,
@@ -173,48 +185,36 @@ class DeltaMixer(nnx.Module):
         context_axis: str | None,
     ) -> tuple[jax.Array, State]:
         config = self.config
-        arguments = [q, k, v]
-        if self.beta is not None:
-            arguments.append(self._beta(x))
-        if self.erase_gate is not None and self.write_gate is not None:
-            # What decides the eigenvalues is what is erased: the write gate stays in (0, 1).
-            erase = self.erase_gate(x)
-            arguments += [2.0 * erase if config.negative_eigenvalues else erase, self.write_gate(x)]
-        if self.decay is not None:
-            arguments.append(self.decay(x))
-        options: dict[str, Any] = {
+        log_decay = None if self.decay is None else self.decay(x)
+        shared: dict[str, Any] = {
             "initial_state": carried,
             "segment_ids": segment_ids,
             "chunk_size": config.chunk_size,
             "implementation": config.implementation,
             "context_axis": context_axis,
         }
+        if self.erase_gate is not None and self.write_gate is not None:
+            # The erase gate alone decides the eigenvalues of the transition: the write gate stays in (0, 1).
+            erase_gate, write_gate, decay = self.erase_gate(x), self.write_gate(x), cast(jax.Array, log_decay)
+            erase_gate = 2.0 * erase_gate if config.negative_eigenvalues else erase_gate
+            return ops.gdn2(q, k, v, erase_gate=erase_gate, write_gate=write_gate, log_decay=decay, **shared)
+        preconditioner: Hypergradient | Gram | None = None
         if config.preconditioner == "hypergradient":
-            options |= self._hypergradient(x)
+            preconditioner = self._hypergradient(x)
         elif config.preconditioner == "gram":
-            tokens, more = self._gram(x)
-            arguments += tokens
-            options |= more
-        return _OPERATORS[config.erase, config.strength, config.preconditioner, config.decay](*arguments, **options)
+            preconditioner = self._gram(x)
+        return preconditioned_delta_rule(
+            q,
+            k,
+            v,
+            beta=None if self.beta is None else self._beta(x),
+            log_decay=log_decay,
+            erase=config.erase,
+            preconditioner=preconditioner,
+            **shared,
+        )
 
 
 @functools.cache
 def _graph(config: MixerConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: DeltaMixer(config, 1, dtype, rngs=nnx.Rngs(0))))
-
-
-_OPERATORS: dict[tuple[bool, str, str, str], Callable[..., tuple[jax.Array, State]]] = {
-    (False, "scalar", "none", "none"): ops.linear_attention,
-    (False, "scalar", "none", "scalar"): ops.mamba2,
-    (False, "scalar", "none", "channel"): ops.gla,
-    (True, "scalar", "none", "none"): ops.delta_net,
-    (True, "scalar", "none", "scalar"): ops.gated_delta_net,
-    (True, "scalar", "none", "channel"): ops.kda,
-    (True, "channel", "none", "channel"): ops.gdn2,
-    (True, "scalar", "hypergradient", "none"): ops.osdn,
-    (True, "scalar", "hypergradient", "scalar"): ops.os_gdn,
-    (True, "scalar", "hypergradient", "channel"): ops.os_kda,
-    (True, "scalar", "gram", "none"): ops.pdn,
-    (True, "scalar", "gram", "scalar"): ops.pgdn,
-    (True, "scalar", "gram", "channel"): ops.pkda,
-}

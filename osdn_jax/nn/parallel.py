@@ -14,7 +14,7 @@ from jax import lax
 
 from osdn_jax.nn.chunked_loss import DEFAULT_CHUNKS, Chunks, cross_entropy
 from osdn_jax.nn.sharding import parameter_axes, spec
-from osdn_jax.ops import collectives
+from osdn_jax.ops import sequence_parallel
 
 
 @runtime_checkable
@@ -118,7 +118,7 @@ def cross_entropy_over_mesh(
     """
 
     def body(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        unembedding = collectives.vary(unembedding, collectives.axes_of(hidden))
+        unembedding = sequence_parallel.vary(unembedding, sequence_parallel.axes_of(hidden))
         return cross_entropy(hidden, unembedding, targets, chunks)
 
     tokens = spec("batch", "position")

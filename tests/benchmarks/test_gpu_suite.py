@@ -31,7 +31,8 @@ def test_the_exit_status_is_about_our_kernels(key, status, code):
 ODD = """
 import time
 import jax
-from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
+from osdn_jax.ops.selection import Implementation
 
 @jax.custom_vjp
 def odd(beta):
@@ -39,14 +40,14 @@ def odd(beta):
 
 odd.defvjp(lambda beta: (beta, None), lambda _, d: (1.05 * d,))
 
-def kernel(call, **options):
+def kernel(call, options):
     if call.log_decay is not None and call.log_decay.ndim == 4:
         time.sleep(1000)
     if call.log_decay is not None:
         call = call._replace(beta=odd(call.beta))
-    return IMPLEMENTATIONS["chunk"](call, **options)
+    return IMPLEMENTATIONS["chunk"].run(call, options)
 
-IMPLEMENTATIONS["odd"] = kernel
+IMPLEMENTATIONS["odd"] = Implementation(kernel)
 """
 
 
