@@ -141,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(stage: str, runner: Runner, results: Record, request: Request, patience: Patience) -> None:
-    todo = plan.plan(stage, results.rows, request)
+    todo = plan.plan_stage(stage, results.rows, request)
     results.owe(todo.owed)
     for row in todo.skipped:
         results.add(row)
@@ -156,7 +156,7 @@ def _patience(stage: str, given: argparse.Namespace) -> Patience:
 
 def _check_pattern(pattern: str, stages: Sequence[str], dry: bool) -> None:
     sections = [stage for stage in ("smoke", "check") if stage in stages]
-    names = [name for section in sections for name in cases.cases(section, dry)]
+    names = [name for section in sections for name in cases.cases_of(section, dry)]
     if names and not fnmatch.filter(names, pattern):
         raise Refused(f"--cases: no case matches {pattern!r}; expected a pattern such as 'scalar*'")
 

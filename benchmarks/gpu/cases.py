@@ -145,7 +145,7 @@ SMOKE = _smoke(batch=1, length=128, heads=4, key_heads=4)
 DRY_SMOKE = _smoke(**_TINY, key_dim=64, value_dim=64)
 
 
-def cases(section: str, dry: bool) -> dict[str, Case]:
+def cases_of(section: str, dry: bool) -> dict[str, Case]:
     """Return the cases of a section, "smoke" or "check", by name."""
     return {"smoke": (SMOKE, DRY_SMOKE), "check": (CASES, DRY_CASES)}[section][dry]
 

@@ -20,8 +20,8 @@ from osdn_jax.compare.inputs import (
 from osdn_jax.compare.machine import available_bytes
 from osdn_jax.compare.timing import Timed, ratio, take_turns
 from osdn_jax.compare.tolerances import tolerance
+from osdn_jax.ops import selection
 from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
-from osdn_jax.ops.selection import on_hopper
 
 AUTO = "auto"
 BASELINE = "scan"
@@ -35,7 +35,7 @@ def implementations() -> list[str]:
 
 def default_implementations() -> list[str]:
     """Return those compared by default: no interpreter, and kernels only on the device they are for."""
-    elsewhere = {"mosaic_gpu_interpret"} if on_hopper() else {"mosaic_gpu_interpret", "mosaic_gpu"}
+    elsewhere = {"mosaic_gpu_interpret"} if selection.on_hopper() else {"mosaic_gpu_interpret", "mosaic_gpu"}
     return [name for name in implementations() if name not in elsewhere]
 
 

@@ -1,4 +1,4 @@
-"""Rules by kernels: the preconditioner's, where it has them, and the delta rule's."""
+"""Named rules with the kernels of the preconditioner and of the delta rule."""
 
 import jax
 import jax.numpy as jnp
