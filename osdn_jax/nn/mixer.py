@@ -21,26 +21,50 @@ from osdn_jax.ops.rules.entry import Gram, Hypergradient, preconditioned_delta_r
 
 
 class MixerState(NamedTuple):
-    """What a mixer carries from one piece of a sequence to the next: constant in its length."""
+    """The state of a mixer after the tokens of a call, of a size that does not depend on their number; a pytree.
 
-    window: Float[Array, "B W C"]  # the last inputs of the short convolution
+    Attributes:
+        window: the last inputs of the short convolution, [B, conv_size - 1, channels].
+        rule: the state of the rule.
+    """
+
+    window: Float[Array, "B W C"]
     rule: State
 
 
 class DeltaMixer(nnx.Module):
-    """A mixer of the delta-rule family, whose rule comes from its config.
+    """A token mixer of the delta-rule family; its config selects the rule.
 
-    q, k and v are bias-free projections, each followed by a short convolution and SiLU; q and k have unit length;
-    beta is a logistic gate, and so are the two that may take its place, of which the erase gate is per key head. The
-    output is normalised per head, gated if asked for, and projected back.
+    q, k and v are projections without bias, each followed by a short convolution and SiLU; q and k are normalised to
+    unit length. beta is a logistic gate, as are the erase gate (per key head) and the write gate that replace it in
+    GDN-2. The output is normalised per head, gated if config.output_gate is True, and projected back.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from osdn_jax import nn
+        >>> config = nn.mixer_config("os_gdn", width=16, heads=2, key_dim=4, value_dim=8)
+        >>> mixer = nn.DeltaMixer(config, layers=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((1, 6, 16))
+        >>> y, state = mixer(x)  # prefill
+        >>> y, state = mixer(x[:, :1], state)  # decode one token
+        >>> y.shape
+        (1, 1, 16)
     """
 
     def __init__(self, config: MixerConfig, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
-        """layers: of the whole model, for the scale at which the last projection starts."""
+        """Create the parameters.
+
+        Args:
+            config: sizes and rule.
+            layers: number of layers in the model, which sets the initial scale of the output projection.
+            dtype: of activations and matrix products; parameters are float32.
+            rngs: source of the initial parameters.
+        """
         self.config, self.dtype = config, dtype
         width, heads, key_heads = config.width, config.heads, config.num_key_heads
         self.keys, self.values = key_heads * config.key_dim, heads * config.value_dim
-        self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v at once
+        self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v, fused
         self.convolution = ShortConvolution(2 * self.keys + self.values, config.conv_size, rngs=rngs)
         by_channel = config.strength == "channel"
         gated_write = (config.erase or config.decay == "scalar") and not by_channel
@@ -58,7 +82,7 @@ class DeltaMixer(nnx.Module):
 
         scales, settings = config.preconditioner_heads, config.hypergradient
         by_feedback, by_gram = (config.preconditioner == name for name in ("hypergradient", "gram"))
-        start = jnp.full((scales, config.key_dim), settings.initial, jnp.float32)  # typed: steps return it so
+        start = jnp.full((scales, config.key_dim), settings.initial, jnp.float32)
         self.initial = NoDecayParam(start) if by_feedback else None
         self.forget = ForgetGate(width, scales) if by_feedback and settings.forget else None
         self.gram_decay = DecayGate(width, scales, None, dtype, rngs=rngs) if by_gram else None
@@ -84,13 +108,20 @@ class DeltaMixer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         context_axis: str | None = None,
     ) -> tuple[Float[Array, "B T D"], MixerState]:
-        """Mixes a sequence, or its continuation from a state; one token at a time is decoding.
+        """Mix a sequence, or continue one from a state; a sequence of one token is decoding.
 
-        Returns the output and the state after the last token. context_axis: as in `ops.delta_rule`.
+        Args:
+            x: tokens, [B, T, width].
+            state: the state that an earlier call returned; default zeros.
+            segment_ids: [B, T] integers, for packed sequences; see `ops.delta_rule`.
+            context_axis: mesh axis that the sequence is split over; see `ops.delta_rule`.
+
+        Returns:
+            (output [B, T, width], state after the last token).
 
         Raises:
-            ValueError: a state of another batch or config; segment_ids of another shape than x.
-            TypeError: a state of another mixer; segment_ids that are no integers.
+            ValueError: state is of another batch size or config, or segment_ids has another shape than x.
+            TypeError: state is of another kind of mixer, or segment_ids are not integers.
         """
         if not isinstance(state, MixerState | None):
             raise TypeError(f"state: got a {type(state).__name__}, expected the MixerState of such a mixer or None")
@@ -139,7 +170,7 @@ class DeltaMixer(nnx.Module):
     def _heads(
         self, x: jax.Array, window: jax.Array | None, segment_ids: jax.Array | None, context_axis: str | None
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values by head, and the convolution's window after the last token."""
+        """Return queries, keys and values by head, and the convolution's window after the last token."""
         config, lead = self.config, x.shape[:2]
         mixed, window = self.convolution(self.project(x), window, segment_ids, context_axis)
         q, k, v = jnp.split(jax.nn.silu(mixed), [self.keys, 2 * self.keys], axis=-1)
