@@ -6,6 +6,6 @@ def first_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-def one_line(error: BaseException) -> str:
+def joined_lines(error: BaseException) -> str:
     """Return an error's message with its lines joined, or the name of its type if the message is empty."""
     return " ".join(str(error).split()) or type(error).__name__

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from osdn_jax._errors import one_line
+from osdn_jax._errors import joined_lines
 from osdn_jax.compare.float64_scan import reference
 from osdn_jax.compare.inputs import (
     Arrays,
@@ -173,7 +173,7 @@ def compare_implementations(
     try:
         running, errors = _run(rule, shape, dtype, names, gradient, repeats, seed)
     except MemoryError as error:
-        running, errors = [Contender(name, (), refusal=one_line(error)) for name in names], {}
+        running, errors = [Contender(name, (), refusal=joined_lines(error)) for name in names], {}
     baseline = running[0].seconds
     return [
         Result(
@@ -219,7 +219,7 @@ def _run(
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                c.compiled, c.refusal = None, one_line(error)
+                c.compiled, c.refusal = None, joined_lines(error)
         take_turns(running, repeats)
     return running, errors
 
@@ -240,7 +240,7 @@ def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...
     try:
         lowered = jax.jit(function).lower(*arguments)
     except NotImplementedError as error:
-        new.refusal = one_line(error)
+        new.refusal = joined_lines(error)
         return new
     compiled = lowered.compile()
     new.compile_seconds = time.perf_counter() - start
