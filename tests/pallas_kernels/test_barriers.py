@@ -1,4 +1,4 @@
-"""The kernels' own barriers are enough, and the check that says so sees where they are not."""
+"""The kernels' own barriers suffice, and the check that shows it detects missing ones."""
 
 import functools
 
@@ -28,7 +28,7 @@ def state(*shape):
 
 
 def check(names, function, *arguments):
-    """Follows the kernels of a function and of its gradient; names are those that place their own barriers."""
+    """Follow the kernels of a function and of its gradient; names are those that place their own barriers."""
 
     def both(*arguments):
         value, gradient = jax.vjp(function, *arguments)
@@ -68,7 +68,7 @@ def test_gram(multiply, size):
 @pytest.mark.parametrize("multiply", [True, False])
 @pytest.mark.parametrize("forget", [False, True])
 def test_hypergradient(forget, multiply, size):
-    """Those kernels that go from token to token leave their barriers to Pallas."""
+    """Kernels with a sequential fallback leave their barriers to Pallas."""
 
     def run(k, step, beta, log_forget, start):
         log_forget = log_forget if forget else None
@@ -82,7 +82,7 @@ def tile():
 
 
 def kernel(body, *scratch):
-    """Runs body(input, output, *scratch) as a kernel on a matrix of bfloat16."""
+    """Return a function that runs body(input, output, *scratch) as a kernel on a bfloat16 matrix."""
     out = jax.ShapeDtypeStruct((64, 64), jnp.bfloat16)
     types = {str(i): each for i, each in enumerate(scratch)}
 
@@ -104,7 +104,7 @@ def arrive(x, x_s, loaded):
 
 
 @pytest.mark.parametrize("commit", [True, False])
-def test_a_product_of_what_was_just_written(commit):
+def test_a_product_of_a_tile_just_written(commit):
     def body(x, out, x_s, y_s, loaded):
         arrive(x, x_s, loaded)
         y_s[...] = (read(x_s) * 2.0).astype(jnp.bfloat16)
@@ -117,8 +117,8 @@ def test_a_product_of_what_was_just_written(commit):
 
 @pytest.mark.parametrize("commit", [True, False])
 @pytest.mark.parametrize("also_read", [True, False])
-def test_an_operand_that_is_written_over(also_read, commit):
-    """That each thread has also read what it writes does not help the others' products."""
+def test_an_operand_that_is_overwritten(also_read, commit):
+    """It does not help the products of other threads that each thread also read what it writes."""
 
     def body(x, out, x_s, loaded):
         arrive(x, x_s, loaded)
@@ -136,7 +136,7 @@ def test_an_operand_that_is_written_over(also_read, commit):
 
 
 @pytest.mark.parametrize("commit", [True, False])
-def test_an_operand_that_the_next_pass_of_a_loop_loads_over(commit):
+def test_an_operand_that_the_next_iteration_overwrites(commit):
     def body(x, out, x_s, loaded):
         def step(_, total):
             arrive(x, x_s, loaded)
@@ -151,7 +151,7 @@ def test_an_operand_that_the_next_pass_of_a_loop_loads_over(commit):
 
 
 @pytest.mark.parametrize("commit", [True, False])
-def test_a_vector_that_is_read_as_others_wrote_it(commit):
+def test_a_vector_that_other_threads_wrote(commit):
     def body(x, out, x_s, sums_s, loaded):
         arrive(x, x_s, loaded)
         sums_s[...] = jnp.sum(read(x_s), axis=1)
@@ -195,7 +195,7 @@ def test_a_barrier_without_a_fence_is_not_enough_for_a_copy(fence):
     assert bool(of(body, tile(), plgpu.Barrier())) is not fence
 
 
-def test_a_thread_may_write_what_it_has_read():
+def test_a_thread_may_overwrite_what_it_read():
     def body(x, out, x_s, loaded):
         arrive(x, x_s, loaded)
         x_s[...] = (read(x_s) * 2.0).astype(jnp.bfloat16)

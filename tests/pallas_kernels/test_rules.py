@@ -1,4 +1,4 @@
-"""Rules by kernels: the preconditioner's, where it has them, and the delta rule's."""
+"""Rules that run the kernels of both the delta rule and its preconditioner."""
 
 import jax
 import jax.numpy as jnp
@@ -69,7 +69,7 @@ def keys(size, dtype):
     return jnp.full((1, 8, 1, size), 0.1, dtype)
 
 
-def test_what_the_preconditioners_kernels_do_not_serve(monkeypatch):
+def test_unsupported_arguments_of_a_preconditioner(monkeypatch):
     for k, options, message in (
         (keys(96, jnp.bfloat16), {}, "k: got 96 channels"),
         (keys(64, jnp.bfloat16), {"chunk_size": 16}, "chunk_size: got 16"),
