@@ -1,12 +1,13 @@
-"""Trains a model:  python train.py --config=configs/demo.py --workdir=runs/osdn
+"""Train a model:  python train.py --config=configs/demo.py --workdir=runs/osdn
 
-The same command again goes on where the last one stopped. Keys of the configuration are set as
---config=configs/demo.py:rule=delta_net,seed=1 or --config.optimizer.learning_rate=1e-3; its docstring says what
-to expect.
+The same command resumes the run if it was stopped. Arguments of the configuration file come after a colon, and any key
+of the configuration can be set (osdn_jax/training/config.py lists them with their defaults):
+
+    python train.py --config=configs/demo.py:rule=delta_net,seed=1 --config.optimizer.beta2=0.99 --workdir=runs/mine
+
+To see what a run needs before there are GPUs, compile its step for 8 hosts of 8 GPUs; this trains nothing:
 
     python train.py --config=configs/lm_1b.py:rule=osdn --plan=8x8 --gpu=h200
-
-trains nothing: it compiles the step for 8 hosts of 8 GPUs that need not be here, and says what it needs of them.
 """
 
 from collections.abc import Sequence
@@ -37,21 +38,24 @@ from osdn_jax.training.command_line import run
 from osdn_jax.training.profiling import parse_range
 from osdn_jax.training.workdir import checked_workdir
 
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file, configs/NAME.py[:key=value,...].")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: checkpoints, metrics, picture.")
-_PROFILE = flags.DEFINE_string("profile", None, "FIRST:LAST step of a trace, which goes to the run's folder profile.")
-_COORDINATOR = flags.DEFINE_string("coordinator", None, "Of several processes: host:port of the first.")
-_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Of several processes: which one this is, from 0.")
-_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Of several processes: how many there are.")
-_STOP_AT = flags.DEFINE_integer("stop_at", None, "End after this step, with a checkpoint to go on from.", lower_bound=1)
-_PLAN = flags.DEFINE_string("plan", None, "Train nothing; say what a run needs on these devices: HOSTSxGPUS.")
-_GPU = flags.DEFINE_string("gpu", None, "Of the plan: h100 or h200.")
-_PLAN_JSON = flags.DEFINE_string("plan_json", None, "File that the plan's figures are written to.")
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file: configs/NAME.py[:key=value,...].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run, for checkpoints, metrics and plots.")
+_PROFILE = flags.DEFINE_string("profile", None, "Write a trace of the steps FIRST:LAST to WORKDIR/profile.")
+_COORDINATOR = flags.DEFINE_string("coordinator", None, "Address host:port of process 0, if there are several.")
+_PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process (0-based).")
+_PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Total number of processes.")
+_STOP_AT = flags.DEFINE_integer("stop_at", None, "Stop after this step and save a checkpoint.", lower_bound=1)
+_START_FROM = flags.DEFINE_string(
+    "start_from", None, "Start a new run from the parameters of the run in this directory (to fine-tune, or train on)."
+)
+_PLAN = flags.DEFINE_string("plan", None, "Train nothing; report what the run needs on these devices: HOSTSxGPUS.")
+_GPU = flags.DEFINE_string("gpu", None, "GPU type to plan for: h100 or h200.")
+_PLAN_JSON = flags.DEFINE_string("plan_json", None, "Write the plan's figures to this file.")
 
 
 def main(_: list[str]) -> int | None:
-    """Runs the training that the command line names; returns the exit status."""
-    logging.set_verbosity(logging.WARNING)  # JAX reports the accelerators that it looked for and did not find
+    """Run the training that the command line describes; return the exit status."""
+    logging.set_verbosity(logging.WARNING)  # JAX reports accelerators that it did not find
     if _PLAN.value is not None:
         _plan()
         return 0
@@ -67,7 +71,7 @@ def main(_: list[str]) -> int | None:
     except (ValueError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
     try:
-        result = train(_CONFIG.value, workdir, stop_at=_STOP_AT.value, profile=profile)
+        result = train(_CONFIG.value, workdir, stop_at=_STOP_AT.value, start_from=_START_FROM.value, profile=profile)
     except Interrupted as interrupted:
         result, status = interrupted.result, command.INTERRUPTED
     if not distributed.is_primary():
@@ -88,17 +92,17 @@ def _plan() -> None:
     except ValueError as error:
         raise ConfigError(str(error)) from error
 
-    def made() -> None:
+    def print_plan() -> None:
         plan = planning.plan(_CONFIG.value, _PLAN.value, _GPU.value)
         if file is not None:
             write_atomically(file, planning.as_json(plan))
         print(planning.report(plan))
 
-    command.run(made)
+    command.run(print_plan)
 
 
 def _tell(error: Exception, arguments: Sequence[str]) -> Exception:
-    """As `agreement.tell`, but for a plan, which no other process takes part in."""
+    """Call `agreement.tell`, except for a plan, in which no other process takes part."""
     planned = any(argument.lstrip("-").startswith("plan") for argument in arguments[1:])
     return error if planned else agreement.tell(error, arguments)
 

@@ -85,45 +85,25 @@ def _slots(text: str) -> int:
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     about = (__doc__ or "").split(":  ")[0] + "."
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=about)
-    parser.add_argument(
-        "--stage", nargs="+", choices=plan.STAGES, default=list(plan.STAGES), help="stages to run (default all)"
-    )
-    parser.add_argument("--out", type=Path, help="folder of the results (default benchmarks/results, with --dry none)")
-    parser.add_argument("--from", dest="earlier", type=Path, help="results to continue (default those in --out)")
-    parser.add_argument("--restart", action="store_true", help="rename the results in --out and begin a new file")
-    parser.add_argument(
-        "--dry", action="store_true", help="tiny shapes and the interpreter, to show that everything runs"
-    )
-    parser.add_argument("--budget", type=_seconds, default=540.0, help="seconds for the whole call (default 540)")
-    parser.add_argument(
-        "--cases", default="*", help="cases of smoke and check: a pattern, e.g. 'scalar*' (default all)"
-    )
-    parser.add_argument(
-        "--rules",
-        nargs="+",
-        choices=plan.TIMED_RULES,
-        default=list(plan.TIMED_RULES),
-        help="rules to time (default all)",
-    )
-    parser.add_argument(
+    add = parser.add_argument
+    add("--stage", nargs="+", choices=plan.STAGES, default=list(plan.STAGES), help="stages to run (default all)")
+    add("--out", metavar="FOLDER", type=Path, help="for the results (default benchmarks/results, with --dry none)")
+    add("--from", dest="earlier", metavar="PATH", type=Path, help="results to continue (default those in --out)")
+    add("--restart", action="store_true", help="rename the results in --out and begin a new file")
+    add("--dry", action="store_true", help="use tiny shapes and the interpreter, to show that everything runs")
+    add("--budget", metavar="SECONDS", type=_seconds, default=540.0, help="time for the whole call (default 540)")
+    add("--cases", metavar="PATTERN", default="*", help="cases of smoke and check, e.g. 'scalar*' (default all)")
+    add("--rules", nargs="+", choices=plan.TIMED_RULES, default=list(plan.TIMED_RULES), help="to time (default all)")
+    add(
         "--implementation",
-        help="implementation to check and time (default mosaic_gpu, with --dry mosaic_gpu_interpret); no fallback",
+        metavar="NAME",
+        help="what to check and time (default mosaic_gpu, with --dry mosaic_gpu_interpret); there is no fallback",
     )
-    parser.add_argument(
-        "--import",
-        dest="imports",
-        nargs="+",
-        default=[],
-        help="modules to import first, which register other implementations",
-    )
-    parser.add_argument(
-        "--patience",
-        type=_seconds,
-        help="seconds without a sign of life before a job is killed (default: depends on the stage)",
-    )
-    parser.add_argument(
-        "--slots", type=_slots, help="number of processes that run or prepare in parallel (default: one per core)"
-    )
+    modules = "to import first; they may register other implementations"
+    add("--import", dest="imports", metavar="MODULE", nargs="+", default=[], help=modules)
+    silence = "kill a job without a sign of life for this long (default: depends on the stage)"
+    add("--patience", metavar="SECONDS", type=_seconds, help=silence)
+    add("--slots", metavar="N", type=_slots, help="processes to run or prepare in parallel (default: one per core)")
     return parser.parse_args(argv)
 
 
@@ -161,7 +141,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(stage: str, runner: Runner, results: Record, request: Request, patience: Patience) -> None:
-    todo = plan.plan(stage, results.rows, request)
+    todo = plan.plan_stage(stage, results.rows, request)
     results.owe(todo.owed)
     for row in todo.skipped:
         results.add(row)
@@ -176,7 +156,7 @@ def _patience(stage: str, given: argparse.Namespace) -> Patience:
 
 def _check_pattern(pattern: str, stages: Sequence[str], dry: bool) -> None:
     sections = [stage for stage in ("smoke", "check") if stage in stages]
-    names = [name for section in sections for name in cases.cases(section, dry)]
+    names = [name for section in sections for name in cases.cases_of(section, dry)]
     if names and not fnmatch.filter(names, pattern):
         raise Refused(f"--cases: no case matches {pattern!r}; expected a pattern such as 'scalar*'")
 

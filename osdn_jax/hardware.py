@@ -1,18 +1,18 @@
-"""What is to be known of a GPU and of the links between GPUs."""
+"""Data-sheet figures of GPUs and of the links between them."""
 
 import dataclasses
 
 
 @dataclasses.dataclass(frozen=True)
 class GPU:
-    """Figures of the maker, per GPU; bandwidths in bytes per second and per direction.
+    """Data-sheet figures per GPU; bandwidths in bytes per second and direction.
 
-    NVLink is that of the 8 GPUs of one HGX board; the network is one port of 400 Gbit/s beside each GPU, as in a DGX.
+    NVLink connects the 8 GPUs of one HGX board; the network is one port of 400 Gbit/s per GPU, as in a DGX.
     """
 
     name: str
     memory: float  # bytes
-    flops: float  # per second, dense bfloat16 products with float32 sums
+    flops: float  # per second, dense bfloat16 matrix products with float32 accumulation
     memory_bandwidth: float
     nvlink: float = 450e9
     network: float = 50e9
@@ -27,12 +27,12 @@ GPUS = {
 
 
 def peak_flops(device_kind: str) -> float | None:
-    """Of a device by JAX's name for it, such as "NVIDIA H100 80GB HBM3"; None where it is not known."""
+    """Return the peak FLOP/s of a device by its JAX name, such as "NVIDIA H100 80GB HBM3"; None if it is unknown."""
     return next((gpu.flops for gpu in GPUS.values() if device_kind.startswith(gpu.name)), None)
 
 
 def gpu(name: str) -> GPU:
-    """A GPU by name. Raises ValueError, with the names that there are."""
+    """Return a GPU by name. Raises ValueError, listing the known names."""
     if name not in GPUS:
         raise ValueError(f"gpu: got {name!r}, expected one of {', '.join(sorted(GPUS))}")
     return GPUS[name]

@@ -1,4 +1,4 @@
-"""How command lines end: as processes, without JAX."""
+"""Exit statuses of command lines, as processes, without JAX."""
 
 import os
 import re
@@ -12,7 +12,7 @@ from osdn_jax import command
 
 START = """
 import os, signal, sys
-signal.signal(signal.SIGINT, signal.default_int_handler)  # what a script starts in the background ignores it
+signal.signal(signal.SIGINT, signal.default_int_handler)  # background processes of a script ignore it
 from osdn_jax import command
 
 def interrupt():
@@ -36,7 +36,7 @@ def console():
 
 
 def ended(script, **options):
-    """(status, standard output, standard error) of a process."""
+    """Return (status, standard output, standard error) of a process."""
     options = {"stdout": subprocess.PIPE} | options
     line = [sys.executable, "-c", START + script]
     done = subprocess.run(line, check=False, stderr=subprocess.PIPE, text=True, timeout=60, **options)
@@ -45,7 +45,7 @@ def ended(script, **options):
 
 @pytest.fixture
 def no_reader():
-    """The end of a pipe that is written to, whose other end is closed."""
+    """Return the writing end of a pipe whose reading end is closed."""
     reader, writer = os.pipe()
     os.close(reader)
     yield writer

@@ -1,4 +1,4 @@
-"""`python -m osdn_jax.compare`: what it says of right, wrong and missing implementations, and how it is called."""
+"""`python -m osdn_jax.compare`: right, wrong and unavailable implementations, and the command line."""
 
 import json
 import re
@@ -28,7 +28,8 @@ from osdn_jax.compare import reference as judge
 from osdn_jax.compare.inputs import input_bytes
 from osdn_jax.compare.plot import plot_results
 from osdn_jax.compare.report import duration, result_table, size
-from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
+from osdn_jax.ops.selection import Implementation
 from support import assert_close, jit
 
 SMALL = "B1T5H2Hk1K3V2"
@@ -36,7 +37,7 @@ SMALL = "B1T5H2Hk1K3V2"
 
 @pytest.fixture
 def compare(tmp_path, capsys):
-    """Runs the command line: (exit status, what it printed, the results by implementation of the JSON file)."""
+    """Run the command line; return its exit status, its output, the results by implementation, and the JSON record."""
 
     def run(*flags, rules="delta_net", shapes=SMALL):
         file = tmp_path / "results.json"
@@ -48,20 +49,20 @@ def compare(tmp_path, capsys):
 
 
 def altered(change):
-    """The scan with `change` applied to its outputs."""
+    """Return the scan with `change` applied to its outputs."""
 
-    def implementation(call, **options):
-        out, memory = IMPLEMENTATIONS["scan"](call, **options)
-        return change(out), memory
+    def run(call, options, **more):
+        out, state = IMPLEMENTATIONS["scan"].run(call, options, **more)
+        return change(out), state
 
-    return implementation
+    return Implementation(run, mixes_segments=False)
 
 
-def refused(call, **options):
+def refused(call, options):
     raise NotImplementedError("needs a\nHopper GPU, this is a toaster")
 
 
-# --- what it measures -----------------------------------------------------------------------------------------------
+# --- measurements ---------------------------------------------------------------------------------------------------
 
 
 def test_every_implementation_has_a_row_with_all_numbers(compare):
@@ -130,8 +131,8 @@ def test_a_registered_kernel_joins_by_itself(compare, monkeypatch):
     assert list(results) == ["scan", "chunk", "kernel", "auto"]
 
 
-def test_what_cannot_serve_says_why_and_fails_nothing(compare, monkeypatch, tmp_path):
-    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", refused)
+def test_an_implementation_that_cannot_run_says_why_and_fails_nothing(compare, monkeypatch, tmp_path):
+    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", Implementation(refused))
     picture = tmp_path / "p.png"
     status, printed, results, _ = compare("--implementations", "kernel", "--plot", str(picture))
     assert status == 0
@@ -141,7 +142,7 @@ def test_what_cannot_serve_says_why_and_fails_nothing(compare, monkeypatch, tmp_
     assert picture.exists()
 
 
-def test_a_program_that_memory_cannot_hold_is_not_run(compare, monkeypatch, tmp_path):
+def test_a_program_that_does_not_fit_in_memory_is_not_run(compare, monkeypatch, tmp_path):
     monkeypatch.setattr(measure, "available_bytes", lambda: 10)
     status, printed, results, _ = compare("--implementations", "scan", "--plot", str(tmp_path / "p.png"))
     assert status == 0
@@ -150,7 +151,7 @@ def test_a_program_that_memory_cannot_hold_is_not_run(compare, monkeypatch, tmp_
     assert "No picture" in printed
 
 
-def test_a_judge_that_memory_cannot_hold_refuses_the_case(compare, monkeypatch):
+def test_a_reference_that_does_not_fit_in_memory_refuses_the_case(compare, monkeypatch):
     monkeypatch.setitem(judge.__globals__, "available_bytes", lambda: 10)
     status, printed, results, _ = compare("--grad")
     assert status == 0
@@ -190,10 +191,10 @@ def test_results_that_cannot_be_saved_are_shown(capsys, monkeypatch, tmp_path):
 
 
 def test_other_errors_are_not_hidden(compare, monkeypatch):
-    def broken(call, **options):
+    def broken(call, options):
         raise ValueError("a bug")
 
-    monkeypatch.setitem(IMPLEMENTATIONS, "broken", broken)
+    monkeypatch.setitem(IMPLEMENTATIONS, "broken", Implementation(broken))
     with pytest.raises(ValueError, match="a bug"):
         compare("--implementations", "broken")
 
@@ -203,7 +204,7 @@ def test_programs_take_turns(monkeypatch):
     calls = []
     running = [measure.Contender(name, (name,), compiled=calls.append) for name in "ab"]
     measure.take_turns(running, repeats=3)
-    assert "".join(calls) == "aabb" + 3 * "aabb"  # each call that is timed follows one that is not
+    assert "".join(calls) == "aabb" + 3 * "aabb"  # each timed call follows one that is not timed
     assert [len(c.seconds) for c in running] == [3, 3]
 
 
@@ -211,13 +212,13 @@ def test_ratios_are_taken_within_a_round():
     assert ratio([1.0, 10.0, 2.0], [0.5, 5.0, 1.0]) == 2.0
 
 
-# --- what it compares with ------------------------------------------------------------------------------------------
+# --- reference and inputs ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(("rule", "gradient"), [("osdn_trust", True), ("pgdn", False)])
-def test_the_reference_in_pieces_is_the_scan(rule, gradient):
-    """Whole pieces of two tokens, and a rest of one."""
+def test_the_reference_in_blocks_is_the_scan(rule, gradient):
+    """Three blocks of two tokens, and a last one of one."""
     arrays = draw_inputs(rule, Shape(2, 7, 2, 1, 3, 2), "float64", seed=3)
     scan = program(rule, "scan")
     if gradient:
@@ -230,7 +231,7 @@ def test_the_reference_in_pieces_is_the_scan(rule, gradient):
 
 @pytest.mark.parametrize("rule", COMPARED_RULES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_inputs_serve_their_rule_and_lie_in_the_papers_ranges(rule, dtype):
+def test_inputs_fit_their_rule_and_lie_in_the_papers_ranges(rule, dtype):
     shape = Shape(2, 64, 4, 2, 8, 6)
     arrays = draw_inputs(rule, shape, dtype, seed=1)
     again, other = (draw_inputs(rule, shape, dtype, seed=s) for s in (1, 2))
@@ -256,7 +257,7 @@ def test_inputs_serve_their_rule_and_lie_in_the_papers_ranges(rule, dtype):
             assert low <= values.min() < values.max() <= high
 
 
-# --- how it is called -----------------------------------------------------------------------------------------------
+# --- command line ---------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -326,7 +327,7 @@ def test_a_shape_is_written_as_it_is_read(sizes):
     assert parse_shapes(",".join(f"{k}={v}" for k, v in shape.sizes().items())) == [shape]
 
 
-# --- what it shows --------------------------------------------------------------------------------------------------
+# --- output ----------------------------------------------------------------------------------------------------------
 
 
 def test_numbers_have_three_digits_and_a_unit():
@@ -343,7 +344,7 @@ def test_the_bytes_of_inputs_are_known_before_they_are_drawn(rule):
 
 
 def wide_results():
-    """Rows with the longest words of every column."""
+    """Yield rows with the longest values of every column."""
     for rule, shape in (("delta_net", "B1T1024H4D64"), ("os_gdn_trust", "B128T1048576H128Hk16K256V512")):
         for name in ("scan", "mosaic_gpu_interpret"):
             yield Result(
@@ -386,7 +387,7 @@ def test_a_narrow_window_has_fewer_columns_and_all_digits(width):
     assert said == left_out
 
 
-def test_columns_may_be_said_where_there_is_no_window(compare, monkeypatch):
+def test_the_variable_columns_sets_the_width_of_a_pipe(compare, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     _, printed, _, _ = compare("--grad", rules="osdn")
     assert max(map(len, printed.splitlines()[:10])) <= 80

@@ -1,4 +1,4 @@
-"""`make demo`, with models of a second."""
+"""`make demo`, with models that train in a second."""
 
 import functools
 import re
@@ -29,7 +29,7 @@ def configured(tmp_path, monkeypatch):
 
 
 def parts(out):
-    """(rows of the table by name, the sample)."""
+    """Return (rows of the table by name, the sample)."""
     table = {}
     for line in out.splitlines():
         cells = [cell.strip() for cell in re.split("[│┃]", line)[1:-1]]
@@ -54,7 +54,7 @@ def test_the_demo(configured, capsys):
     assert {path.name for path in (configured / "runs" / "demo").iterdir()} == {"osdn", "delta_net", "loss.png"}
     assert len(sample) == 300
 
-    demo.main()  # again: everything is there already
+    demo.main()  # a second time: everything is trained already
     out = capsys.readouterr().out
     assert out.count("going on from the checkpoint of step 40 of 40") == 2
     assert parts(out) == (table, sample)
@@ -79,7 +79,7 @@ def test_stopped_it_goes_on_where_it_was(configured, capsys, monkeypatch):
 
 @pytest.fixture
 def trained(configured, monkeypatch):
-    """[(configuration, directory)] of what the demo trains; each training is stopped at once."""
+    """Return [(configuration, directory)] of the demo's trainings, each of which stops at once."""
     calls = []
 
     def train(config, workdir):
@@ -139,7 +139,7 @@ def test_a_file_in_the_place_of_the_directory_is_one_line(trained, configured, c
 def test_a_run_of_other_settings_is_kept(configured, capsys):
     demo.main(["--steps", "1"])
     table, _ = parts(capsys.readouterr().out)
-    assert table["OSDN"][2] == ""  # the only step compiled
+    assert table["OSDN"][2] == ""  # no speed: the only step includes compilation
     with pytest.raises(ConfigError, match="another configuration:\n  steps: 1 there, 2 now"):
         demo.main(["--steps", "2"])
     assert load_config(configured / "runs" / "demo" / "osdn").steps == 1

@@ -40,12 +40,12 @@ def command(monkeypatch, capsys):
 
 def test_text_is_that_of_the_newest_checkpoint(run):
     pieces = list(generate(run, "the ", **OPTIONS))
-    assert len(pieces) == 31  # one for each token, and what is left at the end
+    assert len(pieces) == 31  # one for each token, and one for the rest at the end
     text = "".join(pieces)
     assert text == "".join(generate(run, "the ", **OPTIONS))
     assert text != "".join(generate(run, "the ", tokens=30, seed=2))
     assert "\0" not in text
-    # Forty steps are enough to know which letters the words are made of.
+    # Forty steps are enough to learn the letters of the training text.
     known = sum(letter in "thememorywritesvaluerecallunderdecayqueriesbackagain .\n" for letter in text)
     assert known > len(text) * 0.6
 
@@ -121,7 +121,7 @@ def test_text_that_is_cut_short_ends_its_line(run, command, monkeypatch, raised,
 
 
 def test_ctrl_c_and_a_reader_that_leaves(tmp_path, run):
-    """As processes: `generate` itself decides how they end."""
+    """As processes: `generate` itself sets the exit status."""
     _, keywords = runs.command(None)
     line = [str(Path(module.__file__)), "--workdir", str(run), "--prompt", "this ", "--tokens", "1000000"]
     pipe, errors = tmp_path / "pipe", tmp_path / "errors"

@@ -1,4 +1,4 @@
-"""Drawing tokens: what may be drawn, how often, and in which order."""
+"""Sampling: which tokens, how often, and in which order."""
 
 import functools
 import itertools
@@ -19,7 +19,7 @@ KEY = jax.random.key(0)
 
 @functools.cache
 def drawing(size, top_p, temperature=1.0, draws=300):
-    """A program from logits [size] to the tokens of many draws."""
+    """Return a program from logits [size] to many sampled tokens."""
     keys = jax.random.split(KEY, draws)
     draw = functools.partial(sample_token, temperature=temperature, top_p=top_p)
     return jit(lambda logits: jax.vmap(lambda key: draw(logits, key))(keys))
@@ -39,7 +39,7 @@ def test_temperature_zero_takes_the_likeliest(logits):
 
 
 def smallest_set(probabilities, top_p):
-    """The likeliest of all the sets of least size that hold top_p, found by trying every one of them."""
+    """Return the most likely of the smallest sets that hold top_p, by trying all of them."""
     tokens = range(len(probabilities))
     for size in range(1, len(probabilities) + 1):
         holding = [s for s in itertools.combinations(tokens, size) if probabilities[list(s)].sum() >= top_p]
@@ -56,10 +56,10 @@ def test_top_p_keeps_exactly_the_smallest_set(top_p):
         p = softmax(sharpness * np.log(probabilities))
         kept = smallest_set(p, top_p)
         if abs(sum(p[list(kept)]) - top_p) < 1e-4 or abs(sum(p[list(kept)]) - min(p[list(kept)]) - top_p) < 1e-4:
-            return  # too near to call in float32
+            return  # undecided in float32
         drawn = np.asarray(drawing(6, top_p)(jnp.asarray(np.log(p), jnp.float32)))
         assert set(drawn) <= kept
-        # What is kept is drawn, in its proportions: 300 draws of a token of share s miss it with (1 - s)^300.
+        # Kept tokens are sampled in proportion: 300 samples miss a token of probability s with probability (1 - s)^300.
         share = p[sorted(kept)] / p[sorted(kept)].sum()
         seen = np.bincount(drawn, minlength=6)[sorted(kept)] / 300
         np.testing.assert_allclose(seen, share, atol=5 * np.sqrt(0.25 / 300))
@@ -90,7 +90,7 @@ def test_what_is_ruled_out_stays_so():
         assert 1 not in np.asarray(drawing(3, top_p)(logits))
 
 
-SMALLEST = [5e-324, 1e-40, 1e-38, 1e-6]  # rounded to 0 in float32, a number with fewer digits, that too, a number
+SMALLEST = [5e-324, 1e-40, 1e-38, 1e-6]  # in float32: 0, subnormal, subnormal, normal
 LARGEST = [1e6, 3e38, 1.7e308]
 
 
@@ -145,7 +145,7 @@ def test_a_share_that_is_none_is_refused(top_p):
         sample_token(jnp.zeros(3), KEY, top_p=top_p)
 
 
-# Whole texts
+# Sequences
 
 PROMPT = np.asarray([3, 1, 4, 1, 5], np.int32)
 
@@ -180,7 +180,7 @@ def test_the_seed_says_what_is_drawn(bigram):
     a, same, b = (list(sample(*bigram, PROMPT, tokens=12, seed=seed)) for seed in (0, 0, 1))
     assert a == same != b
     assert all(0 <= token < VOCABULARY for token in a)
-    assert len(set(a)) > 3  # each draw with a key of its own
+    assert len(set(a)) > 3  # each sample has another key
 
 
 def test_every_seed_of_64_bits_draws_tokens_of_its_own(bigram):
@@ -230,7 +230,7 @@ def test_tokens_come_one_by_one_at_a_constant_cost():
 
     stream = sample(apply, {}, np.arange(4, dtype=np.int32), tokens=5, seed=0, temperature=0.0)
     jax.effects_barrier()
-    assert calls == []  # nothing runs before the first is asked for
+    assert calls == []  # nothing runs before the first token is requested
     assert next(stream) == 0
     jax.effects_barrier()
     assert calls == [(1, 4)]
@@ -261,7 +261,7 @@ def test_no_tokens_are_no_tokens(model):
 def test_what_cannot_be_is_refused_by_the_call_itself(model, changes, said):
     options = {"prompt": PROMPT, "tokens": 1, "seed": 0} | changes
     with pytest.raises(ValueError, match=said):
-        sample(*model, options.pop("prompt"), **options)  # nothing is drawn yet
+        sample(*model, options.pop("prompt"), **options)  # nothing is sampled yet
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,6 @@ import numpy as np
 from osdn_jax import ops
 from osdn_jax.compare import Shape, draw_inputs
 from osdn_jax.compare.inputs import Arrays
-from osdn_jax.ops import gram, hypergradient
 
 KEYS = ("random", "near-parallel")
 # With this step size and these bounds, peaked keys leave the bounds in some chunks, come close in others, and stay far
@@ -56,8 +55,8 @@ class Case:
             return ("Gram",)
         if self.preset is None:
             return (f"{self.decay or 'no'} decay",)
-        token_by_token = self.documents or self.preset == "binding"
-        return ("hypergradient", *(["hypergradient, token by token"] if token_by_token else []))
+        fallback = self.documents or self.preset == "binding"
+        return ("hypergradient", *(["hypergradient, sequential fallback"] if fallback else []))
 
 
 def _square(dim: int, **rest: Any) -> Case:
@@ -132,7 +131,7 @@ def _smoke(**sizes: Any) -> dict[str, Case]:
         "scalar decay": {"decay": "scalar"},
         "channel decay": {"decay": "channel"},
         "hypergradient": {"preset": "paper", "multiply": True},
-        "hypergradient, token by token": {"preset": "binding", "beta_aware": True, "heads": 4, "key_heads": 4},
+        "hypergradient, sequential fallback": {"preset": "binding", "beta_aware": True, "heads": 4, "key_heads": 4},
         "Gram": {"preset": "gram", "multiply": True},
     }
     return {
@@ -146,7 +145,7 @@ SMOKE = _smoke(batch=1, length=128, heads=4, key_heads=4)
 DRY_SMOKE = _smoke(**_TINY, key_dim=64, value_dim=64)
 
 
-def cases(section: str, dry: bool) -> dict[str, Case]:
+def cases_of(section: str, dry: bool) -> dict[str, Case]:
     """Return the cases of a section, "smoke" or "check", by name."""
     return {"smoke": (SMOKE, DRY_SMOKE), "check": (CASES, DRY_CASES)}[section][dry]
 
@@ -208,10 +207,12 @@ def outputs(case: Case, x: Arrays, segment_ids: jax.Array | None, implementation
         o, state = ops.delta_rule(**x, erase=case.erase, **options)
         return {"o": o, "state": state}
     if case.preset == "gram":
-        out, final = gram.preconditioned(**x, multiply=case.multiply, **options)
+        by_gram = ops.gram_write_key if case.multiply else ops.gram_preconditioner
+        out, final = by_gram(**x, **options)
         return {"multiplier": out, "final": final}
     preset = BINDING if case.preset == "binding" else ops.hypergradient_preset(case.preset)
     preset = {name: value for name, value in preset.items() if name != "initial"}
     anchor = 0.0 if case.preset == "paper" else 1.0
-    out, final = hypergradient.preconditioned(**x, **preset, anchor=anchor, multiply=case.multiply, **options)
+    by_hypergradient = ops.hypergradient_write_key if case.multiply else ops.hypergradient_preconditioner
+    out, final = by_hypergradient(**x, **preset, anchor=anchor, **options)
     return {"multiplier": out, "final": final}

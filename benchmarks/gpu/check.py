@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from benchmarks.gpu import loop
-from benchmarks.gpu.cases import CASES, DRY_CASES, KEYS, Case, cases, draw, outputs
+from benchmarks.gpu.cases import CASES, DRY_CASES, KEYS, Case, cases_of, draw, outputs
 from osdn_jax.compare import value_and_gradient
 from osdn_jax.compare.inputs import Arrays
 from osdn_jax.compare.measure import relative_error
@@ -112,7 +112,7 @@ def draw_cotangents(case: Case, arrays: Arrays, ids: np.ndarray | None, seed: in
 
 def job(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
     """Emit a row for each distribution of keys."""
-    case = cases(spec["section"], spec["dry"])[spec["case"]]
+    case = cases_of(spec["section"], spec["dry"])[spec["case"]]
     kernel, reference = both(case, spec["implementation"]), judge_of(case)
     for keys in spec["keys"]:
         key = {"section": spec["section"], "case": spec["case"], "keys": keys}

@@ -5,7 +5,7 @@ import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.gpu.cases import CASES, DRY_CASES, DRY_SMOKE, KEYS, SMOKE, Case, cases
+from benchmarks.gpu.cases import CASES, DRY_CASES, DRY_SMOKE, KEYS, SMOKE, Case, cases_of
 from benchmarks.gpu.peers import NO_PEER, PEERS
 from osdn_jax.compare import parse_shapes
 
@@ -13,13 +13,12 @@ STAGES = ("smoke", "check", "ours", "peers-compile", "peers")
 SECTIONS = {"smoke": "smoke", "check": "check", "ours": "time", "peers-compile": "compile", "peers": "time"}
 SHAPES = (
     "B1T8192H64D128",
-    "B1T8192H64Hk16D128",  # 16 key heads for 64 value heads, as the published figures have it
+    "B1T8192H64Hk16D128",  # 16 key heads for 64 value heads, as in the published figures
     "B8T4096H16D128",
     "B1T32768H8D128",
     "B16T2048H8D128",
 )
 DRY_SHAPES = ("B1T64H2Hk1D64",)
-SEEDS = 3
 
 # The rules to time, and the groups of kernels that each runs: see Case.families.
 _FAMILIES = {
@@ -86,7 +85,7 @@ class Request:
         return {"dry": self.dry, "implementation": self.implementation, "imports": list(self.imports)}
 
 
-def plan(stage: str, known: Sequence[Row], request: Request) -> Plan:
+def plan_stage(stage: str, known: Sequence[Row], request: Request) -> Plan:
     """Return what a stage still has to do, given the rows that exist.
 
     Args:
@@ -100,7 +99,7 @@ def plan(stage: str, known: Sequence[Row], request: Request) -> Plan:
 
 def _checks(section: str, known: Sequence[Row], request: Request) -> Plan:
     jobs, skipped = [], []
-    for name, case in cases(section, request.dry).items():
+    for name, case in cases_of(section, request.dry).items():
         if not fnmatch.fnmatchcase(name, request.cases):
             continue
         owed = _open(({"section": section, "case": name, "keys": keys} for keys in KEYS[: _key_count(section)]), known)
@@ -209,7 +208,7 @@ def _status(key: Row, known: Sequence[Row]) -> str | None:
 
 def _hung(families: Sequence[str], known: Sequence[Row], dry: bool, *, gradient: bool = True) -> str | None:
     """Return why kernels of these groups are not started: one of them hung in the smoke stage; else None."""
-    smoke: dict[str, Case] = cases("smoke", dry)
+    smoke: dict[str, Case] = cases_of("smoke", dry)
     for row in known:
         if row["section"] == "smoke" and row["status"] == "hung":
             case = smoke[row["case"]]

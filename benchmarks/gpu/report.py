@@ -76,8 +76,8 @@ def _times(rows: Sequence[Row], ceilings: Row | None) -> Iterator[str]:
     else:
         yield "No ceilings: " + (ceilings or {}).get("reason", "not measured") + "."
     yield "f: forward, f+b: forward and backward. ±: half the interquartile range. ns: per head and token. mem, flop:"
-    yield "roofline bounds as fractions of our time. FLA, XLA: times, and over ours in the same rounds. h: host-bound."
-    yield "≠: outputs or gradients more than 3 % from those of the XLA form."
+    yield "roofline bounds as fractions of our time. FLA, XLA: their times, and the ratios to ours of the same rounds."
+    yield "h: host-bound. ≠: outputs or gradients differ from those of the XLA form by more than 3 %."
     yield from ("", "| | ours ms | ± | ns | mem | flop | FLA ms | /ours | XLA ms | /ours |", "|---|" + "---:|" * 9)
     shape = None
     for pair in dict.fromkeys((row["shape"], row["rule"]) for row in rows):

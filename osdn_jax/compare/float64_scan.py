@@ -73,7 +73,7 @@ def _in_blocks(rule: str, arrays: Arrays) -> dict[str, jax.Array]:
     if whole < length:
         state, last = block(state, {name: x[:, whole:] for name, x in tokens.items()})
         blocks.append(last)
-    outputs = {"o": jnp.concatenate(blocks, axis=1), "state": state.memory}
+    outputs = {"o": jnp.concatenate(blocks, axis=1), "state": state.recurrent}
     if state.preconditioner is not None:
         outputs["preconditioner"] = state.preconditioner
     return outputs

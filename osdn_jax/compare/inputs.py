@@ -345,7 +345,7 @@ def call(rule: str, arrays: Arrays, state: ops.State | None, **options: Any) -> 
     spec = COMPARED_RULES[rule]
     arguments = {name: x for name, x in arrays.items() if name != "initial_state"}
     o, state = spec.function(**arguments, **{**spec.options, **options}, initial_state=state)
-    outputs = {"o": o, "state": state.memory}
+    outputs = {"o": o, "state": state.recurrent}
     if state.preconditioner is not None:
         outputs["preconditioner"] = state.preconditioner
     return outputs, state

@@ -20,8 +20,8 @@ from osdn_jax.compare.inputs import (
 from osdn_jax.compare.machine import available_bytes
 from osdn_jax.compare.timing import Timed, ratio, take_turns
 from osdn_jax.compare.tolerances import tolerance
-from osdn_jax.ops import mosaic_gpu
-from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from osdn_jax.ops import selection
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
 
 AUTO = "auto"
 BASELINE = "scan"
@@ -30,12 +30,12 @@ _SHORTEST = 2e-3  # seconds: of shorter calls one measurement times several
 
 def implementations() -> list[str]:
     """Return the registered implementations of the delta rule, and "auto" for the choice by device and shape."""
-    return [*IMPLEMENTATIONS, AUTO]
+    return [*sorted(IMPLEMENTATIONS, key=lambda name: name not in (BASELINE, "chunk")), AUTO]
 
 
 def default_implementations() -> list[str]:
     """Return those compared by default: no interpreter, and kernels only on the device they are for."""
-    elsewhere = {"mosaic_gpu_interpret"} if mosaic_gpu.on_hopper() else {"mosaic_gpu_interpret", "mosaic_gpu"}
+    elsewhere = {"mosaic_gpu_interpret"} if selection.on_hopper() else {"mosaic_gpu_interpret", "mosaic_gpu"}
     return [name for name in implementations() if name not in elsewhere]
 
 

@@ -4,7 +4,7 @@ import dataclasses
 from typing import Any, Literal
 
 from osdn_jax.ops import checks, hypergradient_preset
-from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
 
 Decay = Literal["none", "scalar", "channel"]
 Strength = Literal["scalar", "channel"]
@@ -276,6 +276,7 @@ RULES: dict[str, dict[str, Any]] = {
     "gla": {"decay": "channel", "erase": False, "output_gate": True},
     TRANSFORMER: {},
 }
+"""{rule: the fields of its `MixerConfig`}, for `mixer_config`; "transformer" has those of an `AttentionConfig`."""
 
 
 def mixer_config(rule: str, **fields: Any) -> MixerConfig | AttentionConfig:
@@ -295,8 +296,8 @@ def mixer_config(rule: str, **fields: Any) -> MixerConfig | AttentionConfig:
         ('scalar', 'hypergradient', 0.003)
     """
     _one_of("rule", rule, tuple(RULES))
-    kind = AttentionConfig if rule == TRANSFORMER else MixerConfig
-    return kind(**{**RULES[rule], **fields})
+    config = AttentionConfig if rule == TRANSFORMER else MixerConfig
+    return config(**{**RULES[rule], **fields})
 
 
 @dataclasses.dataclass(frozen=True)

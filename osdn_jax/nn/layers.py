@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn import initializers
 from osdn_jax.nn.parallel import shard_size
-from osdn_jax.ops import checks, collectives
+from osdn_jax.ops import checks, sequence_parallel
 
 
 class NoDecayParam(nnx.Param):
@@ -83,7 +83,7 @@ class ShortConvolution(nnx.Module):
                     f"x: got {length} tokens on each device of {context_axis!r}, expected at least the {size - 1} that "
                     "the convolution reads of the device to the left"
                 )
-            left = collectives.from_left(x[:, length - (size - 1) :], context_axis)
+            left = sequence_parallel.from_left(x[:, length - (size - 1) :], context_axis)
             window = jnp.where(jax.lax.axis_index(context_axis) == 0, window, left)
         padded = jnp.concatenate([window, x], axis=1)
         ids = None
@@ -91,7 +91,7 @@ class ShortConvolution(nnx.Module):
             # The window belongs to the document of the first token.
             earlier = jnp.repeat(segment_ids[:, :1], size - 1, axis=1)
             if context_axis is not None:
-                earlier = collectives.before(segment_ids, context_axis, size - 1)
+                earlier = sequence_parallel.ids_before(segment_ids, context_axis, size - 1)
             ids = jnp.concatenate([earlier, segment_ids], axis=1)
         out = jnp.zeros_like(x)
         for tap in range(size):
@@ -100,7 +100,7 @@ class ShortConvolution(nnx.Module):
                 shifted = jnp.where((ids[:, tap : tap + length] == segment_ids)[..., None], shifted, 0.0)
             out = out + shifted * kernel[tap][None, None]
         after = padded[:, length:]
-        return out, after if context_axis is None else collectives.of_last(after, context_axis)
+        return out, after if context_axis is None else sequence_parallel.from_last(after, context_axis)
 
 
 class SwiGLU(nnx.Module):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -18,29 +17,54 @@ from osdn_jax.nn.layers import NoDecayParam, RMSNorm, ShortConvolution, linear, 
 from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
 from osdn_jax.ops import State
+from osdn_jax.ops.rules.entry import Gram, Hypergradient, preconditioned_delta_rule
 
 
 class MixerState(NamedTuple):
-    """What a mixer carries from one piece of a sequence to the next: constant in its length."""
+    """The state of a mixer after the tokens of a call, of a size that does not depend on their number; a pytree.
 
-    window: Float[Array, "B W C"]  # the last inputs of the short convolution
+    Attributes:
+        window: the last inputs of the short convolution, [B, conv_size - 1, channels].
+        rule: the state of the rule.
+    """
+
+    window: Float[Array, "B W C"]
     rule: State
 
 
 class DeltaMixer(nnx.Module):
-    """A mixer of the delta-rule family, whose rule comes from its config.
+    """A token mixer of the delta-rule family; its config selects the rule.
 
-    q, k and v are bias-free projections, each followed by a short convolution and SiLU; q and k have unit length;
-    beta is a logistic gate, and so are the two that may take its place, of which the erase gate is per key head. The
-    output is normalised per head, gated if asked for, and projected back.
+    q, k and v are projections without bias, each followed by a short convolution and SiLU; q and k are normalised to
+    unit length. beta is a logistic gate, as are the erase gate (per key head) and the write gate that replace it in
+    GDN-2. The output is normalised per head, gated if config.output_gate is True, and projected back.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> from osdn_jax import nn
+        >>> config = nn.mixer_config("os_gdn", width=16, heads=2, key_dim=4, value_dim=8)
+        >>> mixer = nn.DeltaMixer(config, layers=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        >>> x = jnp.ones((1, 6, 16))
+        >>> y, state = mixer(x)  # prefill
+        >>> y, state = mixer(x[:, :1], state)  # decode one token
+        >>> y.shape
+        (1, 1, 16)
     """
 
     def __init__(self, config: MixerConfig, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
-        """layers: of the whole model, for the scale at which the last projection starts."""
+        """Create the parameters.
+
+        Args:
+            config: sizes and rule.
+            layers: number of layers in the model, which sets the initial scale of the output projection.
+            dtype: of activations and matrix products; parameters are float32.
+            rngs: source of the initial parameters.
+        """
         self.config, self.dtype = config, dtype
         width, heads, key_heads = config.width, config.heads, config.num_key_heads
         self.keys, self.values = key_heads * config.key_dim, heads * config.value_dim
-        self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v at once
+        self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v, fused
         self.convolution = ShortConvolution(2 * self.keys + self.values, config.conv_size, rngs=rngs)
         by_channel = config.strength == "channel"
         gated_write = (config.erase or config.decay == "scalar") and not by_channel
@@ -58,7 +82,7 @@ class DeltaMixer(nnx.Module):
 
         scales, settings = config.preconditioner_heads, config.hypergradient
         by_feedback, by_gram = (config.preconditioner == name for name in ("hypergradient", "gram"))
-        start = jnp.full((scales, config.key_dim), settings.initial, jnp.float32)  # typed: steps return it so
+        start = jnp.full((scales, config.key_dim), settings.initial, jnp.float32)
         self.initial = NoDecayParam(start) if by_feedback else None
         self.forget = ForgetGate(width, scales) if by_feedback and settings.forget else None
         self.gram_decay = DecayGate(width, scales, None, dtype, rngs=rngs) if by_gram else None
@@ -84,13 +108,20 @@ class DeltaMixer(nnx.Module):
         segment_ids: Int[Array, "B T"] | None = None,
         context_axis: str | None = None,
     ) -> tuple[Float[Array, "B T D"], MixerState]:
-        """Mixes a sequence, or its continuation from a state; one token at a time is decoding.
+        """Mix a sequence, or continue one from a state; a sequence of one token is decoding.
 
-        Returns the output and the state after the last token. context_axis: as in `ops.delta_rule`.
+        Args:
+            x: tokens, [B, T, width].
+            state: the state that an earlier call returned; default zeros.
+            segment_ids: [B, T] integers, for packed sequences; see `ops.delta_rule`.
+            context_axis: mesh axis that the sequence is split over; see `ops.delta_rule`.
+
+        Returns:
+            (output [B, T, width], state after the last token).
 
         Raises:
-            ValueError: a state of another batch or config; segment_ids of another shape than x.
-            TypeError: a state of another mixer; segment_ids that are no integers.
+            ValueError: state is of another batch size or config, or segment_ids has another shape than x.
+            TypeError: state is of another kind of mixer, or segment_ids are not integers.
         """
         if not isinstance(state, MixerState | None):
             raise TypeError(f"state: got a {type(state).__name__}, expected the MixerState of such a mixer or None")
@@ -111,28 +142,35 @@ class DeltaMixer(nnx.Module):
     def multipliers(
         self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None
     ) -> Float[Array, "B T P K"]:
-        """What the preconditioner multiplies each key by before it is written; P preconditioners.
+        """Return the factor of the preconditioner on each key that is written.
 
-        Raises ValueError for a mixer without a preconditioner.
+        Args:
+            x: tokens, [B, T, D].
+            segment_ids: [B, T] integers, for packed sequences.
+
+        Returns:
+            [B, T, P, K], P preconditioners; the write key is this factor times k.
+
+        Raises:
+            ValueError: the mixer has no preconditioner.
         """
         config = self.config
         _, k, _, _ = self._heads(x, None, segment_ids, None)
-        options: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": config.chunk_size}
+        shared: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": config.chunk_size}
         if config.preconditioner == "none":
             raise ValueError("multipliers: got a mixer with preconditioner='none', expected 'hypergradient' or 'gram'")
         if config.preconditioner == "gram":
-            (log_decay, gain), more = self._gram(x)
-            return ops.gram_preconditioner(k, log_decay, gain, **more, **options)[0]
-        more = self._hypergradient(x)
+            return ops.gram_preconditioner(k, **self._gram(x)._asdict(), **shared)[0]
+        arguments = self._hypergradient(x)._asdict()
         beta = None
-        if more.pop("beta_aware"):
+        if arguments.pop("beta_aware"):
             beta, k = self._beta(x), jnp.repeat(k, config.heads // config.num_key_heads, axis=2)
-        return ops.hypergradient_preconditioner(k, beta, **more, **options)[0]
+        return ops.hypergradient_preconditioner(k, beta, **arguments, **shared)[0]
 
     def _heads(
         self, x: jax.Array, window: jax.Array | None, segment_ids: jax.Array | None, context_axis: str | None
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
-        """Queries, keys and values by head, and the convolution's window after the last token."""
+        """Return queries, keys and values by head, and the convolution's window after the last token."""
         config, lead = self.config, x.shape[:2]
         mixed, window = self.convolution(self.project(x), window, segment_ids, context_axis)
         q, k, v = jnp.split(jax.nn.silu(mixed), [self.keys, 2 * self.keys], axis=-1)
@@ -144,23 +182,28 @@ class DeltaMixer(nnx.Module):
         beta = jax.nn.sigmoid(gate(x).astype(jnp.float32))
         return 2.0 * beta if self.config.negative_eigenvalues else beta
 
-    def _hypergradient(self, x: jax.Array) -> dict[str, Any]:
+    def _hypergradient(self, x: jax.Array) -> Hypergradient:
+        """Return the preconditioner's arguments for the tokens x."""
         settings, initial = self.config.hypergradient, cast(NoDecayParam, self.initial)
-        return {
-            "eta": settings.eta,
-            "bounds": settings.bounds,
-            "anchor": settings.anchor,
-            "normalize": settings.normalize,
-            "beta_aware": settings.beta_aware,
-            "initial": initial[...],
-            "log_forget": None if self.forget is None else self.forget(x),
-        }
+        return Hypergradient(
+            eta=settings.eta,
+            log_forget=None if self.forget is None else self.forget(x),
+            initial=initial[...],
+            anchor=settings.anchor,
+            bounds=settings.bounds,
+            normalize=settings.normalize,
+            beta_aware=settings.beta_aware,
+        )
 
-    def _gram(self, x: jax.Array) -> tuple[tuple[jax.Array, jax.Array], dict[str, Any]]:
-        """(log decay and gain of each token, options)."""
+    def _gram(self, x: jax.Array) -> Gram:
+        """Return the preconditioner's arguments for the tokens x."""
         decay, gain, center = cast(tuple[Any, Any, Any], (self.gram_decay, self.gram_gain, self.gram_center))
-        options = {"center": center[...], "squash": self.config.gram.squash}
-        return (decay(x), jax.nn.sigmoid(gain(x).astype(jnp.float32))), options
+        return Gram(
+            log_decay=decay(x),
+            gain=jax.nn.sigmoid(gain(x).astype(jnp.float32)),
+            center=center[...],
+            squash=self.config.gram.squash,
+        )
 
     def _rule(
         self,
@@ -173,48 +216,36 @@ class DeltaMixer(nnx.Module):
         context_axis: str | None,
     ) -> tuple[jax.Array, State]:
         config = self.config
-        arguments = [q, k, v]
-        if self.beta is not None:
-            arguments.append(self._beta(x))
-        if self.erase_gate is not None and self.write_gate is not None:
-            # What decides the eigenvalues is what is erased: the write gate stays in (0, 1).
-            erase = self.erase_gate(x)
-            arguments += [2.0 * erase if config.negative_eigenvalues else erase, self.write_gate(x)]
-        if self.decay is not None:
-            arguments.append(self.decay(x))
-        options: dict[str, Any] = {
+        log_decay = None if self.decay is None else self.decay(x)
+        shared: dict[str, Any] = {
             "initial_state": carried,
             "segment_ids": segment_ids,
             "chunk_size": config.chunk_size,
             "implementation": config.implementation,
             "context_axis": context_axis,
         }
+        if self.erase_gate is not None and self.write_gate is not None:
+            # The erase gate alone decides the eigenvalues of the transition: the write gate stays in (0, 1).
+            erase_gate, write_gate, decay = self.erase_gate(x), self.write_gate(x), cast(jax.Array, log_decay)
+            erase_gate = 2.0 * erase_gate if config.negative_eigenvalues else erase_gate
+            return ops.gdn2(q, k, v, erase_gate=erase_gate, write_gate=write_gate, log_decay=decay, **shared)
+        preconditioner: Hypergradient | Gram | None = None
         if config.preconditioner == "hypergradient":
-            options |= self._hypergradient(x)
+            preconditioner = self._hypergradient(x)
         elif config.preconditioner == "gram":
-            tokens, more = self._gram(x)
-            arguments += tokens
-            options |= more
-        return _OPERATORS[config.erase, config.strength, config.preconditioner, config.decay](*arguments, **options)
+            preconditioner = self._gram(x)
+        return preconditioned_delta_rule(
+            q,
+            k,
+            v,
+            beta=None if self.beta is None else self._beta(x),
+            log_decay=log_decay,
+            erase=config.erase,
+            preconditioner=preconditioner,
+            **shared,
+        )
 
 
 @functools.cache
 def _graph(config: MixerConfig, dtype: jnp.dtype) -> nnx.GraphDef:
     return nnx.graphdef(nnx.eval_shape(lambda: DeltaMixer(config, 1, dtype, rngs=nnx.Rngs(0))))
-
-
-_OPERATORS: dict[tuple[bool, str, str, str], Callable[..., tuple[jax.Array, State]]] = {
-    (False, "scalar", "none", "none"): ops.linear_attention,
-    (False, "scalar", "none", "scalar"): ops.mamba2,
-    (False, "scalar", "none", "channel"): ops.gla,
-    (True, "scalar", "none", "none"): ops.delta_net,
-    (True, "scalar", "none", "scalar"): ops.gated_delta_net,
-    (True, "scalar", "none", "channel"): ops.kda,
-    (True, "channel", "none", "channel"): ops.gdn2,
-    (True, "scalar", "hypergradient", "none"): ops.osdn,
-    (True, "scalar", "hypergradient", "scalar"): ops.os_gdn,
-    (True, "scalar", "hypergradient", "channel"): ops.os_kda,
-    (True, "scalar", "gram", "none"): ops.pdn,
-    (True, "scalar", "gram", "scalar"): ops.pgdn,
-    (True, "scalar", "gram", "channel"): ops.pkda,
-}

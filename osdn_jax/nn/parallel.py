@@ -14,7 +14,7 @@ from jax import lax
 
 from osdn_jax.nn.chunked_loss import DEFAULT_CHUNKS, Chunks, cross_entropy
 from osdn_jax.nn.sharding import parameter_axes, spec
-from osdn_jax.ops import collectives
+from osdn_jax.ops import sequence_parallel
 
 
 @runtime_checkable
@@ -35,7 +35,7 @@ class TensorParallel(Protocol):
 
 def over_mesh(
     module: TensorParallel,
-    kind: str,
+    prefix: str,
     call: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
     mesh: jax.sharding.AbstractMesh,
     x: jax.Array,
@@ -45,7 +45,7 @@ def over_mesh(
 
     Args:
         module: the module; its output is the sum of its shards' outputs.
-        kind: the module's name in the parameter table of `nn.sharding`, "mixer" or "mlp".
+        prefix: the module's name in the parameter table of `nn.sharding`, "mixer" or "mlp".
         call: (shard of the module, x, segment_ids) -> output, on each device's shards of the arrays.
         mesh: the mesh of `jax.set_mesh`.
         x: the residual stream, [B, T, D].
@@ -59,7 +59,7 @@ def over_mesh(
     for path, variable in nnx.to_flat_state(nnx.state(module)):
         name = "/".join(map(str, path))
         variables[name] = (path, variable.type)
-        axes[name], value = parameter_axes(f"{kind}/{name}"), variable[...]
+        axes[name], value = parameter_axes(f"{prefix}/{name}"), variable[...]
         if variable.type is nnx.Param and value.ndim == 2:
             value = value.astype(x.dtype)  # as the layer does, but before the all-gather
         parameters[name] = [value]  # one array per fused projection
@@ -118,7 +118,7 @@ def cross_entropy_over_mesh(
     """
 
     def body(hidden: jax.Array, unembedding: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array]:
-        unembedding = collectives.vary(unembedding, collectives.axes_of(hidden))
+        unembedding = sequence_parallel.vary(unembedding, sequence_parallel.axes_of(hidden))
         return cross_entropy(hidden, unembedding, targets, chunks)
 
     tokens = spec("batch", "position")

@@ -1,9 +1,17 @@
-"""Pure functions on arrays: the delta rule, its preconditioners, the named rules, and one-token steps."""
+"""Pure functions on arrays: the delta rule, its preconditioners, the named rules, and one-token steps.
 
-from osdn_jax.ops.delta_rule import delta_rule
-from osdn_jax.ops.gram import exact_gram_write_key, gram_preconditioner
-from osdn_jax.ops.hypergradient import hypergradient_preconditioner, hypergradient_preset
-from osdn_jax.ops.recurrence import delta_rule_step
+Every array is laid out [B, T, H, D]: batch, tokens, heads, channels. Everything works under jit, grad, vmap, shard_map
+and remat.
+"""
+
+from osdn_jax.ops.delta_rule_operator import delta_rule
+from osdn_jax.ops.exact_gram import exact_gram_write_key
+from osdn_jax.ops.gram import gram_preconditioner, gram_write_key
+from osdn_jax.ops.hypergradient import (
+    hypergradient_preconditioner,
+    hypergradient_preset,
+    hypergradient_write_key,
+)
 from osdn_jax.ops.rules import (
     State,
     delta_net,
@@ -21,6 +29,7 @@ from osdn_jax.ops.rules import (
     pgdn,
     pkda,
 )
+from osdn_jax.ops.scan import delta_rule_step
 
 __all__ = [
     "State",
@@ -33,8 +42,10 @@ __all__ = [
     "gdn2",
     "gla",
     "gram_preconditioner",
+    "gram_write_key",
     "hypergradient_preconditioner",
     "hypergradient_preset",
+    "hypergradient_write_key",
     "kda",
     "linear_attention",
     "mamba2",

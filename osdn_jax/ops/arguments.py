@@ -1,48 +1,36 @@
-"""The arguments of the delta rule, checked and brought to one form."""
+"""Validate the arguments of the delta rule and bring them to one form."""
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from osdn_jax.ops import checks
+from osdn_jax.ops.calls import DeltaRuleCall
 
 
-class Call(NamedTuple):
-    """Checked arguments; without T for a single step. q, k, w and v keep their types, the rest is float32 or 64."""
-
-    memory: jax.Array  # [B, H, K, V]
-    q: jax.Array  # [B, T, Hk, K]
-    k: jax.Array  # [B, T, Hk, K]
-    w: jax.Array | None  # [B, T, Hk or H, K]; None where it is k
-    v: jax.Array  # [B, T, H, V]
-    beta: jax.Array  # [B, T, H]
-    log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K]
-    restarts: jax.Array | None  # [B, T] bool
-
-
-def call_axes(call: Call) -> Any:
-    """A letter for each axis of each argument, as `shards.over_shards` reads them; without t for a single step."""
+def call_axes(call: DeltaRuleCall) -> Any:
+    """Return a letter for each axis of each argument, for `shards.over_shards`; without t for a single step."""
     time = "t" if call.q.ndim == 4 else ""
     keys, gates = f"b{time}gk", f"b{time}h"
-    own = call.w is not None and call.w.shape[-2] == call.v.shape[-2]
+    per_value_head = call.w is not None and call.w.shape[-2] == call.v.shape[-2]
     by_channel = call.log_decay is not None and call.log_decay.ndim == call.q.ndim
     letters: dict[str, str | None] = {
-        "memory": "bhkv",
+        "state": "bhkv",
         "q": keys,
         "k": keys,
-        "w": None if call.w is None else f"{gates}k" if own else keys,
+        "w": None if call.w is None else f"{gates}k" if per_value_head else keys,
         "v": f"{gates}v",
         "beta": gates,
         "log_decay": None if call.log_decay is None else f"{gates}k" if by_channel else gates,
-        "restarts": None if call.restarts is None else "bt",
+        "resets": None if call.resets is None else "bt",
     }
     return call._replace(**letters)  # type: ignore[arg-type]  # letters in place of arrays
 
 
-def call_names(call: Call) -> list[str]:
-    """What a user calls the arguments that are there."""
-    names = {"memory": "initial_state", "w": "write_key", "restarts": "segment_ids"}
+def call_names(call: DeltaRuleCall) -> list[str]:
+    """Return the public names of the arguments that are not None, in the order of the call's leaves."""
+    names = {"state": "initial_state", "w": "write_key", "resets": "segment_ids"}
     return [names.get(field, field) for field, x in call._asdict().items() if x is not None]
 
 
@@ -58,8 +46,13 @@ def check_call(
     *,
     time: bool = True,
     context_axis: str | None = None,
-) -> Call:
-    """Checks shapes and types of a sequence (or, without time, of one token). Raises ValueError or TypeError."""
+) -> DeltaRuleCall:
+    """Check shapes and types of a sequence (or, with time=False, of one token).
+
+    Raises:
+        ValueError: a shape does not fit the others.
+        TypeError: an argument is not an array of the expected kind of type.
+    """
     lead = "B, T, " if time else "B, "
     axes = 2 if time else 1
     q = checks.floating_array("q", q, axes + 2, f"[{lead}Hk, K]")
@@ -87,22 +80,37 @@ def check_call(
         name = "initial_state" if time else "state"
         initial_state = checks.shaped_array(name, initial_state, shape, "[B, H, K, V]")
     dtype = checks.accumulator_dtype(q, k, v, beta, write_key, log_decay, initial_state)
-    memory = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
-    restarts = None
+    state = jnp.zeros(shape, dtype) if initial_state is None else initial_state.astype(dtype)
+    resets = None
     if segment_ids is not None:
-        restarts = checks.restarts(checks.segment_ids(segment_ids, leading), context_axis)
-    return Call(
-        checks.varying_like(memory, q, k, v, beta, write_key, log_decay, restarts),
+        resets = checks.resets(checks.segment_ids(segment_ids, leading), context_axis)
+    return DeltaRuleCall(
+        checks.varying_like(state, q, k, v, beta, write_key, log_decay, resets),
         q,
         k,
         write_key,
         v,
         beta.astype(dtype),
         None if log_decay is None else log_decay.astype(dtype),
-        restarts,
+        resets,
     )
 
 
 def resolve_scale(scale: Any, key_dim: int) -> float:
-    """The factor of the read: K^-1/2 unless given. Raises TypeError or ValueError for no finite static number."""
+    """Return the factor on the output, K^-1/2 if scale is None.
+
+    Raises:
+        TypeError, ValueError: scale is not a finite static number.
+    """
     return key_dim**-0.5 if scale is None else checks.number("scale", scale)
+
+
+def per_value_head(x: jax.Array, heads: int, axis: int) -> jax.Array:
+    """Repeat key heads so that key head h serves value heads h * H / Hk to (h + 1) * H / Hk - 1."""
+    return x if x.shape[axis] == heads else jnp.repeat(x, heads // x.shape[axis], axis=axis)
+
+
+def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
+    """Return by * x, formed in the accumulator type and kept in the type of x: a scaled key is still a key."""
+    dtype = checks.accumulator_dtype(by, x)
+    return (by.astype(dtype) * x.astype(dtype)).astype(x.dtype)

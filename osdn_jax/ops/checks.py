@@ -1,4 +1,4 @@
-"""Checks of arguments: every error names the argument, what came and what was expected, at trace time."""
+"""Checks of arguments. Every error names the argument, what came and what was expected, at trace time."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
@@ -7,15 +7,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from osdn_jax.ops import collectives
+from osdn_jax.ops import sequence_parallel
 
 Shape = tuple[int, ...]
 
-_LOG_OF_NOTHING = -1000.0
+_LOG_OF_RESET = -1000.0
 
 
 def floating_array(name: str, value: Any, ndim: int | Sequence[int], layout: str) -> jax.Array:
-    """Returns value as an array, or raises: TypeError for no array or no floating type, ValueError for its rank."""
+    """Return value as a floating-point array of this rank, or raise TypeError or ValueError."""
     array = _array(name, value, layout)
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected a floating-point {layout}")
@@ -26,7 +26,7 @@ def floating_array(name: str, value: Any, ndim: int | Sequence[int], layout: str
 
 
 def shaped_array(name: str, value: Any, shapes: Shape | Sequence[Shape], layout: str) -> jax.Array:
-    """Returns value as a floating array of one of the shapes, or raises TypeError or ValueError."""
+    """Return value as a floating-point array of one of the shapes, or raise TypeError or ValueError."""
     allowed = [shapes] if not shapes or isinstance(shapes[0], int) else list(shapes)
     array = floating_array(name, value, [len(shape) for shape in allowed], layout)  # type: ignore[arg-type]
     if array.shape not in allowed:
@@ -36,9 +36,9 @@ def shaped_array(name: str, value: Any, shapes: Shape | Sequence[Shape], layout:
 
 
 def segment_ids(value: Any, shape: Shape) -> jax.Array:
-    """Returns value as an integer [B, T] array that keeps different ids apart, or raises TypeError or ValueError.
+    """Return value as an integer [B, T] array that keeps different ids apart, or raise TypeError or ValueError.
 
-    JAX cuts NumPy's integers of 64 bits to 32 unless it runs in 64; those that would change are numbered first.
+    JAX truncates NumPy's 64-bit integers to 32 bits unless x64 is enabled; ids that would change are renumbered first.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu" and value.size:
         kept = jnp.iinfo(jax.dtypes.canonicalize_dtype(value.dtype))
@@ -48,7 +48,7 @@ def segment_ids(value: Any, shape: Shape) -> jax.Array:
 
 
 def integer_array(name: str, value: Any, shape: Shape, layout: str) -> jax.Array:
-    """Returns value as an integer array of this shape, or raises TypeError or ValueError."""
+    """Return value as an integer array of this shape, or raise TypeError or ValueError."""
     array = _array(name, value, layout)
     if not jnp.issubdtype(array.dtype, jnp.integer):
         raise TypeError(f"{name}: got dtype {array.dtype}, expected an integer {layout}")
@@ -58,13 +58,13 @@ def integer_array(name: str, value: Any, shape: Shape, layout: str) -> jax.Array
 
 
 def indices(name: str, value: Any, shape: Shape, layout: str, size: int) -> jax.Array:
-    """Returns indices below size as an int32 array of this shape; raises as `integer_array`.
+    """Return indices below size as an int32 array of this shape; raise as `integer_array`.
 
-    Those outside stay outside, below 0 or not below size: no cut to 32 bits brings one back.
+    An index outside [0, size) stays outside, even where truncation to 32 bits would bring it back.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
         inside = (value >= 0) & (value < size)
-        value = np.where(inside, value.astype(np.int32), -1)  # here, since JAX would cut 64 bits to 32
+        value = np.where(inside, value.astype(np.int32), -1)  # in NumPy, since JAX would truncate to 32 bits
     array = integer_array(name, value, shape, layout)
     if array.dtype.itemsize < 4:
         return array.astype(jnp.int32)
@@ -74,7 +74,7 @@ def indices(name: str, value: Any, shape: Shape, layout: str, size: int) -> jax.
 
 
 def chunk_size(value: Any) -> int | None:
-    """Returns a positive int or None, or raises TypeError or ValueError."""
+    """Return a positive int or None, or raise TypeError or ValueError."""
     if value is None:
         return None
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
@@ -85,19 +85,19 @@ def chunk_size(value: Any) -> int | None:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Returns value as a bool, or raises TypeError: a word such as "no" would count as true."""
+    """Return value as a bool, or raise TypeError: a string such as "no" would count as true."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: got {value!r}, expected True or False")
     return bool(value)
 
 
 def is_number(value: Any) -> TypeGuard[float]:
-    """Whether an argument that may be an array is a static number instead; `number` checks which."""
+    """Return True if an argument that may be an array is a static number; `number` checks its value."""
     return isinstance(value, (int, float, np.floating, np.integer))
 
 
 def number(name: str, value: Any) -> float:
-    """Returns a static real number as a float, or raises TypeError or ValueError."""
+    """Return a static real number as a float, or raise TypeError or ValueError."""
     if isinstance(value, bool) or not isinstance(value, (int, float, np.floating, np.integer)):
         raise TypeError(f"{name}: got {value!r}, expected a static number")
     if not np.isfinite(value):
@@ -106,7 +106,7 @@ def number(name: str, value: Any) -> float:
 
 
 def bounds(value: Any) -> tuple[float, float] | None:
-    """Returns (lo, hi) with lo <= hi, each perhaps infinite, or None; or raises TypeError or ValueError."""
+    """Return (lo, hi) with lo <= hi, each possibly infinite, or None; or raise TypeError or ValueError."""
     if value is None:
         return None
     if not isinstance(value, (tuple, list)) or len(value) != 2:
@@ -118,38 +118,38 @@ def bounds(value: Any) -> tuple[float, float] | None:
 
 
 def implementation(value: Any, known: Iterable[str]) -> None:
-    """Raises ValueError unless value is None or one of the known names."""
+    """Raise ValueError unless value is None or one of the known names."""
     names = sorted(known)
     if value is not None and value not in names:
         raise ValueError(f"implementation: got {value!r}, expected None or one of {', '.join(names)}")
 
 
 def bounded_log(x: jax.Array) -> jax.Array:
-    """The log of a decay, cut where the decay has long been zero, so that sums of logs stay finite and exact.
+    """Clip the log of a decay at -1000, so that sums of logs stay finite and exact.
 
-    exp(-746) is 0 in float64 and exp(-104) in float32. A full reset (-inf) so becomes a finite number, and NaN stays.
-    A product of decays, as the scans form it, needs no such bound.
+    exp(-746) is 0 in float64, and exp(-104) in float32, so the decay is 0 there in any case. A full reset (-inf)
+    becomes finite; NaN stays NaN. The scans multiply decays and need no such bound.
     """
-    return jnp.where(x < _LOG_OF_NOTHING, jnp.asarray(_LOG_OF_NOTHING, x.dtype), x)
+    return jnp.where(x < _LOG_OF_RESET, jnp.asarray(_LOG_OF_RESET, x.dtype), x)
 
 
 def accumulator_dtype(*arrays: jax.Array | None) -> Any:
-    """float64 where an input is float64, else float32: the type of memories, gates and sums."""
+    """Return float64 if an input is float64, else float32: the type of states, gates and sums."""
     wide = any(x is not None and x.dtype == jnp.float64 for x in arrays)
     return jnp.float64 if wide else jnp.float32
 
 
 def varying_like(state: jax.Array, *arrays: jax.Array | None) -> jax.Array:
-    """The state, under shard_map as one that varies over every mesh axis that one of the arrays varies over.
+    """Mark the state, under shard_map, as varying over every mesh axis that one of the arrays varies over.
 
-    A scan asks that of its carry. Zeros made here vary over none.
+    `lax.scan` requires that of its carry, and zeros created here vary over no axis.
     """
-    return collectives.vary(state, collectives.axes_of((state, *arrays)))
+    return sequence_parallel.vary(state, sequence_parallel.axes_of((state, *arrays)))
 
 
-def restarts(ids: jax.Array, context_axis: str | None = None) -> jax.Array:
-    """Whether a new document starts at each token: [B, T] ids -> [B, T] bool; never at the first token of all."""
-    first = ids[:, :1] if context_axis is None else collectives.before(ids, context_axis)
+def resets(ids: jax.Array, context_axis: str | None = None) -> jax.Array:
+    """Mark the tokens at which the segment id changes, [B, T] ids -> [B, T] bool; never the sequence's first token."""
+    first = ids[:, :1] if context_axis is None else sequence_parallel.ids_before(ids, context_axis)
     return ids != jnp.concatenate([first, ids], axis=1)[:, : ids.shape[1]]
 
 

@@ -1,113 +1,68 @@
-"""The hypergradient preconditioner of OSDN: a diagonal step size per key channel, learned inside the sequence."""
+"""The hypergradient preconditioner of OSDN: a step size per key channel, learned inside the sequence."""
 
 import functools
-from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks, collectives, hypergradient_chunk, hypergradient_context, mosaic_gpu
-from osdn_jax.ops.containment import contained, scan_in_blocks
-from osdn_jax.ops.gram import write_key
-from osdn_jax.ops.hypergradient_chunk import Bounds, Start, Tokens
-from osdn_jax.ops.selection import on_cpu
+from osdn_jax.ops import (
+    checks,
+    hypergradient_context,
+    hypergradient_recurrence,
+    mosaic_gpu,
+    selection,
+    sequence_parallel,
+)
+from osdn_jax.ops.arguments import scaled
+from osdn_jax.ops.calls import HypergradientCall, HypergradientOptions, HypergradientStart, HypergradientTokens
+from osdn_jax.ops.dispatch import dispatch
+from osdn_jax.ops.selection import Implementation, Items, Results
 from osdn_jax.ops.shards import over_shards
-from osdn_jax.ops.tiling import fitting_chunk, from_chunks, to_chunks
 
 _EPSILON = 1e-5
-_DEFAULT_CHUNK = 64
 
-Implementation = Callable[..., tuple[jax.Array, jax.Array]]
+PAPER: dict[str, Any] = {"eta": 1.0, "bounds": (0.0, 1e9), "initial": 0.0}
+TRUST: dict[str, Any] = {"eta": 0.003, "bounds": (2 / 3, 3 / 2), "initial": 1.0}
 
-
-class Options(NamedTuple):
-    """What is static in a call."""
-
-    bounds: Bounds
-    chunk_size: int | None
-    context_axis: str | None
-    multiply: bool
-
-
-class Call(NamedTuple):
-    """The arrays of a call."""
-
-    k: jax.Array  # [B, T, P, K]
-    tokens: Tokens
-    start: Start
-
-
-def _scan(
-    k: jax.Array, tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None
-) -> tuple[jax.Array, jax.Array]:
-    del k, chunk_size  # the tokens have k squared, and the scan has no chunks
-    final, used = hypergradient_chunk.token_by_token(start.initial, tokens, start, bounds)
-    return used, final
-
-
-def _chunk(
-    k: jax.Array, tokens: Tokens, start: Start, bounds: Bounds, chunk_size: int | None
-) -> tuple[jax.Array, jax.Array]:
-    del k
-    length = tokens.u.shape[1]
-    size = fitting_chunk(chunk_size or _DEFAULT_CHUNK, length)
-    chunks = jax.tree.map(lambda x: to_chunks(x, size), tokens)
-    final, used = hypergradient_chunk.chunked(start.initial, chunks, start, bounds)
-    return from_chunks(used, length), final
-
-
-def _contained(
-    run: Implementation,
-    k: jax.Array,
-    tokens: Tokens,
-    start: Start,
-    bounds: Bounds,
-    chunk_size: int | None,
-    **options: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """The call by run, and a document in it that is not finite by the scan."""
-
-    def fast(call: Call, restarts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        return run(call.k, call.tokens._replace(restart=restarts), call.start, bounds, chunk_size, **options)
-
-    def exact(call: Call, restarts: jax.Array | None) -> tuple[jax.Array, jax.Array]:
-        tokens = call.tokens._replace(restart=restarts)
-        final, used = hypergradient_chunk.token_by_token(
-            call.start.initial, tokens, call.start, bounds, loop=scan_in_blocks
-        )
-        return write_key(used, call.k) if options.get("multiply") else used, final
-
-    return contained(fast, exact, Call(k, tokens._replace(restart=None), start), tokens.restart)
-
-
-# A new kernel joins here: (k, Tokens, Start, bounds, chunk_size) -> (d before each token [B, T, P, K], final d).
-# Those of Mosaic GPU take multiply=True, too, for write keys and not d.
+# In order of preference; a new back end is one entry (see `selection.Implementation`).
 IMPLEMENTATIONS: dict[str, Implementation] = {
-    "scan": _scan,
-    "chunk": functools.partial(_contained, _chunk),
-    "mosaic_gpu": functools.partial(_contained, mosaic_gpu.hypergradient),
-    "mosaic_gpu_interpret": functools.partial(_contained, functools.partial(mosaic_gpu.hypergradient, interpret=True)),
+    "mosaic_gpu": Implementation(
+        mosaic_gpu.hypergradient, mosaic_gpu.hypergradient_limitation, lambda call, gradient: mosaic_gpu.by_default()
+    ),
+    "mosaic_gpu_interpret": Implementation(
+        functools.partial(mosaic_gpu.hypergradient, interpret=True),
+        functools.partial(mosaic_gpu.hypergradient_limitation, interpret=True),
+    ),
+    # One token costs a CPU a few hundred nanoseconds, less than its share of a chunk's small products.
+    "scan": Implementation(
+        hypergradient_recurrence.by_scan, preferred=lambda call, gradient: selection.on_cpu(), mixes_segments=False
+    ),
+    "chunk": Implementation(hypergradient_recurrence.by_chunks, preferred=lambda call, gradient: True),
 }
 
 
-def hypergradient_preset(name: str) -> dict[str, object]:
-    """Keyword arguments eta, bounds and initial of the two published settings.
+def hypergradient_preset(name: str) -> dict[str, Any]:
+    """Return the keyword arguments eta, bounds and initial of one of the two published settings.
 
-    "paper" (arXiv 2605.13473): eta 1, bounds (0, 1e9), d_0 = 0, so that the first token writes nothing.
-    "trust": eta 0.003, bounds (2/3, 3/2), d_0 = 1: never far from plain DeltaNet.
+    Args:
+        name: "paper" (arXiv 2605.13473: eta 1, bounds (0, 1e9), d_0 = 0, so that the first token writes nothing) or
+            "trust" (eta 0.003, bounds (2/3, 3/2), d_0 = 1: never far from plain DeltaNet). `osdn` and its variants
+            default to "paper"; the modules of `osdn_jax.nn` use "trust" for os_gdn and os_kda.
 
     Raises:
         ValueError: another name.
+
+    Example:
+        >>> from osdn_jax import ops
+        >>> ops.hypergradient_preset("paper")
+        {'eta': 1.0, 'bounds': (0.0, 1000000000.0), 'initial': 0.0}
     """
-    presets: dict[str, dict[str, object]] = {
-        "paper": {"eta": 1.0, "bounds": (0.0, 1e9), "initial": 0.0},
-        "trust": {"eta": 0.003, "bounds": (2 / 3, 3 / 2), "initial": 1.0},
-    }
+    presets = {"paper": PAPER, "trust": TRUST}
     if name not in presets:
         raise ValueError(f"preset: got {name!r}, expected one of {', '.join(sorted(presets))}")
-    return presets[name]
+    return dict(presets[name])
 
 
 def hypergradient_preconditioner(
@@ -126,43 +81,55 @@ def hypergradient_preconditioner(
     implementation: str | None = None,
     context_axis: str | None = None,
 ) -> tuple[Float[Array, "B T Hk K"], Float[Array, "B Hk K"]]:
-    """Diagonal preconditioner by hypergradient feedback, with Adaptive Preconditioner Forgetting (arXiv 2605.13473).
+    """Compute a diagonal preconditioner by hypergradient feedback (OSDN, arXiv 2605.13473).
 
-    The write key of token t is d_t * k_t. After that write the token's residual is (1 - beta <d_t, k_t^2>) times what
-    it was, so the hypergradient of the squared residual needs nothing but d and u_t = k_t^2:
+    The write key of token t is d_t * k_t (`hypergradient_write_key` returns it). After that write the residual of the
+    token is (1 - beta <d_t, k_t^2>) times the one before, so the hypergradient of the squared residual depends on d
+    and u_t = k_t^2 alone:
 
         d_{t+1} = clip(g_t d_t + (1 - g_t) anchor + eta b_t (1 - b_t <d_t, u_t>) u_t),    g_t = exp(log_forget_t)
 
+    Forgetting by g is the paper's Adaptive Preconditioner Forgetting.
+
     Args:
         k: keys, [B, T, Hk, K], as the delta rule reads them (L2-normalised in the paper).
-        beta: b_t, the write strengths, one per key head [B, T, Hk]; None is 1, the paper's first form.
+        beta: b_t, one per key head, [B, T, Hk]; None means 1, the paper's first form.
         eta: step size of the preconditioner.
-        log_forget: log of g_t, [B, T, Hk], at most 0; -inf forgets everything, None nothing.
-        initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used as it is, outside the bounds too.
-        anchor: what forgetting draws d toward, [Hk, K] or a number: 0 in the paper, 1 for plain DeltaNet.
-        bounds: (lo, hi) of the projection of every update, or None for no projection; either may be infinite. The
+        log_forget: natural log of g_t, [B, T, Hk], at most 0; -inf forgets everything, None nothing.
+        initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used unclipped, even outside the bounds.
+        anchor: the value that forgetting moves d toward, [Hk, K] or a number: 0 in the paper, 1 for plain DeltaNet.
+        bounds: (lo, hi) of the projection after every update, or None for no projection; either may be infinite. The
             projection is exact, token by token, in every implementation.
-        normalize: divides the update by sum(u_t) + 1e-5.
-        restart: what documents that start inside the sequence begin with; default `initial`. Differs from it where
-            `initial` is the state carried over from an earlier piece of the sequence.
-        segment_ids: [B, T], packed documents: the state restarts where the id changes.
-        chunk_size: tokens per chunk of the implementations that have chunks; default 64.
+        normalize: True divides the update by sum(u_t) + 1e-5.
+        restart: the state at the start of every segment but the first; default `initial`. It differs from `initial`
+            if `initial` is the state carried over from the preceding tokens.
+        segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
+        chunk_size: tokens per chunk, for implementations with chunks; default 64.
         implementation: "scan" (the specification), "chunk", "mosaic_gpu" (kernels for Hopper GPUs: K of 64, 128 or
-            256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or None for the
-            fastest of "scan" and "chunk" here.
-        context_axis: as for `delta_rule`. The devices work at once where no projection binds in any of their tokens,
-            and in order, one after the other, where one does.
+            256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or None for the fastest of "scan"
+            and "chunk" on this device.
+        context_axis: mesh axis that the sequence is split over, as for `delta_rule`. The devices run at the same time
+            if no projection binds at any of their tokens, and one after another if one does.
 
     Returns:
-        (d [B, T, Hk, K], at each token before that token's update; d after the last token [B, Hk, K]), float32, or
-        float64 where an input is.
+        d: [B, T, Hk, K] at each token before its update, float32, or float64 if an input is.
+        final: d after the last token, [B, Hk, K] in the same type.
 
     Raises:
         ValueError: a shape does not fit k, bounds are empty, chunk_size is below 1, implementation is not known.
-        TypeError: an argument is not of the expected kind.
+        TypeError: an argument is not of the expected type.
         NotImplementedError: the named implementation does not serve these types, shapes or this device.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from osdn_jax import ops
+        >>> k = jnp.asarray([[0.6, 0.8], [0.6, 0.8]]).reshape(1, 2, 1, 2)
+        >>> d, final = ops.hypergradient_preconditioner(k, **ops.hypergradient_preset("paper"))
+        >>> print(d[0, :, 0])  # d_0 = 0, then d_1 = k^2
+        [[0.   0.  ]
+         [0.36 0.64]]
     """
-    return preconditioned(
+    call, options = _checked(
         k,
         beta,
         eta=eta,
@@ -176,31 +143,87 @@ def hypergradient_preconditioner(
         chunk_size=chunk_size,
         implementation=implementation,
         context_axis=context_axis,
-        multiply=False,
     )
+    return _apply(implementation, options, call)
 
 
-def preconditioned(
-    k: jax.Array,
-    beta: jax.Array | None = None,
+def hypergradient_write_key(
+    k: Float[Array, "B T Hk K"],
+    beta: Float[Array, "B T Hk"] | None = None,
     *,
     eta: float,
-    log_forget: jax.Array | None = None,
-    initial: jax.Array | float | None = None,
-    anchor: jax.Array | float = 0.0,
+    log_forget: Float[Array, "B T Hk"] | None = None,
+    initial: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float | None = None,
+    anchor: Float[Array, "Hk K"] | float = 0.0,
     bounds: tuple[float, float] | None = None,
     normalize: bool = False,
-    restart: jax.Array | float | None = None,
-    segment_ids: jax.Array | None = None,
+    restart: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float | None = None,
+    segment_ids: Int[Array, "B T"] | None = None,
     chunk_size: int | None = None,
     implementation: str | None = None,
     context_axis: str | None = None,
-    multiply: bool,
-) -> tuple[jax.Array, jax.Array]:
-    """`hypergradient_preconditioner`, or with multiply the write keys, in the type of k, which kernels make at once."""
+) -> tuple[Float[Array, "B T Hk K"], Float[Array, "B Hk K"]]:
+    """Compute the write keys d_t * k_t of `hypergradient_preconditioner`, for `delta_rule`'s write_key.
+
+    Kernels form them in one pass, so this is the fast path.
+
+    Args:
+        k, beta, eta, log_forget, initial, anchor, bounds, normalize, restart, segment_ids, chunk_size, implementation,
+            context_axis: as for `hypergradient_preconditioner`.
+
+    Returns:
+        write_key: [B, T, Hk, K] in the type of k.
+        final: d after the last token, [B, Hk, K] float32, or float64 if an input is.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `hypergradient_preconditioner`.
+
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> from osdn_jax import nn, ops
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 1, 8, 2, 4))
+        >>> k = nn.unit_norm(k)
+        >>> write_key, d = ops.hypergradient_write_key(k, eta=0.003, initial=1.0, bounds=(2 / 3, 3 / 2))
+        >>> o, state = ops.delta_rule(q, k, v, jnp.full((1, 8, 2), 0.5), write_key=write_key)
+    """
+    call, options = _checked(
+        k,
+        beta,
+        eta=eta,
+        log_forget=log_forget,
+        initial=initial,
+        anchor=anchor,
+        bounds=bounds,
+        normalize=normalize,
+        restart=restart,
+        segment_ids=segment_ids,
+        chunk_size=chunk_size,
+        implementation=implementation,
+        context_axis=context_axis,
+    )
+    return _apply(implementation, options._replace(write_key=True), call)
+
+
+def _checked(
+    k: Any,
+    beta: Any,
+    *,
+    eta: Any,
+    log_forget: Any,
+    initial: Any,
+    anchor: Any,
+    bounds: Any,
+    normalize: Any,
+    restart: Any,
+    segment_ids: Any,
+    chunk_size: Any,
+    implementation: Any,
+    context_axis: Any,
+) -> tuple[HypergradientCall, HypergradientOptions]:
     checks.implementation(implementation, IMPLEMENTATIONS)
     chunk_size = checks.chunk_size(chunk_size)
-    context_axis = collectives.check_axis(context_axis)
+    context_axis = sequence_parallel.check_axis(context_axis)
     bounds = checks.bounds(bounds)
     eta = checks.number("eta", eta)
     k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
@@ -211,20 +234,15 @@ def preconditioned(
         log_forget = checks.shaped_array("log_forget", log_forget, (batch, length, heads), "[B, T, Hk]")
     normalize = checks.flag("normalize", normalize)
     shapes: list[tuple[int, ...]] = [(batch, heads, key_dim), (heads, key_dim), ()]
-    layout = "a number, [Hk, K] or [B, Hk, K]"
-    floats = {"initial": initial, "anchor": anchor, "restart": restart}
-    arrays = {name: _state(name, x, shapes, layout) for name, x in floats.items()}
-    dtype = checks.accumulator_dtype(k, beta, log_forget, *(x for x in arrays.values() if isinstance(x, jax.Array)))
+    values = {
+        name: _array_or_number(name, x, shapes)
+        for name, x in (("initial", initial), ("anchor", anchor), ("restart", restart))
+    }
+    dtype = checks.accumulator_dtype(k, beta, log_forget, *(x for x in values.values() if isinstance(x, jax.Array)))
 
-    def full(x: jax.Array | float | None) -> jax.Array:
-        if not isinstance(x, jax.Array):
-            x = jnp.full((), 0.0 if x is None else x, dtype)
-        state = jnp.broadcast_to(x.astype(dtype), shapes[0])
-        return checks.varying_like(state, *tokens)
-
-    restarts = None
+    resets = None
     if segment_ids is not None:
-        restarts = checks.restarts(checks.segment_ids(segment_ids, (batch, length)), context_axis)
+        resets = checks.resets(checks.segment_ids(segment_ids, (batch, length)), context_axis)
     if log_forget is not None:
         log_forget = checks.bounded_log(log_forget.astype(dtype))
     u = jnp.square(k.astype(dtype))
@@ -232,63 +250,65 @@ def preconditioned(
     step = jnp.full(u.shape[:-1], eta, dtype) if b is None else eta * b
     if normalize:
         step = step / (jnp.sum(u, axis=-1) + _EPSILON)
-    tokens = Tokens(
-        u=u,
-        beta=b,
-        step=step,
-        log_forget=log_forget,
-        restart=restarts,
-    )
-    # Without forgetting nothing is drawn anywhere, and an anchor of 0 draws by forgetting alone.
+    tokens = HypergradientTokens(u=u, beta=b, step=step, log_forget=log_forget, reset=None)
+
+    def full(x: jax.Array | float | None) -> jax.Array:
+        if not isinstance(x, jax.Array):
+            x = jnp.full((), 0.0 if x is None else x, dtype)
+        return checks.varying_like(jnp.broadcast_to(x.astype(dtype), shapes[0]), *tokens, resets)
+
+    # Without forgetting the anchor has no effect, and an anchor of 0 needs no term of its own.
     anchored = log_forget is not None and not (checks.is_number(anchor) and anchor == 0)
-    start = Start(
-        initial=full(arrays["initial"]),
-        restart=full(arrays["initial"] if restart is None else arrays["restart"]),
-        anchor=full(arrays["anchor"]) if anchored else None,
+    start = HypergradientStart(
+        initial=full(values["initial"]),
+        after_reset=full(values["initial" if restart is None else "restart"]),
+        anchor=full(values["anchor"]) if anchored else None,
     )
-    name = implementation or _fastest(k, tokens, chunk_size)
-    by_kernel = multiply and name.startswith("mosaic_gpu") and context_axis is None
-    call, options = Call(k, tokens, start), Options(bounds, chunk_size, context_axis, multiply=by_kernel)
-    static = (IMPLEMENTATIONS[name], options)
-    out, final = over_shards(_by_implementation, static, call, _axes(call), ("bthk", "bhk"), _names(call))
-    return (write_key(out, k) if multiply and not by_kernel else out), final
+    options = HypergradientOptions(bounds, chunk_size, context_axis, write_key=False)
+    return HypergradientCall(k, tokens, start, resets), options
 
 
-@functools.partial(jax.jit, static_argnums=(0, 1))
-def _by_implementation(run: Implementation, options: Options, call: Call) -> tuple[jax.Array, jax.Array]:
-    """Compiles once for equal calls, also where nothing around it is under jit."""
-    if options.context_axis is not None:
-        run = functools.partial(run, chunk_size=options.chunk_size)
-        return hypergradient_context.split_over(run, *call, options.bounds, options.context_axis)
-    more = {"multiply": True} if options.multiply else {}
-    return run(*call, options.bounds, options.chunk_size, **more)
-
-
-def _axes(call: Call) -> Call:
-    """A letter for each axis of each array, as `over_shards` reads them."""
-    gates = Tokens(u="bthk", beta="bth", step="bth", log_forget="bth", restart="bt")  # type: ignore[arg-type]
-    tokens = [axes if x is not None else None for axes, x in zip(gates, call.tokens, strict=True)]
-    start = [None if x is None else "bhk" for x in call.start]
-    return Call("bthk", Tokens(*tokens), Start(*start))  # type: ignore[arg-type]
-
-
-def _names(call: Call) -> list[str]:
-    """What a user calls the arguments that the arrays come from."""
-    tokens = zip(("k", "beta", "beta", "log_forget", "segment_ids"), call.tokens, strict=True)
-    start = zip(("initial", "restart", "anchor"), call.start, strict=True)
-    return ["k", *(name for name, x in (*tokens, *start) if x is not None)]
-
-
-def _fastest(k: jax.Array, tokens: Tokens, chunk_size: int | None) -> str:
-    if mosaic_gpu.by_default() and mosaic_gpu.hypergradient_limitation(k, tokens, chunk_size) is None:
-        return "mosaic_gpu"
-    # One token costs a CPU a few hundred nanoseconds, less than its share of a chunk's small products.
-    return "scan" if on_cpu() else "chunk"
-
-
-def _state(name: str, value: object, shapes: list[tuple[int, ...]], layout: str) -> jax.Array | float | None:
+def _array_or_number(name: str, value: object, shapes: list[tuple[int, ...]]) -> jax.Array | float | None:
     if value is None:
         return None
     if checks.is_number(value):
-        return checks.number(name, value)  # it takes the type of the state, not that of an array of its own
-    return checks.shaped_array(name, value, shapes, layout)
+        return checks.number(name, value)  # kept a number: it takes the type of the state
+    return checks.shaped_array(name, value, shapes, "a number, [Hk, K] or [B, Hk, K]")
+
+
+def _apply(implementation: str | None, options: HypergradientOptions, call: HypergradientCall) -> Results:
+    static = (tuple(IMPLEMENTATIONS.items()), implementation, options)
+    return over_shards(_run, static, call, _axes(call), ("bthk", "bhk"), _names(call))
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1, 2))  # equal calls compile once, also outside of jit
+def _run(
+    registry: Items, implementation: str | None, options: HypergradientOptions, call: HypergradientCall
+) -> Results:
+    if options.context_axis is None:
+        return dispatch(registry, implementation, call, options)
+    # The context form reads d to see where it leaves the bounds, so write keys are formed after it.
+    local = options._replace(write_key=False)
+
+    def run(call: HypergradientCall, options: HypergradientOptions) -> Results:
+        return dispatch(registry, implementation, call, options)
+
+    d, final = hypergradient_context.split_over(run, call, local)
+    return scaled(call.k, d) if options.write_key else d, final
+
+
+def _axes(call: HypergradientCall) -> HypergradientCall:
+    """Return a letter for each axis of each array, as `over_shards` reads them."""
+    letters: Any = HypergradientTokens(u="bthk", beta="bth", step="bth", log_forget="bth", reset=None)  # type: ignore[arg-type]
+    tokens = [axes if x is not None else None for axes, x in zip(letters, call.tokens, strict=True)]
+    start = [None if x is None else "bhk" for x in call.start]
+    resets: Any = None if call.resets is None else "bt"
+    return HypergradientCall("bthk", HypergradientTokens(*tokens), HypergradientStart(*start), resets)  # type: ignore[arg-type]
+
+
+def _names(call: HypergradientCall) -> list[str]:
+    """Return the public names of the arguments that the arrays come from."""
+    tokens = zip(("k", "beta", "beta", "log_forget", "segment_ids"), call.tokens, strict=True)
+    start = zip(("initial", "restart", "anchor"), call.start, strict=True)
+    resets = [] if call.resets is None else ["segment_ids"]
+    return ["k", *(name for name, x in (*tokens, *start) if x is not None), *resets]

@@ -1,8 +1,8 @@
 """Decayed scores inside a chunk: sum over K of x_i exp(G_i - G_j) w_j for i >= j, for scalar and channel decay.
 
-Every exponent is formed as a sum of log decays over (j, i], never as a difference of two long cumulative sums: that
-keeps full precision beside strong decays, in the values and (their adjoint being sums over the pairs that straddle a
-token) in the gradients, and no exponent is positive for log decays that are not.
+Every exponent is the sum of the log decays over (j, i], never a difference of two long cumulative sums. That keeps
+full precision next to strong decays, in values and in gradients (the adjoint is a sum over the pairs that straddle a
+token), and no exponent is positive unless a log decay is.
 """
 
 import functools
@@ -18,17 +18,17 @@ _matmul = functools.partial(jnp.matmul, precision=lax.Precision.HIGHEST)
 
 
 def inclusive_sum(x: jax.Array) -> jax.Array:
-    """Sums over s <= i along the axis before the last. [..., C, D] -> [..., C, D]."""
+    """Sum over s <= i along the second-to-last axis, [..., C, D] -> [..., C, D]."""
     return _matmul(np.tril(np.ones((x.shape[-2],) * 2, x.dtype)), x)
 
 
 def suffix_sum(x: jax.Array) -> jax.Array:
-    """Sums over s > i along the axis before the last. [..., C, D] -> [..., C, D]."""
+    """Sum over s > i along the second-to-last axis, [..., C, D] -> [..., C, D]."""
     return _matmul(np.triu(np.ones((x.shape[-2],) * 2, x.dtype), 1), x)
 
 
 def pair_decay(log_decay: jax.Array) -> jax.Array:
-    """exp(sum of log_decay over (j, i]) for i >= j, else 0. [..., C] -> [..., C, C]."""
+    """Return exp(sum of log_decay over (j, i]) for i >= j, else 0, [..., C] -> [..., C, C]."""
     size = log_decay.shape[-1]
     after = np.tril(np.ones((size, size), log_decay.dtype), -1)  # [s, j]: s > j
     exponent = inclusive_sum(log_decay[..., :, None] * _lead(after, log_decay.ndim + 1))
@@ -36,13 +36,13 @@ def pair_decay(log_decay: jax.Array) -> jax.Array:
 
 
 def channel_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Array:
-    """Scores under a decay per channel, by halving: one matrix product joins the two halves of every block.
+    """Compute scores with a decay per channel, by halving: one matrix product joins the two halves of every block.
 
-    The rows of the right half decay from the middle of the block, the columns of the left half up to it, so that both
-    factors are at most one. Blocks of 4 are formed elementwise.
+    The rows of the right half decay from the middle of the block, the columns of the left half up to it, so both
+    factors are at most one. Blocks of 4 are computed elementwise.
 
     Args:
-        x: [..., M, C, K], M kinds of rows (read keys and queries) that share w and the decay.
+        x: [..., M, C, K], M sets of rows (read keys, queries) that share w and the decay.
         w: [..., C, K].
         log_decay: [..., C, K].
 
@@ -78,7 +78,7 @@ def _halved_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Arra
 
 
 def _leaf_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Array:
-    """x [..., M, n, L, K], w and log_decay [..., n, L, K] -> [..., M, n, L, L]."""
+    """Compute blocks elementwise: x [..., M, n, L, K], w and log_decay [..., n, L, K] -> [..., M, n, L, L]."""
     size = w.shape[-2]
     i, j, s = np.ogrid[:size, :size, :size]
     between = ((j < s) & (s <= i)).astype(log_decay.dtype).reshape(size * size, size)
@@ -94,7 +94,7 @@ def _split_rows(x: jax.Array, size: int) -> jax.Array:
 
 
 def _halves(x: jax.Array, half: int) -> tuple[jax.Array, jax.Array]:
-    """Left and right halves of every block of 2 * half rows. [..., C, K] -> two of [..., C / (2 half), half, K]."""
+    """Split every block of 2 * half rows in two, [..., C, K] -> twice [..., C / (2 half), half, K]."""
     blocks = _split_rows(x, half)
     return blocks[..., 0::2, :, :], blocks[..., 1::2, :, :]
 
@@ -104,5 +104,5 @@ def _pad_rows(x: jax.Array, rows: int) -> jax.Array:
 
 
 def _lead(x: np.ndarray, ndim: int) -> np.ndarray:
-    """Adds leading axes of length one, for explicit broadcasting."""
+    """Add leading axes of length one, for explicit broadcasting."""
     return x.reshape((1,) * (ndim - x.ndim) + x.shape)

@@ -1,61 +1,110 @@
-"""Measured choices between implementations, all of them from benchmarks/results/ops-cpu.md (two cores, float32).
+"""Registries of implementations, and the choice that `implementation=None` makes.
 
-No other kind of device has been measured: what holds there is reasoned, and says so.
+Every choice was measured on a CPU (benchmarks/results/ops-cpu.md, two cores, float32). No other kind of device has
+been measured: choices for those are reasoned, and say so.
 """
 
 import re
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, NamedTuple
 
 import jax
 
-from osdn_jax.ops.arguments import Call
+from osdn_jax.ops.calls import DeltaRuleCall
 
 # None picks the Mosaic GPU kernels on Hopper once this is True. No GPU has run them yet. Set it when benchmarks/results
-# holds a GPU run (`python -m benchmarks.gpu_suite`) in which every check passed and the kernels were the faster.
+# holds a GPU run (`python -m benchmarks.gpu_suite`) in which every check passed and the kernels were the fastest.
 MOSAIC_GPU_MEASURED = False
 
 _HOPPER = re.compile(r"\b(GH200|H20|H100|H200|H800)\b")
 
+Results = tuple[jax.Array, jax.Array]
+
+
+class Implementation(NamedTuple):
+    """One way to compute an operator: an entry of its IMPLEMENTATIONS.
+
+    A new back end is one function and one such entry, placed before the entries that it should win against.
+
+    Attributes:
+        run: (call, options) -> (outputs, final state), both in the accumulator type. A preconditioner returns its write
+            keys in the type of k where options.write_key is True. The scan takes a third argument, loop, in place of
+            `lax.scan`.
+        limitation: (call, options) -> why run cannot serve the call on this device, beginning with the argument's
+            name, or None if it can.
+        preferred: (call, gradient) -> True if None should pick this entry where it has no limitation, by measurement;
+            gradient says whether the backward pass is wanted, too. The first entry that is preferred wins.
+        mixes_segments: True if a number that is not finite may leave its packed segment, as in masked matrix products
+            (0 * NaN is NaN). `dispatch` then recomputes such calls with the scan.
+    """
+
+    run: Callable[..., Results]
+    limitation: Callable[[Any, Any], str | None] = lambda call, options: None
+    preferred: Callable[[Any, bool], bool] = lambda call, gradient: False
+    mixes_segments: bool = True
+
+
+Registry = Mapping[str, Implementation]
+Items = tuple[tuple[str, Implementation], ...]  # of a registry, hashable: an argument that is static under jit
+
+
+def choose(implementations: Registry, call: Any, options: Any, *, gradient: bool = False) -> str:
+    """Return the name of the implementation that None stands for: the first preferred one without a limitation.
+
+    Args:
+        implementations: the operator's registry, in order of preference.
+        call: checked arrays, a NamedTuple of `osdn_jax.ops.calls`.
+        options: its static options.
+        gradient: True for the choice when the call is differentiated.
+    """
+    for name, entry in implementations.items():
+        if entry.preferred(call, gradient) and entry.limitation(call, options) is None:
+            return name
+    raise NotImplementedError("implementation: got None, but no implementation serves this call; name one")
+
 
 def on_cpu() -> bool:
-    """Whether the program is for a CPU: the devices of the mesh in use, or the first of this machine."""
+    """Return True if the program is for a CPU: the devices of the mesh in use, or the first of this machine."""
     return _device().platform == "cpu"
 
 
 def on_hopper() -> bool:
-    """Likewise for a Hopper GPU."""
+    """Return True if the program is for a Hopper GPU (see `on_cpu`)."""
     device = _device()
     return device.platform == "gpu" and _HOPPER.search(device.device_kind) is not None
 
 
 def _device() -> Any:
-    # A mesh may be of devices that are not here: what is compiled ahead of time is for them.
+    # A mesh may be of devices that are absent: what is compiled ahead of time is for them.
     ambient = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0] if ambient is None else ambient
 
 
-_CACHED = 2**18  # numbers of all memories that a core's caches hold
+_CACHED = 2**18  # elements of all states that a core's caches hold
 _WHOLE_CHUNK = 64  # tokens
 
 
-def forward_by_scan(call: Call) -> bool:
-    """Whether a forward pass alone is faster token by token than in chunks: on a CPU, while the caches hold the memory.
+def forward_by_scan(call: DeltaRuleCall) -> bool:
+    """Return True if the scan is faster than chunks for a forward pass alone: on a CPU, while caches hold the state.
 
-    Over 72 shapes (section "forward": T 1 to 4096, decay none, scalar and channel) chunks took 1.0 to 3.0 times the
-    scan's time for memories (B H K V) of up to 2^16 numbers, whatever the length. Those of 2^18 and 2^20 leave the
-    caches at every token, and chunks took 0.46 to 0.97 of the scan's time from 64 tokens on, 0.9 to 1.7 for one.
+    Over 72 shapes (section "forward": T 1 to 4096; no, scalar and channel decay) chunks took 1.0 to 3.0 times the
+    scan's time for states (B H K V) of up to 2^16 elements, at every length. States of 2^18 and 2^20 elements leave the
+    caches at every token, and chunks took 0.46 to 0.97 of the scan's time from 64 tokens on, 0.9 to 1.7 for one token.
 
-    Other devices start a program per token, so there it is chunks: reasoned, not measured.
+    Other devices launch a program per token, so chunks are chosen there: reasoned, not measured.
     """
-    return on_cpu() and (call.memory.size < _CACHED or call.q.shape[1] < _WHOLE_CHUNK)
+    return on_cpu() and (call.state.size < _CACHED or call.q.shape[1] < _WHOLE_CHUNK)
 
 
 def default_chunk(channel_decay: bool) -> int:
-    """Tokens per chunk, by the time of the forward and backward pass (section "chunks").
+    """Return the tokens per chunk of the delta rule, by the time of forward and backward (section "chunks").
 
     Without a decay or with a scalar one, 32 and 64 are within 10 % of each other for K = V = 128 (32 is up to 15 %
-    faster for 64), 16 and 128 behind; 64 keeps half as many memories. A decay per channel costs more the longer the
-    chunk, outside the products: 32 was 12 to 18 % faster than 64, and 16 and 128 were behind. Elsewhere it is 64, which
-    tiles of matrix units fit: reasoned, not measured.
+    faster for 64), 16 and 128 are slower; 64 keeps half as many states. With a decay per channel the work outside the
+    products grows with the chunk: 32 was 12 to 18 % faster than 64; 16 and 128 were slower. Other devices get 64, which
+    fits the tiles of matrix units: reasoned, not measured.
     """
     return 32 if channel_decay and on_cpu() else 64
+
+
+DEFAULT_PRECONDITIONER_CHUNK = 64  # tokens

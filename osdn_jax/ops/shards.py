@@ -1,7 +1,7 @@
-"""Operators on arrays whose types say how they are split over devices (meshes with Explicit axes).
+"""Run operators on arrays whose types carry a sharding (meshes with Explicit axes).
 
-Rows of a batch and heads do not depend on each other, so every device runs its own under `jax.shard_map` and nothing
-travels. With Auto axes the types say nothing, and the compiler finds the same split.
+Batch rows and heads are independent, so every device computes its own under `jax.shard_map` without communication. With
+Auto axes the types carry no sharding, and the compiler finds the same partition.
 """
 
 import functools
@@ -13,13 +13,13 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from osdn_jax.ops import collectives
+from osdn_jax.ops import sequence_parallel
 
 PyTree = Any
 MeshAxes = tuple[str, ...]
 
-# One letter for each axis of an array: b batch, h value heads, g key heads, which serve h / g value heads each; any
-# other letter is an axis that is not split.
+# A letter per axis of an array: b batch, h value heads, g key heads, which serve h / g value heads each; any other
+# letter is an axis that is not sharded.
 _NAMES = {"b": "batch", "h": "heads", "g": "heads"}
 
 
@@ -31,20 +31,20 @@ def over_shards(
     results: PyTree,
     names: Sequence[str],
 ) -> PyTree:
-    """run(*static, arrays), on each device for its rows and heads where the arrays' types are split over a mesh.
+    """Return run(*static, arrays), each device computing its rows and heads if the arrays' types are sharded.
+
+    JAX refuses `jax.vmap` over an axis that is sharded over an Explicit mesh axis: shard rows or heads instead.
 
     Args:
-        run: a pure function of the arrays that treats every row and head for itself.
+        run: a pure function of the arrays in which rows and heads are independent.
         static: hashable arguments of run.
-        arrays: a NamedTuple or another pytree; parts may be None.
-        axes: the same with a letter for each axis of each array, such as "bthv".
-        results: likewise for what run returns.
-        names: of the arrays' leaves, for messages.
-
-    Under `jax.vmap` over an axis that an Explicit mesh axis splits, JAX refuses it: split rows or heads instead.
+        arrays: a NamedTuple or another pytree; fields may be None.
+        axes: the same structure with a letter for each axis of each array, such as "bthv".
+        results: the same for the results of run.
+        names: argument names of the arrays' leaves, for error messages.
 
     Raises:
-        ValueError: an axis other than batch or heads is split, or two arrays are split in different ways.
+        ValueError: an axis other than batch or heads is sharded, or two arrays are sharded in different ways.
     """
     treedef: Any = jax.tree.structure(arrays)
     leaves = jax.tree.leaves(arrays)
@@ -55,7 +55,7 @@ def over_shards(
     split = _split(leaves, letters, names)
     sizes = {letter: x.shape[i] for x, axes in zip(leaves, letters, strict=True) for i, letter in enumerate(axes)}
     if sizes.get("g", 0) % _size(mesh, split["heads"]):
-        # Fewer key heads than devices: every value head gets a copy of its own.
+        # Fewer key heads than devices: repeat them, one per value head.
         leaves = [_per_value_head(x, axes, sizes["h"]) for x, axes in zip(leaves, letters, strict=True)]
 
     def spec(axes: str) -> P:
@@ -74,12 +74,12 @@ def _program(
     in_specs: tuple[P, ...],
     out_specs: tuple[P, ...],
 ) -> Callable[..., PyTree]:
-    """The jitted function of the arrays' leaves; the same for equal calls, so that they compile once."""
+    """Return the jitted function of the arrays' leaves, cached so that equal calls compile once."""
     used = {axis for spec in in_specs for entry in spec for axis in _axes_of(entry)}
     manual = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
 
     def body(*leaves: jax.Array) -> PyTree:
-        return run(*static, treedef.unflatten(collectives.vary(list(leaves), frozenset(used))))
+        return run(*static, treedef.unflatten(sequence_parallel.vary(list(leaves), frozenset(used))))
 
     sharded = jax.shard_map(body, mesh=mesh, in_specs=in_specs, out_specs=out_specs, axis_names=manual)
 
@@ -92,7 +92,7 @@ def _program(
 
 
 def _explicit_mesh(leaves: list[jax.Array]) -> jax.sharding.AbstractMesh | None:
-    """The mesh of the first array that is split over Explicit axes; None where none is."""
+    """Return the mesh of the first array that is sharded over Explicit axes; None if there is none."""
     for x in leaves:
         sharding = jax.typeof(x).sharding
         if any(entry is not None for entry in sharding.spec):
@@ -101,7 +101,7 @@ def _explicit_mesh(leaves: list[jax.Array]) -> jax.sharding.AbstractMesh | None:
 
 
 def _split(leaves: list[jax.Array], letters: list[str], names: Sequence[str]) -> dict[str, MeshAxes]:
-    """{"batch": mesh axes, "heads": mesh axes} that the arrays are split over."""
+    """Return the mesh axes that the arrays are sharded over, {"batch": ..., "heads": ...}."""
     found: dict[str, tuple[str, MeshAxes]] = {}
     for x, axes, name in zip(leaves, letters, names, strict=True):
         for letter, entry in zip(axes, jax.typeof(x).sharding.spec, strict=True):
@@ -130,7 +130,7 @@ def _split(leaves: list[jax.Array], letters: list[str], names: Sequence[str]) ->
 
 
 def _axes_of(entry: Any) -> MeshAxes:
-    """The mesh axes of an entry of a PartitionSpec."""
+    """Return the mesh axes of an entry of a PartitionSpec."""
     return (entry,) if isinstance(entry, str) else tuple(entry or ())
 
 

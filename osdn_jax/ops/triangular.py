@@ -1,4 +1,4 @@
-"""Inverse of a unit lower triangular matrix, the one small system that the chunkwise delta rule solves per chunk."""
+"""Inverse of a unit lower triangular matrix: the small system that the chunkwise delta rule solves per chunk."""
 
 import functools
 
@@ -11,13 +11,13 @@ _BASE = 8
 
 @jax.custom_vjp
 def unit_lower_inverse(strictly_lower: jax.Array) -> jax.Array:
-    """(I + A)^-1 for strictly lower triangular A, by substitution in 8 x 8 blocks and then block doubling.
+    """Return (I + A)^-1 for strictly lower triangular A, by substitution in 8 x 8 blocks and then block doubling.
 
-    Both are backward stable, also where keys are nearly parallel and A is far from small; a truncated or factored
-    Neumann series is not. Products run at HIGHEST precision.
+    Both are backward stable, even if keys are nearly parallel and A is far from small; a truncated or factored Neumann
+    series is not. Products run at HIGHEST precision.
 
     Args:
-        strictly_lower: A, [..., C, C] float32 or float64; what lies on or above the diagonal must be zero.
+        strictly_lower: A, [..., C, C] float32 or float64; entries on and above the diagonal must be zero.
 
     Returns:
         [..., C, C], unit lower triangular.
@@ -50,7 +50,7 @@ def _inverse_by_doubling(lower: jax.Array) -> jax.Array:
     inverse = _inverse_by_substitution(_diagonal_blocks(lower, _BASE))
     half = _BASE
     while half < size:
-        # [[a, 0], [L, b]]^-1 = [[a^-1, 0], [-b^-1 L a^-1, b^-1]], for all pairs of neighbouring blocks at once.
+        # [[a, 0], [L, b]]^-1 = [[a^-1, 0], [-b^-1 L a^-1, b^-1]], for all pairs of adjacent blocks at the same time.
         joining = _diagonal_blocks(lower, 2 * half)[..., half:, :half]
         pairs = inverse.reshape(*batch, size // (2 * half), 2, half, half)
         first, second = pairs[..., 0, :, :], pairs[..., 1, :, :]
@@ -74,7 +74,7 @@ def _inverse_by_substitution(lower: jax.Array) -> jax.Array:
 
 
 def _diagonal_blocks(matrix: jax.Array, size: int) -> jax.Array:
-    """[..., n * size, n * size] -> [..., n, size, size]."""
+    """Take the diagonal blocks, [..., n * size, n * size] -> [..., n, size, size]."""
     count = matrix.shape[-1] // size
     blocks = [matrix[..., i * size : (i + 1) * size, i * size : (i + 1) * size] for i in range(count)]
     return jnp.stack(blocks, axis=-3)

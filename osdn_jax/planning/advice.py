@@ -1,27 +1,26 @@
-"""Which rematerialisation and micro-batch fit, by estimate from a step that was compiled."""
+"""Estimates of the rematerialisation policies and micro-batches that fit, from one compiled step."""
 
 import dataclasses
 from collections.abc import Mapping
 
-DEFAULT_MEMORY_FRACTION = (
-    0.75  # of a GPU's memory: what JAX takes, https://docs.jax.dev/en/latest/gpu_memory_allocation.html
-)
-MAX_MEMORY_FRACTION = (
-    0.92  # with XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is the driver's, NCCL's and what is lost in gaps
-)
+# Fractions of a GPU's memory. By default JAX allocates 75 %:
+# https://docs.jax.dev/en/latest/gpu_memory_allocation.html
+DEFAULT_MEMORY_FRACTION = 0.75
+# With XLA_PYTHON_CLIENT_MEM_FRACTION; the rest is for the driver, NCCL and fragmentation.
+MAX_MEMORY_FRACTION = 0.92
 
 
 @dataclasses.dataclass(frozen=True)
 class Costs:
-    """What a step costs each device, and what of that depends on which choice.
+    """Costs of a step on each device, by the options that they depend on.
 
     Args:
-        accumulate: parts of a batch, of the step that was compiled.
-        fixed: bytes whatever is chosen: parameters, optimiser, batch, gradients.
-        working: bytes of temporaries of one part.
-        kept: bytes that the forward pass of one part leaves for the gradient, by rematerialisation.
-        compute: seconds of a step's products, by rematerialisation.
-        traffic: seconds of its collectives.
+        accumulate: micro-batches per step of the step that was compiled.
+        fixed: bytes independent of the options: parameters, optimiser, batch, gradients.
+        working: bytes of temporaries of one micro-batch.
+        kept: bytes that the forward pass of one micro-batch keeps for the gradient, by remat policy.
+        compute: seconds of matrix products per step, by remat policy.
+        traffic: seconds of collectives per step.
     """
 
     accumulate: int
@@ -34,7 +33,14 @@ class Costs:
 
 @dataclasses.dataclass(frozen=True)
 class Option:
-    """A choice, and what it is estimated to cost: bytes on each device, and seconds of a step at least."""
+    """A remat policy and a number of micro-batches, with estimates of their cost.
+
+    Args:
+        remat: the policy: none, blocks or full.
+        accumulate: micro-batches per step.
+        memory: bytes on each device.
+        seconds: lower bound on the time of a step.
+    """
 
     remat: str
     accumulate: int
@@ -43,18 +49,19 @@ class Option:
 
     @property
     def flags(self) -> str:
-        """As `train.py` takes them."""
+        """The flags of `train.py` that select it."""
         return f"--config.model.remat={self.remat} --config.accumulate={self.accumulate}"
 
 
 def options(costs: Costs, rows: int) -> list[Option]:
-    """All choices, the fastest first, and of equally fast ones that which computes least, in the fewest parts.
+    """Return all options, fastest first; ties go to the least computation, then to the fewest micro-batches.
 
-    Parts share temporaries and activations in proportion; each part gathers the parameters anew.
+    Temporaries and activations are proportional to the size of a micro-batch; each micro-batch gathers the parameters
+    again.
 
     Args:
-        costs: of a step that was compiled.
-        rows: sequences of a step on each device.
+        costs: of a compiled step.
+        rows: sequences per step on each device.
     """
     found = []
     for accumulate in (n for n in range(1, rows + 1) if rows % n == 0):
@@ -67,6 +74,12 @@ def options(costs: Costs, rows: int) -> list[Option]:
 
 
 def suggest(costs: Costs, rows: int, memory: float) -> list[Option]:
-    """Of each rematerialisation the fastest choice within so many bytes, in their order; none where nothing fits."""
+    """Return the fastest option of each remat policy that fits, fastest first.
+
+    Args:
+        costs: of a compiled step.
+        rows: sequences per step on each device.
+        memory: bytes available on each device.
+    """
     fitting = [option for option in options(costs, rows) if option.memory <= memory]
     return [option for i, option in enumerate(fitting) if option.remat not in {other.remat for other in fitting[:i]}]

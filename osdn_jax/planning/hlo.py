@@ -1,4 +1,4 @@
-"""The collectives of a compiled program, from its text."""
+"""Collectives of a compiled program, parsed from its HLO text."""
 
 import dataclasses
 import re
@@ -24,13 +24,13 @@ _PAIRS = re.compile(r"source_target_pairs=\{((?:\{\d+,\d+\},?)*)\}")
 
 @dataclasses.dataclass(frozen=True)
 class Collective:
-    """Alike collectives of one program.
+    """Identical collectives of one program, grouped.
 
     Args:
         kind: such as "all-gather".
-        groups: the positions in the mesh of devices that work together; a permutation's pairs.
+        groups: positions in the mesh of the devices of each group, or the pairs of a permutation.
         size: bytes of the whole array that is gathered, reduced or exchanged, on one device.
-        count: how often in one run of the program.
+        count: number of executions in one run of the program.
     """
 
     kind: str
@@ -40,18 +40,24 @@ class Collective:
 
     @property
     def members(self) -> int:
-        """Devices of a group."""
+        """Number of devices in a group."""
         return max(map(len, self.groups))
 
     @property
     def sent(self) -> float:
-        """Bytes that each device sends in one run of the program, along a ring."""
+        """Bytes that each device sends in one run of the program, with ring algorithms."""
         n = self.members
         factor = {"all-reduce": 2 * (n - 1) / n, "collective-permute": 1.0}.get(self.kind, (n - 1) / n)
         return self.count * self.size * factor
 
     def per_host(self, hosts: Sequence[int]) -> int | None:
-        """The most members that a group has on a host, if it has some on several; hosts: of each position."""
+        """Return the number of members on one host of the groups that span hosts; None if no group does.
+
+        It is the maximum over the hosts of a group, and the minimum of these over groups.
+
+        Args:
+            hosts: the host of each position in the mesh.
+        """
         across = [group for group in self.groups if len({hosts[i] for i in group}) > 1]
         counts = [list(map([hosts[i] for i in group].count, {hosts[i] for i in group})) for group in across]
         return min(map(max, counts)) if counts else None
@@ -59,11 +65,11 @@ class Collective:
 
 @dataclasses.dataclass(frozen=True)
 class Collectives:
-    """What a program sends.
+    """The collectives of a program.
 
     Args:
         collectives: one for each kind, group and size.
-        uncounted_loops: loops around collectives whose length the compiler does not know; they count once.
+        uncounted_loops: number of loops with collectives whose length the compiler does not know; they count once.
     """
 
     collectives: tuple[Collective, ...]
@@ -71,31 +77,36 @@ class Collectives:
 
 
 def parse(text: str, devices: int) -> Collectives:
-    """The collectives of a program of the compiler, `Compiled.as_text()`, that runs on so many devices.
+    """Parse the collectives of a compiled program.
 
-    One device's share is counted; in loops, as often as they run. Those of a single device are left out. Of a
-    conditional all branches count.
+    Those in loops count as often as the loop runs, and all branches of a conditional count. Groups of a single device
+    are left out.
 
-    Raises ValueError for a notation that is not known.
+    Args:
+        text: the program, `Compiled.as_text()`.
+        devices: the number of devices that it runs on.
+
+    Raises:
+        ValueError: the text has a notation that is not known.
     """
-    own: dict[str, list[tuple[str, tuple[tuple[int, ...], ...], int]]] = {}
+    direct: dict[str, list[tuple[str, tuple[tuple[int, ...], ...], int]]] = {}
     calls: dict[str, list[tuple[str, int | None]]] = {}
     entry, current = None, ""
     for line in text.splitlines():
         if not line.startswith(" "):
             if found := _COMPUTATION.match(line):
                 current = found[2]
-                own[current], calls[current] = [], []
+                direct[current], calls[current] = [], []
                 entry = current if found[1] else entry
             continue
         if " custom-call(" in line or not (found := _INSTRUCTION.match(line)):
-            continue  # a kernel's line holds its code
+            continue  # the line of a kernel contains its code
         result, operation, rest = found.groups()
         kind = operation.removesuffix("-start")
         if kind in _KINDS:
             groups = _groups(rest, devices)
             if max(map(len, groups), default=1) > 1:
-                own[current].append((kind, groups, _size(kind, result, operation != kind, max(map(len, groups)))))
+                direct[current].append((kind, groups, _size(kind, result, operation != kind, max(map(len, groups)))))
             continue
         trips: int | None = 1
         if operation == "while":
@@ -106,25 +117,25 @@ def parse(text: str, devices: int) -> Collectives:
                 calls[current] += [(name, trips) for name in re.findall(r"[\w.\-]+", names)]
     if entry is None:
         raise ValueError("text: got no program of the compiler, expected one with an ENTRY")
-    return _count(entry, own, calls)
+    return _count(entry, direct, calls)
 
 
-def _count(entry: str, own: dict[str, list], calls: dict[str, list[tuple[str, int | None]]]) -> Collectives:
+def _count(entry: str, direct: dict[str, list], calls: dict[str, list[tuple[str, int | None]]]) -> Collectives:
     totals: dict[tuple, int] = {}
-    holds: dict[str, bool] = {}  # whether a computation, or one that it calls, has a collective
+    holds: dict[str, bool] = {}  # computation: True if it, or one that it calls, has a collective
     uncounted = 0
 
     def has(name: str) -> bool:
         if name not in holds:
-            holds[name] = bool(own.get(name)) or any(has(inner) for inner, _ in calls.get(name, []))
+            holds[name] = bool(direct.get(name)) or any(has(inner) for inner, _ in calls.get(name, []))
         return holds[name]
 
     def count(name: str, times: int) -> None:
         nonlocal uncounted
-        for key in own[name]:
+        for key in direct[name]:
             totals[key] = totals.get(key, 0) + times
         for inner, trips in calls[name]:
-            if inner in own and has(inner):
+            if inner in direct and has(inner):
                 uncounted += trips is None
                 count(inner, times * (1 if trips is None else trips))
 
@@ -172,7 +183,7 @@ def _groups(attributes: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _of_axes(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """mesh['data'=2,'fsdp'=4] {'fsdp'}: the groups along some axes, or parts 'fsdp':(1)2 of them."""
+    """Parse mesh['data'=2,'fsdp'=4] {'fsdp'}: groups along axes, or along sub-axes such as 'fsdp':(1)2."""
     match = re.fullmatch(r"mesh\[((?:'[^']*'=\d+,?)+)\](?:, device_ids=\(([\d,\s]+)\))? \{(.*)\}", text)
     if match is None:
         raise ValueError(f"replica_groups: got {text!r}, which is no notation that is known")
@@ -180,14 +191,14 @@ def _of_axes(text: str, devices: int) -> tuple[tuple[int, ...], ...]:
     chosen = re.findall(r"'([^']*)'(?::\((\d+)\)(\d+))?", match[3])
     shape, group = [], []
     for name, size in axes:
-        parts = sorted((int(before), int(part)) for other, before, part in chosen if other == name and part)
-        if any(other == name and not part for other, _, part in chosen):
-            parts = [(1, size)]
+        factors = sorted((int(before), int(factor)) for other, before, factor in chosen if other == name and factor)
+        if any(other == name and not factor for other, _, factor in chosen):
+            factors = [(1, size)]
         done = 1
-        for before, part in parts:
-            shape += [before // done, part]
+        for before, factor in factors:
+            shape += [before // done, factor]
             group.append(len(shape) - 1)
-            done = before * part
+            done = before * factor
         shape.append(size // done)
     ids = np.arange(devices) if match[2] is None else np.array(_ints(match[2]))
     rest = [i for i in range(len(shape)) if i not in group]

@@ -1,4 +1,4 @@
-"""Bytes on each device, by kind."""
+"""Memory of a training step on each device, by use."""
 
 import dataclasses
 import math
@@ -16,10 +16,12 @@ class Memory:
     """Bytes on each device at the peak of a training step.
 
     Args:
-        parameters, optimizer, average: the state; average is the parameters' moving average, if there is one.
-        batch: the tokens.
-        activations: what the forward pass of a micro-batch leaves for its gradient, counted from its shapes.
-        temporaries: all else that the compiler needs: gradients, gathered parameters, working memory.
+        parameters: the model's parameters.
+        optimizer: the optimiser's state.
+        average: the moving average of the parameters, if there is one.
+        batch: the tokens of a step.
+        activations: arrays that the forward pass of a micro-batch keeps for its gradient, estimated from their shapes.
+        temporaries: everything else: gradients, gathered parameters, working memory.
     """
 
     parameters: int
@@ -31,15 +33,20 @@ class Memory:
 
     @property
     def total(self) -> int:
-        """All kinds together."""
+        """Sum of all uses."""
         return sum(dataclasses.astuple(self))
 
 
 def measure(program: Program, compiled: jax.stages.Compiled) -> Memory:
-    """The memory of a compiled step."""
+    """Return the memory of a compiled step.
+
+    Args:
+        program: the step.
+        compiled: the same step, compiled.
+    """
     state = program.state
     analysis: Any = compiled.memory_analysis()
-    # The new state takes the place of the old one; what cannot, such as metrics, is new.
+    # The new state overwrites the old one; outputs that cannot, such as metrics, need memory.
     working = analysis.temp_size_in_bytes + analysis.output_size_in_bytes - analysis.alias_size_in_bytes
     kept = activations(program)
     return Memory(
@@ -47,20 +54,21 @@ def measure(program: Program, compiled: jax.stages.Compiled) -> Memory:
         optimizer=on_a_device(state.optimizer),
         average=on_a_device(state.ema),
         batch=on_a_device(program.batch),
-        activations=min(kept, working),  # the compiler may find that it can do with less
+        activations=min(kept, working),  # the compiler may need less
         temporaries=max(working - kept, 0),
     )
 
 
 def on_a_device(tree: PyTree) -> int:
-    """Bytes that each device has of shapes with shardings."""
+    """Return the bytes on each device of arrays or shapes with shardings."""
     return sum(math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def activations(program: Program) -> int:
-    """Bytes that each device keeps for the gradient of one micro-batch, estimated from shapes.
+    """Return the bytes that each device keeps for the gradient of one micro-batch, estimated from shapes.
 
-    An array of tokens [B, T, ...] is split as they are; what a layer keeps on each device is split over all of them.
+    Arrays of tokens [B, T, ...] are sharded as the batch is; arrays that a layer keeps per device are stacked along
+    their first axis, over all devices.
     """
     sizes = dict(program.mesh.shape)
     rows, time = (program.batch["inputs"].shape[0] // program.step_config.accumulate, program.batch["inputs"].shape[1])

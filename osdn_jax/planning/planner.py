@@ -1,4 +1,4 @@
-"""The plan of a run: its training step compiled for devices that need not be here, and what follows from that."""
+"""The plan of a run: its training step compiled for devices that do not have to exist, and the costs that follow."""
 
 import dataclasses
 import time
@@ -21,15 +21,15 @@ _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", 
 
 @dataclasses.dataclass(frozen=True)
 class Traffic:
-    """Collectives of one kind among as many devices, in one step.
+    """Collectives of one kind and group size, in one step.
 
     Args:
         kind: such as "all-gather".
-        members: devices of a group.
-        across_hosts: whether groups reach over hosts.
-        count: how many.
+        members: number of devices in a group.
+        across_hosts: True if groups span hosts.
+        count: number of executions.
         sent: bytes that each device sends.
-        seconds: at the links' full speed; None without a GPU to go by.
+        seconds: time at the links' full bandwidth; None if no GPU is named.
     """
 
     kind: str
@@ -42,16 +42,36 @@ class Traffic:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What `plan` found; bytes and FLOPs are those of each device, tokens and parameters those of all.
+    """The result of `plan`. Bytes and FLOPs are per device, tokens and parameters are totals; figures are per step.
 
     Args:
-        compiled_for: "gpu" or "cpu", of which temporaries and collectives are.
-        gpu: whose limits are meant; None for none.
-        formula: parameters by `osdn_jax.nn.parameter_formula`.
-        ceiling: the highest model FLOPs utilisation, if collectives hide behind products and nothing else takes time.
-        suggestions: by estimate, of each remat the fastest choice that fits what JAX takes by default, fastest first.
-        smallest: the choice of the least memory, by estimate.
-        seconds: to trace and lower, and to compile.
+        topology: HOSTSxDEVICES.
+        compiled_for: "gpu" or "cpu": the compiler that temporaries and collectives come from.
+        gpu: the GPU whose limits apply, or None.
+        mesh: devices along each axis of the mesh.
+        rule: `config.model.rule`.
+        remat: the remat policy.
+        accumulate: micro-batches per step.
+        rows: sequences per step.
+        length: tokens per sequence.
+        parameters: number of parameters.
+        formula: number of parameters by `osdn_jax.nn.parameter_formula`.
+        parameter_bytes: bytes of all parameters.
+        memory: memory by use.
+        traffic: collectives by kind and group size.
+        uncounted_loops: number of loops with collectives whose length the compiler does not know; they count once.
+        flops: FLOPs per token, by formula.
+        model_flops: FLOPs without recomputation.
+        executed_flops: FLOPs with recomputation.
+        compute_seconds: time of `executed_flops` at the GPU's peak rate.
+        traffic_seconds: time of the collectives at the links' full bandwidth.
+        ceiling: upper bound on the model FLOPs utilisation: collectives overlap with matrix products, and nothing else
+            takes time.
+        suggestions: estimates of the fastest option of each remat policy that fits in JAX's default allocation, fastest
+            first.
+        smallest: the option that needs the least memory, by estimate.
+        seconds: time to trace and lower, and to compile.
+        versions: versions of the packages that matter.
     """
 
     topology: str
@@ -82,44 +102,47 @@ class Plan:
 
     @property
     def devices(self) -> int:
-        """Of the mesh."""
+        """Number of devices."""
         return devices.parse_topology(self.topology).devices
 
     @property
     def fits(self) -> bool | None:
-        """Whether the step fits in what JAX takes of a GPU by default; None without a GPU."""
+        """True if the step fits in the memory that JAX allocates on the GPU by default; None without a GPU."""
         return None if self.gpu is None else self.memory.total <= advice.DEFAULT_MEMORY_FRACTION * self.gpu.memory
 
 
 def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
-    """Compiles the training step of a run for a topology and says what it needs. Nothing is run or allocated.
+    """Compile the training step of a run for a topology, and return what it needs. Nothing is run or allocated.
 
-    It is compiled for GPUs where one is named and JAX's CUDA plugin is installed, for virtual devices of this machine's
-    CPU otherwise; those temporaries and collectives are of the CPU's compiler.
+    It is compiled for GPUs if one is named and JAX's CUDA plugin is installed, and for virtual devices of this
+    machine's CPU otherwise; then temporaries and collectives are those of the CPU's compiler.
 
     Args:
-        config: of the run.
+        config: the configuration of the run, as of `osdn_jax.training.default_config`.
         topology: HOSTSxGPUS, such as "8x8".
-        gpu: a key of `hardware.GPUS`.
+        gpu: a key of `hardware.GPUS`: "h200" or "h100"; default None: only what does not depend on a GPU.
+
+    Returns:
+        The plan; `report` formats it as text, `as_json` as JSON.
 
     Raises:
-        ConfigError: the topology, the GPU or the configuration cannot be used; the message says why.
+        ConfigError: the topology, the GPU or the configuration is not valid; the message says why.
     """
     try:
         shape = devices.parse_topology(topology)
         chosen = None if gpu is None else hardware.gpu(gpu)
         described = gpu is not None and devices.can_compile_for_gpus()
-        there = devices.described_gpus(shape, gpu) if described and gpu else devices.virtual_devices(shape)
-        program = build_program(config, there)
+        targets = devices.described_gpus(shape, gpu) if described and gpu else devices.virtual_devices(shape)
+        program = build_program(config, targets)
         start = time.perf_counter()
         lowered = program.lower()
         middle = time.perf_counter()
         compiled = lowered.compile()
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
-    except (OverflowError, RuntimeError) as error:  # of a size that JAX or its compiler cannot count up to
-        said = " ".join(str(error).split())
-        raise ConfigError(f"a step of this configuration cannot be compiled: {said}") from error
+    except (OverflowError, RuntimeError) as error:  # sizes that overflow in JAX or its compiler
+        message = " ".join(str(error).split())
+        raise ConfigError(f"a step of this configuration cannot be compiled: {message}") from error
     seconds = {"lower": middle - start, "compile": time.perf_counter() - middle}
 
     used = memory.measure(program, compiled)
@@ -127,9 +150,9 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
     hosts = [devices.host_of(device, shape) for device in program.mesh.devices.flat]
     traffic = _traffic(found.collectives, hosts, chosen)
     length = config.sequence_length
-    each = flops.per_token(program.model, program.state.params, length)
+    per_token = flops.per_token(program.model, program.state.params, length)
     tokens = config.batch_size * length / program.mesh.size
-    model, executed = each.training * tokens, {remat: each.executed(remat) * tokens for remat in _REMATS}
+    model, executed = per_token.training * tokens, {remat: per_token.executed(remat) * tokens for remat in _REMATS}
     remat = program.model.remat
     compute = sending = ceiling = smallest = None
     suggestions: list[advice.Option] = []
@@ -137,7 +160,9 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
         compute = executed[remat] / chosen.flops
         sending = sum(row.seconds or 0.0 for row in traffic)
         ceiling = model / chosen.flops / max(compute, sending)
-        costs = _costs(config, there, program, used, {name: n / chosen.flops for name, n in executed.items()}, sending)
+        costs = _costs(
+            config, targets, program, used, {name: n / chosen.flops for name, n in executed.items()}, sending
+        )
         rows = config.batch_size // (program.mesh.shape["data"] * program.mesh.shape["fsdp"])
         suggestions = advice.suggest(costs, rows, advice.DEFAULT_MEMORY_FRACTION * chosen.memory)
         smallest = min(advice.options(costs, rows), key=lambda option: option.memory)
@@ -157,7 +182,7 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
         memory=used,
         traffic=traffic,
         uncounted_loops=found.uncounted_loops,
-        flops=each,
+        flops=per_token,
         model_flops=model,
         executed_flops=executed[remat],
         compute_seconds=compute,
@@ -181,13 +206,13 @@ def _traffic(found: Sequence[hlo.Collective], hosts: Sequence[int], gpu: hardwar
 
 
 def _seconds(sent: float, per_host: int | None, gpu: hardware.GPU) -> float:
-    # Over hosts the members of a host share what leaves it: as many rings as they have ports, NVLink in between.
+    # Between hosts, the members on a host share the traffic: one ring for each of their ports, and NVLink inside.
     return sent / (gpu.nvlink if per_host is None else min(gpu.nvlink, per_host * gpu.network))
 
 
 def _costs(
     config: ConfigDict,
-    there: list[jax.Device],
+    targets: list[jax.Device],
     program: Program,
     used: memory.Memory,
     compute: dict[str, float],
@@ -200,7 +225,7 @@ def _costs(
         else:
             other: Any = config.copy_and_resolve_references()
             other.model.remat = remat
-            kept[remat] = memory.activations(build_program(other, there))
+            kept[remat] = memory.activations(build_program(other, targets))
     gradients = min(used.parameters, used.temporaries)
     return advice.Costs(
         accumulate=config.accumulate,

@@ -1,4 +1,4 @@
-"""The training step of a configuration, as shapes on a mesh: nothing of it is allocated."""
+"""The training step of a configuration as shapes on a mesh; nothing is allocated."""
 
 import math
 from collections.abc import Callable
@@ -20,39 +20,44 @@ from osdn_jax.training.mesh import Layout, build_mesh, mesh_sizes
 from osdn_jax.training.step import StepConfig, TrainState, make_train_step
 
 _BATCH = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
-_MOST_TOKENS = 2**31  # the compiler counts them in 32 bits, and ends the process where it cannot
+_MAX_TOKENS = 2**31  # the compiler counts them in 32 bits and aborts the process on overflow
 
 
 class Program(NamedTuple):
-    """A training step and the shapes that it is called with."""
+    """A training step and the shapes of its arguments."""
 
     model: ModelConfig
     step_config: StepConfig
     mesh: Mesh
     apply: Callable[..., Any]
     step: Any  # jitted
-    state: TrainState  # of shapes with shardings, as is the batch
+    state: TrainState  # shapes with shardings, like the batch
     batch: dict[str, jax.ShapeDtypeStruct]  # [B, T] each
 
     def lower(self) -> jax.stages.Lowered:
-        """The step for the devices of the mesh."""
+        """Lower the step for the devices of the mesh."""
         with jax.set_mesh(self.mesh):
             return self.step.lower(self.state, self.batch)
 
 
 def build_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
-    """The training step of a run on these devices.
+    """Return the training step of a run on these devices.
 
-    Raises ValueError where the configuration has no such run, or leaves devices without work.
+    Args:
+        config: the configuration of the run.
+        devices: all devices of the run.
+
+    Raises:
+        ValueError: the configuration is not valid for these devices, or does not use all of them.
     """
     for name in ("batch_size", "sequence_length", "accumulate"):
         if config[name] < 1:
             raise ValueError(f"{name}: got {config[name]}, expected at least 1")
     tokens = config.batch_size * config.sequence_length
-    if tokens >= _MOST_TOKENS:
+    if tokens >= _MAX_TOKENS:
         raise ValueError(
             f"batch_size, sequence_length: got {config.batch_size} x {config.sequence_length} tokens a step, expected "
-            f"fewer than {_MOST_TOKENS:,}"
+            f"fewer than {_MAX_TOKENS:,}"
         )
     sizes = mesh_sizes(config, len(devices))
     used = math.prod(sizes.values())
@@ -61,7 +66,7 @@ def build_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
             f"mesh: got {' x '.join(f'{size} {axis}' for axis, size in sizes.items())}, {used} in all, expected the "
             f"{len(devices)} devices of the plan; --config.mesh.fsdp=-1 takes all that are left"
         )
-    # A mesh even of one device: it says what to compile for.
+    # One device needs a mesh too: it tells the compiler what to compile for.
     mesh = build_mesh(config, devices) or jax.make_mesh((1,) * 4, MESH_AXES, (AxisType.Auto,) * 4, devices=devices)
     layout = Layout(mesh)
     step_config = build_step_config(config)
@@ -81,9 +86,9 @@ def build_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
 
 
 def kept_for_gradient(program: Program) -> list[jax.ShapeDtypeStruct]:
-    """What the forward pass of one micro-batch leaves for its gradient, besides parameters and batch.
+    """Return the shapes that the forward pass of one micro-batch keeps for its gradient, without parameters and batch.
 
-    Shapes are those of all devices together; what each device makes for itself lies side by side in the first axis.
+    Shapes are global; arrays local to a device are stacked along the first axis.
     """
 
     def forward(parameters: Parameters, batch: Any) -> list[jax.Array]:
@@ -92,9 +97,9 @@ def kept_for_gradient(program: Program) -> list[jax.ShapeDtypeStruct]:
 
         return jax.tree.leaves(jax.vjp(nats, parameters)[1])
 
-    parts = program.step_config.accumulate
+    count = program.step_config.accumulate
     batch = {
-        name: jax.ShapeDtypeStruct((x.shape[0] // parts, *x.shape[1:]), x.dtype) for name, x in program.batch.items()
+        name: jax.ShapeDtypeStruct((x.shape[0] // count, *x.shape[1:]), x.dtype) for name, x in program.batch.items()
     }
     with jax.set_mesh(program.mesh):
         jaxpr = jax.make_jaxpr(forward)(program.state.params, batch).jaxpr

@@ -1,7 +1,7 @@
-"""What the processes of a job agree on before they start together: none has failed, and all do the same.
+"""Agreement of the processes of a job before they start: none has failed, and all are about to do the same.
 
-JAX ends every process with an abort where one ends by itself, and where their programs differ they wait for each other,
-or train a model that nobody asked for. So each says what it is about to do, or why it cannot, and all read that.
+JAX aborts every process if one ends by itself; if their programs differ, they wait for each other for ever or train a
+model that the user did not ask for. So each process reports what it is about to do, or why it cannot, to all others.
 """
 
 import collections
@@ -24,38 +24,38 @@ from osdn_jax.training.command_line import print_error
 from osdn_jax.training.config import ConfigError, flatten
 from osdn_jax.training.reports import check_same, failures, software
 
-# Whose message is for the user as it is.
+# Errors whose message is shown to the user as it is.
 _USER_ERRORS = (ValueError, TypeError, OverflowError, OSError, ImportError, flags.Error)
-_BLOCK = 1 << 12  # bytes; reports travel in whole blocks, so that few programs are compiled for them
-_PATIENCE = 15.0  # seconds until a file that another process has written is here
+_BLOCK = 1 << 12  # bytes; reports are padded to whole blocks, so that few programs are compiled for them
+_PATIENCE = 15.0  # seconds to wait for a file that another process has written
 
-_outcome: Literal["agreed", "failed"] | None = None  # of the last time that this process settled with others
+_outcome: Literal["agreed", "failed"] | None = None  # of this process's last call of `_settle`
 
 
 def describe(config: ConfigDict, **arguments: Any) -> dict[str, Any]:
-    """What a run is: its configuration by dotted key, its arguments, and the software."""
+    """Return what identifies a run: its configuration by dotted key, its arguments and the software versions."""
     return {**flatten(config), **arguments, **software()}
 
 
 def agree(description: Mapping[str, Any]) -> None:
-    """Waits for all processes. Raises ConfigError in every one if any of them failed, or describes another run."""
+    """Wait for all processes. Raises ConfigError in every one if any of them failed or describes another run."""
     if jax.process_count() > 1:
         _settle(description, None)
 
 
 def fail(error: BaseException) -> NoReturn:
-    """Tells the processes that wait in `agree`, then raises ConfigError, or the error itself if it is no user's."""
+    """Tell the processes that wait in `agree`, then raise ConfigError, or the error itself if it is not the user's."""
     together = jax.process_count() > 1
     told = _inform(error) if together else str(error)
     if isinstance(error, _USER_ERRORS):
         raise (type(error) if isinstance(error, ConfigError) else ConfigError)(told) from error
     if together:
-        distributed.leave()  # as the others do; this process may not get the chance later
+        distributed.leave()  # as the others do; this process may not be able to later
     raise error
 
 
 def _inform(error: BaseException) -> str:
-    """What all processes say of this one's error, and of others that failed too."""
+    """Report this process's error to all and return the message about every process that failed."""
     reason = str(error) if isinstance(error, _USER_ERRORS) else repr(error)
     try:
         _settle({}, "interrupted" if isinstance(error, KeyboardInterrupt) else reason)
@@ -65,9 +65,9 @@ def _inform(error: BaseException) -> str:
 
 
 def by_first(call: Callable[[], object], file: Path) -> None:
-    """Calls it in the first process, which makes a file by it, and waits until every process sees that file.
+    """Call a function that creates `file` in process 0, and wait until every process sees the file.
 
-    Raises ConfigError in every process where the first one fails or another does not see the file; or as `fail`.
+    Raises ConfigError in every process if process 0 fails or another process does not see the file; or as `fail`.
     """
     for step in (call if distributed.is_primary() else lambda: None, lambda: _see(file)):
         try:
@@ -78,7 +78,7 @@ def by_first(call: Callable[[], object], file: Path) -> None:
 
 
 def _see(file: Path) -> None:
-    """Raises FileNotFoundError for one that does not appear; file systems over a network may take a while."""
+    """Raise FileNotFoundError for a file that does not appear; network file systems may take a while."""
     end = time.monotonic() + _PATIENCE
     while not file.exists():
         if time.monotonic() > end:
@@ -87,10 +87,12 @@ def _see(file: Path) -> None:
 
 
 def tell(error: Exception, arguments: Sequence[str]) -> Exception:
-    """The error that a process with this command line ends with, after it has told the others.
+    """Tell the other processes of an error and return the error that this process ends with.
 
-    Where it has not joined them yet, it does so first, if the command line or the environment says how. Raises
-    SystemExit if it has had to speak before.
+    If it has not joined them yet, it does so first, provided that the command line or the environment says how.
+
+    Raises:
+        SystemExit: the error has already been printed.
     """
     users, spoke = isinstance(error, _USER_ERRORS), []
 
@@ -112,7 +114,7 @@ def tell(error: Exception, arguments: Sequence[str]) -> Exception:
 
 
 def _settle(description: Mapping[str, Any], reason: str | None) -> None:
-    """Raises ConfigError, the same in every process, unless all have described the same run."""
+    """Raise ConfigError, the same in every process, unless all have described the same run."""
     global _outcome
     _outcome = "failed"
     reason = None if reason is None else " ".join(reason.split())
@@ -126,7 +128,7 @@ def _settle(description: Mapping[str, Any], reason: str | None) -> None:
 
 
 def _check_devices(reason: str | None) -> None:
-    """Raises ConfigError, in every process, where processes have unequal numbers of devices: none could gather."""
+    """Raise ConfigError in every process if their numbers of devices differ, because then they could not gather."""
     counts = collections.Counter(device.process_index for device in jax.devices())
     try:
         check_same([{"devices": counts[number]} for number in range(jax.process_count())])
@@ -135,7 +137,7 @@ def _check_devices(reason: str | None) -> None:
 
 
 def _gather(report: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Of every process, in order."""
+    """Return the reports of all processes, in order."""
     data = np.frombuffer(json.dumps(report, default=repr).encode(), np.uint8)
     sizes = multihost_utils.process_allgather(np.asarray(len(data), np.int32))
     room = -(-int(np.max(sizes)) // _BLOCK) * _BLOCK

@@ -1,4 +1,4 @@
-"""What a configuration stands for: its model, text and optimiser."""
+"""Build the model, the optimiser and the step's settings from a configuration."""
 
 import dataclasses
 
@@ -17,12 +17,24 @@ from osdn_jax.training.step import StepConfig
 
 
 def build_model_config(config: ConfigDict) -> ModelConfig:
-    """The model of a run.
+    """Return the model configuration of a run.
+
+    Args:
+        config: with the keys of `default_config`; `config.model` and, for the size of the vocabulary,
+            `config.data.tokenizer` are read.
+
+    Returns:
+        The configuration that `nn.CausalLM` takes.
 
     Raises:
-        ValueError: a field out of its range, an unknown rule or preset, one that the rule has no use for, or heads that
-            do not divide the width where key_dim or value_dim is not given.
-        ValueError, FileNotFoundError, ImportError: as `load_tokenizer`, where model.vocab_size is not given.
+        ValueError: a field out of its range, an unknown rule or preset, a preset for a rule that has none, or heads
+            that do not divide the width although key_dim or value_dim is not given.
+        ValueError, FileNotFoundError, ImportError: as `load_tokenizer`, if model.vocab_size is not given.
+
+    Example:
+        >>> from osdn_jax.training import build_model_config, default_config
+        >>> build_model_config(default_config()).vocab_size
+        256
     """
     check_ranges(config, "model.")
     model = config.model
@@ -73,15 +85,38 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
 
 
 def build_model(config: ConfigDict) -> CausalLM:
-    """The model of a run, its parameters started from the seed. Raises ValueError as `build_model_config`."""
+    """Return the model of a run, its parameters initialised from config.seed.
+
+    Args:
+        config: with the keys of `default_config`.
+
+    Raises:
+        ValueError: as `build_model_config`.
+
+    Example:
+        >>> from osdn_jax import nn
+        >>> from osdn_jax.training import build_model, default_config
+        >>> f"{nn.count_parameters(build_model(default_config())):,}"
+        '833,416'
+    """
     return CausalLM(build_model_config(config), rngs=nnx.Rngs(params=config.seed))
 
 
 def build_schedule(config: ConfigDict, peak: str = "learning_rate") -> optax.Schedule:
-    """Learning rate by step: linear warm-up from 0 to the peak, then a cosine down to its final fraction.
+    """Return the learning rate by step: linear warm-up from 0 to the peak, then a cosine down to its final fraction.
 
-    peak is the key of config.optimizer that says how high. Raises ValueError where the warm-up leaves no step, or a
-    number is out of range.
+    Args:
+        config: with the keys of `default_config`; config.steps and config.optimizer are read.
+        peak: the key of config.optimizer that has the peak.
+
+    Raises:
+        ValueError: a number is out of range, or the warm-up is not shorter than config.steps.
+
+    Example:
+        >>> from osdn_jax.training import build_schedule, default_config
+        >>> schedule = build_schedule(default_config())
+        >>> [round(float(schedule(step)), 6) for step in (0, 50, 100, 1000)]
+        [0.0, 0.0015, 0.003, 0.0003]
     """
     check_ranges(config, "steps", "optimizer.")
     settings = config.optimizer
@@ -99,13 +134,18 @@ def build_schedule(config: ConfigDict, peak: str = "learning_rate") -> optax.Sch
 
 
 def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransformation:
-    """AdamW, or Muon and AdamW, with clipping by the global norm.
+    """Return the optimiser of a run: AdamW, or Muon and AdamW, with clipping by the global norm.
 
-    Weight decay acts on matrices that no layer has exempted. Muon takes the weight matrices of the blocks, each as the
-    model holds it (q, k and v are one matrix, and so are gate and up of an MLP), and AdamW all else: embeddings, head,
-    gates, norms, convolutions (https://kellerjordan.github.io/posts/muon).
+    Weight decay applies to matrices, except for those that a layer exempts (`nn.NoDecayParam`). Muon optimises the
+    weight matrices of the blocks as the model stores them (q, k and v are one matrix, and so are gate and up of an MLP)
+    and AdamW the rest: embeddings, head, gates, norms, convolutions (https://kellerjordan.github.io/posts/muon).
 
-    Raises ValueError for an unknown optimiser or a number out of range.
+    Args:
+        config: with the keys of `default_config`; config.steps and config.optimizer are read.
+        model: of `build_model`; shapes in place of arrays are enough.
+
+    Raises:
+        ValueError: an unknown optimiser or a number out of range.
     """
     check_ranges(config, "optimizer.")
     settings = config.optimizer
@@ -130,7 +170,14 @@ def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransf
 
 
 def build_step_config(config: ConfigDict) -> StepConfig:
-    """What a training step does besides the optimiser's. Raises ValueError for a number out of range."""
+    """Return the settings of the training step that are not the optimiser's.
+
+    Args:
+        config: with the keys of `default_config`; accumulate, batch_size, ema and config.loss are read.
+
+    Raises:
+        ValueError: a number out of range, or accumulate does not divide batch_size.
+    """
     check_ranges(config, "batch_size", "accumulate", "loss.", "ema")
     if config.batch_size % config.accumulate:
         raise ValueError(f"accumulate: got {config.accumulate}, expected a divisor of batch_size = {config.batch_size}")
@@ -143,5 +190,5 @@ def build_step_config(config: ConfigDict) -> StepConfig:
 
 
 def random_state(config: ConfigDict) -> jax.Array:
-    """Key data of the run's random numbers after the start, uint32."""
+    """Return the key data (uint32) of the random numbers that training uses after initialisation."""
     return jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))

@@ -1,4 +1,4 @@
-"""The text of a run as windows: what `data` in its configuration stands for."""
+"""The training and validation windows of a run, as `config.data` describes them."""
 
 import itertools
 from collections.abc import Sequence
@@ -32,19 +32,21 @@ from osdn_jax.training import fingerprints
 
 type Text = list[Document] | PreparedTokens
 
-_FIRST_DOCUMENTS = 16  # of a stream that nothing is held out of, for its fingerprint
+_FIRST_DOCUMENTS = 16  # documents in the fingerprint of a stream without held-out documents
 
 
 class Data(NamedTuple):
-    """What a run trains and validates on.
+    """The data that a run trains and validates on.
 
-    train: for `training_batches`.
-    held_out: windows of config.validation.sequence_length, for `validation_batches`.
-    tokens_per_byte, held_out_tokens_per_byte: tokens for each byte of text, in training (of a stream: in what is held
-        out of it) and in validation: bits per token times this is bits per byte. 1 where tokens are bytes.
-    summary: sizes in words.
-    fingerprints: of the text, the held-out text and the tokenizer, for checkpoints. A stream's is that of its first
-        documents: those that are held out, or a few.
+    Attributes:
+        train: training windows, for `training_batches`.
+        held_out: windows of config.validation.sequence_length, for `validation_batches`.
+        tokens_per_byte: tokens per byte of the training text (of a stream: of its held-out documents); bits per token
+            times this is bits per byte. 1 if tokens are bytes.
+        held_out_tokens_per_byte: the same for the held-out text.
+        summary: a description of the sizes.
+        fingerprints: of the text, the held-out text and the tokenizer, for checkpoints. A stream's is that of its
+            first documents: those that are held out, or a few.
     """
 
     train: WindowSource | StreamedWindows | Mixture
@@ -56,7 +58,7 @@ class Data(NamedTuple):
 
 
 class _Part(NamedTuple):
-    """One source: windows to train on, what is held out of it, and the fingerprint of the text to train on."""
+    """One source: its training windows, its held-out text and the fingerprint of its training text."""
 
     windows: TokenWindows | StreamedWindows
     held_out: Text | None
@@ -64,9 +66,19 @@ class _Part(NamedTuple):
 
 
 def build_tokenizer(config: ConfigDict) -> Tokenizer:
-    """The tokenizer of a run.
+    """Return the tokenizer of a run.
 
-    Raises ValueError where its vocabulary is larger than model.vocab_size, and as `load_tokenizer`.
+    Args:
+        config: with the keys of `default_config`; data.tokenizer and model.vocab_size are read.
+
+    Raises:
+        ValueError: its vocabulary is larger than model.vocab_size.
+        ValueError, FileNotFoundError, ImportError: as `load_tokenizer`.
+
+    Example:
+        >>> from osdn_jax.training import build_tokenizer, default_config
+        >>> build_tokenizer(default_config()).encode("ab").tolist()
+        [97, 98]
     """
     tokenizer = load_tokenizer(config.data.tokenizer)
     size = config.model.vocab_size
@@ -79,17 +91,39 @@ def build_tokenizer(config: ConfigDict) -> Tokenizer:
 
 
 def build_corpus(config: ConfigDict) -> tuple[list[Document], list[Document]]:
-    """(training, validation) documents. Raises ValueError, TypeError or FileNotFoundError for unusable data."""
+    """Return the (training, validation) documents of a text that fits in memory.
+
+    Args:
+        config: with the keys of `default_config`; config.data and config.seed are read.
+
+    Raises:
+        ValueError, TypeError, FileNotFoundError: the data cannot be used; the message says why.
+
+    Example:
+        >>> from osdn_jax.training import build_corpus, default_config
+        >>> train, validation = build_corpus(default_config())  # Shakespeare's works
+        >>> len(train), len(validation)
+        (38, 4)
+    """
     return _split_documents(config, config.data.path)
 
 
 def build_data(config: ConfigDict) -> Data:
-    """The windows of a run.
+    """Return the training and validation windows of a run.
+
+    Args:
+        config: with the keys of `default_config`; config.data, the sequence lengths and config.seed are read.
 
     Raises:
-        ValueError: text that cannot be read or divided, prepared data of another tokenizer, a mixture that does not
-            read.
-        ConnectionError: the hub cannot be reached; FileNotFoundError, TypeError, ImportError: as the readers.
+        ValueError: a text that cannot be read or split, prepared data of another tokenizer, or a mixture that cannot be
+            parsed.
+        ConnectionError: the hub cannot be reached.
+        FileNotFoundError, TypeError, ImportError: as the readers.
+
+    Example:
+        >>> from osdn_jax.training import build_data, default_config
+        >>> build_data(default_config()).summary
+        '4.54 MB of text to train on, 0.51 MB held out'
     """
     tokenizer, length = build_tokenizer(config), config.validation.sequence_length
     paths, weights = _mixture(config)
@@ -120,7 +154,7 @@ def _fingerprint(text: Text) -> str:
 
 
 def _mixture(config: ConfigDict) -> tuple[list[str], list[float]]:
-    """(paths, weights). Raises ValueError."""
+    """Return (paths, weights). Raises ValueError."""
     path, mixture = config.data.path, config.data.mixture
     if not mixture:
         return [path], [1.0]
@@ -134,7 +168,7 @@ def _mixture(config: ConfigDict) -> tuple[list[str], list[float]]:
 
 
 def _stored(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
-    """A text on disk; nothing is held out where there is a text to validate on."""
+    """Open a text on disk; nothing is held out if there is a separate text to validate on."""
     train: Text
     held_out: Text | None
     if path and config.data.validation_path:
@@ -167,7 +201,7 @@ def _prepared(path: str, tokenizer: Tokenizer) -> PreparedTokens:
 
 
 def _streamed(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
-    """A stream, of which the first documents are held out where there is no text to validate on."""
+    """Open a stream; its first documents are held out unless there is a separate text to validate on."""
     settings = config.data
 
     def opened(shard_index: int, shard_count: int) -> HubStream:

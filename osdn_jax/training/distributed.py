@@ -1,4 +1,4 @@
-"""Several processes as one job, on JAX's own runtime."""
+"""Several processes as one job, on JAX's distributed runtime."""
 
 import argparse
 import contextlib
@@ -15,13 +15,13 @@ from osdn_jax._errors import first_line
 from osdn_jax.training.rendezvous import gather, parse_address
 from osdn_jax.training.reports import check_same, software
 
-_START = 300  # seconds that processes wait for each other at the start
-_FAREWELL = 20  # likewise, of a process that joins to say why it ends
-_HEARTBEAT = 20  # seconds without a sign of life after which a process counts as dead, and ends the job
+_START = 300  # seconds that processes wait for each other when they start
+_FAREWELL = 20  # the same, for a process that joins only to report why it ends
+_HEARTBEAT = 20  # seconds without a heartbeat after which a process counts as dead, which ends the job
 _SHUTDOWN = 20
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_PROCESS_ID", "JAX_NUM_PROCESSES")
 
-_state: Literal["apart", "joining", "joined"] = "apart"  # of this process, which tries once
+_state: Literal["apart", "joining", "joined"] = "apart"  # of this process, which tries to join only once
 
 
 def start(
@@ -31,21 +31,21 @@ def start(
     *,
     seconds: int = _START,
 ) -> None:
-    """Joins the job that this process belongs to; does nothing where it is the only one.
+    """Join the job that this process belongs to; do nothing if it is the only process.
 
-    What is given counts; otherwise the environment: JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID and JAX_NUM_PROCESSES, a
-    SLURM job of several tasks, or an indexed job of Kubernetes. To be called before anything runs on a device.
+    Arguments take precedence over the environment: JAX_COORDINATOR_ADDRESS, JAX_PROCESS_ID and JAX_NUM_PROCESSES, a
+    SLURM job of several tasks, or an indexed job of Kubernetes. Call this before anything runs on a device.
 
     Args:
-        coordinator: host:port of process 0, which all can reach.
-        process_id: of this process, from 0.
-        process_count: of all.
+        coordinator: address HOST:PORT of process 0, which all processes can reach.
+        process_id: index of this process, from 0.
+        process_count: total number of processes.
         seconds: how long to wait for the others.
 
     Raises:
-        ValueError: only some of the three are given, one of them is out of its range, or the processes were told
+        ValueError: only some of the three are given, one of them is out of range, or the processes were given
             different counts or run different versions of the software.
-        RuntimeError: the coordinator's address cannot be used, or the others did not come in time.
+        RuntimeError: the coordinator's address cannot be used, or the others did not join in time.
     """
     global _state
     _state = "joining"
@@ -69,7 +69,7 @@ def _join(
     names: tuple[str, str, str],
     seconds: int,
 ) -> None:
-    """names: what the user calls the three. One that is None is for JAX to find."""
+    """Join with the given values; JAX finds those that are None. names: what the user calls the three."""
     if process_count is not None and process_count < 1:
         raise ValueError(f"{names[2]}: got {process_count}, expected at least 1")
     if process_id is not None and not 0 <= process_id < (process_count or math.inf):
@@ -94,12 +94,12 @@ def _join(
 
 
 def join_to_fail(arguments: Sequence[str], last_words: Callable[[], None]) -> bool:
-    """Whether this process is one of several that have joined; joins them where it has not tried to.
+    """Return True if this process is one of several that have joined; join them if it has not tried to.
 
     Args:
-        arguments: its command line, of which nothing is expected but the three flags that `start` takes.
-        last_words: called first where the scheduler says who the others are: JAX ends this process with an abort if
-            they do not come, for only what has the coordinator's address can look for them before.
+        arguments: its command line, of which only the three flags that `start` takes are read.
+        last_words: called first if a scheduler knows the other processes: without the coordinator's address this
+            process cannot check that they come, and JAX aborts it if they do not.
     """
     if _state == "apart":
         parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
@@ -116,7 +116,7 @@ def join_to_fail(arguments: Sequence[str], last_words: Callable[[], None]) -> bo
 
 
 def leave() -> None:
-    """Ends this process's part in the job, when all the others do: the first to go would take them with it."""
+    """Leave the job when all others do: the first to leave alone would end them too."""
     with contextlib.suppress(RuntimeError):
         jax.distributed.shutdown()
 
@@ -125,7 +125,7 @@ def _in_a_job() -> bool:
     environment = os.environ
     if "JAX_COORDINATOR_ADDRESS" in environment:
         return True
-    # Of the step, not of the job: one process in a job of many tasks, started by hand, is alone.
+    # The step's tasks, not the job's: a process started by hand in a job of many tasks is alone.
     if "SLURM_PROCID" in environment and (_number("SLURM_STEP_NUM_TASKS") or 1) > 1:
         return True
     return "KUBERNETES_SERVICE_HOST" in environment and "JOB_COMPLETION_INDEX" in environment
@@ -141,18 +141,18 @@ def _number(variable: str) -> int | None:
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes what is written once."""
+    """Return True in the process that writes what is written only once (process 0)."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Waits until all processes are here."""
+    """Wait until all processes have called this with the same name."""
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(name)
 
 
 def all_processes(here: bool) -> bool:
-    """Whether it holds in every process; all have to ask."""
+    """Return True if `here` is true in every process. Must be called by every process."""
     if jax.process_count() == 1:
         return here
     return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))

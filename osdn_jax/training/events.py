@@ -1,4 +1,4 @@
-"""TensorBoard's event files, which repeat for its display what metrics.jsonl records."""
+"""TensorBoard event files, which repeat what metrics.jsonl records."""
 
 import contextlib
 import logging
@@ -18,20 +18,20 @@ _FLUSH_SECONDS = 30
 
 
 class EventFile:
-    """An event file that training does not depend on: after an error of the disk, one warning, it writes no more.
+    """An event file that training does not depend on: after a disk error it logs one warning and stops writing.
 
     The calling thread writes everything. A background thread would die of a full disk unnoticed, and the caller would
-    wait for ever once its queue is full.
+    block for ever once its queue is full.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:
-        """Opens a new file in the folder, creating both, and tells TensorBoard to forget steps from first_step on."""
+        """Open a new file in the folder, creating both, and tell TensorBoard to discard steps from first_step on."""
         self._folder = folder
         self._record: RecordWriter | None = None
         self._flushed = time.monotonic()
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            # The number keeps a restart within the same second from overwriting the file before.
+            # The number prevents a restart within the same second from overwriting the previous file.
             number = len(list(folder.iterdir()))
             name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{number}"
             self._record = RecordWriter(str(folder.absolute() / name))
@@ -42,7 +42,7 @@ class EventFile:
             self._give_up(error)
 
     def add(self, step: int, numbers: Mapping[str, float]) -> None:
-        """Writes the finite ones of some numbers; TensorBoard draws no others."""
+        """Write the finite values; TensorBoard cannot draw the others."""
         if self._record is None:
             return
         values = [Summary.Value(tag=tag, simple_value=x) for tag, x in numbers.items() if math.isfinite(x)]
@@ -55,7 +55,7 @@ class EventFile:
             self._give_up(error)
 
     def close(self) -> None:
-        """Writes what is still in memory and closes the file."""
+        """Flush and close the file."""
         if self._record is None:
             return
         try:
@@ -72,6 +72,6 @@ class EventFile:
     def _give_up(self, error: OSError) -> None:
         log.warning("no more TensorBoard events in %s: %s; metrics.jsonl has everything", self._folder, error)
         if self._record is not None:
-            with contextlib.suppress(OSError):  # it closes the file even where the rest cannot be written
+            with contextlib.suppress(OSError):  # closes the file even if the rest cannot be written
                 self._record.close()
         self._record = None

@@ -1,4 +1,4 @@
-"""The state that a run starts from, where it lies."""
+"""The initial state of a run, created with its shardings."""
 
 from collections.abc import Callable
 
@@ -17,10 +17,10 @@ from osdn_jax.training.step import TrainState
 def build_start(
     config: ConfigDict, layout: Layout
 ) -> tuple[CausalLM, optax.GradientTransformation, TrainState, TrainState | None]:
-    """(model, optimiser, state, shardings of the state) before the first step.
+    """Return (model, optimiser, state, shardings of the state) before the first step.
 
-    Over a mesh the model has shapes in place of arrays, every array of the state is made where it lies, and the
-    numbers are those of one device. Raises as `plan_start`.
+    Over a mesh the model has shapes in place of arrays, each array of the state is created on its devices, and the
+    values are the same as on one device. Raises as `plan_start`.
     """
     model, optimizer, create = plan_start(config, layout)
     return model, optimizer, *create()
@@ -31,8 +31,8 @@ def plan_start(
 ) -> tuple[CausalLM, optax.GradientTransformation, Callable[[], tuple[TrainState, TrainState | None]]]:
     """(model, optimiser, what makes the state and its shardings), as `build_start` returns them.
 
-    Nothing here needs another process; making the state over a mesh needs them all. Raises as `build_model`,
-    `build_optimizer` and `shapes_at_start`.
+    Only creating the state over a mesh needs the other processes. Raises as `build_model`, `build_optimizer` and
+    `shapes_at_start`.
     """
     if layout.mesh is None:
         model = build_model(config)
@@ -45,11 +45,11 @@ def plan_start(
 
 
 def shapes_at_start(config: ConfigDict, layout: Layout) -> tuple[CausalLM, optax.GradientTransformation, TrainState]:
-    """(model, optimiser, state) before the first step over a mesh, with shapes and shardings in place of arrays.
+    """Return (model, optimiser, state) before the first step over a mesh, with shapes and shardings, not arrays.
 
-    Raises ValueError where the mesh does not divide the vocabulary, and as `build_model` and `build_optimizer`.
+    Raises ValueError if the mesh does not divide the vocabulary, and as `build_model` and `build_optimizer`.
     """
-    vocabulary = build_model_config(config).vocab_size  # before it is computed with: of the tokenizer, perhaps
+    vocabulary = build_model_config(config).vocab_size  # first, for a clear error; it may be the tokenizer's
     layout.check_vocabulary(vocabulary, given=config.model.vocab_size is not None)
     model = nnx.eval_shape(lambda: build_model(config))
     optimizer = build_optimizer(config, model)

@@ -1,4 +1,4 @@
-"""The ends of a run that do not come from the run itself: a signal to stop, and a process that hangs."""
+"""SIGTERM and Ctrl-C, and a watchdog for a run that hangs."""
 
 import faulthandler
 import os
@@ -15,10 +15,10 @@ from osdn_jax.command import INTERRUPTED
 
 
 class Interrupted(KeyboardInterrupt):
-    """Ctrl-C; the step that was under way is finished and saved.
+    """Ctrl-C; the current step is finished and saved.
 
     Attributes:
-      result: what the run came to.
+        result: the `Result` of the run up to this step.
     """
 
     def __init__(self, result: Any) -> None:
@@ -27,24 +27,24 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Stop:
-    """Whether the run was asked to end, by SIGTERM as schedulers do before they kill, or by Ctrl-C (SIGINT).
+    """Requests to end the run: SIGTERM, which schedulers send before they kill, or Ctrl-C (SIGINT).
 
-    Use as a context manager. Of several processes any one may be asked, and all of them learn it at the same step.
-    What the signals did before is put back at the end, and for SIGINT as soon as one has come, so that a second
-    Ctrl-C does not wait for the step. A process that ignores SIGINT, as one in the background does, goes on doing so.
+    Use as a context manager. If one of several processes gets the signal, all of them see it at the same step. The
+    previous signal handlers are restored at the end, and that of SIGINT after the first one, so that a second Ctrl-C
+    does not wait for the step. A process that ignores SIGINT, such as one in the background, still ignores it.
 
     Attributes:
-      interrupted: whether this process has had Ctrl-C.
+        interrupted: True if this process got Ctrl-C.
     """
 
     def __init__(self) -> None:
-        """Listens from `__enter__` on."""
+        """Prepare; signals are handled from `__enter__` on."""
         self._asked = self.interrupted = False
         self._several = False
         self._before: dict[int, Any] = {}
 
     def reached(self, step: int) -> bool:
-        """Whether to save and end after this step; every process has to ask at every step."""
+        """Return True if the run has to save and end after this step. Every process must call it at every step."""
         if jax.process_count() > 1:
             return multihost_utils.reached_preemption_sync_point(step)
         return self._asked
@@ -55,12 +55,12 @@ class Stop:
             self.interrupted = True
             signal.signal(signal.SIGINT, self._before[signal.SIGINT])
             if self._several:
-                signal.raise_signal(signal.SIGTERM)  # which JAX tells all the others
+                signal.raise_signal(signal.SIGTERM)  # JAX tells all other processes
 
     def __enter__(self) -> "Stop":
         self._several = jax.process_count() > 1
-        if threading.current_thread() is threading.main_thread():  # no other may listen
-            # JAX listens for SIGTERM itself where there are several processes.
+        if threading.current_thread() is threading.main_thread():  # no other thread may set handlers
+            # With several processes, JAX handles SIGTERM itself.
             for number in (signal.SIGINT,) if self._several else (signal.SIGINT, signal.SIGTERM):
                 before = signal.getsignal(number)
                 if before != signal.SIG_IGN and before is not None:
@@ -75,10 +75,11 @@ class Stop:
 
 
 def end_at_second_interrupt() -> None:
-    """From now on the second Ctrl-C ends this process at once, with status 130, whatever it is doing.
+    """Make the second Ctrl-C end this process at once, with status 130, whatever it is doing.
 
-    Python calls its own handlers only between two of its instructions. So a thread watches the signals as they come in:
-    it also ends a process that compiles or waits for a device. For command lines; only a main thread can start it.
+    Python calls signal handlers only between bytecode instructions. So a thread watches the signals as they arrive,
+    which also ends a process that is compiling or waiting for a device. For command lines; a call outside the main
+    thread does nothing.
     """
     if threading.current_thread() is not threading.main_thread():
         return
@@ -93,22 +94,22 @@ def _count_interrupts(reading: int) -> None:
     while seen < 2:
         seen += os.read(reading, 1)[0] == signal.SIGINT
     if sys.stdout is not None and sys.stdout.isatty():
-        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # the cursor, which a progress bar hides
+        os.write(sys.stdout.fileno(), b"\x1b[?25h\n")  # show the cursor, which a progress bar hides
     os._exit(INTERRUPTED)
 
 
 class Watchdog:
-    """Ends the process, with a traceback of every thread on stderr, where nothing moves for too long.
+    """Ends the process, with a traceback of every thread on stderr, if it makes no progress for too long.
 
-    A process that waits for one that hangs does not come back by itself. Use as a context manager.
+    A process that waits for another one that hangs would wait for ever. Use as a context manager.
     """
 
     def __init__(self, seconds: float) -> None:
-        """seconds: the longest that two beats may be apart; 0 for no watch."""
+        """Prepare; `seconds` is the longest time allowed between two beats, 0 disables the watchdog."""
         self._seconds = seconds
 
     def beat(self) -> None:
-        """Says that something moved."""
+        """Report progress."""
         if self._seconds > 0 and sys.__stderr__ is not None:
             faulthandler.dump_traceback_later(self._seconds, exit=True, file=sys.__stderr__)
 

@@ -1,4 +1,4 @@
-"""Sizes that a machine cannot hold, found before anything is made."""
+"""Sizes that exceed the memory, detected before anything is allocated."""
 
 import os
 
@@ -13,9 +13,9 @@ _ARRAYS = 4 * 4  # bytes of a token in a batch: inputs, targets, segment ids and
 
 
 def check_memory(config: ConfigDict) -> None:
-    """Raises ValueError where a batch or the parameters alone are larger than all the memory there is.
+    """Raise ValueError if a batch or the parameters alone exceed all available memory.
 
-    What this lets through may still be too large: `python train.py --plan` says what a step needs.
+    A run that passes may still be too large: `python train.py --plan` reports what a step needs.
     """
     host = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     for prefix, settings in (("", config), ("validation.", config.validation)):
@@ -37,7 +37,7 @@ def check_memory(config: ConfigDict) -> None:
 
 
 def out_of_memory(error: BaseException) -> str | None:
-    """What to say of an error, in one line, if it is that memory has run out; None for any other."""
+    """Return a message of one line if the error means that memory has run out; None for any other error."""
     if not isinstance(error, MemoryError) and "RESOURCE_EXHAUSTED" not in str(error):
         return None
     return (

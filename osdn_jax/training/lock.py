@@ -1,4 +1,4 @@
-"""One run at a time in a directory."""
+"""A lock that keeps two runs from using one directory."""
 
 import contextlib
 import datetime
@@ -22,28 +22,28 @@ class WorkdirInUseError(ConfigError):
 
 
 class WorkdirLock:
-    """Keeps other runs out of a working directory. Use as a context manager; only the first process of a job does.
+    """Keeps other runs out of a working directory. Use as a context manager, in the first process of a job only.
 
-    A file of the directory is locked (flock) and says by whom: process, machine and time. The operating system releases
-    the lock when the process ends, however it ends, so a file that a killed process left behind holds nothing. Over NFS
-    the lock is the server's and counts on every machine. A file system without locks guards nothing, and a warning in
-    the log says so. Those who only read a run need no lock.
+    A file in the directory is locked (flock) and names the holder: process, machine and time. The operating system
+    releases the lock when the process ends, however it ends, so a file that a killed process left behind locks nothing.
+    Over NFS the server holds the lock for all machines. On a file system without locks the directory is not protected,
+    and a warning in the log says so. Reading a run needs no lock.
     """
 
     def __init__(self, workdir: Path) -> None:
-        """workdir: created on entering if it does not exist."""
+        """Prepare; `workdir` is created on entering if it does not exist."""
         self._workdir = workdir
         self._file: IO[str] | None = None
 
     def __enter__(self) -> "WorkdirLock":
-        """Raises WorkdirInUseError where another run has the directory."""
+        """Take the lock. Raises WorkdirInUseError if another run has the directory."""
         self._workdir.mkdir(parents=True, exist_ok=True)
         path = self._workdir / LOCK_FILE
         while self._file is None:
             file = path.open("a+", encoding="utf-8")
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):  # the second over NFS
+            except (BlockingIOError, PermissionError):  # the latter over NFS
                 file.seek(0)
                 holder = file.read().strip() or "another process"
                 file.close()
@@ -58,7 +58,7 @@ class WorkdirLock:
                 self._file = file
             else:  # its holder has just removed it
                 file.close()
-        with contextlib.suppress(OSError):  # on a full disk the lock still counts
+        with contextlib.suppress(OSError):  # on a full disk the lock still holds
             self._file.truncate(0)
             now = datetime.datetime.now().astimezone().isoformat(sep=" ", timespec="seconds")
             self._file.write(f"process {os.getpid()} on {socket.gethostname()} since {now}\n")
@@ -70,14 +70,14 @@ class WorkdirLock:
     ) -> None:
         if self._file is not None:
             with contextlib.suppress(OSError):
-                (self._workdir / LOCK_FILE).unlink()  # while it is locked: nobody else can have this file
+                (self._workdir / LOCK_FILE).unlink()  # while it is locked, so that no other process can have this file
             with contextlib.suppress(OSError):
                 self._file.close()
             self._file = None
 
 
 def _is_at(file: IO[str], path: Path) -> bool:
-    """Whether the open file is still the one at the path."""
+    """Return True if the open file is still the one at the path."""
     try:
         return os.path.samestat(os.fstat(file.fileno()), path.stat())
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The devices of a run: a mesh with the axes data, fsdp, tensor and context, and what lies where on it."""
+"""The mesh of a run, with the axes data, fsdp, tensor and context, and the shardings of its arrays."""
 
 import contextlib
 import math
@@ -21,16 +21,16 @@ PyTree = Any
 
 
 def build_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> Mesh | None:
-    """The mesh of a run, or None where it is one device.
+    """Return the mesh of a run, or None for a single device.
 
     Args:
-        config: of the run; of the sizes under `mesh` one may be -1: as many as there are devices left.
+        config: of the run; one of the sizes in config.mesh may be -1: all remaining devices.
         devices: default: all.
 
     Raises:
-        ValueError: the sizes do not come to the devices, or do not divide what lies on them: the batch, the tokens of a
-            window, the model's width, heads or hidden units. The vocabulary is often the tokenizer's, which is not read
-            here: `Layout.check_vocabulary`.
+        ValueError: the product of the sizes does not match the devices, or a size does not divide what it shards: the
+            batch, the tokens of a window, the model's width, heads or hidden units. The vocabulary is often the
+            tokenizer's, which is not read here: see `Layout.check_vocabulary`.
     """
     devices = jax.devices() if devices is None else devices
     sizes = mesh_sizes(config, len(devices))
@@ -42,7 +42,7 @@ def build_mesh(config: ConfigDict, devices: list[jax.Device] | None = None) -> M
 
 
 def mesh_sizes(config: ConfigDict, devices: int) -> dict[str, int]:
-    """{axis: size}, with -1 replaced. Raises ValueError as `build_mesh`."""
+    """Return {axis: size} with -1 replaced. Raises ValueError as `build_mesh`."""
     sizes = {axis: int(config.mesh[axis]) for axis in MESH_AXES}
     open_axes = [axis for axis, size in sizes.items() if size == -1]
     for axis, size in sizes.items():
@@ -62,8 +62,8 @@ def mesh_sizes(config: ConfigDict, devices: int) -> dict[str, int]:
 
 
 def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
-    """Raises ValueError, naming the key, where a mesh of these sizes does not divide what lies on it."""
-    check_ranges(config, "accumulate")  # before it is computed with
+    """Raise ValueError, naming the key, if a mesh of these sizes does not divide what it shards."""
+    check_ranges(config, "accumulate")  # before dividing by it
     rows = ("mesh.data × mesh.fsdp", sizes["data"] * sizes["fsdp"])
     columns = ("mesh.context × mesh.tensor", sizes["context"] * sizes["tensor"])
     width = ("mesh.fsdp × mesh.tensor", sizes["fsdp"] * sizes["tensor"])
@@ -97,7 +97,7 @@ def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
 
 
 def describe(mesh: Mesh | None) -> str:
-    """Words for a mesh: "8 devices (2 data x 4 context)"."""
+    """Return a description of the mesh: "8 devices (2 data x 4 context)"."""
     device = jax.devices()[0].device_kind
     if mesh is None:
         return f"1 of {jax.device_count()} {device} devices" if jax.device_count() > 1 else f"1 {device} device"
@@ -105,20 +105,20 @@ def describe(mesh: Mesh | None) -> str:
 
 
 class Layout:
-    """What lies where on a mesh; without a mesh, everything on the first device."""
+    """The placement of a run's arrays on a mesh; without a mesh, everything is on the first device."""
 
     def __init__(self, mesh: Mesh | None) -> None:
-        """mesh: of `build_mesh`. Raises ValueError where it gives processes unequal shares of a batch."""
+        """Take a mesh of `build_mesh`. Raises ValueError if it gives processes unequal shares of a batch."""
         self.mesh = mesh
-        self.share = _share(mesh)  # (index, count): which of so many equal blocks of rows this process reads
+        self.share = _share(mesh)  # (index, count): this process reads block `index` of `count` equal blocks of rows
 
     @property
     def devices(self) -> int:
-        """How many there are."""
+        """The number of devices."""
         return 1 if self.mesh is None else self.mesh.size
 
     def check_vocabulary(self, size: int, *, given: bool) -> None:
-        """Raises ValueError where the mesh does not divide a vocabulary; given: by model.vocab_size."""
+        """Raise ValueError if the mesh does not divide the vocabulary; given: True if model.vocab_size set it."""
         count = 1 if self.mesh is None else self.mesh.shape["tensor"]
         if size % count:
             rest = "" if given else f", such as {-(-size // count) * count}, which leaves some unused"
@@ -126,19 +126,19 @@ class Layout:
             raise ValueError(f"model.vocab_size: got {size}{whose}, expected a multiple of mesh.tensor = {count}{rest}")
 
     def active(self) -> AbstractContextManager[Any]:
-        """A context in which models run over the mesh."""
+        """Return a context in which models run over the mesh."""
         return contextlib.nullcontext() if self.mesh is None else jax.set_mesh(self.mesh)
 
     def sharding(self, *axes: str | None) -> jax.sharding.Sharding:
-        """Of an array whose axes have these names in `nn.sharding`."""
+        """Return the sharding of an array whose axes have these names in `nn.sharding`."""
         if self.mesh is None:
             return jax.sharding.SingleDeviceSharding(jax.devices()[0])
         return NamedSharding(self.mesh, spec(*axes))
 
     def of_state(self, state: PyTree) -> PyTree:
-        """Shardings of a tree of arrays or shapes, in which parameters and their moments have the parameters' names.
+        """Return the shardings of a tree of arrays or shapes in which parameters and their moments have the same names.
 
-        An array without such a name, or of another shape than its parameter, is whole on every device.
+        An array without such a name, or of another shape than its parameter, is replicated on every device.
         """
         shapes = {name: x.shape for name, x in state.params.items()}
 
@@ -151,18 +151,18 @@ class Layout:
         return jax.tree_util.tree_map_with_path(one, state)
 
     def batch(self, window: Window) -> Window:
-        """A batch over the mesh, of this process's `share` of its rows [B / count, T]."""
+        """Return the global batch over the mesh, given this process's `share` of its rows, [B / count, T]."""
         if self.mesh is None:
             return window
         index, count = self.share
         first, total = index * len(window["inputs"]), count * len(window["inputs"])
 
         def place(x: np.ndarray) -> jax.Array:
-            def part(at: Any) -> np.ndarray:
+            def shard(at: Any) -> np.ndarray:
                 start, stop, _ = at[0].indices(total)
                 return x[(slice(start - first, stop - first), *at[1:])]
 
-            return jax.make_array_from_callback((total, *x.shape[1:]), self.sharding("batch", "time"), part)
+            return jax.make_array_from_callback((total, *x.shape[1:]), self.sharding("batch", "time"), shard)
 
         return cast(Window, jax.tree.map(place, window))
 

@@ -1,4 +1,4 @@
-"""Pictures of runs."""
+"""Plots of runs."""
 
 import math
 import os
@@ -28,21 +28,28 @@ def plot_loss(
     validation_key: str = "validation/bits_per_byte",
     smoothing: float = 0.025,
 ) -> None:
-    """Draws the bits per byte of runs, 1200 × 750 pixels, as a PNG, written atomically.
+    """Plot the bits per byte of runs as a PNG of 1200 × 750 pixels, written atomically.
 
-    Training is a thin line, smoothed; validation is marked by circles; each run's name stands at the end of its curve.
+    Training is a thin smoothed line; validation is marked by circles; each run's name is at the end of its curve.
 
     Args:
-      runs: {label: rows of metrics.jsonl}. Rows without a key, or with null for it, are skipped.
-      path: the PNG file.
-      x: the key on the horizontal axis.
-      lines: {name: bits per byte} of horizontal lines to compare with, such as {"xz -9": 2.1}.
-      title: stands above the picture.
-      train_key, validation_key: the rows' keys of the two curves.
-      smoothing: the width of the Gaussian that training is averaged with, as a part of the length of the run.
+        runs: {label: rows of metrics.jsonl}. Rows without a key, or with null for it, are skipped.
+        path: the PNG file.
+        x: the key on the horizontal axis.
+        lines: {name: bits per byte} of horizontal lines to compare with, such as {"xz -9": 2.1}.
+        title: above the plot; default: none.
+        train_key: the rows' key of the training curve.
+        validation_key: the rows' key of the validation curve.
+        smoothing: width of the Gaussian kernel that smooths the training curve, as a fraction of the run's length.
 
     Raises:
-      ValueError: no runs, or one that has neither curve; then no file is written.
+        ValueError: no runs, or one that has neither curve; then no file is written.
+
+    Example:
+        >>> import tempfile
+        >>> from osdn_jax.training import plot_loss
+        >>> rows = [{"step": step, "tokens": 64 * step, "train/bits_per_byte": 8 - step} for step in range(1, 6)]
+        >>> plot_loss({"osdn": rows}, f"{tempfile.mkdtemp()}/loss.png", x="step", lines={"xz -9": 2.1})
     """
     if not runs:
         raise ValueError("there are no runs to plot")
@@ -99,9 +106,9 @@ def _curve(rows: Sequence[Mapping[str, Any]], x: str, key: str) -> np.ndarray:
 
 
 def _smooth(points: np.ndarray, width: float) -> np.ndarray:
-    """A running straight line through points [N, 2], Gaussian weights over x, read at each point: [N].
+    """Smooth points [N, 2] with a local line fit of Gaussian weights over x, evaluated at each point: [N].
 
-    A line, because an average would lag at the ends; narrower near the start, where the loss falls fast.
+    A line, because an average would be biased at the ends; narrower near the start, where the loss falls fast.
     """
     x, y = points.T
     sigma = np.maximum(np.minimum(width * (x[-1] - x[0]), 0.1 * (x - x[0])), 1e-9)

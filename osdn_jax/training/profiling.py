@@ -1,4 +1,4 @@
-"""A trace of some steps, for TensorBoard or Perfetto."""
+"""A trace of a range of steps, for TensorBoard or Perfetto."""
 
 import re
 from pathlib import Path
@@ -9,7 +9,7 @@ import jax
 
 
 def parse_range(text: str) -> tuple[int, int]:
-    """ "A:B" as (A, B): the first and the last step. Raises ValueError."""
+    """Parse "A:B", the first and the last step, as (A, B). Raises ValueError."""
     match = re.fullmatch(r"(\d+):(\d+)", text)
     if match is None or not 1 <= int(match[1]) <= int(match[2]):
         raise ValueError(f"profile: got {text!r}, expected FIRST:LAST, two steps in order, such as 20:25")
@@ -17,20 +17,20 @@ def parse_range(text: str) -> tuple[int, int]:
 
 
 class Profile:
-    """Traces the steps from first to last, each process in a file of its own. Use as a context manager."""
+    """A trace of the steps from first to last, in one file per process. Use as a context manager."""
 
     def __init__(self, folder: Path, steps: tuple[int, int] | None) -> None:
-        """folder: where the trace goes; steps: (first, last), or None for no trace."""
+        """Prepare a trace of steps (first, last) in `folder`; None for no trace."""
         self._folder, self._steps, self._running = folder, steps, False
 
     def before(self, step: int) -> None:
-        """To be called before each step."""
+        """Start the trace before its first step. Call this before each step."""
         if self._steps is not None and step == self._steps[0]:
             jax.profiler.start_trace(self._folder)
             self._running = True
 
     def after(self, step: int, results: Any) -> None:
-        """To be called after each step, with what it computes; waits for it after the last one."""
+        """End the trace after its last step, once `results` are computed. Call this after each step."""
         if self._running and self._steps is not None and step >= self._steps[1]:
             jax.block_until_ready(results)
             self._end()

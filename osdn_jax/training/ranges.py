@@ -1,4 +1,4 @@
-"""What each number of a configuration may be: one table, and NaN is in none of its ranges."""
+"""The range of each number of a configuration, in one table; no range includes NaN."""
 
 import dataclasses
 import math
@@ -16,21 +16,18 @@ _LEAST, _MOST = (float(x) for x in (np.finfo(np.float32).tiny, np.finfo(np.float
 
 @dataclasses.dataclass(frozen=True)
 class Range:
-    """The values that a number may have: from `least` to `most`, or to below it; a float as float32 holds it.
-
-    words: what is expected, for messages; message: the one for a number outside, where it is not the usual one.
-    """
+    """The values that a number may have: from `least` to `most`; a float after rounding to float32."""
 
     kind: type  # int or float
-    words: str
+    words: str  # what is expected, for messages
     least: float
     most: float
-    below: bool = False  # whether `most` is outside
-    optional: bool = False  # whether None is a value
-    message: str = "{key}: got {value!r}, expected {words}"
+    below: bool = False  # True excludes `most`
+    optional: bool = False  # True accepts None
+    message: str = "{key}: got {value!r}, expected {words}"  # for a number outside
 
     def check(self, key: str, value: Any) -> None:
-        """Raises ValueError, naming the key, for a value outside."""
+        """Raise ValueError, naming the key, for a value outside."""
         if value is None and self.optional:
             return
         if isinstance(value, bool) or not isinstance(value, numbers.Integral if self.kind is int else numbers.Real):
@@ -66,7 +63,7 @@ _NOT_NEGATIVE = Range(float, "a number of at least 0, finite", 0, _MOST)
 _BELOW_ONE = Range(float, "from 0 to below 1", 0, 1, below=True)
 _SHARE = Range(float, "from 0 to 1", 0, 1)
 _DEVICES = Range(int, "at least 1, or -1 for all devices that are left", -1, _INT32)  # build_mesh refuses 0
-# As `osdn_jax.data` says the same.
+# The same messages as those of `osdn_jax.data`.
 _BATCH = _count(said="{key} must be {words}; got {value!r}")
 _LENGTH = _count(said="{key}: a sequence length must be {words}; got {value!r}")
 
@@ -81,11 +78,11 @@ RANGES: dict[str, Range] = {
     "log_every": _count(),
     "hang_seconds": _count(0),
     "data.shuffle_windows": _count(),
-    # 0 and 1 where nothing is held out by it; `split_documents` refuses them where something is.
+    # 0 and 1 are accepted if the fraction is not used; if it is, `split_documents` refuses them.
     "data.validation_fraction": Range(
         float, "from 0 to 1", 0, 1, message="{key} must be between 0 and 1, both excluded; got {value!r}"
     ),
-    "data.validation_documents": _count(0),  # likewise; of a stream at least 1
+    "data.validation_documents": _count(0),  # the same; a stream needs at least 1
     "model.vocab_size": _count(optional=True),
     "model.layers": _count(),
     "model.width": _count(),
@@ -127,9 +124,19 @@ RANGES: dict[str, Range] = {
 
 
 def check_ranges(config: ConfigDict, *prefixes: str) -> None:
-    """Raises ValueError, naming the key, for a number outside its range.
+    """Raise ValueError, naming the key, for a number outside its range.
 
-    prefixes: what the keys to check start with; none checks all of them.
+    Args:
+        config: with the keys of `default_config`.
+        *prefixes: check only keys that start with one of these, such as "optimizer."; default: all keys.
+
+    Example:
+        >>> from osdn_jax.training import check_ranges, default_config
+        >>> config = default_config()
+        >>> config.ema = 1.0
+        >>> check_ranges(config)
+        Traceback (most recent call last):
+        ValueError: ema: got 1.0, expected from 0 to below 1
     """
     for key, value in flatten(config).items():
         if prefixes and not key.startswith(prefixes):

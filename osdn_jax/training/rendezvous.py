@@ -1,8 +1,8 @@
-"""The processes of a job find each other, before JAX starts: who is there, and what each says of itself.
+"""A rendezvous of the processes of a job before JAX starts: who is there, and what each reports about itself.
 
-JAX's own start waits minutes for a process that does not come, does not notice one that was told another number of
-processes, and ends with an abort where something is wrong. So process 0 first listens at the same address with a plain
-socket, hears one line of JSON from each other process, and answers each with all of them.
+JAX's own start waits minutes for a process that does not come, does not notice one that was given another number of
+processes, and aborts if something is wrong. So process 0 first listens at the same address with a plain socket, reads
+one line of JSON from each other process, and answers each with all of them.
 """
 
 import contextlib
@@ -19,16 +19,16 @@ from typing import Any, NamedTuple
 
 from osdn_jax.training.reports import name_processes
 
-_GREETING = b"osdn_jax rendezvous\n"  # from process 0, so that a stranger at its port is not taken for it
-_GRACE = 5.0  # seconds that the others have to come and be told, once something is wrong
-_PATIENCE = 10.0  # seconds for one answer, and for a name that does not resolve yet
-_NOTICE = 15.0  # seconds of waiting after which the user is told
-_STRANGER = 20.0  # seconds that something else may answer at the address
-_LONGEST = 1 << 20  # bytes of a line
+_GREETING = b"osdn_jax rendezvous\n"  # from process 0, so that another program at its port is not mistaken for it
+_GRACE = 5.0  # seconds for the others to connect and be told, once something is wrong
+_PATIENCE = 10.0  # seconds for one answer, and for a host name that does not resolve yet
+_NOTICE = 15.0  # seconds of waiting before the user is told
+_STRANGER = 20.0  # seconds for which another program may answer at the address
+_LONGEST = 1 << 20  # bytes per line
 
 
 class Address(NamedTuple):
-    """Where process 0 is."""
+    """The address of process 0."""
 
     host: str
     port: int
@@ -38,7 +38,7 @@ class Address(NamedTuple):
 
 
 def parse_address(text: str, name: str = "coordinator") -> Address:
-    """HOST:PORT, or [HOST]:PORT of an IPv6 address. Raises ValueError, naming `name`."""
+    """Parse HOST:PORT, or [HOST]:PORT of an IPv6 address. Raises ValueError, naming `name`."""
     host, colon, port = text.rpartition(":")
     if not (colon and _is_host(host) and port.isascii() and port.isdecimal()):
         raise ValueError(f"{name}: got {text!r}, expected HOST:PORT, such as 10.0.0.1:1234 or [fe80::1]:1234")
@@ -65,20 +65,22 @@ def gather(
     seconds: float,
     bind: Address | None = None,
 ) -> list[dict[str, Any] | None]:
-    """What every process says of itself, by process, its process_count too.
-
-    None for those that had not come when something was wrong.
+    """Exchange facts between all processes.
 
     Args:
         address: of process 0, the same in every process.
         process_id: of this process.
-        process_count: of all, as far as this process knows.
-        facts: of this process, as JSON holds them. Once some differ from process 0's, nobody waits for the rest.
+        process_count: total number of processes, as far as this process knows.
+        facts: of this process, as JSON holds them. Once some differ from process 0's, the rest are not waited for.
         seconds: how long to wait for the others.
-        bind: where process 0 listens; default: the port of its address, on all interfaces.
+        bind: address at which process 0 listens; default: the port of its address, on all interfaces.
+
+    Returns:
+        The facts of each process, with its process_count; None for a process that had not connected when something
+        was wrong.
 
     Raises:
-        RuntimeError: the address cannot be used or reached, or somebody does not come, ends, or comes twice.
+        RuntimeError: the address cannot be used or reached, or a process does not connect, ends, or connects twice.
     """
     own = {"process_count": process_count, **facts}
     if process_id == 0:
@@ -104,7 +106,7 @@ def _listen(address: Address, bind: Address, count: int, facts: dict[str, Any], 
     try:
         server = _server(bind)
     except OSError as error:
-        with contextlib.suppress(OSError):  # another process 0 of this job, perhaps: then all are told
+        with contextlib.suppress(OSError):  # if another process 0 of this job has the port, all are told
             if (answer := _call_once(address, {"id": 0, "facts": facts}, seconds)) is not None:
                 return answer
         raise RuntimeError(
@@ -116,7 +118,7 @@ def _listen(address: Address, bind: Address, count: int, facts: dict[str, Any], 
             _check_own(address)
             answer = _await_all(server, peers, count, facts, seconds)
         for peer in peers:
-            with contextlib.suppress(OSError):  # one that has ended meanwhile: JAX's own start will notice
+            with contextlib.suppress(OSError):  # a process that has ended since: JAX's own start will notice
                 peer.connection.sendall(json.dumps(answer).encode() + b"\n")
     finally:
         for peer in peers:
@@ -127,12 +129,14 @@ def _listen(address: Address, bind: Address, count: int, facts: dict[str, Any], 
 def _await_all(
     server: socket.socket, peers: list[_Peer], count: int, own: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
-    """Fills `peers` and returns what all of them are to be told."""
+    """Fill `peers` and return the answer for all of them."""
     said, error, wrong = {0: own}, "", False
     notice, end = _Notice(), time.monotonic() + seconds
     while (missing := sorted(set(range(count)) - set(said))) and time.monotonic() < end:
         ready = _ready([server, *(peer.connection for peer in peers)])
-        for peer in [peer for peer in peers if peer.connection in ready]:  # nothing is left to say: it has ended
+        for peer in [
+            peer for peer in peers if peer.connection in ready
+        ]:  # it has nothing more to send, so it has ended
             error = error or f"process {peer.process} ended before all {count} processes had come"
             peer.connection.close()
             peers.remove(peer)
@@ -150,7 +154,7 @@ def _await_all(
 
 
 def _ready(sockets: list[socket.socket]) -> list[Any]:
-    """Those that have something to read, after a tenth of a second at most; of any number, unlike `select.select`."""
+    """Return the readable sockets after at most 0.1 s; for any number of them, unlike `select.select`."""
     with selectors.DefaultSelector() as selector:
         for each in sockets:
             selector.register(each, selectors.EVENT_READ)
@@ -158,7 +162,7 @@ def _ready(sockets: list[socket.socket]) -> list[Any]:
 
 
 def _greet(server: socket.socket) -> _Peer | None:
-    """One that comes; None for a stranger."""
+    """Accept one connection; return None if it is not from a process of this job."""
     connection, _ = server.accept()
     try:
         connection.settimeout(_PATIENCE)
@@ -185,12 +189,12 @@ def _has_ipv6() -> bool:
     try:
         with socket.create_server(("::", 0), family=socket.AF_INET6):
             return True
-    except OSError:  # compiled in, but switched off here
+    except OSError:  # supported, but disabled on this machine
         return False
 
 
 def _check_own(address: Address) -> None:
-    """JAX in process 0 will call itself by the same address."""
+    """Check that process 0 reaches itself at its address, as JAX will."""
     try:
         socket.create_connection(address, _PATIENCE).close()
     except OSError as error:
@@ -203,7 +207,7 @@ def _check_own(address: Address) -> None:
 
 
 def _call(address: Address, hello: dict[str, Any], seconds: float) -> dict[str, Any]:
-    """What process 0 answers; tries until it is there."""
+    """Return the answer of process 0, retrying until it is there."""
     began, strange, notice = time.monotonic(), None, _Notice()
     while True:
         try:
@@ -228,7 +232,7 @@ def _call(address: Address, hello: dict[str, Any], seconds: float) -> dict[str, 
 
 
 def _call_once(address: Address, hello: dict[str, Any], seconds: float) -> dict[str, Any] | None:
-    """What process 0 answers; None where it is not process 0 that does. Raises OSError where nobody does."""
+    """Return the answer of process 0; None if another program answers. Raises OSError if none does."""
     with socket.create_connection(address, _PATIENCE) as peer, peer.makefile("rb") as lines:
         try:
             peer.sendall(json.dumps(hello).encode() + b"\n")
@@ -237,14 +241,14 @@ def _call_once(address: Address, hello: dict[str, Any], seconds: float) -> dict[
         except OSError:
             return None
         try:
-            peer.settimeout(seconds + _PATIENCE)  # as long as process 0 may still wait: it says itself who is late
+            peer.settimeout(seconds + _PATIENCE)  # as long as process 0 may wait: it reports who is late
             return json.loads(lines.readline(_LONGEST))
         except (OSError, ValueError) as error:
             raise RuntimeError(f"process 0 ended before all {hello['facts']['process_count']} had come") from error
 
 
 class _Notice:
-    """One line on stderr for those who wonder why nothing happens."""
+    """One line on stderr that explains a long wait."""
 
     def __init__(self) -> None:
         self._at: float | None = time.monotonic() + _NOTICE

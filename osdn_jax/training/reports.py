@@ -1,4 +1,4 @@
-"""What processes say of themselves, compared."""
+"""Reports of processes about themselves, and their comparison."""
 
 import functools
 import hashlib
@@ -22,7 +22,7 @@ _SHOWN = 4  # differences in one message
 
 @functools.cache
 def software() -> dict[str, str]:
-    """What this process runs: {package: version}, and a digest of our own files, which may be of another commit."""
+    """Return {package: version} of this process, with a digest of this package's files to tell commits apart."""
     packages = {"jax": jax, "jaxlib": jaxlib, "flax": flax, "optax": optax, "grain": grain, "numpy": np}
     versions = {name: getattr(module, "__version__", "unknown") for name, module in packages.items()}
     return {"osdn_jax": f"{osdn_jax.__version__} (files {_digest('osdn_jax', 'pallas_kernels')})", **versions}
@@ -39,7 +39,7 @@ def _digest(*packages: str) -> str:
 
 
 def differences(reports: Sequence[Mapping[str, Any] | None]) -> list[str]:
-    """A line for each key whose value is not the same in all processes, with the values; None is no process."""
+    """Return a line for each key whose value differs between processes; a report of None is skipped."""
     here = {number: report for number, report in enumerate(reports) if report is not None}
     found = []
     for key in sorted(set().union(*here.values())):
@@ -54,12 +54,12 @@ def differences(reports: Sequence[Mapping[str, Any] | None]) -> list[str]:
 
 
 def _comparable(value: Any) -> str:
-    """Equal for equal values: 1.0 is 1, as in config.json, but True is not."""
+    """Return text that is equal for equal values: 1.0 equals 1, as in config.json, but True does not."""
     return repr(int(value) if isinstance(value, float) and value.is_integer() else value)
 
 
 def check_same(reports: Sequence[Mapping[str, Any] | None]) -> None:
-    """Raises ConfigError, naming keys and values, where processes differ."""
+    """Raise ConfigError, naming keys and values, if processes differ."""
     found = differences(reports)
     if found:
         more = f"; and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
@@ -67,7 +67,7 @@ def check_same(reports: Sequence[Mapping[str, Any] | None]) -> None:
 
 
 def failures(reasons: Sequence[str | None]) -> str:
-    """Who failed and why, in one line; "" if nobody did."""
+    """Return which processes failed and why, in one line; "" if none did."""
     by_reason: dict[str, list[int]] = {}
     for number, reason in enumerate(reasons):
         if reason is not None:
@@ -78,7 +78,7 @@ def failures(reasons: Sequence[str | None]) -> str:
 
 
 def name_processes(numbers: list[int]) -> str:
-    """ "process 3", "processes 0-2 and 7"."""
+    """Return a phrase such as "process 3" or "processes 0-2 and 7"."""
     runs: list[list[int]] = []
     for number in numbers:
         if runs and number == runs[-1][-1] + 1:

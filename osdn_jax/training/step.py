@@ -1,4 +1,4 @@
-"""The training step, a pure function of its state and a batch."""
+"""The training step: a pure function of a state and a batch."""
 
 import dataclasses
 from collections.abc import Callable
@@ -16,37 +16,44 @@ from osdn_jax.nn.split import Parameters
 
 @dataclasses.dataclass(frozen=True)
 class StepConfig:
-    """What a training step does besides the optimiser's."""
+    """Settings of a training step that are not the optimiser's."""
 
-    accumulate: int = 1  # parts that the rows of a batch are taken in, one after another
-    chunks: Chunks = DEFAULT_CHUNKS  # of the cross-entropy
+    accumulate: int = 1  # number of micro-batches
+    chunks: Chunks = DEFAULT_CHUNKS  # tokens and vocabulary entries per block of logits
     z_loss: float = 0.0  # coefficient of the mean of logsumexp(logits)^2 (arXiv 2204.02311)
-    ema: float = 0.0  # decay of the moving average of the parameters; 0 for none
+    ema: float = 0.0  # decay of the moving average of the parameters; 0: none
 
 
 class TrainState(NamedTuple):
-    """All that a step changes; every leaf is an array, so that a checkpoint holds it whole."""
+    """Everything that a step changes; every leaf is an array, so that a checkpoint holds all of it."""
 
     params: Parameters
     optimizer: optax.OptState
-    step: jax.Array  # int32, how many steps are done, those skipped included
+    step: jax.Array  # int32, number of steps done, including skipped ones
     random: jax.Array  # key data, uint32
-    skipped: jax.Array  # int32, how many steps changed nothing, as their numbers were not finite
-    skipped_in_a_row: jax.Array  # int32, of these the ones since the last step that was not skipped
+    skipped: jax.Array  # int32, number of skipped steps (of non-finite loss, gradient or update)
+    skipped_in_a_row: jax.Array  # int32, number of consecutive skipped steps
     ema: Parameters | None  # moving average of the parameters, if there is one
 
     @classmethod
     def create(
         cls, params: Parameters, optimizer: optax.GradientTransformation, random: jax.Array, *, ema: bool = False
     ) -> "TrainState":
-        """The state before the first step; ema: whether it has a moving average, which starts from the parameters."""
-        step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # each is donated, so each its own
+        """Return the state before the first step.
+
+        Args:
+            params: the initial parameters, which are not copied.
+            optimizer: of `build_optimizer`.
+            random: key data, uint32.
+            ema: True adds a moving average, which starts from the parameters.
+        """
+        step, skipped, in_a_row = (jnp.zeros((), jnp.int32) for _ in range(3))  # separate: each is donated
         average = jax.tree.map(jnp.copy, params) if ema else None
         return cls(params, optimizer.init(params), step, random, skipped, in_a_row, average)
 
     @property
     def evaluated(self) -> Parameters:
-        """What to validate: the moving average if there is one."""
+        """The parameters to validate: the moving average if there is one."""
         return self.params if self.ema is None else self.ema
 
 
@@ -57,16 +64,41 @@ def make_train_step(
     *,
     shardings: TrainState | None = None,
 ) -> Callable[[TrainState, Window], tuple[TrainState, dict[str, jax.Array]]]:
-    """The jitted step (state, batch) -> (state, metrics); the old state's memory is reused.
+    """Return the jitted training step.
 
-    A step whose loss, gradient or update is not finite leaves parameters, optimiser and moving average as they were.
+    A step whose loss, gradient or update is not finite is skipped: it leaves the parameters, the optimiser's state and
+    the moving average unchanged.
 
-    Metrics are scalars: loss (nats per target token), gradient_norm (before clipping), update_norm (also of an update
-    that was left out) and parameter_norm in float32; skipped_steps and skipped_in_a_row in int32.
+    Args:
+        apply: the model, as `nn.split_model` returns it.
+        optimizer: of `build_optimizer`.
+        config: settings of the step.
+        shardings: of each array of the state, over a mesh; default: one device.
 
-    shardings: where each array of the state lies, over a mesh.
+    Returns:
+        step(state, batch) -> (state, metrics), which donates the old state. The batch has inputs, targets, segment_ids
+        and weights, [B, T] each. Metrics are scalars: loss (nats per target token), gradient_norm (before clipping),
+        update_norm (also of a skipped update) and parameter_norm in float32; skipped_steps and skipped_in_a_row in
+        int32. When it is traced, the step raises ValueError for a batch whose rows config.accumulate does not divide.
 
-    The step raises ValueError, when it is traced, for a batch whose rows config.accumulate does not divide.
+    Example:
+        >>> import jax
+        >>> import jax.numpy as jnp
+        >>> import optax
+        >>> from osdn_jax import nn
+        >>> from osdn_jax.training import TrainState, build_model, default_config, make_train_step
+        >>> config = default_config()
+        >>> config.model.rule, config.model.layers, config.model.width = "delta_net", 1, 8
+        >>> apply, params = nn.split_model(build_model(config))
+        >>> optimizer = optax.sgd(0.1)
+        >>> step = make_train_step(apply, optimizer)
+        >>> state = TrainState.create(params, optimizer, jax.random.key_data(jax.random.key(0)))
+        >>> tokens = jnp.arange(8)[None]
+        >>> batch = {"inputs": tokens, "targets": tokens + 1}
+        >>> batch |= {"segment_ids": jnp.zeros((1, 8), jnp.int32), "weights": jnp.ones((1, 8))}
+        >>> state, metrics = step(state, batch)
+        >>> int(state.step), metrics["loss"].shape
+        (1, ())
     """
 
     def step(state: TrainState, batch: Window) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -109,8 +141,8 @@ def make_train_step(
 def _loss_and_gradient(
     apply: Callable[..., Any], config: StepConfig, params: Parameters, batch: Window, dropout_key: jax.Array
 ) -> tuple[jax.Array, Parameters]:
-    """Nats per target of the whole batch, and the gradient of that and the z-loss, float32 as the parameters."""
-    parts = config.accumulate
+    """Return the loss of the whole batch in nats per target, and the gradient of the loss plus the z-loss, float32."""
+    count = config.accumulate
     targets = jnp.maximum(jnp.sum(jnp.asarray(batch["weights"])), 1.0)
 
     def objective(params: Parameters, rows: Window, key: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -118,29 +150,29 @@ def _loss_and_gradient(
         return (sums.nats + config.z_loss * sums.squared_normalizers) / targets, sums.nats / targets
 
     gradient_of = jax.grad(objective, has_aux=True)
-    if parts == 1:
+    if count == 1:
         gradient, loss = gradient_of(params, batch, dropout_key)
         return loss, gradient
 
-    def add(total: tuple[jax.Array, Parameters], part: jax.Array) -> tuple[tuple[jax.Array, Parameters], None]:
-        rows = _rows(batch, part, parts)
-        gradient, loss = gradient_of(params, rows, jax.random.fold_in(dropout_key, part))
+    def add(total: tuple[jax.Array, Parameters], index: jax.Array) -> tuple[tuple[jax.Array, Parameters], None]:
+        rows = _micro_batch(batch, index, count)
+        gradient, loss = gradient_of(params, rows, jax.random.fold_in(dropout_key, index))
         return jax.tree.map(jnp.add, total, (loss, gradient)), None
 
     zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
-    return jax.lax.scan(add, zero, jnp.arange(parts))[0]
+    return jax.lax.scan(add, zero, jnp.arange(count))[0]
 
 
-def _rows(batch: Window, part: jax.Array, parts: int) -> Window:
-    """Rows part, part + parts, part + 2 parts, ...: of a batch that is split over devices, each gives some of its own.
+def _micro_batch(batch: Window, index: jax.Array, count: int) -> Window:
+    """Return rows index, index + count, index + 2 count, …; strided, so that every device contributes rows it has.
 
-    Raises ValueError where the parts do not divide the rows.
+    Raises ValueError if count does not divide the number of rows.
     """
 
     def of(x: jax.Array) -> jax.Array:
-        if x.shape[0] % parts:
-            raise ValueError(f"batch: got {x.shape[0]} rows, expected a multiple of accumulate = {parts}")
-        by_part = jnp.asarray(x).reshape(x.shape[0] // parts, parts, *x.shape[1:])
-        return jax.lax.dynamic_index_in_dim(by_part, part, axis=1, keepdims=False)
+        if x.shape[0] % count:
+            raise ValueError(f"batch: got {x.shape[0]} rows, expected a multiple of accumulate = {count}")
+        strided = jnp.asarray(x).reshape(x.shape[0] // count, count, *x.shape[1:])
+        return jax.lax.dynamic_index_in_dim(strided, index, axis=1, keepdims=False)
 
     return jax.tree.map(of, batch)

@@ -1,4 +1,4 @@
-"""A run that was trained, to draw from or to evaluate."""
+"""A trained run, to sample from or to evaluate."""
 
 import os
 from collections.abc import Callable
@@ -17,10 +17,15 @@ from osdn_jax.training.workdir import CHECKPOINT_FOLDER, checked_workdir, load_c
 
 
 class Trained(NamedTuple):
-    """The model of a run by its newest checkpoint, and its tokenizer.
+    """The model of a run at its newest checkpoint, and its tokenizer.
 
-    apply: as `split_model` gives it.
-    parameters: their moving average where the run has one.
+    Attributes:
+        config: the configuration of the run.
+        model: the configuration of the model.
+        apply: the model as a function, apply(parameters, tokens, …); see `nn.split_model`.
+        parameters: {path: array}; their moving average if the run has one.
+        tokenizer: the run's tokenizer.
+        step: the checkpoint's step.
     """
 
     config: ConfigDict
@@ -32,10 +37,17 @@ class Trained(NamedTuple):
 
 
 def load_trained(workdir: str | os.PathLike[str]) -> Trained:
-    """Reads a run. Changes nothing in its directory, and takes no lock: it may be training.
+    """Load the newest checkpoint of a run. Changes nothing in its directory and takes no lock: it may be training.
+
+    Args:
+        workdir: the directory of a run of `train`.
+
+    Returns:
+        The model as a function of its parameters, the parameters, and the tokenizer. docs/training.md evaluates and
+        exports a run with them.
 
     Raises:
-        FileNotFoundError: workdir holds no run, or no checkpoint; or there is no such tokenizer.
+        FileNotFoundError: workdir holds no run, or no checkpoint; or the tokenizer's file is missing.
         CheckpointError: no checkpoint can be read.
         CheckpointMismatchError: the newest is of another model, or was trained with another tokenizer.
         ValueError, ImportError: as `build_tokenizer`.

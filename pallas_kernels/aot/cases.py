@@ -43,11 +43,11 @@ class Case:
         """Unique name, such as delta_rule/gradient/channel/K128V256/documents+write-key/float16."""
         size = f"K{self.key_dim}" + ("" if self.value_dim is None else f"V{self.value_dim}")
         direction = "gradient" if self.gradient else "forward"
-        parts = [self.function, direction, self.decay, size, "+".join(self.options), self.dtype]
-        parts.append(f"T{self.length}" if self.length != 1024 else "")
-        parts.append(f"vmap{self.mapped}" if self.mapped else "")
-        parts.append(f"two-gpus-{self.sharded}" if self.sharded else "")
-        return "/".join(part for part in parts if part)
+        fields = [self.function, direction, self.decay, size, "+".join(self.options), self.dtype]
+        fields.append(f"T{self.length}" if self.length != 1024 else "")
+        fields.append(f"vmap{self.mapped}" if self.mapped else "")
+        fields.append(f"two-gpus-{self.sharded}" if self.sharded else "")
+        return "/".join(field for field in fields if field)
 
 
 def all_cases() -> list[Case]:

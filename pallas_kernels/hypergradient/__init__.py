@@ -1,4 +1,4 @@
-"""The hypergradient preconditioner of OSDN: `hypergradient` runs its kernels, `limitation` names what they refuse."""
+"""The hypergradient preconditioner of OSDN: `hypergradient` runs its kernels, `limitation` reports unsupported keys."""
 
 from pallas_kernels.hypergradient.entry import hypergradient, limitation
 

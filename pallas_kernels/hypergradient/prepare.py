@@ -1,4 +1,4 @@
-"""The part of the hypergradient preconditioner that needs no state, in parallel over all chunks."""
+"""The computations of the hypergradient preconditioner that need no state, in parallel over all chunks."""
 
 from typing import Any, NamedTuple
 

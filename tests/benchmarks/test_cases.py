@@ -22,7 +22,7 @@ def test_near_parallel_keys_are_near(case):
 
 
 def ways(case, keys, seed):
-    """How the kernel goes through the chunks of each head: far from the bounds, tested and kept, or done again."""
+    """Return how the kernel treats the chunks of each head: far from the bounds, tested and kept, or recomputed."""
     x, _ = check.draw(case, keys, seed)
     x = {name: a.astype(np.float64) for name, a in x.items()}
     lo, hi = cases.BINDING["bounds"]
@@ -54,30 +54,30 @@ def test_peaked_keys_leave_the_bounds_nearly_leave_them_and_stay_far(keys):
     case = cases.CASES["hypergradient, bounds that bind"]
     found = [ways(case, keys, seed) for seed in range(case.seeds)]
     assert all(set().union(*one.values()) == {"far", "kept", "again"} for one in found)
-    assert all({"kept", "again"} <= one[2] for one in found)  # a head that goes from one to the other
-    smoke = cases.SMOKE["hypergradient, token by token, gradient"]
+    assert all({"kept", "again"} <= one[2] for one in found)  # a head with both
+    smoke = cases.SMOKE["hypergradient, sequential fallback, gradient"]
     assert set().union(*ways(smoke, "random", 0).values()) == {"far", "kept", "again"}
 
 
 @pytest.mark.parametrize("section", ["smoke", "check"])
-def test_every_case_names_its_kernel_which_serves_it(section):
-    """Without a GPU it is refused for that reason alone, and nothing else runs in its place."""
-    for case in cases.cases(section, dry=False).values():
+def test_every_case_reaches_its_kernel(section):
+    """Without a GPU it is refused for that reason alone, without a fallback."""
+    for case in cases.cases_of(section, dry=False).values():
         arrays, ids = check.draw(dataclasses.replace(case, length=1, batch=1), "random", 0)
         with pytest.raises(NotImplementedError, match="'mosaic_gpu': got a cpu, the kernels need a GPU"):
             jax.eval_shape(lambda x, i, case=case: cases.outputs(case, x, i, "mosaic_gpu"), arrays, ids)
 
 
-def test_the_cases_reach_pieces_waves_types_and_lengths():
+def test_the_cases_reach_splits_waves_types_and_lengths():
     all_cases = cases.CASES.values()
     rules = [case for case in all_cases if case.preset is None]
 
-    def pieces(c):
+    def splits(c):
         return split_count(c.batch, c.heads, -(-c.length // 64), c.key_dim, c.value_dim)
 
-    assert {case.decay for case in rules if pieces(case) > 1} == {"scalar", "channel"}
+    assert {case.decay for case in rules if splits(case) > 1} == {"scalar", "channel"}
     assert max(case.batch * case.heads * -(-case.length // 64) for case in rules) > 4 * 132
-    assert max(case.batch * case.heads * case.value_dim // 64 for case in rules) > 4 * 132  # the walks'
+    assert max(case.batch * case.heads * case.value_dim // 64 for case in rules) > 4 * 132  # of the scans
     for some in (rules, [c for c in all_cases if c.preset == "gram"], [c for c in all_cases if c.preset == "binding"]):
         assert max(case.batch * case.heads for case in some) > 2 * 132
     for some in (rules, [case for case in all_cases if case.preset not in (None, "gram")]):

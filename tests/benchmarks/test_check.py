@@ -34,7 +34,7 @@ def test_a_wrong_gradient_fails(scan):
     assert row["error"] == pytest.approx(0.03, abs=2e-3)
 
 
-def test_other_bits_the_second_time_fail(scan):
+def test_a_second_run_with_other_bits_fails(scan):
     calls = []
 
     def unsteady(*arguments):
@@ -46,7 +46,7 @@ def test_other_bits_the_second_time_fail(scan):
     assert (row["status"], row["same"]) == ("fail", False)
 
 
-def test_a_number_that_is_none_fails():
+def test_a_value_that_is_not_finite_fails():
     assert not check.judge({"o": 1e-3, "d_q": float("inf")})["kept"]
 
 
@@ -69,7 +69,7 @@ def test_the_loop_in_numpy_agrees_with_the_scan(decay, options):
         assert relative_error(got[name], want[name]) < 1e-12, name
 
 
-def test_the_judges_are_there_and_are_asked():
+def test_the_numpy_reference_is_used():
     case = cases.DRY_CASES["channel decay, tiny, judged by NumPy"]
     arrays, ids = check.draw(case, "random", 0)
     cotangents = check.draw_cotangents(case, arrays, ids, 0)
@@ -77,7 +77,7 @@ def test_the_judges_are_there_and_are_asked():
     assert {case.judge for case in cases.CASES.values()} == {"scan", "numpy"}
 
 
-def test_a_batch_is_judged_one_sequence_after_the_other():
+def test_the_reference_runs_one_sequence_at_a_time():
     case = cases.Case("scalar", 2, 20, 2, 1, 8, 4, documents=True)
     arrays, ids = check.draw(case, "random", 0)
     cotangents = check.draw_cotangents(case, arrays, ids, 0)
@@ -87,7 +87,7 @@ def test_a_batch_is_judged_one_sequence_after_the_other():
         assert relative_error(got[name], want[name].astype(np.float64)) < 1e-2, name
 
 
-def test_write_keys_and_float16_are_judged_too():
+def test_write_keys_and_float16_are_checked_too():
     case = cases.Case(preset="gram", multiply=True, dtype="float16", length=20, batch=1, key_dim=8, value_dim=8)
     row = check.compare(case, "random", 1, check.both(case, "chunk"), check.judge_of(case))
     assert (row["status"], row["limit"] <= 6e-3) == ("pass", True)

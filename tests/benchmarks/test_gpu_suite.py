@@ -26,12 +26,12 @@ def test_the_exit_status_is_about_our_kernels(key, status, code):
     assert gpu_suite.status([{**key, "status": status}]) == code
 
 
-# What a kernel under work may do: under a scalar decay its gradient of beta is wrong, and under a decay per channel it
-# does not come back.
+# A kernel under development: with a scalar decay its gradient of beta is wrong, with a decay per channel it hangs.
 ODD = """
 import time
 import jax
-from osdn_jax.ops.delta_rule import IMPLEMENTATIONS
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
+from osdn_jax.ops.selection import Implementation
 
 @jax.custom_vjp
 def odd(beta):
@@ -39,19 +39,19 @@ def odd(beta):
 
 odd.defvjp(lambda beta: (beta, None), lambda _, d: (1.05 * d,))
 
-def kernel(call, **options):
+def kernel(call, options):
     if call.log_decay is not None and call.log_decay.ndim == 4:
         time.sleep(1000)
     if call.log_decay is not None:
         call = call._replace(beta=odd(call.beta))
-    return IMPLEMENTATIONS["chunk"](call, **options)
+    return IMPLEMENTATIONS["chunk"].run(call, options)
 
-IMPLEMENTATIONS["odd"] = kernel
+IMPLEMENTATIONS["odd"] = Implementation(kernel)
 """
 
 
 def suite(out, *arguments):
-    """The exit status and the rows of a dry call, by section and case, and the whole record."""
+    """Return the exit status of a dry call, its rows by section and case, and the whole record."""
     code = gpu_suite.main(["--dry", "--out", str(out), *arguments])
     content = json.loads((out / "gpu-dry.json").read_text())
     return code, {(row["section"], row.get("case"), row.get("keys")): row for row in content["rows"]}, content
@@ -87,7 +87,7 @@ def test_without_time_nothing_is_run_and_all_is_recorded(tmp_path, capsys):
     count = len(cases.DRY_SMOKE) + 2 * len(check.DRY_CASES) + 1 + 7 * 2 * 3 + 2 * of_peers
     assert len(content["rows"]) == count
     assert capsys.readouterr().out == (tmp_path / "gpu-dry.md").read_text()
-    # What was left is done by the same call again, and what there is stays.
+    # Repeating the call keeps the rows that exist.
     _, _, content = suite(tmp_path, "--stage", "check", "--budget", "0")
     assert len(content["rows"]) == count
     assert len(content["calls"]) == 2
@@ -104,7 +104,7 @@ def test_without_time_nothing_is_run_and_all_is_recorded(tmp_path, capsys):
         (["--dry", "--out", "other"], "other/gpu-dry.json: its results are of device a TPU (here cpu)"),
     ],
 )
-def test_what_cannot_be_served_is_said_in_one_line(tmp_path, monkeypatch, capsys, arguments, said):
+def test_a_refused_call_is_one_line(tmp_path, monkeypatch, capsys, arguments, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "file").write_text("")
     for name, content in (("broken", "{"), ("other", None)):

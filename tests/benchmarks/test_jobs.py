@@ -18,7 +18,7 @@ def run_jobs(tmp_path, jobs, budget=100.0, patience=100.0):
 
 def test_a_kernel_that_raises_and_a_process_that_dies_end_nothing(tmp_path):
     request = plan.Request("mosaic_gpu", dry=True, cases="scalar decay, tiny")
-    (job,) = plan.plan("check", [], request).jobs
+    (job,) = plan.plan_stage("check", [], request).jobs
     dead = {"section": "check", "case": "none", "keys": "random"}
     jobs = [plan.Job({**job.spec, "case": "none"}, (dead,)), job]
     rows = {(row["case"], row["keys"]): row for row in run_jobs(tmp_path, jobs)}
@@ -32,6 +32,6 @@ def test_a_kernel_that_raises_and_a_process_that_dies_end_nothing(tmp_path):
 
 
 def test_a_process_that_hangs_is_ended(tmp_path):
-    job = plan.plan("ours", [], REQUEST).jobs[1]
+    job = plan.plan_stage("ours", [], REQUEST).jobs[1]
     rows = run_jobs(tmp_path, [job], patience=0.0)
     assert [row["status"] for row in rows] == ["hung"] * len(job.owed)

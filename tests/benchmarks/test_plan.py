@@ -32,19 +32,19 @@ def test_a_repeated_stage_does_what_is_left():
     assert owed("check", rows) == [plan.key_of(hung), plan.key_of(late)]
 
 
-def test_what_hung_in_the_smoke_stage_is_not_started_later():
+def test_kernels_that_hang_in_the_smoke_stage_are_not_started_later():
     rows = [finished(key) for key in owed("smoke")]
     for row in rows:
-        if row["case"] in ("channel decay, gradient", "hypergradient, token by token, forward", "Gram, forward"):
+        if row["case"] in ("channel decay, gradient", "hypergradient, sequential fallback, forward", "Gram, forward"):
             row["status"] = "hung"
-    checks = plan.plan("check", rows, REQUEST)
+    checks = plan.plan_stage("check", rows, REQUEST)
     skipped = {row["case"]: row["reason"] for row in checks.skipped}
     assert {row["case"] for row in checks.skipped} | {key["case"] for key in checks.owed} == set(cases.CASES)
     assert skipped["channel decay, D 256"] == "'channel decay, gradient' hung in the smoke stage"
     assert "hypergradient, trust, beta, documents" in skipped
     assert "Gram, T 1" in skipped
     assert not {"scalar decay", "hypergradient, paper"} & set(skipped)
-    ours = plan.plan("ours", rows, REQUEST)
+    ours = plan.plan_stage("ours", rows, REQUEST)
     left = {(key["rule"], key["program"]) for key in ours.owed if key.get("contender") == "ours"}
     assert ("kda", plan.FORWARD) in left
     assert ("kda", plan.BOTH) not in left
@@ -55,17 +55,17 @@ def test_what_hung_in_the_smoke_stage_is_not_started_later():
     assert len(ours.owed) + len(ours.skipped) == len(owed("ours"))
 
 
-def test_ours_runs_beside_a_peer_where_it_is_known_to_run():
+def test_ours_runs_with_a_peer_if_it_is_known_to_run():
     rows = [finished(key) for key in owed("ours")]
     for row in rows:
         if row.get("contender") == "ours" and row["program"] == plan.BOTH:
             row["status"] = "raised"
-    assert all(not job.spec["beside"] for job in plan.plan("peers", [], REQUEST).jobs)
-    assert all(job.spec["beside"] == [["ours", plan.FORWARD]] for job in plan.plan("peers", rows, REQUEST).jobs)
+    assert all(not job.spec["beside"] for job in plan.plan_stage("peers", [], REQUEST).jobs)
+    assert all(job.spec["beside"] == [["ours", plan.FORWARD]] for job in plan.plan_stage("peers", rows, REQUEST).jobs)
 
 
-def test_what_is_missing_of_a_job_gets_a_reason():
-    job = plan.plan("ours", [], REQUEST).jobs[1]
+def test_missing_rows_of_a_job_get_a_reason():
+    job = plan.plan_stage("ours", [], REQUEST).jobs[1]
     rows = [measured(job.owed[0])]
     missing = plan.missing_rows(job.owed, rows, "died", "why")
     assert missing == [{**key, "status": "died", "reason": "why"} for key in job.owed[1:]]

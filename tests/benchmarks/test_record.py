@@ -24,7 +24,7 @@ def test_stages_add_to_one_record(tmp_path):
     assert {row["reason"] for row in again.rows[1:]} == {plan.NOT_REACHED}
     again.add({**second, "status": "hung", "reason": "no sign of life"})
     again.add({**plan.key_of(second), "status": plan.NOT_RUN, "reason": plan.OUT_OF_TIME})
-    assert again.rows[1]["status"] == "hung"  # it is not lost to a later call that did not reach it
+    assert again.rows[1]["status"] == "hung"  # a later call that did not reach it does not overwrite it
     again.add(second)
     content = json.loads(file.read_text())
     assert content["identity"]["fla-core"] == "0.6.0"

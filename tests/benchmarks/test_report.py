@@ -24,7 +24,7 @@ def test_the_table_of_a_call_fits_the_end_of_a_log(sections):
         assert "| channel decay, D 256 | d_initial_state 1.0e-03 of 1e-02 | d_initial_state 1.0e-03 of 1e-02 |" in table
 
 
-def test_what_is_not_measured_is_in_the_table_by_name():
+def test_the_table_names_what_is_not_measured():
     keys = [key for stage in ("ours", "peers") for key in owed(stage)]
     rows = [finished(key) for key in keys if key.get("contender") != "peer"]
     missing = plan.missing_rows(keys, rows, "missing", "No module named 'fla'")
@@ -34,7 +34,7 @@ def test_what_is_not_measured_is_in_the_table_by_name():
     assert gpu_suite.status(rows + missing) == 0
 
 
-def test_the_table_says_what_is_apart_and_what_passed_only_later():
+def test_the_table_shows_differences_and_earlier_failures():
     key = {"section": "time", "shape": plan.SHAPES[0], "rule": "kda", "program": plan.BOTH}
     ours = measured({**key, "contender": "ours"}, difference=0.05, differences={"o": 0.001, "d_beta": 0.05})
     peer = measured({**key, "contender": "peer"}, ours_seconds=5e-4)

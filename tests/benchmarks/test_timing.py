@@ -13,12 +13,12 @@ from support.gpu_records import REQUEST
 
 
 @pytest.mark.parametrize("rule", plan.TIMED_RULES)
-def test_every_rule_to_time_names_its_kernels_which_serve_it(rule):
+def test_every_timed_rule_reaches_its_kernels(rule):
     for shape in plan.SHAPES:
         arguments = timing.abstract(rule, parse_shapes(shape)[0])
         with pytest.raises(NotImplementedError, match="'mosaic_gpu': got a cpu, the kernels need a GPU"):
             jax.eval_shape(timing.program_of(rule, "mosaic_gpu", False), arguments)
-    jobs = [job for stage in plan.STAGES for job in plan.plan(stage, [], REQUEST).jobs]
+    jobs = [job for stage in plan.STAGES for job in plan.plan_stage(stage, [], REQUEST).jobs]
     assert {job.spec["implementation"] for job in jobs} == {"mosaic_gpu"}
 
 
@@ -55,7 +55,7 @@ def test_batches_alternate_and_are_long_enough(monkeypatch):
     assert b.row()["host_bound"]
 
 
-def test_a_gradient_that_there_is_none_of_is_infinitely_far():
+def test_a_missing_gradient_is_infinitely_far():
     assert timing.difference(None, jnp.ones(3)) == np.inf
     assert timing.difference(jnp.full(3, jnp.nan), jnp.ones(3)) == np.inf
     assert timing.difference(jnp.zeros(3), jnp.zeros(3)) == 0

@@ -1,4 +1,4 @@
-"""Softmax attention: against a loop in NumPy, in chunks, packed, in pieces, token by token, and what it costs."""
+"""Softmax attention: against a loop in NumPy, in chunks, packed, in several calls, token by token, and its cost."""
 
 import dataclasses
 
@@ -21,7 +21,7 @@ ONE_DOCUMENT = np.ones_like(SEGMENTS)
 
 
 def made(dtype="float32", **changes):
-    """(apply, parameters, x) of a mixer, its norms moved off one."""
+    """Return (apply, parameters, x) of a mixer whose norms have scales other than 1."""
     config = dataclasses.replace(CONFIG, **changes)
     apply, parameters = split_model(SoftmaxAttention(config, 1, jnp.dtype(dtype), rngs=nnx.Rngs(params=0)))
     rng = np.random.default_rng(0)
@@ -111,7 +111,7 @@ def test_16_bits_stay_near():
 
 
 def test_16_bit_keys_far_from_the_start_keep_their_angles():
-    # Angles in bfloat16 would be wrong by whole turns at position 1,000.
+    # Angles in bfloat16 would be wrong by full rotations at position 1,000.
     x, far = jnp.ones((1, 1, 1, 64), jnp.bfloat16), jnp.asarray([1001])
     got = rotate(x, far, 10_000.0).astype(jnp.float32)
     assert relative_error(got, rotate(x.astype(jnp.float32), far, 10_000.0)) < 5e-3
@@ -259,7 +259,7 @@ def test_weight_decay_acts_on_matrices():
 
 
 def peak(function, *arguments):
-    """Bytes of temporaries of the compiled program."""
+    """Return the bytes of temporaries of the compiled program."""
     return jax.jit(function).lower(*arguments).compile().memory_analysis().temp_size_in_bytes
 
 
@@ -300,7 +300,7 @@ def test_cudnn_gets_the_mask_of_the_documents(monkeypatch):
         want = reference(parameters, x, ONE_DOCUMENT if ids is None else ids, value_dim=6)
         assert relative_error(out, want) < 1e-5
     assert seen == ["cudnn", "cudnn"]
-    apply(parameters, x[:, :1], state)  # decoding is not cuDNN's
+    apply(parameters, x[:, :1], state)  # decoding does not use cuDNN
     assert len(seen) == 2
 
 

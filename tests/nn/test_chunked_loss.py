@@ -1,4 +1,4 @@
-"""Cross-entropy in chunks: against the plain one in values and gradients, what it keeps in memory, and where."""
+"""Cross-entropy in chunks: against the plain one in values and gradients, its memory, and its sharding."""
 
 import jax
 import jax.numpy as jnp
@@ -29,7 +29,7 @@ def arguments(dtype=jnp.float32, seed=0):
 
 
 def with_gradient(function, targets):
-    """(hidden, unembedding) -> ((nats, normalisers), gradients of a sum of both, each token with its own weights)."""
+    """Return (hidden, unembedding) -> ((nats, normalisers), gradients of a sum of both, weighted per token)."""
     rng = np.random.default_rng(1)
     weights = [jnp.asarray(rng.integers(3, size=(B, T)), jnp.float32) for _ in range(2)]
 
@@ -47,7 +47,7 @@ def test_equals_the_plain_one(chunks, dtype, tolerance):
     got = jit(with_gradient(lambda *args: cross_entropy(*args, chunks), targets))(hidden, unembedding)
     want = jit(with_gradient(plain, targets))(hidden, unembedding)
     assert [x.dtype for x in jax.tree.leaves(got)] == [jnp.float32, jnp.float32, dtype, jnp.float32]
-    assert_close(got[0], want[0], 1e-6)  # both add up products of the same type in float32
+    assert_close(got[0], want[0], 1e-6)  # both accumulate products of the same dtype in float32
     assert_close(got[1], want[1], tolerance)
 
 
@@ -96,7 +96,7 @@ def test_of_a_model_it_is_that_of_its_logits(tied):
 
     got, want = (jit(jax.value_and_grad(f))(parameters) for f in (in_chunks, of_logits))
     assert_close(got[0], want[0], 1e-6)
-    assert_close(got[1], want[1], 1e-5)  # the gradient of one function of the model, added up in another order
+    assert_close(got[1], want[1], 1e-5)  # the same gradient, summed in another order
 
 
 def test_needs_a_tenth_of_the_memory():
@@ -157,7 +157,7 @@ def test_wrong_arguments_are_named():
 
 @pytest.mark.usefixtures("our_checks")
 def test_targets_of_any_integer_type():
-    """None outside the vocabulary comes back into it where JAX cuts 64 bits to 32, or counts from the end."""
+    """No target outside the vocabulary becomes a valid one, by truncation from 64 bits to 32 or by a negative index."""
     hidden, table = jnp.asarray(np.random.default_rng(0).normal(size=(1, 3, 4)), jnp.float32), jnp.eye(300, 4)
     want, _ = cross_entropy(hidden, table, jnp.array([[1, 2, 3]], jnp.int32))
     for dtype in (np.int8, np.uint16, np.int64, np.uint64):

@@ -136,7 +136,7 @@ def test_one_preconditioner_per_value_head_only_where_it_follows_beta():
 
 @pytest.mark.parametrize("rule", ["osdn", "pkda", "transformer"])
 def test_a_config_comes_back_from_json(rule):
-    """Nested dicts and lists, as JSON writes them, make the same config."""
+    """Nested dicts and lists, as JSON writes them, give the same config."""
     config = model_config(rule)
     read = json.loads(json.dumps(dataclasses.asdict(config)))
     assert ModelConfig(**read) == config

@@ -1,4 +1,4 @@
-"""What is not finite in one document reaches no other, through attention, mixers and the whole model."""
+"""Values that are not finite in one document reach no other, through attention, mixers and the whole model."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from support import jit, random_like, value_and_gradient
 from support.models import SEGMENTS, VOCABULARY, model_config, parameters_of
 
 B, T, H, K = 2, 12, 2, 4
-FIRST = np.repeat([[0, 5, 8], [0, 3, 10]], [5, 3, 4], axis=1)  # where the document of each query begins
+FIRST = np.repeat([[0, 5, 8], [0, 3, 10]], [5, 3, 4], axis=1)  # the start of each query's document
 FIRST[1] = np.repeat([0, 3, 10], [3, 7, 2])
 BAD = 6  # a token of the second document in both rows
 OTHERS = np.array([[t < 5 or t >= 8 for t in range(T)], [t < 3 or t >= 10 for t in range(T)]])
@@ -28,17 +28,17 @@ def attention(x, chunk_size=None):
 @pytest.mark.parametrize("chunk_size", [None, 5])
 @pytest.mark.parametrize(("name", "value"), [("q", np.nan), ("k", np.nan), ("v", np.nan), ("v", np.inf), ("k", 1e30)])
 def test_attention(name, value, chunk_size):
-    """Neither earlier tokens nor other documents see it, in values and in gradients."""
+    """A bad token reaches neither earlier tokens nor other documents, in values and in gradients."""
     x = heads()
     bad = x | {name: x[name].at[:, BAD].set(value)}
     if value == 1e30:
-        bad = bad | {"q": x["q"].at[:, BAD].set(1e30)}  # finite numbers whose product is not
+        bad = bad | {"q": x["q"].at[:, BAD].set(1e30)}  # finite, but their product is not
     program = jit(value_and_gradient(lambda x: attention(x, chunk_size)))
     cotangents = random_like(jax.eval_shape(attention, x), seed=1)
     want, d_want = program(x, cotangents)
     got, d_got = program(bad, cotangents)
     np.testing.assert_allclose(got["o"][OTHERS], want["o"][OTHERS], rtol=1e-5, atol=1e-6)
-    before = np.s_[:, 5:BAD] if name != "q" else np.s_[:, BAD + 1 :]  # a query is nobody else's
+    before = np.s_[:, 5:BAD] if name != "q" else np.s_[:, BAD + 1 :]  # a query affects its own token only
     np.testing.assert_allclose(got["o"][before][:1], want["o"][before][:1], rtol=1e-5, atol=1e-6)
     assert not np.isfinite(np.asarray(got["o"][:, BAD])).any()
     for each in "qkv":
@@ -55,7 +55,7 @@ def test_attention_without_documents_is_causal():
 
 @pytest.mark.parametrize("rule", ["os_kda", "pgdn", "transformer"])
 def test_a_model(rule):
-    """An embedding that is NaN, of one token of one document, leaves the logits of the others as they were."""
+    """A NaN embedding of one token leaves the logits of the other documents unchanged."""
     apply, parameters = parameters_of(model_config(rule, layers=2, chunk_size=8))
     rng = np.random.default_rng(0)
     segments = np.asarray(SEGMENTS)

@@ -1,4 +1,4 @@
-"""Models on meshes whose axes are Explicit, as jax.make_mesh makes them: values and gradients of one device."""
+"""Models on meshes with Explicit axes, the default of jax.make_mesh: the same values and gradients as on one device."""
 
 import jax
 import jax.numpy as jnp
@@ -48,7 +48,7 @@ def test_under_a_mesh_with_the_axes_of_the_model(rule):
 
 @pytest.mark.parametrize("rule", ["os_gdn", "transformer"])
 def test_tokens_split_by_rows(rule):
-    """Plain data parallelism: nothing but the tokens says that there is a mesh."""
+    """Plain data parallelism: only the tokens are on the mesh."""
     apply, step, parameters = model(rule)
     want = jit(step)(parameters, TOKENS, SEGMENTS)
     mesh = jax.make_mesh((4,), ("rows",))
@@ -63,7 +63,7 @@ def test_tokens_split_by_rows(rule):
 
 
 def test_parameters_split_too():
-    """Parameters that lie in parts on the mesh come to where the tokens are."""
+    """Sharded parameters are gathered on the devices of the tokens."""
     _, step, parameters = model("os_gdn")
     want = jit(step)(parameters, TOKENS, SEGMENTS)
     mesh = jax.make_mesh((2, 2), ("rows", "columns"))
@@ -90,7 +90,7 @@ def test_statistics_of_preconditioners():
 
 @pytest.mark.parametrize("rule", ["gdn2", "pkda", "transformer"])
 def test_a_mixer_in_a_model_of_ones_own(rule):
-    """Values, states and gradients, with a mesh that is set and one that only x knows of."""
+    """Values, states and gradients, under jax.set_mesh, and with a mesh that only x has."""
     config = mixer_config(rule, width=16, heads=4, key_heads=2, key_dim=8, value_dim=8)
     kind = SoftmaxAttention if rule == "transformer" else DeltaMixer
     apply, parameters = split_model(kind(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(0)))

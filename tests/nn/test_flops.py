@@ -1,4 +1,4 @@
-"""FLOPs per token: counted by hand, and by the compiler where all is products."""
+"""FLOPs per token: counted by hand, and by the compiler for a model of matrix products only."""
 
 import jax
 import jax.numpy as jnp
@@ -48,11 +48,11 @@ def test_what_rematerialisation_computes_again():
 
 
 def test_the_compiler_counts_the_same_products():
-    # One token: no mixing worth the name is left, the rest are products with matrices. Taps see one token of four.
+    # With one token mixing is negligible, and the rest are matrix products. The taps see one token of four.
     length = 256
     flops, apply, parameters = counted("linear_attention", length=length)
     tokens = jax.ShapeDtypeStruct((1, length), jnp.int32)
     program = jax.jit(lambda parameters, tokens: apply(parameters, tokens)[0]).lower(parameters, tokens)
     measured = program.compile().cost_analysis()["flops"] / length
-    assert flops.matrices + flops.head < measured  # elementwise work comes to it
+    assert flops.matrices + flops.head < measured  # elementwise work is added to it
     assert measured < 1.5 * (flops.matrices + flops.head + flops.mixing + flops.chunks)

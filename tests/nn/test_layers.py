@@ -51,7 +51,7 @@ def test_convolution_in_pieces_is_the_whole(convolution):
     x = random(B, T, C)
     whole, last = convolution(x)
     pieces, window, start = [], None, 0
-    for length in (1, 2, 1, 5, 2):  # pieces shorter than the window too
+    for length in (1, 2, 1, 5, 2):  # some shorter than the window
         out, window = convolution(x[:, start : start + length], window)
         pieces.append(out)
         start += length
@@ -68,7 +68,7 @@ def test_convolution_stays_inside_documents(convolution):
             inside = np.flatnonzero(ids[row] == number)
             alone, _ = convolution(x[row : row + 1, inside[0] : inside[-1] + 1])
             assert relative_error(packed[row, inside], alone[0]) < 1e-6
-    # The window goes on with the first document, and with no other.
+    # The window belongs to the first document only.
     size = convolution.kernel.shape[0]
     window = random(B, size - 1, C, seed=1)
     carried, _ = convolution(x, window, ids)

@@ -1,4 +1,4 @@
-"""What the mixer gives its rule, and what it makes of the output."""
+"""Inputs that the mixer gives to its rule, and its output."""
 
 import jax
 import jax.numpy as jnp
@@ -6,9 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from osdn_jax import ops
 from osdn_jax.nn import ChannelGate, DeltaMixer, mixer_config
 from osdn_jax.nn import mixer as module
-from osdn_jax.ops import State, delta_rule, rules
+from osdn_jax.ops import State, delta_rule
+from osdn_jax.ops.rules import entry
 from support import relative_error
 from support.models import SHAPES
 
@@ -21,16 +23,17 @@ def spy(monkeypatch):
 
     def call(rule, output, **changes):
         mixer = DeltaMixer(mixer_config(rule, **SHAPES | changes), 1, jnp.dtype("float32"), rngs=nnx.Rngs(params=0))
-        config = mixer.config
         seen = {}
 
-        def operator(*arguments, **options):
-            seen.update(options, arguments=arguments)
+        def operator(q, k, v, **arguments):
+            preconditioner = arguments.pop("preconditioner", None)
+            own = {} if preconditioner is None else preconditioner._asdict()
+            seen.update(arguments, q=q, k=k, v=v, preconditioner=own)
             return output, State(jnp.zeros(()))
 
-        key = (config.erase, config.strength, config.preconditioner, config.decay)
-        monkeypatch.setitem(module._OPERATORS, key, operator)
-        x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, config.width)), jnp.float32)
+        monkeypatch.setattr(module, "preconditioned_delta_rule", operator)
+        monkeypatch.setattr(ops, "gdn2", operator)
+        x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, mixer.config.width)), jnp.float32)
         return mixer(x)[0], seen
 
     return call
@@ -43,7 +46,7 @@ def output():
 
 def test_queries_and_keys_have_unit_length(spy, output):
     _, seen = spy("delta_net", output)
-    q, k, v, beta = seen["arguments"]
+    q, k, v, beta = (seen[name] for name in ("q", "k", "v", "beta"))
     assert q.shape == k.shape == (B, T, 2, 6)
     assert v.shape == (B, T, 4, 5)
     for x in (q, k):
@@ -57,12 +60,12 @@ def test_queries_and_keys_have_unit_length(spy, output):
 def test_negative_eigenvalues_double_beta(spy, output):
     _, once = spy("delta_net", output)
     _, twice = spy("delta_net", output, negative_eigenvalues=True)
-    np.testing.assert_allclose(twice["arguments"][3], 2 * once["arguments"][3], rtol=1e-6)
+    np.testing.assert_allclose(twice["beta"], 2 * once["beta"], rtol=1e-6)
 
 
 def test_gates_per_channel_take_the_place_of_beta(spy, output):
     _, seen = spy("gdn2", output)
-    _, k, v, erase, write, decay = seen["arguments"]
+    k, v, erase, write, decay = (seen[name] for name in ("k", "v", "erase_gate", "write_gate", "log_decay"))
     assert erase.shape == k.shape == (B, T, 2, 6)
     assert write.shape == v.shape == (B, T, 4, 5)
     assert decay.shape == (B, T, 4, 6)
@@ -72,8 +75,8 @@ def test_gates_per_channel_take_the_place_of_beta(spy, output):
         assert 0.7 < gate.max() < 1
         assert np.ptp(gate, axis=-1).min() > 0.05
     _, wide = spy("gdn2", output, negative_eigenvalues=True)
-    np.testing.assert_allclose(wide["arguments"][3], 2 * erase, rtol=1e-6)
-    np.testing.assert_array_equal(wide["arguments"][4], write)  # what is written has no part in the eigenvalues
+    np.testing.assert_allclose(wide["erase_gate"], 2 * erase, rtol=1e-6)
+    np.testing.assert_array_equal(wide["write_gate"], write)  # what is written has no part in the eigenvalues
 
 
 def test_gates_per_channel_are_float32_in_16_bits():
@@ -91,16 +94,17 @@ def test_the_output_is_normalised_per_head(spy, output):
 def test_the_rule_gets_the_options_of_the_config(spy, output):
     _, seen = spy("os_gdn", output, chunk_size=3, implementation="scan")
     assert (seen["chunk_size"], seen["implementation"]) == (3, "scan")
-    assert (seen["eta"], seen["bounds"], seen["anchor"]) == (0.003, (2 / 3, 3 / 2), 1.0)
-    assert seen["beta_aware"] is True
-    np.testing.assert_array_equal(seen["initial"], jnp.ones((4, 6)))
-    assert seen["log_forget"].shape == (B, T, 4)
+    own = seen["preconditioner"]
+    assert (own["eta"], own["bounds"], own["anchor"]) == (0.003, (2 / 3, 3 / 2), 1.0)
+    assert own["beta_aware"] is True
+    np.testing.assert_array_equal(own["initial"], jnp.ones((4, 6)))
+    assert own["log_forget"].shape == (B, T, 4)
     _, seen = spy("pkda", output)
-    assert seen["squash"] == 1.5
-    np.testing.assert_array_equal(seen["center"], np.full(2, -0.2, np.float32))
-    *_, decay, gram_decay, gain = seen["arguments"]
-    assert decay.shape == (B, T, 4, 6)
-    assert gram_decay.shape == gain.shape == (B, T, 2)
+    own = seen["preconditioner"]
+    assert own["squash"] == 1.5
+    np.testing.assert_array_equal(own["center"], np.full(2, -0.2, np.float32))
+    assert seen["log_decay"].shape == (B, T, 4, 6)
+    assert own["log_decay"].shape == own["gain"].shape == (B, T, 2)
 
 
 def test_the_output_gate_is_a_silu_of_the_input(spy, output):
@@ -120,12 +124,12 @@ def test_a_state_of_another_batch_is_refused():
     assert isinstance(state, module.MixerState)
     with pytest.raises(TypeError):
         mixer(jnp.ones((2, 1, SHAPES["width"])), state)
-    assert jax.tree.map(jnp.shape, state).rule.memory == (1, 4, 6, 5)
+    assert jax.tree.map(jnp.shape, state).rule.recurrent == (1, 4, 6, 5)
 
 
 @pytest.mark.parametrize("rule", ["osdn", "os_kda", "pgdn"])
 def test_multipliers_are_those_of_the_write_keys(rule, monkeypatch):
-    """What `multipliers` returns is what the rule's call writes with, also where heads share keys, by document."""
+    """`multipliers` returns the factors that the rule writes with, also with shared key heads and packed documents."""
     config = mixer_config(rule, width=8, heads=4, key_heads=2, key_dim=4, value_dim=3)
     mixer = DeltaMixer(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(0))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(2, 9, 8)), jnp.float32)
@@ -136,7 +140,7 @@ def test_multipliers_are_those_of_the_write_keys(rule, monkeypatch):
         seen.update(k=k, write_key=options["write_key"])
         return delta_rule(q, k, *arguments, **options)
 
-    monkeypatch.setattr(rules, "delta_rule", spied)
+    monkeypatch.setattr(entry, "delta_rule", spied)
     mixer(x, None, ids)
     d = mixer.multipliers(x, ids)
     assert float(jnp.std(d)) > 1e-4

@@ -1,4 +1,4 @@
-"""The language model as a whole: how it starts, dropout, and the model as a function of its parameters."""
+"""The language model: initialisation, dropout, and the model as a function of its parameters."""
 
 import re
 from contextlib import nullcontext
@@ -26,7 +26,7 @@ def config_of(rule, **changes):
 
 
 def started(config):
-    """The parameters of the model of a configuration, in one program."""
+    """Return the parameters of a configuration's model, initialised by one program."""
     return jit(lambda: split_model(build_model(config))[1])()
 
 
@@ -36,7 +36,7 @@ def ending(parameters, name):
     return found
 
 
-# How it starts
+# Initialisation
 
 
 @pytest.mark.parametrize(
@@ -126,7 +126,7 @@ def test_weight_decay_moves_matrices_and_nothing_else(rule):
     model = nnx.eval_shape(lambda: build_model(config))
     optimizer = build_optimizer(config, model)
     parameters = jax.eval_shape(lambda: split_model(build_model(config))[1])
-    ones = jax.tree.map(jnp.ones_like, parameters)  # so that decay shows wherever it acts
+    ones = jax.tree.map(jnp.ones_like, parameters)  # so that decay shows in every parameter that it acts on
     with jax.numpy_dtype_promotion("standard"):
         zeros = jax.tree.map(jnp.zeros_like, ones)
         update, _ = jit(lambda: optimizer.update(zeros, optimizer.init(ones), ones))()
@@ -141,7 +141,7 @@ def test_weight_decay_moves_matrices_and_nothing_else(rule):
 # The model as a function
 
 
-def test_functional_is_the_module():
+def test_split_model_is_the_module():
     model = CausalLM(model_config("delta_net"), rngs=nnx.Rngs(params=0))
     apply, parameters = split_model(model)
     x = jnp.asarray(tokens())
@@ -155,7 +155,7 @@ def test_functional_is_the_module():
 
 
 def test_parameters_keep_their_names():
-    # Checkpoints hold them by these names.
+    # Checkpoints use these names.
     parameters = started(config_of("os_gdn", tied_embeddings=False))
     layer = [
         "mixer/beta/kernel",
@@ -192,7 +192,7 @@ def test_tied_embeddings_read_with_what_they_write():
     assert "head/kernel" not in parameters
     gradient = jit(jax.grad(lambda p: apply(p, jnp.zeros((1, 2), jnp.int32))[0][0, :, 3].sum()))(parameters)
     rows = np.abs(gradient["embedding/embedding"]).max(axis=1)
-    assert set(np.flatnonzero(rows)) == {0, 3}  # read as token 0, and as the way to the logit of 3
+    assert set(np.flatnonzero(rows)) == {0, 3}  # the embedding of token 0, and the logit of token 3
 
 
 # Dropout
@@ -248,7 +248,7 @@ def test_a_wrong_kind_of_token_is_refused():
 
 
 def test_statistics_of_the_preconditioners():
-    """ "paper" starts at its lower bound of 0; "trust", drawn far, is held on both of its bounds."""
+    """ "paper" starts at its lower bound of 0; "trust", initialised far away, is clipped to both of its bounds."""
     tokens = jnp.asarray(np.random.default_rng(0).integers(8, size=(2, 12)), jnp.int32)
 
     def statistics(rule, **changes):
@@ -297,7 +297,7 @@ def test_arguments_that_do_not_fit_are_named(rule, our_checks):
 
 @pytest.mark.parametrize("mesh", [False, True])
 def test_a_token_outside_the_vocabulary_is_nan(mesh, our_checks):
-    """Everywhere alike, and whatever its type: not the last row, not a row of zeros, not what 32 bits make of it."""
+    """On one device and over a mesh, for every dtype: not the last row, not zeros, not the row of a truncated index."""
     apply, parameters = parameters_of(model_config("delta_net"))
     right = np.array([[1, 2, 3, 4]])
     wrong = [np.array([[1, 2, token, 4]]) for token in (-1, VOCABULARY, 2**31 - 1)]

@@ -24,7 +24,7 @@ def make_mesh(sizes):
 
 
 def documents(seed=0):
-    """Some start at the edges of devices, some inside, one is a single token."""
+    """Some start at the edges of devices, some inside; one is a single token."""
     marks = np.random.default_rng(seed).uniform(size=(B, T)) < 0.1
     marks[0, [6, 7, 12]] = True
     return jnp.asarray(np.cumsum(marks, axis=1), jnp.int32)
@@ -35,7 +35,7 @@ def small_mixer(rule, **changes):
 
 
 def pure(module):
-    """(call of the module with other parameters, the parameters)."""
+    """Return (call of the module with given parameters, the parameters)."""
     graph, state = nnx.split(module)
     parameters = jax.tree.map(lambda x: x.astype(jnp.float64), state)
     return (lambda parameters: nnx.merge(graph, parameters)), parameters
@@ -51,7 +51,7 @@ def pure(module):
     ],
 )
 def test_mixers(rule, mesh):
-    """Gates are float32 in any case, so that the last digits differ."""
+    """Gates are always float32, so the last digits differ."""
     kind = SoftmaxAttention if rule == "transformer" else DeltaMixer
     module, parameters = pure(kind(small_mixer(rule), 1, jnp.dtype("float64"), rngs=nnx.Rngs(0)))
     x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)))
@@ -99,7 +99,7 @@ def test_mlp_and_embedding(mesh):
 
 
 def test_every_parameter_has_axes():
-    """And the axes are as many as the parameter has."""
+    """Each axis of a parameter has a logical name."""
     for rule in RULES:
         config = ModelConfig(vocab_size=8, layers=1, mixer=small_mixer(rule), mlp_dim=8)
         _, parameters = split_model(CausalLM(config, rngs=nnx.Rngs(0)))

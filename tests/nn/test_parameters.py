@@ -1,4 +1,4 @@
-"""Counting parameters: the closed formulas against models of every rule."""
+"""Number of parameters: the closed formulas against models of every rule."""
 
 import itertools
 
@@ -54,14 +54,14 @@ def test_each_option_changes_the_count():
 
 
 def test_counts_by_hand():
-    # DeltaNet: q, k (2 heads of 6) and v (4 of 5) from 12 numbers, 4 taps on each, beta, a norm of 5, the way back.
+    # DeltaNet: q, k (2 heads of 6) and v (4 of 5) from width 12, 4 taps on each, beta, a norm of 5, the output.
     assert mixer_formula(model_config("delta_net").mixer) == 12 * 44 + 4 * 44 + 12 * 4 + 5 + 20 * 12 == 997
     # OSDN adds d_0 and the gate of forgetting, weight and bias, per key head.
     assert mixer_formula(model_config("osdn").mixer) == 997 + 2 * 6 + 12 * 2 + 2
     # KDA adds a decay of rank 6, with its rates and biases, and the output gate; GDN-2 has gates per channel, not beta.
     assert mixer_formula(model_config("kda").mixer) == 997 + 12 * 6 + 6 * 24 + 4 + 24 + 12 * 20 == 1481
     assert mixer_formula(model_config("gdn2").mixer) == 1481 - 12 * 4 + 12 * 2 * 6 + 12 * 4 * 5
-    # Attention: q (4 heads of 6), k (2 of 6) and v (2 of 5), and the way back from 4 heads of 5.
+    # Attention: q (4 heads of 6), k (2 of 6) and v (2 of 5), and the output from 4 heads of 5.
     assert mixer_formula(model_config("transformer").mixer) == 12 * (24 + 12 + 10) + 20 * 12 == 792
     # The language model: 17 tokens in and out, two norms and three matrices of the MLP, a last norm.
     assert parameter_formula(model_config("delta_net", layers=2)) == 2 * 17 * 12 + 2 * (997 + 24 + 3 * 120) + 12

@@ -11,7 +11,7 @@ from support.models import SEGMENTS, every_rule, model_config, parameters_of, to
 
 
 def functions(rule, **changes):
-    """{remat: parameters -> features of packed documents under dropout}, and parameters."""
+    """Return {remat: parameters -> features of packed documents under dropout}, and parameters."""
     made = {}
     for remat in ("none", "blocks", "full"):
         apply, parameters = parameters_of(model_config(rule, remat=remat, dropout=0.25, **changes))
@@ -25,7 +25,7 @@ def functions(rule, **changes):
 
 
 def kept(function, parameters):
-    """How many bytes the gradient of a function keeps of its forward pass, the parameters left out."""
+    """Return the bytes of the forward pass that the gradient of a function keeps, without the parameters."""
     pull = jax.eval_shape(lambda p: jax.vjp(function, p)[1], parameters)
     count = sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(pull))
     return count - sum(x.nbytes for x in parameters.values())
@@ -39,7 +39,7 @@ def test_less_is_kept_of_every_rule(rule):
     assert blocks < 0.6 * none
 
 
-# Between them they have all that a rule may have: decay and gates by channel, both preconditioners, nothing of these.
+# Together they cover every option of a rule: decay and gates per channel, both preconditioners, and none of these.
 @pytest.mark.parametrize("rule", ["linear_attention", "gdn2", "osdn", "pdn"])
 def test_numbers_are_the_same(rule):
     made, parameters = functions(rule)

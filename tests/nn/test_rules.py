@@ -119,7 +119,7 @@ def test_computing_in_16_bits_stays_near(rule):
     if rule == "transformer":  # its memory is its keys and values, which are activations
         assert {state.keys.dtype for state in states} == {jnp.dtype("bfloat16")}
     else:
-        assert {state.rule.memory.dtype for state in states} == {jnp.dtype("float32")}
+        assert {state.rule.recurrent.dtype for state in states} == {jnp.dtype("float32")}
     error = relative_error(logits, forward(parameters, tokens(), ONE_DOCUMENT)[0])
     assert 1e-4 < error < 0.1  # and it is in 16 bits: less would be float32
     assert config.dtype == "float32"

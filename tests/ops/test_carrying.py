@@ -163,9 +163,10 @@ def test_ids_of_any_integer_type_stay_apart(implementation, dtype):
         beta, gate = jnp.full((1, 6, 1), 0.5, jnp.float32), jnp.full((1, 6, 1), -0.1, jnp.float32)
         for ids in (documents, documents[:, ::-1].copy()):
             small = jnp.asarray(np.unique(ids, return_inverse=True)[1].reshape(ids.shape), jnp.int32)
-            for rule, more in ((ops.delta_net, ()), (ops.osdn, ()), (ops.pdn, (gate, -gate))):
+            gram = {"gram_log_decay": gate, "gram_gain": -gate}
+            for rule, more in ((ops.delta_net, {}), (ops.osdn, {}), (ops.pdn, gram)):
                 got, want = (
-                    rule(q, k, v, beta, *more, segment_ids=x, implementation=implementation) for x in (ids, small)
+                    rule(q, k, v, beta=beta, **more, segment_ids=x, implementation=implementation) for x in (ids, small)
                 )
                 assert_close(tuple(got[1]), tuple(want[1]), 1e-6)
                 assert_close(got[0], want[0], 1e-6)
@@ -177,9 +178,10 @@ def test_a_wide_state_stays_wide_beside_narrow_tokens(rule, implementation):
     """So a scan can carry it."""
     rng = np.random.default_rng(0)
     draw = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
-    x = [draw(1, 4, 2, 3) for _ in range(3)] + [draw(1, 4, 2), -draw(1, 4, 2, *(() if rule != "kda" else (3,)))]
-    x += [-draw(1, 4, 2), draw(1, 4, 2)] if rule == "pgdn" else []
-    run = lambda x, state: getattr(ops, rule)(*x, initial_state=state, implementation=implementation)
+    x = {name: draw(1, 4, 2, 3) for name in "qkv"}
+    x |= {"beta": draw(1, 4, 2), "log_decay": -draw(1, 4, 2, *(() if rule != "kda" else (3,)))}
+    x |= {"gram_log_decay": -draw(1, 4, 2), "gram_gain": draw(1, 4, 2)} if rule == "pgdn" else {}
+    run = lambda x, state: getattr(ops, rule)(**x, initial_state=state, implementation=implementation)
     _, state = run(x, None)
     assert {y.dtype for y in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
     wide = jax.tree.map(lambda y: y.astype(jnp.float64) + 1e-12, state)
@@ -191,11 +193,11 @@ def test_a_wide_state_stays_wide_beside_narrow_tokens(rule, implementation):
     after, o = jax.lax.scan(step, wide, length=2)
     assert {y.dtype for y in jax.tree.leaves(after)} == {jnp.dtype(jnp.float64)}
     assert o.dtype == jnp.float32
-    exact = [y.astype(jnp.float64) for y in x]
+    exact = jax.tree.map(lambda y: y.astype(jnp.float64), x)
     assert_close(tuple(run(x, wide)[1]), tuple(run(exact, wide)[1]), 1e-6)
     # Half of what tokens write is exact in doubles: the state keeps digits that float32 has not.
     far = jax.tree.map(lambda y: y + 1e-10, wide)
-    assert not np.array_equal(run(x, far)[1].memory, run(x, wide)[1].memory)
+    assert not np.array_equal(run(x, far)[1].recurrent, run(x, wide)[1].recurrent)
 
 
 def test_a_wide_state_of_one_step_and_of_a_preconditioner():

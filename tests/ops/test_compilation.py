@@ -32,15 +32,15 @@ def arrays(rule, length=3):
     draw = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
     q, k, v, gate, channel = (*(draw(1, length, 2, 4) for _ in range(3)), draw(1, length, 2), draw(1, length, 2, 4))
     more = {
-        "osdn": (gate,),
-        "delta_net": (gate,),
-        "os_gdn": (gate, -gate),
-        "kda": (gate, -channel),
-        "pkda": (gate, -channel, -gate, gate),
-        "gdn2": (channel, draw(1, length, 2, 4), -channel),
-        "linear_attention": (),
+        "osdn": {"beta": gate},
+        "delta_net": {"beta": gate},
+        "os_gdn": {"beta": gate, "log_decay": -gate},
+        "kda": {"beta": gate, "log_decay": -channel},
+        "pkda": {"beta": gate, "log_decay": -channel, "gram_log_decay": -gate, "gram_gain": gate},
+        "gdn2": {"erase_gate": channel, "write_gate": draw(1, length, 2, 4), "log_decay": -channel},
+        "linear_attention": {},
     }
-    return (q, k, v, *more[rule])
+    return {"q": q, "k": k, "v": v} | more[rule]
 
 
 @pytest.mark.parametrize("implementation", ["scan", "chunk", None])
@@ -49,13 +49,13 @@ def test_rules(rule, implementation, compilations):
     x, segments = arrays(rule), jnp.asarray([[0, 0, 1]])
 
     def value():
-        return getattr(ops, rule)(*x, implementation=implementation)
+        return getattr(ops, rule)(**x, implementation=implementation)
 
     def gradient():
-        def loss(*x):
-            return jnp.sum(getattr(ops, rule)(*x, implementation=implementation, segment_ids=segments)[0])
+        def loss(x):
+            return jnp.sum(getattr(ops, rule)(**x, implementation=implementation, segment_ids=segments)[0])
 
-        return jax.grad(loss, argnums=tuple(range(len(x))))(*x)
+        return jax.grad(loss)(x)
 
     for call in (value, gradient):
         first = call()
@@ -66,7 +66,7 @@ def test_rules(rule, implementation, compilations):
 
 
 def test_the_rest(compilations):
-    q, k, v, beta = arrays("delta_net")
+    q, k, v, beta = arrays("delta_net").values()
     model = nn.mixer_config("transformer", width=8, heads=2, key_dim=4, value_dim=4)
     attention = nn.SoftmaxAttention(model, 1, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0))
     first, targets = jnp.zeros((1, 3), jnp.int32), jnp.zeros((1, 3), jnp.int32)
@@ -98,7 +98,7 @@ def test_other_options_are_other_programs():
     """What is static is part of what a program is known by."""
     x = arrays("delta_net")
     for options in ({"scale": 1.0}, {"scale": 2.0}, {"implementation": "scan"}, {"chunk_size": 2}):
-        o, _ = ops.delta_net(*x, **options)
+        o, _ = ops.delta_net(**x, **options)
         scale = options.get("scale", 0.5)
-        np.testing.assert_allclose(o, scale / 0.5 * ops.delta_net(*x)[0], rtol=1e-5)
-    assert not np.allclose(ops.delta_rule(*x, erase=False)[0], ops.delta_rule(*x)[0])
+        np.testing.assert_allclose(o, scale / 0.5 * ops.delta_net(**x)[0], rtol=1e-5)
+    assert not np.allclose(ops.delta_rule(**x, erase=False)[0], ops.delta_rule(**x)[0])

@@ -152,7 +152,7 @@ def test_rules_carry_a_bad_document_no_further(rule):
     bad = v.at[0, 3].set(jnp.nan)
     want = call(v, slice(8, 24))
     _, state = call(bad, slice(0, 8))
-    assert not np.isfinite(state.memory).any()
+    assert not np.isfinite(state.recurrent).any()
     o, after = call(bad, slice(0, 24))
     np.testing.assert_allclose(o[:, 8:], want[0], rtol=1e-10)
     assert_close(tuple(after), tuple(want[1]), 1e-10)

@@ -50,26 +50,27 @@ def _rule(rule, x, options, run):
     state = ops.State(x["h0"], x.get("A0"))
     run = {"initial_state": state, **run}
     q, k, v = x["q"], x["k"], x["v"]
+    gram = {"gram_log_decay": x.get("ga"), "gram_gain": x.get("ba"), "center": x.get("c")}
     match rule:
         case "delta_net":
-            return ops.delta_net(q, k, v, x["beta"], **run)
+            return ops.delta_net(q, k, v, beta=x["beta"], **run)
         case "gated_delta_net":
-            return ops.gated_delta_net(q, k, v, x["beta"], x["g"], **run)
+            return ops.gated_delta_net(q, k, v, beta=x["beta"], log_decay=x["g"], **run)
         case "kda":
-            return ops.kda(q, k, v, x["beta"], x["gk"], **run)
+            return ops.kda(q, k, v, beta=x["beta"], log_decay=x["gk"], **run)
         case "gdn2":
-            return ops.gdn2(q, k, v, x["be"], x["wv"], x["gk"], **run)
+            return ops.gdn2(q, k, v, erase_gate=x["be"], write_gate=x["wv"], log_decay=x["gk"], **run)
         case "gla":
-            return ops.gla(q, k, v, x["gk"], **run)
+            return ops.gla(q, k, v, log_decay=x["gk"], **run)
         case "simple_gla":
-            return ops.mamba2(q, k, v, jnp.ones(v.shape[:3], v.dtype), x["g"], **run)
+            return ops.mamba2(q, k, v, beta=jnp.ones(v.shape[:3], v.dtype), log_decay=x["g"], **run)
         case "osdn" | "os_gdn" | "os_kda":
             return _hypergradient(rule, x, options, run)
         case "pdn" | "pgdn":
-            decay = (x["g"],) if rule == "pgdn" else ()
-            return getattr(ops, rule)(_unit(q), _unit(k), v, x["beta"], *decay, x["ga"], x["ba"], center=x["c"], **run)
+            decay = {"log_decay": x["g"]} if rule == "pgdn" else {}
+            return getattr(ops, rule)(_unit(q), _unit(k), v, beta=x["beta"], **decay, **gram, **run)
         case "pkda":
-            return ops.pkda(q, k, v, x["beta"], x["gk"], x["ga"], x["ba"], center=x["c"], **run)
+            return ops.pkda(q, k, v, beta=x["beta"], log_decay=x["gk"], **gram, **run)
 
 
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case["file"].removesuffix(".npz"))
@@ -83,7 +84,7 @@ def test_rule_equals_golden(case):
 
     def outputs(x, implementation):
         o, state = _rule(rule, x, options, {"implementation": implementation, "chunk_size": 16})
-        out = {"o": o, "state": state.memory, "d_final": state.preconditioner, "A_final": state.preconditioner}
+        out = {"o": o, "state": state.recurrent, "d_final": state.preconditioner, "A_final": state.preconditioner}
         return {name: out[name] for name in part("out_")}
 
     x, cotangents = jax.tree.map(jnp.asarray, (part("in_"), part("cot_")))

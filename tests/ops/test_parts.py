@@ -4,7 +4,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from osdn_jax.ops import chunkwise, scores, tiling
+from osdn_jax.ops import chunks, chunkwise, scores
 from osdn_jax.ops.triangular import unit_lower_inverse
 from support import assert_close, jit, value_and_gradient
 from support.cases import NAMED
@@ -76,11 +76,11 @@ def test_sums_and_pair_decay():
 
 @pytest.mark.parametrize(("length", "size", "fitting"), [(0, 64, 1), (1, 64, 1), (5, 64, 8), (57, 100, 64), (99, 7, 7)])
 def test_tiles(length, size, fitting):
-    assert tiling.fitting_chunk(size, length) == fitting
+    assert chunks.fitting_chunk(size, length) == fitting
     x = jnp.arange(2.0 * length * 3).reshape(2, length, 3)
-    chunks = tiling.to_chunks(x, fitting)
-    assert chunks.shape == (-(-length // fitting), 2, fitting, 3)
-    np.testing.assert_array_equal(tiling.from_chunks(chunks, length), x)
+    split = chunks.to_chunks(x, fitting)
+    assert split.shape == (-(-length // fitting), 2, fitting, 3)
+    np.testing.assert_array_equal(chunks.from_chunks(split, length), x)
 
 
 def test_accelerators_prepare_all_chunks_at_once(monkeypatch):

@@ -99,7 +99,7 @@ def test_one_token():
 def test_nan_is_no_reset():
     x = [jnp.full((1, 8, 1, 4), 0.5)] * 3 + [jnp.full((1, 8, 1), 0.5), jnp.full((1, 8, 1), -0.1).at[0, 2].set(jnp.nan)]
     for implementation in ("scan", "chunk"):
-        o, _ = ops.gated_delta_net(*x, implementation=implementation)
+        o, _ = ops.gated_delta_net(*x[:3], beta=x[3], log_decay=x[4], implementation=implementation)
         assert np.isnan(o[:, 2:]).all()
 
 
@@ -110,7 +110,9 @@ def test_in_float32():
 
     def run(implementation):
         def loss(v, decay):
-            return jnp.sum(ops.gated_delta_net(x[0], x[1], v, x[3], decay, implementation=implementation)[0])
+            return jnp.sum(
+                ops.gated_delta_net(x[0], x[1], v, beta=x[3], log_decay=decay, implementation=implementation)[0]
+            )
 
         return jax.value_and_grad(loss, argnums=(0, 1))(x[2], decay)
 

@@ -62,7 +62,9 @@ DELTA = ("q", "k", "v", "beta")
 GRAM = ("gram_log_decay", "gram_gain")
 PAPER = {"eta": 1.0, "bounds": (0.0, 1e9)}
 
-# name: (rule, its arrays in order, keyword arguments, the same by the oracle)
+DECAYS = {"scalar": "log_decay", "channel": "log_decay"}  # arrays below whose argument has another name
+
+# name: (rule, its arrays, keyword arguments, the same by the oracle)
 RULES = {
     "delta_net": (ops.delta_net, DELTA, {}, plain),
     "gated_delta_net": (ops.gated_delta_net, (*DELTA, "scalar"), {}, lambda x: plain(x, log_decay=x["scalar"])),
@@ -105,7 +107,7 @@ RULES = {
 def call(name, x, **more):
     rule, arrays, options, _ = RULES[name]
     options = {key: x[value] if isinstance(value, str) else value for key, value in options.items()}
-    return rule(*(x[array] for array in arrays), **options, **more)
+    return rule(**{DECAYS.get(name, name): x[name] for name in arrays}, **options, **more)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -136,6 +138,7 @@ def test_rule_and_its_decoding(name):
 def test_all_rules_are_tested():
     helpers = {"State", "delta_rule", "delta_rule_step", "exact_gram_write_key", "exact_pdn"}
     helpers |= {"gram_preconditioner", "hypergradient_preconditioner", "hypergradient_preset"}
+    helpers |= {"gram_write_key", "hypergradient_write_key"}
     assert {rule.__name__ for rule, *_ in RULES.values()} == set(ops.__all__) - helpers
 
 
@@ -145,14 +148,17 @@ def test_new_documents_begin_as_new_not_as_carried(initial):
     x = tokens()
     ids = jnp.asarray(np.repeat([[0] * 9 + [1] * (T - 9)], B, axis=0), jnp.int32)
     rule = functools.partial(ops.osdn, eta=0.5, bounds=(0.0, 1.2), initial=initial)
-    arrays = [x[name] for name in DELTA]
+    arrays = {name: x[name] for name in DELTA}
 
     @jit
     def program(arrays):
-        o, state = rule(*arrays, segment_ids=ids)
-        first, carried = rule(*(a[:, :5] for a in arrays), segment_ids=ids[:, :5])
-        second, last = rule(*(a[:, 5:] for a in arrays), segment_ids=ids[:, 5:], initial_state=carried)
-        alone, end = rule(*(a[:, 9:] for a in arrays))
+        def part(start, stop):
+            return {name: array[:, start:stop] for name, array in arrays.items()}
+
+        o, state = rule(**arrays, segment_ids=ids)
+        first, carried = rule(**part(0, 5), segment_ids=ids[:, :5])
+        second, last = rule(**part(5, T), segment_ids=ids[:, 5:], initial_state=carried)
+        alone, end = rule(**part(9, T))
         pieces = jnp.concatenate([first, second], axis=1)
         return (o, state, o[:, 9:], state), (pieces, last, alone, end)
 
@@ -166,30 +172,31 @@ def test_what_rules_become(implementation):
     @jit
     def pairs(x):
         q, k, v, beta = (x[name] for name in DELTA)
-        gates = x["gram_log_decay"], x["gram_gain"]
-        delta_net = ops.delta_net(q, k, v, beta, **run)
-        gated = ops.gated_delta_net(q, k, v, beta, x["scalar"], **run)
+        gates = {name: x[name] for name in GRAM}
+        delta_net = ops.delta_net(q, k, v, beta=beta, **run)
+        gated = ops.gated_delta_net(q, k, v, beta=beta, log_decay=x["scalar"], **run)
         wide = jnp.broadcast_to(x["scalar"][..., None], x["channel"].shape)
         none = jnp.zeros_like(x["scalar"])
+        ones = {"erase_gate": jnp.ones_like(k), "write_gate": jnp.ones_like(v)}
         return {
-            "Gram, squash 1": (ops.pdn(q, k, v, beta, *gates, squash=1.0, **run), delta_net),
-            "hypergradient, eta 0, d_0 1": (ops.osdn(q, k, v, beta, eta=0.0, initial=1.0, **run), delta_net),
-            "no decay": (ops.gated_delta_net(q, k, v, beta, none, **run), delta_net),
-            "no decay per channel": (ops.kda(q, k, v, beta, jnp.zeros_like(wide), **run), delta_net),
-            "equal channels": (ops.kda(q, k, v, beta, wide, **run), gated),
+            "Gram, squash 1": (ops.pdn(q, k, v, beta=beta, **gates, squash=1.0, **run), delta_net),
+            "hypergradient, eta 0, d_0 1": (ops.osdn(q, k, v, beta=beta, eta=0.0, initial=1.0, **run), delta_net),
+            "no decay": (ops.gated_delta_net(q, k, v, beta=beta, log_decay=none, **run), delta_net),
+            "no decay per channel": (ops.kda(q, k, v, beta=beta, log_decay=jnp.zeros_like(wide), **run), delta_net),
+            "equal channels": (ops.kda(q, k, v, beta=beta, log_decay=wide, **run), gated),
             "equal channels, no erase": (
-                ops.gla(q, k, v, wide, **run),
-                ops.mamba2(q, k, v, jnp.ones_like(beta), x["scalar"], **run),
+                ops.gla(q, k, v, log_decay=wide, **run),
+                ops.mamba2(q, k, v, beta=jnp.ones_like(beta), log_decay=x["scalar"], **run),
             ),
             "gates of 1": (
-                ops.gdn2(q, k, v, jnp.ones_like(k), jnp.ones_like(v), wide, **run),
-                ops.gated_delta_net(q, k, v, jnp.ones_like(beta), x["scalar"], **run),
+                ops.gdn2(q, k, v, **ones, log_decay=wide, **run),
+                ops.gated_delta_net(q, k, v, beta=jnp.ones_like(beta), log_decay=x["scalar"], **run),
             ),
-            "unit keys, b 1, d 1": (ops.osdn(q, k, v, beta, initial=1.0, bounds=None, **run), delta_net),
+            "unit keys, b 1, d 1": (ops.osdn(q, k, v, beta=beta, initial=1.0, bounds=None, **run), delta_net),
         }
 
     for name, (special, general) in pairs(tokens()).items():
-        assert_close({name: (special[0], special[1].memory)}, {name: (general[0], general[1].memory)}, TOLERANCE)
+        assert_close({name: (special[0], special[1].recurrent)}, {name: (general[0], general[1].recurrent)}, TOLERANCE)
 
 
 @pytest.mark.parametrize("implementation", ["scan", "chunk"])
@@ -203,9 +210,9 @@ def test_delta_net_is_a_fixed_point_of_the_hypergradient(implementation):
 def test_first_token_of_the_paper_writes_nothing():
     x = {name: array[:, :2] for name, array in tokens().items()}
     preset = ops.hypergradient_preset("paper")
-    o, state = jit(lambda x: ops.osdn(*(x[name] for name in DELTA), **preset))(x)
+    o, state = jit(lambda x: ops.osdn(**{name: x[name] for name in DELTA}, **preset))(x)
     np.testing.assert_array_equal(o[:, 0], 0.0)
-    assert np.all(np.linalg.norm(state.memory, axis=(-1, -2)) > 0.01)
+    assert np.all(np.linalg.norm(state.recurrent, axis=(-1, -2)) > 0.01)
     trust = ops.hypergradient_preset("trust")
     assert trust == {"eta": 0.003, "bounds": (2 / 3, 3 / 2), "initial": 1.0}
 
@@ -229,8 +236,8 @@ def test_exact_gram_is_ridge_regression(implementation):
     for t in range(T):
         seen = keys[:, : t + 1]
         normal = ridge * np.eye(K) + np.einsum("bthi,bthj->bhij", seen, seen)
-        memory = np.linalg.solve(normal, np.einsum("bthi,bthv->bhiv", seen, v[:, : t + 1]))
-        o[:, t] = np.einsum("bhk,bhkv->bhv", queries[:, t], memory)
-    expected = o, memory, np.linalg.inv(normal)[:, :: H // HK]
+        state = np.linalg.solve(normal, np.einsum("bthi,bthv->bhiv", seen, v[:, : t + 1]))
+        o[:, t] = np.einsum("bhk,bhkv->bhv", queries[:, t], state)
+    expected = o, state, np.linalg.inv(normal)[:, :: H // HK]
     for got in program(q, k, v):
         assert_close(got, expected, TOLERANCE)

@@ -76,14 +76,14 @@ def test_shard_map_of_value_heads_that_share_a_key_head():
 
     def by_chunk(x):
         o, state = ops.pkda(**x, chunk_size=8, implementation="chunk")
-        return o, state.memory
+        return o, state.recurrent
 
     mesh = jax.make_mesh((4, 2), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     sharded = jax.shard_map(by_chunk, mesh=mesh, in_specs=(specs,), out_specs=(values, P("data", "heads")))
 
     def by_scan(x):
         o, state = ops.pkda(**x, implementation="scan")
-        return o, state.memory
+        return o, state.recurrent
 
     cotangents = random_like(jax.eval_shape(by_scan, x), seed=1)
     want = jit(value_and_gradient(by_scan))(x, cotangents)

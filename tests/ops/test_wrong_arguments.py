@@ -246,7 +246,9 @@ def test_a_state_of_another_batch_is_named(function):
     state = jax.eval_shape(lambda: f(**right)[1])
     zeros = jax.tree.map(lambda x: Z(x.shape, x.dtype), state)
     fails(function, ValueError, "^initial_state", initial_state=jax.tree.map(lambda x: x[:1], zeros))
-    fails(function, ValueError, "^initial_state: got shape", initial_state=zeros._replace(memory=zeros.memory[:1]))
+    fails(
+        function, ValueError, "^initial_state: got shape", initial_state=zeros._replace(recurrent=zeros.recurrent[:1])
+    )
     for size in (1, 3):
         wrong = jax.tree.map(lambda x, size=size: Z((size, *x.shape[1:])), zeros)
         fails(function, ValueError, "^initial_state", initial_state=wrong)

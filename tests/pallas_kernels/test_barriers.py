@@ -1,4 +1,4 @@
-"""The kernels' own barriers suffice, and the check that shows it detects missing ones."""
+"""The barriers that the kernels place themselves suffice, and the checker reports missing ones."""
 
 import functools
 
@@ -28,7 +28,7 @@ def state(*shape):
 
 
 def check(names, function, *arguments):
-    """Follow the kernels of a function and of its gradient; names are those that place their own barriers."""
+    """Check the kernels of a function and of its gradient; `names` are those that place their own barriers."""
 
     def both(*arguments):
         value, gradient = jax.vjp(function, *arguments)
@@ -44,16 +44,16 @@ def check(names, function, *arguments):
 @pytest.mark.parametrize("decay", [None, "scalar", "channel"])
 def test_delta_rule(decay, erase, size):
     rule = functools.partial(delta_rule, erase=erase, scale=1.0, splits=2, resets=RESETS)
-    q, memory = keys(size), state(size, size)
+    q, initial = keys(size), state(size, size)
     names = "delta_rule_recur delta_rule_recur_back delta_rule_gradients "
     names += "delta_rule_prepare_channel delta_rule_channel_gradients" if decay == "channel" else "delta_rule_prepare"
     if decay is None:
-        run = lambda q, k, v, beta, memory: rule(q, k, v, beta, initial_state=memory)
-        check(names, run, q, q, q, PER_TOKEN, memory)
+        run = lambda q, k, v, beta, initial: rule(q, k, v, beta, initial_state=initial)
+        check(names, run, q, q, q, PER_TOKEN, initial)
         return
     log_decay = PER_TOKEN if decay == "scalar" else keys(size, jnp.float32)
-    run = lambda q, k, v, beta, g, memory: rule(q, k, v, beta, log_decay=g, initial_state=memory)
-    check(names, run, q, q, q, PER_TOKEN, log_decay, memory)
+    run = lambda q, k, v, beta, g, initial: rule(q, k, v, beta, log_decay=g, initial_state=initial)
+    check(names, run, q, q, q, PER_TOKEN, log_decay, initial)
 
 
 @pytest.mark.parametrize("size", [64, 256])
@@ -68,7 +68,7 @@ def test_gram(multiply, size):
 @pytest.mark.parametrize("multiply", [True, False])
 @pytest.mark.parametrize("forget", [False, True])
 def test_hypergradient(forget, multiply, size):
-    """Kernels with a sequential fallback leave their barriers to Pallas."""
+    """The kernels that may run token by token leave their barriers to Pallas."""
 
     def run(k, step, beta, log_forget, start):
         log_forget = log_forget if forget else None
@@ -94,7 +94,7 @@ def kernel(body, *scratch):
     )
 
 
-def of(body, *scratch):
+def faults_in(body, *scratch):
     return faults(kernel(body, *scratch), jax.ShapeDtypeStruct((64, 64), jnp.bfloat16))[0]
 
 
@@ -112,13 +112,13 @@ def test_a_product_of_a_tile_just_written(commit):
             plgpu.commit_smem()
         out[...] = product(x_s, y_s).astype(jnp.bfloat16)
 
-    assert bool(of(body, tile(), tile(), plgpu.Barrier())) is not commit
+    assert bool(faults_in(body, tile(), tile(), plgpu.Barrier())) is not commit
 
 
 @pytest.mark.parametrize("commit", [True, False])
 @pytest.mark.parametrize("also_read", [True, False])
 def test_an_operand_that_is_overwritten(also_read, commit):
-    """It does not help the products of other threads that each thread also read what it writes."""
+    """That a thread has read the elements it overwrites is not enough: the products of the others read them too."""
 
     def body(x, out, x_s, loaded):
         arrive(x, x_s, loaded)
@@ -132,7 +132,7 @@ def test_an_operand_that_is_overwritten(also_read, commit):
         plgpu.copy_smem_to_gmem(x_s, out)
         plgpu.wait_smem_to_gmem(0)
 
-    assert bool(of(body, tile(), plgpu.Barrier())) is not commit
+    assert bool(faults_in(body, tile(), plgpu.Barrier())) is not commit
 
 
 @pytest.mark.parametrize("commit", [True, False])
@@ -147,7 +147,7 @@ def test_an_operand_that_the_next_iteration_overwrites(commit):
 
         out[...] = jax.lax.fori_loop(0, 3, step, read(x)).astype(jnp.bfloat16)
 
-    assert bool(of(body, tile(), plgpu.Barrier())) is not commit
+    assert bool(faults_in(body, tile(), plgpu.Barrier())) is not commit
 
 
 @pytest.mark.parametrize("commit", [True, False])
@@ -161,7 +161,7 @@ def test_a_vector_that_other_threads_wrote(commit):
         wide = jax.lax.broadcast_in_dim(columns, (64, 64), [1])
         out[...] = plgpu.layout_cast(wide, plgpu.Layout.WGMMA).astype(jnp.bfloat16)
 
-    assert bool(of(body, tile(), plgpu.SMEM((64,), jnp.float32), plgpu.Barrier())) is not commit
+    assert bool(faults_in(body, tile(), plgpu.SMEM((64,), jnp.float32), plgpu.Barrier())) is not commit
 
 
 @pytest.mark.parametrize("commit", [True, False])
@@ -177,7 +177,7 @@ def test_two_uses_of_the_same_memory(commit):
         out[...] = read(second_s).astype(jnp.bfloat16)
 
     phases = Phases(first=tile(), second=smem(64, 64, dtype=jnp.float16))
-    assert bool(of(body, phases, plgpu.Barrier())) is not commit
+    assert bool(faults_in(body, phases, plgpu.Barrier())) is not commit
 
 
 @pytest.mark.parametrize("fence", [True, False])
@@ -192,7 +192,7 @@ def test_a_barrier_without_a_fence_is_not_enough_for_a_copy(fence):
         plgpu.copy_smem_to_gmem(x_s, out)
         plgpu.wait_smem_to_gmem(0)
 
-    assert bool(of(body, tile(), plgpu.Barrier())) is not fence
+    assert bool(faults_in(body, tile(), plgpu.Barrier())) is not fence
 
 
 def test_a_thread_may_overwrite_what_it_read():
@@ -203,4 +203,4 @@ def test_a_thread_may_overwrite_what_it_read():
         plgpu.copy_smem_to_gmem(x_s, out)
         plgpu.wait_smem_to_gmem(0)
 
-    assert of(body, tile(), plgpu.Barrier()) == []
+    assert faults_in(body, tile(), plgpu.Barrier()) == []

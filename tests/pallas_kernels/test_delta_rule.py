@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from osdn_jax import ops
 from osdn_jax.ops import mosaic_gpu, selection
+from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
 from pallas_kernels import delta_rule as kernels
 from pallas_kernels.delta_rule.split_sequence import split_count
 from support import assert_close, random_like, value_and_gradient
@@ -331,9 +332,8 @@ def test_hopper_chooses_the_kernels_once_they_are_measured(measured, monkeypatch
     monkeypatch.setattr(selection, "MOSAIC_GPU_MEASURED", measured)
     interpreted = functools.partial(mosaic_gpu.delta_rule, interpret=True)
     calls = []
-    monkeypatch.setattr(
-        mosaic_gpu, "delta_rule", lambda *call, **options: calls.append(1) or interpreted(*call, **options)
-    )
+    entry = IMPLEMENTATIONS["mosaic_gpu"]._replace(run=lambda *call: calls.append(1) or interpreted(*call))
+    monkeypatch.setitem(IMPLEMENTATIONS, "mosaic_gpu", entry)
     assert_close(ops.delta_rule(**x), floats(want), 1e-2)
     assert bool(calls) is measured
 

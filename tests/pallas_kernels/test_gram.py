@@ -42,7 +42,7 @@ def test_values_and_gradients_equal_the_scans(case, dtype):
     with assert_no_races():
         got = value_and_gradient(case.run(KERNEL))(x, cotangents)
     want = jax.jit(value_and_gradient(case.run("scan")))(x, cotangents)
-    # A key's gradient has the type of the key; the center's is a sum with both signs over all tokens.
+    # The gradient of k has the type of k; that of the center is a sum of terms of both signs over all tokens.
     k, center = got[1].pop("k"), got[1].pop("center", 0.0)
     assert k.dtype == dtype
     assert_close(k.astype(jnp.float32), want[1].pop("k").astype(jnp.float32), 1e-2 if dtype == jnp.bfloat16 else 1e-4)
@@ -51,7 +51,7 @@ def test_values_and_gradients_equal_the_scans(case, dtype):
 
 
 def test_write_keys_at_once():
-    """The rules take the product with the keys from the kernel: values and gradients of it, and of the final state."""
+    """Write keys from the kernel equal multipliers times keys: values, gradients and the final state."""
     case = kernel_case("write keys", length=70, heads=2)
     x = inputs(case, jnp.bfloat16)
 
@@ -68,7 +68,7 @@ def test_write_keys_at_once():
 
 @pytest.mark.parametrize("empty", [0, 1, 2], ids=["batch", "tokens", "heads"])
 def test_nothing(empty):
-    """Values and gradients of nothing, in the shapes of nothing."""
+    """Empty inputs give empty values and gradients of the right shapes."""
     shape = [2, 3, 1]
     shape[empty] = 0
     k, rows, state = jnp.zeros((*shape, 64)), jnp.zeros(shape), jnp.ones((shape[0], shape[2], 64))

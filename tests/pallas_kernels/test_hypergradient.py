@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from osdn_jax.ops.gram import write_key
-from osdn_jax.ops.hypergradient import preconditioned
+from osdn_jax import ops
+from osdn_jax.ops.arguments import scaled
 from pallas_kernels.hypergradient import hypergradient
 from pallas_kernels.hypergradient.chunk import HypergradientOptions, make_gates
 from pallas_kernels.hypergradient.expand import expand
@@ -114,7 +114,8 @@ def segments(x, starts):
 
 def reference(x, *, bounds=None, starts=(), normalize=False, multiply=False):
     named = {name: x.get(name) for name in ("beta", "log_forget", "initial", "restart")}
-    return preconditioned(
+    function = ops.hypergradient_write_key if multiply else ops.hypergradient_preconditioner
+    return function(
         x["k"],
         **named,
         eta=ETA,
@@ -123,7 +124,6 @@ def reference(x, *, bounds=None, starts=(), normalize=False, multiply=False):
         normalize=normalize,
         segment_ids=segments(x, starts),
         implementation="scan",
-        multiply=multiply,
     )
 
 
@@ -243,7 +243,7 @@ def test_write_keys_are_d_times_k_rounded_once():
     x = as_arrays(x, jnp.bfloat16)
     (written, _), (d, _) = (jit(functools.partial(kernel, bounds=BOUNDS, multiply=m))(x) for m in (True, False))
     np.testing.assert_array_equal(leaves(d, d[:, -1], BOUNDS), [[False, True]])
-    np.testing.assert_array_equal(written, write_key(d, x["k"]))
+    np.testing.assert_array_equal(written, scaled(x["k"], d))
 
 
 def test_vmap():

@@ -1,4 +1,4 @@
-"""A race that the interpreter finds fails a test."""
+"""Races that the interpreter detects fail a test."""
 
 import jax
 import jax.numpy as jnp

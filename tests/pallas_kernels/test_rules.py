@@ -1,4 +1,4 @@
-"""Rules that run the kernels of both the delta rule and its preconditioner."""
+"""Named rules with the kernels of the preconditioner and of the delta rule."""
 
 import jax
 import jax.numpy as jnp
@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from osdn_jax import ops
-from osdn_jax.ops import gram, hypergradient, mosaic_gpu, selection
+from osdn_jax.ops import gram_recurrence, hypergradient_recurrence, mosaic_gpu, selection
 from support import assert_close, random_like, value_and_gradient
 from support.interpreter import assert_no_races
 
@@ -32,13 +32,13 @@ def inputs(rule):
     return x
 
 
-def program(rule, implementation):
+def program(rule, implementation, packed=True):
     options = {} if rule == "pgdn" else {"eta": 0.5, "bounds": (0.9, 1.1), "initial": 1.0, "anchor": 1.0}
-    ids = jnp.asarray(np.arange(LENGTH)[None] >= 40, jnp.int32)
+    ids = jnp.asarray(np.arange(LENGTH)[None] >= 40, jnp.int32) if packed else None
 
     def run(x):
         o, state = getattr(ops, rule)(**x, **options, segment_ids=ids, implementation=implementation)
-        return {"o": o, "memory": state.memory, "preconditioner": state.preconditioner}
+        return {"o": o, "state": state.recurrent, "preconditioner": state.preconditioner}
 
     return run
 
@@ -58,11 +58,12 @@ def test_write_keys_come_from_the_kernels(rule, monkeypatch):
     def refuse(*_):
         raise AssertionError("a multiplier has left the kernels")
 
-    for module in (gram, hypergradient):
-        monkeypatch.setattr(module, "write_key", refuse)
-    jax.eval_shape(program(rule, KERNEL), inputs(rule))
+    jax.clear_caches()  # a call that was traced before would not be traced again
+    for module in (gram_recurrence, hypergradient_recurrence):
+        monkeypatch.setattr(module, "scaled", refuse)
+    jax.eval_shape(program(rule, KERNEL, packed=False), inputs(rule))
     with pytest.raises(AssertionError, match="has left the kernels"):
-        jax.eval_shape(program(rule, "scan"), inputs(rule))
+        jax.eval_shape(program(rule, "scan", packed=False), inputs(rule))
 
 
 def keys(size, dtype):

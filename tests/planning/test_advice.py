@@ -12,7 +12,7 @@ COSTS = Costs(
 )
 
 
-def test_what_parts_and_rematerialisation_cost():
+def test_cost_of_micro_batches_and_remat_policies():
     found = {(option.remat, option.accumulate): option for option in options(COSTS, rows=4)}
     assert set(found) == {(remat, n) for remat in COSTS.kept for n in (1, 2, 4)}
     assert found["none", 2] == Option("none", 2, 10 + 8 + 100, 3.0)
@@ -20,7 +20,7 @@ def test_what_parts_and_rematerialisation_cost():
     assert found["blocks", 4] == Option("blocks", 4, 10 + (8 + 40) // 2, 3.2)
 
 
-def test_traffic_grows_with_the_parts():
+def test_traffic_grows_with_the_number_of_micro_batches():
     slow = {option.accumulate: option.seconds for option in options(COSTS, rows=16) if option.remat == "none"}
     assert slow == {1: 3.0, 2: 3.0, 4: 3.0, 8: 4.0, 16: 8.0}
 
@@ -30,7 +30,7 @@ def test_the_fastest_that_fits_comes_first():
     assert [(o.remat, o.accumulate) for o in suggest(COSTS, 4, 120)] == [("none", 2), ("blocks", 1), ("full", 1)]
     assert [(o.remat, o.accumulate) for o in suggest(COSTS, 4, 60)] == [("blocks", 2), ("full", 1)]
     assert [(o.remat, o.accumulate) for o in suggest(COSTS, 4, 20)] == [("full", 4)]
-    # Where collectives take longest, the fewer of them the better.
+    # If collectives take longest, fewer micro-batches are faster.
     assert [(o.remat, o.accumulate) for o in suggest(COSTS, 16, 25)] == [("blocks", 8), ("full", 4), ("none", 16)]
 
 

@@ -15,7 +15,7 @@ def test_topologies():
 
 
 @pytest.mark.parametrize("text", ["8", "0x8", "8x0", "x8", "8x8x8", "-1x8", "8 x 8", "axb", "", "8x8\n", "1e1x8"])
-def test_other_words_are_refused(text):
+def test_other_topologies_are_refused(text):
     with pytest.raises(ValueError, match="plan: got .*, expected HOSTSxGPUS, such as 1x8"):
         parse_topology(text)
 
@@ -27,7 +27,7 @@ def test_every_gpu_has_a_description_to_compile_for():
         gpu("a100")
 
 
-def test_virtual_devices_are_dealt_to_hosts():
+def test_virtual_devices_are_assigned_to_hosts():
     found = virtual_devices(Topology(2, 4))
     assert found == jax.devices("cpu")[:8]
     assert [host_of(device, Topology(2, 4)) for device in found] == [0, 0, 0, 0, 1, 1, 1, 1]

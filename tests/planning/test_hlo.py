@@ -1,4 +1,4 @@
-"""Collectives read from programs: texts as the compiler writes them, and programs that it has compiled."""
+"""Collectives parsed from texts of the compiler, and from programs compiled here."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,7 @@ from jax.sharding import PartitionSpec as P
 
 from osdn_jax.planning.hlo import Collective, parse
 
-# Of the compiler for GPUs, shortened: asynchronous forms, a loop inside of a loop, three notations of groups.
+# Shortened output of the compiler for GPUs: asynchronous forms, nested loops, three notations of groups.
 TEXT = """HloModule jit_step, is_scheduled=true, num_partitions=8
 
 %add (a: f32[], b: f32[]) -> f32[] {
@@ -97,7 +97,7 @@ def test_another_notation_is_refused():
         parse("module @jit_step {\n}", 8)
 
 
-def test_what_a_ring_sends():
+def test_bytes_sent_along_a_ring():
     sent = lambda kind, groups: Collective(kind, groups, size=800, count=2).sent
     assert sent("all-gather", EIGHT) == sent("reduce-scatter", EIGHT) == sent("all-to-all", EIGHT) == 2 * 700
     assert sent("all-reduce", EIGHT) == 2 * 1400
@@ -105,7 +105,7 @@ def test_what_a_ring_sends():
     assert sent("collective-permute", ((0, 1), (1, 2))) == 2 * 800
 
 
-def test_which_groups_reach_over_hosts():
+def test_groups_that_span_hosts():
     hosts = [0, 0, 0, 0, 1, 1, 1, 1]
     over = lambda *groups: Collective("all-reduce", groups, 1, 1).per_host(hosts)
     assert over(*HALVES) is None
@@ -128,7 +128,7 @@ def test_a_compiled_loop():
     w, x = jax.ShapeDtypeStruct((16, 16), jnp.float32), jax.ShapeDtypeStruct((8, 16), jnp.float32)
     found = parse(jax.jit(split).lower(w, x).compile().as_text(), 8)
     gathers = [one for one in found.collectives if one.kind == "all-gather"]
-    assert sum(one.count for one in gathers) in (1, 6)  # the compiler may take it out of the loop
+    assert sum(one.count for one in gathers) in (1, 6)  # the compiler may hoist it out of the loop
     assert {(one.size, one.groups) for one in gathers} == {(16 * 16 * 4, HALVES)}
     (total,) = (one for one in found.collectives if one.kind == "all-reduce")
     assert (total.size, total.count, total.groups) == (4, 1, EIGHT)
@@ -139,7 +139,7 @@ def test_a_compiled_loop_counts_its_collectives():
 
     def body(x):
         def step(x, _):
-            return jnp.tanh(jax.lax.psum(x, "x") + x), None  # each needs the one before
+            return jnp.tanh(jax.lax.psum(x, "x") + x), None  # each depends on the previous one
 
         return jax.lax.scan(step, x, None, length=6)[0]
 

@@ -49,7 +49,7 @@ def test_parameters_are_those_of_the_formula(rule, mesh):
     parameters, sizes = program.state.params, dict(program.mesh.shape)
     count = sum(x.size for x in parameters.values())
     assert count == parameter_formula(program.model)
-    # What is not split, the norms and the like, is on every device.
+    # Parameters that are not sharded, such as norms, are on every device.
     split = {name: x.size // x.sharding.shard_shape(x.shape)[0] for name, x in parameters.items() if x.ndim == 1}
     assert on_a_device(parameters) >= 4 * count / (sizes["fsdp"] * sizes["tensor"])
     whole = sum(x.size for x in parameters.values() if x.sharding.is_fully_replicated)
@@ -70,13 +70,13 @@ def test_the_papers_models_have_the_bytes_of_the_formula(name):
     assert total == 4 * parameter_formula(program.model)
 
 
-def test_what_is_kept_for_the_gradient():
+def test_bytes_kept_for_the_gradient():
     kept = {remat: activations(build_program(small(model__remat=remat), jax.devices())) for remat in REMATS}
     assert kept["full"] < kept["blocks"] < kept["none"]
     halves = activations(build_program(small(model__remat="full", accumulate=2), jax.devices()))
-    streams = 2 * 64 * 32 * 4  # of a device's two rows: what each of two blocks reads, and what follows them
+    streams = 2 * 64 * 32 * 4  # a device's two rows: the input of each of two blocks, and the output of the last
     assert kept["full"] - halves >= 3 * streams / 2
-    head = 256 * 32 * 4  # whole on every device
+    head = 256 * 32 * 4  # replicated on every device
     assert kept["full"] < 8 * streams + head
 
 
@@ -95,7 +95,7 @@ def test_a_plan_of_a_small_model(made):
     assert {row.kind for row in made.traffic} >= {"all-gather", "all-reduce"}
     assert all(row.across_hosts and row.members == 8 for row in made.traffic)
     gathers = sum(row.count for row in made.traffic if row.kind == "all-gather")
-    assert gathers >= 2 * 2 * 2 * 3  # parts, passes, blocks; matrices of each
+    assert gathers >= 2 * 2 * 2 * 3  # micro-batches, passes, blocks; matrices of each
     assert 0 < made.ceiling < 1
     tokens = 16 * 64 / 8
     assert made.model_flops == made.flops.training * tokens
@@ -126,9 +126,17 @@ def test_the_report_of_what_does_not_fit(made):
     total = made.memory.total
     assert "It does not fit" in with_memory(total / 0.95)
     assert "No remat and micro-batch fits by estimate (the least, --config.model" in with_memory(total / 0.95)
-    assert "fits with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 alone" in with_memory(total / 0.9)
+    assert "Fits only with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92: " in with_memory(total / 0.9)
     option = advice.Option("full", 4, 1, 1.0)
     assert "--config.model.remat=full --config.accumulate=4" in with_memory(total / 0.95, (option,))
+
+
+def test_the_report_names_the_gpus_that_it_was_compiled_for(made):
+    def first_line(topology):
+        return planning.report(Plan(**{**vars(made), "compiled_for": "gpu", "topology": topology})).splitlines()[0]
+
+    assert first_line("1x8") == "Compiled for 8 × NVIDIA H200 (1 host × 8); no GPU required."
+    assert first_line("8x8") == "Compiled for 64 × NVIDIA H200 (8 hosts × 8); no GPU required."
 
 
 @pytest.mark.parametrize(
@@ -169,7 +177,7 @@ def test_one_device_needs_no_mesh():
     assert "--gpu=h200" in said
 
 
-def test_a_file_that_cannot_be_written_is_found_out_first():
+def test_a_file_that_cannot_be_written_is_refused_first():
     done = run(None, "--plan=1x1", "--plan_json=nothing/plan.json")
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr == "train.py: error: --plan_json: got 'nothing/plan.json', but there is no folder 'nothing'\n"

@@ -51,9 +51,10 @@ class Checker:
         # Since the last barrier, as (place, accessor); writes that a barrier without a fence has followed stay, marked.
         self.reads, self.writes = set(), set()
 
-    def check(self, kind, place, others, *, own=True):
+    def check(self, kind, place, others, *, by_registers=True):
         for other, by in others:
-            if place.overlaps(other) and not (own and by == REGISTERS and place.is_own(other)):
+            same_thread = by_registers and by == REGISTERS and place.is_own(other)
+            if place.overlaps(other) and not same_thread:
                 self.faults.append(f"{self.where}: {kind} of {place.root.aval} {place.intervals} after {by}")
 
     def read(self, place):
@@ -66,12 +67,12 @@ class Checker:
 
     def proxy_read(self, place, by):
         """Record a read by the tensor cores or by a copy."""
-        self.check(by, place, self.writes, own=False)
+        self.check(by, place, self.writes, by_registers=False)
         if by == PRODUCT:
             self.reads.add((place, by))
 
     def arrive(self, place):
-        self.check("copy into", place, self.reads | self.writes, own=False)
+        self.check("copy into", place, self.reads | self.writes, by_registers=False)
 
     def barrier(self, *, fence):
         self.reads, self.writes = set(), set() if fence else {(place, UNFENCED) for place, _ in self.writes}
@@ -191,9 +192,9 @@ def kernels_of(jaxpr):
     """Yield (name, jaxpr, whether it places its own barriers) for every kernel in a jaxpr."""
     for eqn in jaxpr.eqns:
         if eqn.primitive.name == "mpmd_map":
-            own = eqn.params["compiler_params"].unsafe_no_auto_barriers
+            places_barriers = eqn.params["compiler_params"].unsafe_no_auto_barriers
             for body in eqn.params["jaxprs"]:
-                yield eqn.params["name"], getattr(body, "jaxpr", body), own
+                yield eqn.params["name"], getattr(body, "jaxpr", body), places_barriers
             continue
         for value in eqn.params.values():
             for body in value if isinstance(value, tuple | list) else [value]:
@@ -209,8 +210,8 @@ def faults(function, *arguments):
         (the missing barriers, the names of the kernels that place their own barriers).
     """
     found, names = [], set()
-    for name, jaxpr, own in kernels_of(jax.make_jaxpr(function)(*arguments).jaxpr):
-        if own:
+    for name, jaxpr, places_barriers in kernels_of(jax.make_jaxpr(function)(*arguments).jaxpr):
+        if places_barriers:
             checker = Checker(name)
             checker.run(jaxpr, {})
             found += checker.faults

@@ -26,7 +26,7 @@ REQUEST = plan.Request("mosaic_gpu", dry=False)
 
 
 def owed(stage, known=(), request=REQUEST):
-    return plan.plan(stage, known, request).owed
+    return plan.plan_stage(stage, known, request).owed
 
 
 def everything(known=()):

@@ -10,7 +10,7 @@ import numpy as np
 def delta_rule(
     q, k, v, beta, *, write_key=None, log_decay=None, erase=True, scale=None, initial_state=None, segment_ids=None
 ):
-    """(o, final memory), as `osdn_jax.ops.delta_rule`."""
+    """(o, final memory), as `osdn_jax.ops.delta_rule_operator`."""
     batch, length, heads, value_dim = v.shape
     key_dim = q.shape[-1]
     scale = key_dim**-0.5 if scale is None else scale

@@ -1,0 +1,96 @@
+"""Checked calls of the three operators: their arrays, and the options that are static under jit.
+
+Every implementation of an operator is a function of one such pair. `resets` is a field of each call, since
+`osdn_jax.ops.dispatch` handles packed sequences for all of them.
+"""
+
+from typing import NamedTuple
+
+import jax
+
+Bounds = tuple[float, float] | None  # (lo, hi) of the projection, or None for no projection
+
+
+class DeltaRuleCall(NamedTuple):
+    """Arrays of the delta rule; without T for a single step. q, k, w and v keep their types, the rest is float32 or 64.
+
+    B batch, T tokens, Hk key heads, H value heads, K and V the sizes of a key and a value.
+    """
+
+    state: jax.Array  # [B, H, K, V]
+    q: jax.Array  # [B, T, Hk, K]
+    k: jax.Array  # [B, T, Hk, K]
+    w: jax.Array | None  # write key [B, T, Hk or H, K]; None means k
+    v: jax.Array  # [B, T, H, V]
+    beta: jax.Array  # [B, T, H]
+    log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K]
+    resets: jax.Array | None  # [B, T] bool: the state is zeroed before this token
+
+
+class DeltaRuleOptions(NamedTuple):
+    """Static options of the delta rule."""
+
+    erase: bool
+    scale: float
+    chunk_size: int | None
+    context_axis: str | None
+
+
+class HypergradientTokens(NamedTuple):
+    """Inputs of the hypergradient recurrence; they lead with [B] for one token, with [B, C] for a chunk."""
+
+    u: jax.Array  # squared keys [..., P, K]
+    beta: jax.Array | None  # [..., P]; None means 1
+    step: jax.Array  # eta * b_t, divided by the normaliser if there is one [..., P]
+    log_forget: jax.Array | None  # [..., P]
+    reset: jax.Array | None  # [...] bool: the state is replaced by HypergradientStart.after_reset before this token
+
+
+class HypergradientStart(NamedTuple):
+    """Initial values of the hypergradient recurrence and the anchor of its forgetting."""
+
+    initial: jax.Array  # state before the first token [B, P, K]
+    after_reset: jax.Array  # state at the start of every later segment [B, P, K]
+    anchor: jax.Array | None  # [B, P, K]; None means 0
+
+
+class HypergradientCall(NamedTuple):
+    """Arrays of the hypergradient preconditioner. P is the number of preconditioners per sequence."""
+
+    k: jax.Array  # [B, T, P, K]
+    tokens: HypergradientTokens  # [B, T, ...]; its `reset` is None, see `tokens_with_resets`
+    start: HypergradientStart
+    resets: jax.Array | None  # [B, T] bool
+
+    def tokens_with_resets(self) -> HypergradientTokens:
+        """Return the tokens as the recurrence reads them."""
+        return self.tokens._replace(reset=self.resets)
+
+
+class HypergradientOptions(NamedTuple):
+    """Static options of the hypergradient preconditioner."""
+
+    bounds: Bounds
+    chunk_size: int | None
+    context_axis: str | None
+    write_key: bool  # return d * k in the type of k, not d
+
+
+class GramCall(NamedTuple):
+    """Arrays of the Gram preconditioner. P is the number of key heads."""
+
+    k: jax.Array  # [B, T, P, K]
+    log_decay: jax.Array  # [B, T, P]
+    gain: jax.Array  # [B, T, P]
+    center: jax.Array  # [P]
+    initial: jax.Array  # [B, P, K]
+    resets: jax.Array | None  # [B, T] bool
+
+
+class GramOptions(NamedTuple):
+    """Static options of the Gram preconditioner."""
+
+    squash: float
+    chunk_size: int | None
+    context_axis: str | None
+    write_key: bool  # return multiplier * k in the type of k, not the multiplier

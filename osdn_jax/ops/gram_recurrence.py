@@ -1,0 +1,102 @@
+"""The recurrence of the Gram preconditioner: by scan, in chunks, and over a sequence that is split over devices."""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from osdn_jax.ops import sequence_parallel
+from osdn_jax.ops.arguments import scaled
+from osdn_jax.ops.calls import GramCall, GramOptions
+from osdn_jax.ops.chunks import fitting_chunk, from_chunks, segment_index, to_chunks
+from osdn_jax.ops.scores import pair_decay
+from osdn_jax.ops.selection import DEFAULT_PRECONDITIONER_CHUNK
+
+_EPSILON = 1e-6
+
+
+def by_scan(call: GramCall, options: GramOptions, loop: Callable[..., Any] = lax.scan) -> tuple[jax.Array, jax.Array]:
+    """Run the specification, one token at a time.
+
+    Args:
+        call: checked arrays.
+        options: static options.
+        loop: `lax.scan`, or a function that takes its arguments (step, carry, tokens) and computes the same.
+
+    Returns:
+        (multiplier, or write keys if options.write_key, [B, T, P, K]; A after the last token [B, P, K]).
+    """
+
+    def step(a: jax.Array, token: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+        update, log_decay, reset = token
+        if reset is not None:
+            a = jnp.where(reset[:, None, None], 0.0, a)
+        a = jnp.exp(log_decay)[..., None] * a + update
+        return a, a
+
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (_update(call), call.log_decay, call.resets))
+    final, running = loop(step, call.initial, tokens)
+    return _output(jnp.moveaxis(running, 0, 1), call, options), final
+
+
+def by_chunks(call: GramCall, options: GramOptions) -> tuple[jax.Array, jax.Array]:
+    """Run in chunks, whose sums are products with a matrix of decays; arguments and result as `by_scan`."""
+    length = call.k.shape[1]
+    size = fitting_chunk(options.chunk_size or DEFAULT_PRECONDITIONER_CHUNK, length)
+
+    def step(a: jax.Array, chunk: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
+        update, log_decay, segment = chunk
+        decay = pair_decay(log_decay.swapaxes(1, 2))  # [B, P, C, C]
+        from_start = decay[..., :, 0] * jnp.exp(log_decay[:, 0])[..., None]
+        if segment is not None:
+            same = segment[:, None, :, None] == segment[:, None, None, :]
+            decay = jnp.where(same, decay, 0.0)
+            from_start = jnp.where((segment == 0)[:, None, :], from_start, 0.0)
+        running = jnp.einsum("bpij,bjpk->bipk", decay, update)
+        running = running + from_start.swapaxes(1, 2)[..., None] * a[:, None]
+        return running[:, -1], running
+
+    chunks = (to_chunks(_update(call), size), to_chunks(call.log_decay, size), segment_index(call.resets, size))
+    # The decays inside a chunk are recomputed for the gradient: kept, they would outweigh the inputs.
+    final, running = lax.scan(jax.checkpoint(step), call.initial, chunks)
+    return _output(from_chunks(running, length), call, options), final
+
+
+def _update(call: GramCall) -> jax.Array:
+    return call.gain[..., None] * jnp.square(call.k.astype(call.gain.dtype))
+
+
+def _output(running: jax.Array, call: GramCall, options: GramOptions) -> jax.Array:
+    r = jnp.log(running + _EPSILON) - call.center[None, None, :, None]
+    multiplier = jnp.exp(-float(np.log(options.squash)) * r / (1.0 + jnp.abs(r)))
+    return scaled(call.k, multiplier) if options.write_key else multiplier
+
+
+def state_before(call: GramCall, axis: str) -> jax.Array:
+    """Return A before this device's tokens: every device's decay of A and its sum are known without A.
+
+    Tokens before a reset are left out of every sum, not multiplied by zero: they may not be finite.
+    """
+    log_decay, resets = call.log_decay, call.resets
+    # The sum over later tokens, not a difference of sums: that would lose all digits near a full reset.
+    later = jnp.pad(log_decay[:, 1:], ((0, 0), (0, 1), (0, 0)))[:, : log_decay.shape[1]]
+    weights = jnp.exp(lax.cumsum(later, axis=1, reverse=True)) * call.gain
+    squares = jnp.square(call.k.astype(call.gain.dtype))
+    any_reset = None
+    if resets is not None:
+        segment, any_reset = jnp.cumsum(resets.astype(jnp.int32), axis=1), jnp.any(resets, axis=1)
+        last = (segment == segment[:, -1:])[..., None]
+        weights = jnp.where(last, weights, 0.0)
+        squares = jnp.where(last[..., None], squares, 0.0)
+    total_decay = jnp.exp(jnp.sum(sequence_parallel.zero_rows(any_reset, log_decay), axis=1))
+    added = jnp.einsum("btp,btpk->bpk", weights, squares)
+
+    def after(summary: Any, a: jax.Array) -> jax.Array:
+        total_decay, added, any_reset = summary
+        kept = total_decay[..., None] * sequence_parallel.zero_rows(any_reset, a)
+        return sequence_parallel.zero_rows(any_reset, kept) + added
+
+    return sequence_parallel.state_before(after, (total_decay, added, any_reset), call.initial, axis)

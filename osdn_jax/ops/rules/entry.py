@@ -1,0 +1,145 @@
+"""The one way from a named rule, or a module of `osdn_jax.nn`, to the operator and its preconditioner."""
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from osdn_jax.ops import checks, gram, hypergradient
+from osdn_jax.ops.arguments import per_value_head
+from osdn_jax.ops.delta_rule_operator import delta_rule
+from osdn_jax.ops.rules.state import GramState, HypergradientState, InitialState, State, check_state
+
+
+class Hypergradient(NamedTuple):
+    """Arguments of the hypergradient preconditioner; see `hypergradient_preconditioner`.
+
+    With beta_aware, each value head has a preconditioner of its own (P = H), which follows that head's beta; without,
+    each key head has one (P = Hk).
+    """
+
+    eta: float = hypergradient.PAPER["eta"]
+    log_forget: jax.Array | None = None  # [B, T, P]
+    initial: jax.Array | float | None = None  # [B, P, K], [P, K] or a number
+    anchor: jax.Array | float = 0.0  # [P, K] or a number
+    bounds: tuple[float, float] | None = hypergradient.PAPER["bounds"]
+    normalize: bool = False
+    beta_aware: bool = False
+
+
+class Gram(NamedTuple):
+    """Arguments of the Gram preconditioner; see `gram_preconditioner`."""
+
+    log_decay: jax.Array  # [B, T, Hk]
+    gain: jax.Array  # [B, T, Hk]
+    center: jax.Array | float = gram.CENTER  # [Hk] or a number
+    squash: float = gram.SQUASH
+
+
+def preconditioned_delta_rule(
+    q: jax.Array,
+    k: jax.Array,
+    v: jax.Array,
+    *,
+    beta: jax.Array | None,
+    log_decay: jax.Array | None = None,
+    erase: bool = True,
+    preconditioner: Hypergradient | Gram | None = None,
+    initial_state: InitialState = None,
+    scale: float | None = None,
+    segment_ids: jax.Array | None = None,
+    chunk_size: int | None = None,
+    implementation: str | None = None,
+    context_axis: str | None = None,
+) -> tuple[jax.Array, State]:
+    """Apply the delta rule with the write keys of a preconditioner.
+
+    A back end that can form write keys where it uses them replaces the two calls here.
+
+    Args:
+        q, k, v, log_decay, erase, scale, segment_ids, chunk_size, context_axis: as for `delta_rule`.
+        beta: as for `delta_rule`; None means 1 at every token.
+        preconditioner: its arguments; None writes under k.
+        initial_state: a State of such a rule, an array [B, H, K, V], or None for zeros.
+        implementation: as for `delta_rule`. A preconditioner that does not have it chooses its own.
+
+    Returns:
+        o: outputs, [B, T, H, V] in the type of v.
+        state: a State, of the class that came in.
+
+    Raises:
+        ValueError, TypeError, NotImplementedError: as `delta_rule` and the preconditioners.
+    """
+    if beta is None:
+        beta = _ones(q, k, v)
+    shared: dict[str, Any] = {
+        "segment_ids": segment_ids,
+        "chunk_size": chunk_size,
+        "implementation": implementation,
+        "context_axis": context_axis,
+    }
+    write_key = final = None
+    if preconditioner is None:
+        state, kind = check_state(initial_state)
+    elif isinstance(preconditioner, Hypergradient):
+        write_key, final, state, kind = _by_hypergradient(k, v, beta, preconditioner, initial_state, shared)
+    else:
+        write_key, final, state, kind = _by_gram(k, preconditioner, initial_state, shared)
+    recurrent = None if state is None else state.recurrent
+    o, recurrent = delta_rule(
+        q,
+        k,
+        v,
+        beta,
+        write_key=write_key,
+        log_decay=log_decay,
+        erase=erase,
+        scale=scale,
+        initial_state=recurrent,
+        **shared,
+    )
+    return o, kind(recurrent, final)
+
+
+Keys = tuple[jax.Array, jax.Array, State | None, type[State]]  # write key, final preconditioner, state, its class
+
+
+def _by_hypergradient(
+    k: jax.Array, v: jax.Array, beta: jax.Array, arguments: Hypergradient, initial_state: Any, shared: dict[str, Any]
+) -> Keys:
+    options = arguments._asdict()
+    beta_aware = checks.flag("beta_aware", options.pop("beta_aware"))
+    keys = k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
+    if beta_aware:
+        v = checks.floating_array("v", v, 4, "[B, T, H, V]")
+        if k.shape[2] and v.shape[2] % k.shape[2] == 0:
+            keys = per_value_head(k, v.shape[2], axis=2)
+    batch, _, heads, key_dim = keys.shape
+    state, kind = check_state(initial_state, HypergradientState, (batch, heads, key_dim), "[B, P, K]")
+    if state is not None and state.preconditioner is not None:
+        options["restart"] = 0.0 if arguments.initial is None else arguments.initial
+        options["initial"] = state.preconditioner
+    shared = _supported(shared, hypergradient.IMPLEMENTATIONS)
+    write_key, final = hypergradient.hypergradient_write_key(keys, beta if beta_aware else None, **options, **shared)
+    return write_key, final, state, kind
+
+
+def _by_gram(k: jax.Array, arguments: Gram, initial_state: Any, shared: dict[str, Any]) -> Keys:
+    k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
+    batch, _, heads, key_dim = k.shape
+    state, kind = check_state(initial_state, GramState, (batch, heads, key_dim), "[B, Hk, K]")
+    shared = _supported(shared, gram.IMPLEMENTATIONS)
+    initial = None if state is None else state.preconditioner
+    write_key, final = gram.gram_write_key(k, initial=initial, **arguments._asdict(), **shared)
+    return write_key, final, state, kind
+
+
+def _supported(shared: dict[str, Any], implementations: dict[str, Any]) -> dict[str, Any]:
+    """Return the options that a preconditioner shares, with its own choice of an implementation it does not have."""
+    known = shared["implementation"] in implementations
+    return shared if known else shared | {"implementation": None}
+
+
+def _ones(*arrays: jax.Array) -> jax.Array:
+    *_, v = (checks.floating_array("q, k and v", x, 4, "[B, T, heads, size]") for x in arrays)
+    return jnp.ones(v.shape[:3], checks.accumulator_dtype(*arrays))

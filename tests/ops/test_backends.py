@@ -1,0 +1,129 @@
+"""The registries of the three operators: a back end is one function and one entry."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from osdn_jax import ops
+from osdn_jax.ops import delta_rule_operator, gram, hypergradient, selection
+from osdn_jax.ops.selection import Implementation, choose
+from support import assert_close, jit
+
+B, T, H, K = 2, 9, 2, 4
+MODULES = {"delta_rule": delta_rule_operator, "hypergradient": hypergradient, "gram": gram}
+
+
+def operator(name, write_key=False):
+    """A function of (x, implementation) to outputs, and its arrays."""
+    rng = np.random.default_rng(0)
+    draw = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
+    k, gate = draw(B, T, H, K), draw(B, T, H)
+    if name == "delta_rule":
+        x = {"q": draw(B, T, H, K), "k": k, "v": draw(B, T, H, K), "beta": gate, "log_decay": -gate}
+        return ops.delta_rule, x
+    if name == "gram":
+        function = ops.gram_write_key if write_key else ops.gram_preconditioner
+        return (lambda **x: function(center=-0.2, **x)), {"k": k, "log_decay": -gate, "gain": gate}
+    function = ops.hypergradient_write_key if write_key else ops.hypergradient_preconditioner
+    return (lambda **x: function(eta=0.5, bounds=(0.9, 1.05), initial=1.0, **x)), {"k": k, "beta": gate}
+
+
+@pytest.mark.parametrize("write_key", [False, True])
+@pytest.mark.parametrize("name", MODULES)
+def test_a_back_end_is_one_function_and_one_entry(name, write_key, monkeypatch):
+    """By its name at once, and as the choice of None where it is preferred and serves the call."""
+    implementations = MODULES[name].IMPLEMENTATIONS
+    seen = []
+
+    def run(call, options):
+        seen.append(options)
+        out, final = implementations["scan"].run(call, options)
+        return 2 * out, final
+
+    entry = Implementation(run)
+    monkeypatch.setattr(MODULES[name], "IMPLEMENTATIONS", implementations := dict(implementations))
+    implementations["mine"] = entry
+    function, x = operator(name, write_key)
+    want = function(**x, implementation="scan")
+    assert_close(function(**x, implementation="mine"), (2 * want[0], want[1]), 1e-6)
+    assert len(seen) == 1
+    if name != "delta_rule":
+        assert seen[0].write_key is write_key
+
+    # None takes the first entry that is preferred, so the new one goes before the others.
+    others = {key: value for key, value in implementations.items() if key != "mine"}
+    limited = entry._replace(preferred=lambda call, gradient: True, limitation=lambda call, options: "k: too short")
+    for first, factor in ((limited, 1), (limited._replace(limitation=entry.limitation), 2)):
+        implementations.clear()
+        implementations |= {"mine": first} | others
+        assert_close(function(**x), (factor * want[0], want[1]), 1e-5)
+    monkeypatch.setitem(implementations, "mine", limited)
+    with pytest.raises(NotImplementedError, match="implementation 'mine': k: too short"):
+        function(**x, implementation="mine")
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_registries_have_one_form(name):
+    implementations = MODULES[name].IMPLEMENTATIONS
+    assert sorted(implementations) == ["chunk", "mosaic_gpu", "mosaic_gpu_interpret", "scan"]
+    assert {type(entry) for entry in implementations.values()} == {Implementation}
+    assert [key for key, entry in implementations.items() if not entry.mixes_segments] == ["scan"]
+
+
+def test_choose_takes_the_first_that_is_preferred_and_serves():
+    always, never = (lambda call, gradient: True), (lambda call, gradient: False)
+    entries = {
+        "unmeasured": Implementation(None, preferred=never),
+        "too large": Implementation(None, lambda call, options: f"k: got {call}", always),
+        "for gradients": Implementation(None, preferred=lambda call, gradient: gradient),
+        "plain": Implementation(None, preferred=always),
+    }
+    assert choose(entries, 3, None) == "plain"
+    assert choose(entries, 3, None, gradient=True) == "for gradients"
+    with pytest.raises(NotImplementedError, match="implementation: got None, but no implementation serves this call"):
+        choose({"unmeasured": entries["unmeasured"]}, 3, None)
+
+
+@pytest.mark.parametrize("name", ["hypergradient", "gram"])
+@pytest.mark.parametrize("implementation", ["scan", "chunk", None])
+def test_write_keys_are_the_preconditioner_times_the_keys(name, implementation):
+    """Values, final states and gradients, and the type of k."""
+    (multiplier, x), (write_key, _) = (operator(name, write_key) for write_key in (False, True))
+    cotangent = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, H, K)), jnp.float32)
+
+    def by_hand(x):
+        d, final = multiplier(**x, implementation=implementation)
+        return d * x["k"], final
+
+    def gradient(run):
+        return jax.grad(lambda x: jnp.sum(cotangent * run(x)[0]) + jnp.sum(run(x)[1]))
+
+    at_once = lambda x: write_key(**x, implementation=implementation)
+    got, want = jit(lambda x: tuple((run(x), gradient(run)(x)) for run in (at_once, by_hand)))(x)
+    assert_close(got, want, 1e-5)
+    narrow = x | {"k": x["k"].astype(jnp.bfloat16)}
+    keys, final = jit(at_once)(narrow)
+    assert (keys.dtype, final.dtype) == (jnp.bfloat16, jnp.float32)
+
+
+@pytest.mark.usefixtures("our_checks")
+@pytest.mark.parametrize("name", ["hypergradient", "gram"])
+def test_write_keys_refuse_what_the_preconditioner_refuses(name):
+    function, x = operator(name, write_key=True)
+    with pytest.raises(ValueError, match="implementation: got 'fast', expected None or one of chunk"):
+        function(**x, implementation="fast")
+    with pytest.raises(TypeError, match=r"k: got list, expected an array \[B, T, Hk, K\]"):
+        function(**x | {"k": [1.0]})
+
+
+def test_the_choice_on_a_cpu():
+    """Forward passes of small states by the scan, gradients by chunks; preconditioners by the scan."""
+    assert selection.on_cpu()
+    q = jnp.ones((1, 64, 1, 8))
+    beta = jnp.ones((1, 64, 1))
+    call = delta_rule_operator.check_call(q, q, q, beta, None, None, None, None)
+    options = delta_rule_operator.DeltaRuleOptions(True, 1.0, None, None)
+    chosen = [choose(delta_rule_operator.IMPLEMENTATIONS, call, options, gradient=g) for g in (False, True)]
+    assert chosen == ["scan", "chunk"]
+    assert choose(gram.IMPLEMENTATIONS, None, None) == choose(hypergradient.IMPLEMENTATIONS, None, None) == "scan"
