@@ -1,4 +1,4 @@
-"""Processes of Python scripts that start at once: forked from one that has imported everything, which takes seconds."""
+"""Python scripts as processes that start at once: forked from one that has imported everything, which takes seconds."""
 
 import contextlib
 import json
@@ -35,7 +35,7 @@ for line in sys.stdin:
 
 
 class Forks:
-    """Runs [script, *arguments] in processes of their own, one after the other. env and cwd are those of subprocess."""
+    """Runs [script, *arguments] in separate processes, one after the other. env and cwd are those of subprocess."""
 
     def __init__(self, *, env, cwd):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
@@ -52,28 +52,28 @@ class Forks:
         self._server.stdout.close()
 
     def start(self, line, *, out=os.devnull, err=os.devnull):
-        """Starts a process; what it says goes to two files, or to one."""
+        """Start a process; its output goes to two files, or to one."""
         self._end()
         self._server.stdin.write(json.dumps([line, str(out), str(err)]).encode() + b"\n")
         self._child = int(self._server.stdout.readline())
 
     def _end(self):
-        """Of a process that nobody has waited for, because a test failed."""
+        """End a process that was not waited for, because a test failed."""
         if self._child is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.signal(signal.SIGKILL)
             self.wait()
 
     def running(self, seconds=0):
-        """Whether the process that was started has not ended, after so many seconds at most."""
+        """Return whether the process is still running after at most that many seconds."""
         return not select.select([self._server.stdout], [], [], seconds)[0]
 
     def signal(self, number):
-        """Sends the process a signal."""
+        """Send the process a signal."""
         os.kill(self._child, number)
 
     def wait(self, timeout=120):
-        """The process's exit status, as that of subprocess; it is killed where it takes longer."""
+        """Return the process's exit status, as subprocess does; kill it if it takes longer than the timeout."""
         if self.running(timeout):
             self.signal(signal.SIGKILL)
         self._child = None
