@@ -1,4 +1,4 @@
-"""Python scripts as processes that start at once: forked from one that has imported everything, which takes seconds."""
+"""Python scripts in processes that start at once, forked from one that has already imported everything."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ for line in sys.stdin:
     if not child:
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests themselves ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # even if the tests ignore it
         sys.argv, status = arguments, 0
         try:
             runpy.run_path(arguments[0], run_name="__main__")
@@ -35,7 +35,7 @@ for line in sys.stdin:
 
 
 class Forks:
-    """Runs [script, *arguments] in separate processes, one after the other. env and cwd are those of subprocess."""
+    """Runs [script, *arguments] in separate processes, one at a time. env and cwd are those of subprocess."""
 
     def __init__(self, *, env, cwd):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
@@ -58,14 +58,14 @@ class Forks:
         self._child = int(self._server.stdout.readline())
 
     def _end(self):
-        """End a process that was not waited for, because a test failed."""
+        """Kill a process that was not waited for, because a test failed."""
         if self._child is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.signal(signal.SIGKILL)
             self.wait()
 
     def running(self, seconds=0):
-        """Return whether the process is still running after at most that many seconds."""
+        """Return True if the process is still running after waiting for at most so many seconds."""
         return not select.select([self._server.stdout], [], [], seconds)[0]
 
     def signal(self, number):
@@ -73,7 +73,7 @@ class Forks:
         os.kill(self._child, number)
 
     def wait(self, timeout=120):
-        """Return the process's exit status, as subprocess does; kill it if it takes longer than the timeout."""
+        """Return the process's exit status, as subprocess does; kill it if it takes longer."""
         if self.running(timeout):
             self.signal(signal.SIGKILL)
         self._child = None

@@ -29,13 +29,13 @@ def get_config(arg=None):
 
 def write_text(path, words=900, seed=0):
     """Write a .txt file of random words in lines of twelve, the same for the same arguments."""
-    sampled = np.random.default_rng(seed).choice(WORDS, words)
-    path.write_text("".join(f"{' '.join(sampled[i : i + 12])}.\n" for i in range(0, words, 12)))
+    drawn = np.random.default_rng(seed).choice(WORDS, words)
+    path.write_text("".join(f"{' '.join(drawn[i : i + 12])}.\n" for i in range(0, words, 12)))
     return path
 
 
 def tiny_config(data, **changes):
-    """Return a config: forty steps of a small model on the text at `data`; changes by key, "." written as "__"."""
+    """Forty steps of a model of one layer on the text at `data`; changes by dotted key, "." written as "__"."""
     config = default_config()
     config.update_from_flattened_dict(
         {
@@ -76,17 +76,17 @@ def text():
 
 @functools.cache
 def finished():
-    """Return (directory, result) of the run of `tiny_config(text())` in this process, uninterrupted; do not change it."""
+    """(directory, result) of the run of `tiny_config(text())` in this process, uninterrupted. Do not change it."""
     workdir = scratch() / "finished"
     return workdir, train(tiny_config(text()), workdir)
 
 
 def command(workdir, *arguments, config=None, cached=True):
-    """Return (arguments, keyword arguments) of subprocess.run for train.py with the config of `tiny_config(text())`."""
+    """Return (arguments, keyword arguments) of subprocess.run for train.py on `tiny_config(text())`."""
     file = scratch() / "tiny.py"
     file.write_text(CONFIG_FILE)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
-    if cached:  # eight devices, as here, since the cache key of a program has its devices
+    if cached:  # eight devices, as in the tests: they are part of a program's key in the cache
         environment["JAX_NUM_CPU_DEVICES"] = "8"
     else:
         environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -97,33 +97,33 @@ def command(workdir, *arguments, config=None, cached=True):
 
 
 def run(workdir, *arguments, **options):
-    """Run train.py as a separate process, to its end."""
+    """Run train.py in a separate process to its end."""
     line, keywords = command(workdir, *arguments, **options)
     return subprocess.run(line, check=False, capture_output=True, timeout=120, **keywords)
 
 
 def rows(workdir):
-    """Return the rows of metrics.jsonl without the speed, the one number that depends on the machine."""
+    """Return the rows of metrics.jsonl without the speed, the only value that depends on the machine."""
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
 
 
 def arrays(workdir, step=40):
     """Return {name: (dtype, shape, bytes)} of a checkpoint: the whole training state, read without the package."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # orbax warns that no shardings are given
+        warnings.simplefilter("ignore")  # Orbax warns that it is not given the shardings
         tree = ocp.PyTreeCheckpointer().restore(Path(workdir).resolve() / "checkpoints" / str(step) / "state")
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(k): (str(x.dtype), x.shape, np.asarray(x).tobytes()) for k, x in flat}
 
 
 def position(workdir, step=40):
-    """Return the state of the data iterator in the checkpoint of a step."""
+    """Return the data iterator's position in the checkpoint of a step."""
     (file,) = (Path(workdir) / "checkpoints" / str(step) / "data").glob("*.json")
     return file.read_text()
 
 
 def assert_same_run(got, want, step=40):
-    """Assert that both directories hold the same run, bit for bit."""
+    """Check that both directories hold the same run, bit for bit."""
     assert rows(got) == rows(want)
     assert arrays(got, step) == arrays(want, step)
     assert position(got, step) == position(want, step)
