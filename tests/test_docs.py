@@ -145,6 +145,19 @@ def _resolves(name):
     return False
 
 
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_commands_in_sentences_are_accepted(page):
+    """Those of make and pip are checked as in a block; `python -m MODULE` may lack arguments, so only its module is."""
+    for line in re.findall(r"`((?:\.venv/bin/)?(?:make|pip|python -m) [^`]+)`", _prose(page)):
+        words = shlex.split(line)
+        if words[1] == "-m" and words[2] in (*MODULES, *OTHERS):
+            continue
+        try:
+            check_command(words)
+        except (AssertionError, SystemExit, ValueError) as error:
+            pytest.fail(f"{_id(page)}: {line}\n{error}")
+
+
 @pytest.mark.parametrize(
     "line",
     [
