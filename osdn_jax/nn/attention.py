@@ -217,7 +217,9 @@ def attend(
     softmax are float32 (float64 for float64 inputs). Gradients exist in reverse mode only.
 
     Args:
-        q, k, v: queries, keys and values.
+        q: queries.
+        k: keys.
+        v: values.
         first: [B, T], index of the first key that each query sees; 0 or less for all of them.
         first_query: index of the first query's own key. Default: S - T, queries for the last keys.
         chunk_size: number of queries at a time. Default: 512.

@@ -14,7 +14,7 @@ from osdn_jax.ops import checks, sequence_parallel
 class Chunks(NamedTuple):
     """Size of the logits that exist at a time, [B, sequence, vocabulary].
 
-    Args:
+    Attributes:
         sequence: tokens of each row. Default: 512.
         vocabulary: vocabulary entries. Default: 8192.
     """
