@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from osdn_jax._errors import joined_lines
 from osdn_jax.compare.float64_scan import reference
 from osdn_jax.compare.inputs import (
     Arrays,
@@ -62,7 +63,7 @@ class Contender(Timed):
 
     @property
     def ready(self) -> bool:
-        """Whether there is a program to run."""
+        """True if there is a program to run."""
         return self.compiled is not None
 
     def settle(self) -> None:
@@ -132,7 +133,7 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether no error exceeds its tolerance."""
+        """True if no error exceeds its tolerance."""
         return self.error is None or self.tolerance is None or self.error <= self.tolerance
 
 
@@ -172,7 +173,7 @@ def compare_implementations(
     try:
         running, errors = _run(rule, shape, dtype, names, gradient, repeats, seed)
     except MemoryError as error:
-        running, errors = [Contender(name, (), refusal=_line(error)) for name in names], {}
+        running, errors = [Contender(name, (), refusal=joined_lines(error)) for name in names], {}
     baseline = running[0].seconds
     return [
         Result(
@@ -218,14 +219,9 @@ def _run(
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                c.compiled, c.refusal = None, _line(error)
+                c.compiled, c.refusal = None, joined_lines(error)
         take_turns(running, repeats)
     return running, errors
-
-
-def _line(error: Exception) -> str:
-    """Return an error's message in one line."""
-    return " ".join(str(error).split()) or f"it raises {type(error).__name__}"
 
 
 def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Contender:
@@ -244,7 +240,7 @@ def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...
     try:
         lowered = jax.jit(function).lower(*arguments)
     except NotImplementedError as error:
-        new.refusal = _line(error)
+        new.refusal = joined_lines(error)
         return new
     compiled = lowered.compile()
     new.compile_seconds = time.perf_counter() - start
