@@ -68,7 +68,7 @@ class Contender(Timed):
 
     def settle(self) -> None:
         """Call it once, which touches the memory, and time a second call to choose the number per measurement."""
-        self._call()
+        self._seconds(1)
         self.calls = max(1, round(_SHORTEST / self._seconds(1)))
 
     def measure(self) -> float:
@@ -77,17 +77,16 @@ class Contender(Timed):
         A program that has just returned gigabytes to the system would otherwise slow the next one: after a scan of
         2 GB, chunks took 370 ms instead of 200.
         """
-        self._call()
+        self._seconds(1)
         return self._seconds(self.calls)
 
-    def _call(self) -> None:
-        if self.compiled is not None:
-            jax.block_until_ready(self.compiled(*self.arguments))
-
     def _seconds(self, calls: int) -> float:
+        compiled, arguments = self.compiled, self.arguments
+        if compiled is None:
+            raise RuntimeError(f"{self.name}: cannot run: {self.refusal}")
         start = time.perf_counter()
         for _ in range(calls):
-            self._call()
+            jax.block_until_ready(compiled(*arguments))
         return max(time.perf_counter() - start, 1e-9) / calls
 
 
