@@ -117,6 +117,13 @@ def test_files_that_are_named_exist(page):
     assert sorted(name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)) == []
 
 
+@pytest.mark.parametrize("package", ["ops", "nn", "training"])
+def test_architecture_lists_every_file(package):
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = [path.name for path in (ROOT / "osdn_jax" / package).glob("*.py") if path.name != "__init__.py"]
+    assert sorted(name for name in files if f"`{name}`" not in page) == []
+
+
 def test_changelog_names_what_exists():
     rows = re.findall(
         r"^\| `(osdn_jax[\w.]+)`( \(module\))? \| `(osdn_jax[\w.]+)` \|$", (ROOT / "CHANGELOG.md").read_text(), re.M
