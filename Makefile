@@ -36,7 +36,7 @@ format: venv ## format the code and apply the safe fixes
 	@$(BIN)/python -m ruff format .
 
 docs: venv ## build the documentation as a site in site/ (ARGS="--site-dir DIR" for another folder)
-	@$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 
 aot: ## compile the GPU kernels for an H200 without a GPU (makes .venv-aot, 4.6 GB; ARGS="--gpu h100")
 	@tools/make_venv.sh .venv-aot gpu

@@ -45,6 +45,9 @@ _COORDINATOR = flags.DEFINE_string("coordinator", None, "Address host:port of pr
 _PROCESS_ID = flags.DEFINE_integer("process_id", None, "Index of this process (0-based).")
 _PROCESS_COUNT = flags.DEFINE_integer("process_count", None, "Total number of processes.")
 _STOP_AT = flags.DEFINE_integer("stop_at", None, "Stop after this step and save a checkpoint.", lower_bound=1)
+_START_FROM = flags.DEFINE_string(
+    "start_from", None, "Start a new run from the parameters of the run in this directory (to fine-tune, or train on)."
+)
 _PLAN = flags.DEFINE_string("plan", None, "Train nothing; report what the run needs on these devices: HOSTSxGPUS.")
 _GPU = flags.DEFINE_string("gpu", None, "GPU type to plan for: h100 or h200.")
 _PLAN_JSON = flags.DEFINE_string("plan_json", None, "Write the plan's figures to this file.")
@@ -68,7 +71,7 @@ def main(_: list[str]) -> int | None:
     except (ValueError, RuntimeError) as error:
         raise ConfigError(str(error)) from error
     try:
-        result = train(_CONFIG.value, workdir, stop_at=_STOP_AT.value, profile=profile)
+        result = train(_CONFIG.value, workdir, stop_at=_STOP_AT.value, start_from=_START_FROM.value, profile=profile)
     except Interrupted as interrupted:
         result, status = interrupted.result, command.INTERRUPTED
     if not distributed.is_primary():

@@ -21,8 +21,8 @@ class Recall(nnx.Module):
         self.embed = nnx.Linear(PAIRS + 1, WIDTH, rngs=rngs)
         self.norm = nnx.RMSNorm(WIDTH, rngs=rngs)
         config = nn.mixer_config("os_gdn", width=WIDTH, heads=2, key_dim=16, value_dim=16)
-        # `layers` scales the last projection's initial weights, as in a model of so many blocks.
-        self.mixer = nn.DeltaMixer(config, layers=1, dtype=jnp.dtype("float32"), rngs=rngs)
+        # `layers` scales the last projection's initial weights, as in a model with that many blocks.
+        self.mixer = nn.DeltaMixer(config, layers=1, dtype=jnp.float32, rngs=rngs)
         self.readout = nnx.Linear(WIDTH, 1, rngs=rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:

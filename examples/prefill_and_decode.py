@@ -37,7 +37,7 @@ print(f"ops.os_gdn: states {[x.shape for x in jax.tree.leaves(state)]}, largest 
 
 # A module of `nn`. Its state also has the last inputs of the short convolution.
 config = nn.mixer_config("os_kda", width=64, heads=H, key_dim=K, value_dim=V)
-mixer = nn.DeltaMixer(config, layers=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+mixer = nn.DeltaMixer(config, layers=1, dtype=jnp.float32, rngs=nnx.Rngs(0))
 mix = nnx.jit(lambda mixer, x, state: mixer(x, state))
 x = jax.random.normal(jax.random.key(1), (B, T, 64))
 whole, _ = mix(mixer, x, None)

@@ -1,6 +1,8 @@
-"""Optional libraries, imported on first use."""
+"""Optional libraries: imported on first use, and named with their extra if they are missing."""
 
+import contextlib
 import importlib
+from collections.abc import Iterator
 from types import ModuleType
 
 
@@ -19,7 +21,28 @@ def require(module: str, extra: str, purpose: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         library = module.partition(".")[0]
-        raise ImportError(
-            f"{purpose} needs the library {library}: pip install 'osdn-jax[{extra}]', "
-            f"in a checkout pip install -e '.[{extra}]'"
-        ) from error
+        raise ImportError(_message(purpose, library, extra)) from error
+
+
+@contextlib.contextmanager
+def needs_extra(extra: str, purpose: str) -> Iterator[None]:
+    """Turn a library that an import inside does not find into an ImportError that says how to install it.
+
+    Args:
+        extra: the extra of osdn-jax that installs the libraries.
+        purpose: what needs them, as the subject of the message.
+    """
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        library = (error.name or "").partition(".")[0]
+        if library in ("", "osdn_jax", "pallas_kernels"):  # a fault of the package itself
+            raise
+        raise ImportError(_message(purpose, library, extra)) from error
+
+
+def _message(purpose: str, library: str, extra: str) -> str:
+    return (
+        f"{purpose} needs the library {library}: pip install 'osdn-jax[{extra}]', "
+        f"in a checkout pip install -e '.[{extra}]'"
+    )

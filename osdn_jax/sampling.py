@@ -96,7 +96,8 @@ def sample(
         prompt: [T] integers, at least one token.
         tokens: number of tokens to generate.
         seed: random seed, 0 to 2^64 - 1; the same seed gives the same tokens.
-        temperature, top_p: as in `sample_token`. Default: 1.
+        temperature: as in `sample_token`. Default: 1.
+        top_p: as in `sample_token`. Default: 1.
         forbidden: tokens that are never sampled, such as the start of a document. Default: none.
 
     Raises:

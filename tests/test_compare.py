@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import osdn_jax.compare
 from osdn_jax.compare import (
     COMPARED_RULES,
     TOLERANCES,
@@ -31,6 +34,7 @@ from osdn_jax.compare.report import duration, result_table, size
 from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
 from osdn_jax.ops.selection import Implementation
 from support import assert_close, jit
+from support.runs import ROOT
 
 SMALL = "B1T5H2Hk1K3V2"
 
@@ -258,6 +262,16 @@ def test_inputs_fit_their_rule_and_lie_in_the_papers_ranges(rule, dtype):
 
 
 # --- command line ---------------------------------------------------------------------------------------------------
+
+
+def test_the_package_imports_its_names_on_first_use():
+    """So Ctrl-C is handled before JAX is imported."""
+    code = "import sys, osdn_jax.compare; sys.exit('jax' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, cwd=ROOT).returncode == 0
+    assert all(hasattr(osdn_jax.compare, name) for name in osdn_jax.compare.__all__)
+    assert set(osdn_jax.compare.__all__) <= set(dir(osdn_jax.compare))
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        osdn_jax.compare.nothing  # noqa: B018
 
 
 @pytest.mark.parametrize(

@@ -67,6 +67,7 @@ def test_blocks_are_of_known_languages(page):
 
 # The one example of README.md runs in tests/test_readme.py, in a process of its own.
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md"], ids=_id)
+@pytest.mark.usefixtures("our_checks")
 def test_python_runs(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace = {"__name__": "__page__"}
@@ -94,6 +95,74 @@ def test_command_lines_are_accepted(page):
                     check_command(words)
                 except (AssertionError, SystemExit, ValueError) as error:
                     pytest.fail(f"{block}: {shlex.join(words)}\n{error}")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_links_lead_somewhere(page):
+    broken = []
+    for link in re.findall(r"\]\(([^)]+)\)", _prose(page)):
+        path, _, heading = link.partition("#")
+        if path.startswith("https://"):
+            continue
+        target = (page.parent / path).resolve() if path else page
+        if not target.exists() or (heading and heading not in _headings(target)):
+            broken.append(link)
+    assert broken == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_files_that_are_named_exist(page):
+    files = [str(path.relative_to(ROOT)) for path in ROOT.rglob("*.py") if ".venv" not in str(path.relative_to(ROOT))]
+    named = set(re.findall(r"`([\w/]+\.py)`", _prose(page)))
+    assert sorted(name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)) == []
+
+
+@pytest.mark.parametrize("package", ["ops", "nn", "training"])
+def test_architecture_lists_every_file(package):
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = [path.name for path in (ROOT / "osdn_jax" / package).glob("*.py") if path.name != "__init__.py"]
+    assert sorted(name for name in files if f"`{name}`" not in page) == []
+
+
+def test_changelog_names_what_exists():
+    rows = re.findall(
+        r"^\| `(osdn_jax[\w.]+)`( \(module\))? \| `(osdn_jax[\w.]+)` \|$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert len(rows) > 10
+    assert [new for _, _, new in rows if not _resolves(new)] == []
+    assert [old for old, module, _ in rows if not module and _resolves(old)] == []
+
+
+def _prose(page):
+    return re.sub(r"^```.*?^```$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+
+
+def _headings(page):
+    """The anchors of a page's headings, as GitHub and MkDocs form them."""
+    titles = re.findall(r"^#+ (.+)$", _prose(page), flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", title.lower()).strip().replace(" ", "-") for title in titles}
+
+
+def _resolves(name):
+    parts = name.split(".")
+    for size in range(len(parts), 0, -1):
+        with contextlib.suppress(ModuleNotFoundError):
+            found = importlib.import_module(".".join(parts[:size]))
+            return functools.reduce(lambda x, part: getattr(x, part, None), parts[size:], found) is not None
+    return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_commands_in_sentences_are_accepted(page):
+    """Those of make and pip are checked as in a block; `python -m MODULE` may lack arguments, so only its module is."""
+    for line in re.findall(r"`((?:\.venv/bin/)?(?:make|pip|python -m) [^`]+)`", _prose(page)):
+        words = shlex.split(line)
+        if words[1] == "-m" and words[2] in (*MODULES, *OTHERS):
+            continue
+        try:
+            check_command(words)
+        except (AssertionError, SystemExit, ValueError) as error:
+            pytest.fail(f"{_id(page)}: {line}\n{error}")
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ _EXAMPLES = sorted(path for path in (_ROOT / "examples").glob("*.py") if path.na
 
 
 @pytest.mark.parametrize("path", _EXAMPLES, ids=lambda path: path.stem)
+@pytest.mark.usefixtures("our_checks")
 def test_example_runs(path, capsys):
     # As a reader runs it, not with the strict settings of the tests.
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):

@@ -55,8 +55,8 @@ class Case:
             return ("Gram",)
         if self.preset is None:
             return (f"{self.decay or 'no'} decay",)
-        token_by_token = self.documents or self.preset == "binding"
-        return ("hypergradient", *(["hypergradient, token by token"] if token_by_token else []))
+        fallback = self.documents or self.preset == "binding"
+        return ("hypergradient", *(["hypergradient, sequential fallback"] if fallback else []))
 
 
 def _square(dim: int, **rest: Any) -> Case:
@@ -131,7 +131,7 @@ def _smoke(**sizes: Any) -> dict[str, Case]:
         "scalar decay": {"decay": "scalar"},
         "channel decay": {"decay": "channel"},
         "hypergradient": {"preset": "paper", "multiply": True},
-        "hypergradient, token by token": {"preset": "binding", "beta_aware": True, "heads": 4, "key_heads": 4},
+        "hypergradient, sequential fallback": {"preset": "binding", "beta_aware": True, "heads": 4, "key_heads": 4},
         "Gram": {"preset": "gram", "multiply": True},
     }
     return {

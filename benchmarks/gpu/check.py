@@ -13,6 +13,7 @@ import numpy as np
 
 from benchmarks.gpu import loop
 from benchmarks.gpu.cases import CASES, DRY_CASES, KEYS, Case, cases_of, draw, outputs
+from osdn_jax._errors import joined_lines
 from osdn_jax.compare import value_and_gradient
 from osdn_jax.compare.inputs import Arrays
 from osdn_jax.compare.measure import relative_error
@@ -130,8 +131,7 @@ def job(spec: dict[str, Any], emit: Callable[[dict[str, Any]], None]) -> None:
 
 def words(error: BaseException) -> str:
     """Return an exception in one line."""
-    text = " ".join(str(error).split()) or "without a message"
-    return f"{type(error).__name__}: {text[:400]}"
+    return f"{type(error).__name__}: {joined_lines(error)[:400]}"
 
 
 def _float32(arrays: Arrays) -> Arrays:

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from osdn_jax._errors import joined_lines
 from osdn_jax.compare import Shape
 from osdn_jax.compare.inputs import Arrays
 
@@ -132,7 +133,7 @@ def along_sphere(x: jax.Array, gradient: jax.Array) -> jax.Array:
 
 def refusal(error: BaseException) -> str | None:
     """Return a short reason if an exception is the peer's refusal to give wrong results on this device, else None."""
-    if not isinstance(error, RuntimeError) or _REFUSAL not in " ".join(str(error).split()):
+    if not isinstance(error, RuntimeError) or _REFUSAL not in joined_lines(error):
         return None
     return _WHY_REFUSED.format(triton=importlib.import_module("triton").__version__)
 

@@ -247,7 +247,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     given, rest = parser.parse_known_args(argv)
     if rest:
         flags = [option for action in parser._actions for option in action.option_strings if option.startswith("--")]
-        parser.error(f"{rest[0]}: not known; the flags are {', '.join(flags)}")
+        parser.error(f"{rest[0]}: unknown argument; the flags are {', '.join(flags)}")
     if given.json is not None and given.json == given.plot:
         parser.error(f"--plot: got {str(given.plot)!r}, expected another file than that of --json")
     try:

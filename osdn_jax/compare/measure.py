@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from osdn_jax._errors import joined_lines
 from osdn_jax.compare.float64_scan import reference
 from osdn_jax.compare.inputs import (
     Arrays,
@@ -62,12 +63,12 @@ class Contender(Timed):
 
     @property
     def ready(self) -> bool:
-        """Whether there is a program to run."""
+        """True if there is a program to run."""
         return self.compiled is not None
 
     def settle(self) -> None:
         """Call it once, which touches the memory, and time a second call to choose the number per measurement."""
-        self._call()
+        self._seconds(1)
         self.calls = max(1, round(_SHORTEST / self._seconds(1)))
 
     def measure(self) -> float:
@@ -76,17 +77,16 @@ class Contender(Timed):
         A program that has just returned gigabytes to the system would otherwise slow the next one: after a scan of
         2 GB, chunks took 370 ms instead of 200.
         """
-        self._call()
+        self._seconds(1)
         return self._seconds(self.calls)
 
-    def _call(self) -> None:
-        if self.compiled is not None:
-            jax.block_until_ready(self.compiled(*self.arguments))
-
     def _seconds(self, calls: int) -> float:
+        compiled, arguments = self.compiled, self.arguments
+        if compiled is None:
+            raise RuntimeError(f"{self.name}: cannot run: {self.refusal}")
         start = time.perf_counter()
         for _ in range(calls):
-            self._call()
+            jax.block_until_ready(compiled(*arguments))
         return max(time.perf_counter() - start, 1e-9) / calls
 
 
@@ -132,7 +132,7 @@ class Result:
 
     @property
     def passed(self) -> bool:
-        """Whether no error exceeds its tolerance."""
+        """True if no error exceeds its tolerance."""
         return self.error is None or self.tolerance is None or self.error <= self.tolerance
 
 
@@ -172,7 +172,7 @@ def compare_implementations(
     try:
         running, errors = _run(rule, shape, dtype, names, gradient, repeats, seed)
     except MemoryError as error:
-        running, errors = [Contender(name, (), refusal=_line(error)) for name in names], {}
+        running, errors = [Contender(name, (), refusal=joined_lines(error)) for name in names], {}
     baseline = running[0].seconds
     return [
         Result(
@@ -218,14 +218,9 @@ def _run(
             except jax.errors.JaxRuntimeError as error:
                 if "RESOURCE_EXHAUSTED" not in str(error):
                     raise
-                c.compiled, c.refusal = None, _line(error)
+                c.compiled, c.refusal = None, joined_lines(error)
         take_turns(running, repeats)
     return running, errors
-
-
-def _line(error: Exception) -> str:
-    """Return an error's message in one line."""
-    return " ".join(str(error).split()) or f"it raises {type(error).__name__}"
 
 
 def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...]) -> Contender:
@@ -244,7 +239,7 @@ def contender(name: str, function: Callable[..., Any], arguments: tuple[Any, ...
     try:
         lowered = jax.jit(function).lower(*arguments)
     except NotImplementedError as error:
-        new.refusal = _line(error)
+        new.refusal = joined_lines(error)
         return new
     compiled = lowered.compile()
     new.compile_seconds = time.perf_counter() - start

@@ -22,7 +22,7 @@ class Timed:
 
     @property
     def ready(self) -> bool:
-        """Whether it can run."""
+        """True if it can run."""
         return True
 
     @property

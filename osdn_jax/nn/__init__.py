@@ -1,4 +1,9 @@
-"""Flax NNX modules: mixers (the delta-rule family, softmax attention), MLP, blocks and a causal language model."""
+"""Flax NNX modules: mixers (the delta-rule family, softmax attention), MLP, blocks and a causal language model.
+
+`mixer_config` gives the configuration of a named rule's mixer, and `DeltaMixer` is that mixer as a module for your own
+model. `ModelConfig` and `CausalLM` are a whole language model; `split_model` turns it into a pure function of its
+parameters, and `likelihood_sums` gives its loss.
+"""
 
 from osdn_jax.nn.attention import AttentionState, SoftmaxAttention
 from osdn_jax.nn.chunked_loss import Chunks, cross_entropy

@@ -108,8 +108,8 @@ class SoftmaxAttention(nnx.Module):
             ValueError: a state of another batch size or config; segment_ids of another shape than x.
             TypeError: a state of another mixer; segment_ids that are not integers.
         """
-        attend = functools.partial(SoftmaxAttention._mix, context_axis=context_axis)
-        return module_with_auto_axes(attend, self, x, state, segment_ids)
+        mix = functools.partial(SoftmaxAttention._mix, context_axis=context_axis)
+        return module_with_auto_axes(mix, self, x, state, segment_ids)
 
     def _mix(
         self, x: jax.Array, state: AttentionState | None, segment_ids: jax.Array | None, *, context_axis: str | None
@@ -217,7 +217,9 @@ def attend(
     softmax are float32 (float64 for float64 inputs). Gradients exist in reverse mode only.
 
     Args:
-        q, k, v: queries, keys and values.
+        q: queries.
+        k: keys.
+        v: values.
         first: [B, T], index of the first key that each query sees; 0 or less for all of them.
         first_query: index of the first query's own key. Default: S - T, queries for the last keys.
         chunk_size: number of queries at a time. Default: 512.

@@ -1,4 +1,4 @@
-"""Cross-entropy over a large vocabulary without the logits of a whole sequence in memory."""
+"""Cross-entropy over a large vocabulary, computed in chunks so that the full logits never exist."""
 
 import functools
 from typing import NamedTuple
@@ -12,9 +12,14 @@ from osdn_jax.ops import checks, sequence_parallel
 
 
 class Chunks(NamedTuple):
-    """How much of the logits exists at a time: [B, sequence, vocabulary]."""
+    """Size of the logits that exist at a time, [B, sequence, vocabulary].
 
-    sequence: int = 512  # tokens of each row
+    Attributes:
+        sequence: tokens of each row. Default: 512.
+        vocabulary: vocabulary entries. Default: 8192.
+    """
+
+    sequence: int = 512
     vocabulary: int = 8192
 
 
@@ -27,24 +32,30 @@ def cross_entropy(
     targets: Int[Array, "B T"],
     chunks: Chunks = DEFAULT_CHUNKS,
 ) -> tuple[Float[Array, "B T"], Float[Array, "B T"]]:
-    """(nats, log normaliser) of each target under the logits hidden @ unembedding.T.
+    """Return the negative log likelihood and the log normaliser of each target, for logits hidden @ unembedding.T.
 
-    The logits are made chunk by chunk, forward and once more backward. Products are in the type of hidden and
-    accumulate in float32, as all else is. A chunk holds every n-th token and every n-th word, so that an axis that is
-    split over devices is not moved.
+    The logits are computed chunk by chunk, and recomputed in the backward pass. Matrix products are in the dtype of
+    `hidden` and accumulate in float32, the dtype of everything else. A chunk holds every n-th token and every n-th
+    vocabulary entry, so that an axis that is sharded over devices stays where it is.
 
     Args:
-        hidden: what the head reads, [B, T, D].
-        unembedding: a row for each word of the vocabulary, [vocabulary, D].
-        targets: [B, T]; one outside the vocabulary has NaN nats.
-        chunks: sizes; whatever they do not divide is padded.
+        hidden: [B, T, D], the inputs of the head.
+        unembedding: [vocabulary, D], a row for each vocabulary entry.
+        targets: [B, T] integers; a target outside the vocabulary has NaN nats.
+        chunks: sizes of the chunks; sizes that they do not divide are padded.
 
     Returns:
-        Both [B, T] in float32: -log softmax(logits)[target], and logsumexp(logits), which the z-loss is made of.
+        (nats, normalizers), both [B, T] float32: -log softmax(logits)[target], and logsumexp(logits), for a z-loss.
 
     Raises:
-        ValueError: a chunk below 1, or a shape that does not fit hidden.
-        TypeError: targets that are no integers.
+        ValueError: a chunk size is below 1, or a shape does not match hidden.
+        TypeError: targets are not integers.
+
+    Example:
+        >>> hidden, unembedding = jnp.ones((1, 3, 4)), jnp.zeros((8, 4))
+        >>> nats, _ = cross_entropy(hidden, unembedding, jnp.zeros((1, 3), jnp.int32))
+        >>> [f"{x:.3f}" for x in nats[0]]  # log 8
+        ['2.079', '2.079', '2.079']
     """
     hidden = checks.floating_array("hidden", hidden, 3, "[B, T, D]")
     unembedding = checks.floating_array("unembedding", unembedding, 2, "[vocabulary, D]")
@@ -64,16 +75,16 @@ def _cross_entropy(
     hidden: jax.Array, unembedding: jax.Array, targets: jax.Array, chunks: Chunks
 ) -> tuple[jax.Array, jax.Array]:
     vocabulary, wide = unembedding.shape[0], _accumulator(hidden)
-    x, labels = _cut(hidden, chunks.sequence, 1), _cut(targets, chunks.sequence, 1)
-    words = _cut(unembedding, chunks.vocabulary, 0)
-    axes = sequence_parallel.axes_of((hidden, unembedding, targets))  # of a jax.shard_map around this
+    x, labels = _to_chunks(hidden, chunks.sequence, 1), _to_chunks(targets, chunks.sequence, 1)
+    entries = _to_chunks(unembedding, chunks.vocabulary, 0)
+    axes = sequence_parallel.axes_of((hidden, unembedding, targets))  # of an enclosing jax.shard_map
 
     def of_tokens(_: None, i: jax.Array) -> tuple[None, tuple[jax.Array, jax.Array]]:
-        x_i, labels_i = _piece(x, i, 1), _piece(labels, i, 1)
+        x_i, labels_i = _chunk(x, i, 1), _chunk(labels, i, 1)
 
-        def of_words(carry: tuple[jax.Array, ...], j: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
+        def of_entries(carry: tuple[jax.Array, ...], j: jax.Array) -> tuple[tuple[jax.Array, ...], None]:
             peak, total, wanted = carry
-            logits, is_target = _logits(x_i, labels_i, words, j, vocabulary)
+            logits, is_target = _logits(x_i, labels_i, entries, j, vocabulary)
             higher = jnp.maximum(peak, jnp.max(logits, axis=-1))
             total = total * jnp.exp(peak - higher) + jnp.sum(jnp.exp(logits - higher[..., None]), axis=-1)
             found = jnp.sum(jnp.where(is_target, logits, 0.0), axis=-1)
@@ -81,12 +92,12 @@ def _cross_entropy(
 
         start = tuple(jnp.full(labels_i.shape, value, wide) for value in (-jnp.inf, 0.0, jnp.nan))
         start = sequence_parallel.vary(start, axes)
-        (peak, total, wanted), _ = jax.lax.scan(of_words, start, jnp.arange(words.shape[1], dtype=jnp.int32))
+        (peak, total, wanted), _ = jax.lax.scan(of_entries, start, jnp.arange(entries.shape[1], dtype=jnp.int32))
         normalizer = peak + jnp.log(total)
         return None, (normalizer - wanted, normalizer)
 
     _, (nats, normalizer) = jax.lax.scan(of_tokens, None, jnp.arange(x.shape[2], dtype=jnp.int32))
-    return _join(nats, hidden.shape[1]), _join(normalizer, hidden.shape[1])
+    return _from_chunks(nats, hidden.shape[1]), _from_chunks(normalizer, hidden.shape[1])
 
 
 type _Residuals = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
@@ -104,36 +115,36 @@ def _backward(
 ) -> tuple[jax.Array, jax.Array, None]:
     hidden, unembedding, targets, normalizer = residuals
     vocabulary, wide = unembedding.shape[0], _accumulator(hidden)
-    words = _cut(unembedding, chunks.vocabulary, 0)
+    entries = _to_chunks(unembedding, chunks.vocabulary, 0)
     # d logits = probability * (d nats + d normalizer) - one_hot(target) * d nats
     by_token = (hidden, targets, normalizer, cotangents[0], cotangents[0] + cotangents[1])
-    pieces = tuple(_cut(y, chunks.sequence, 1) for y in by_token)
-    axes = sequence_parallel.axes_of((by_token, words))
+    token_chunks = tuple(_to_chunks(y, chunks.sequence, 1) for y in by_token)
+    axes = sequence_parallel.axes_of((by_token, entries))
 
-    def of_tokens(d_words: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
-        x_i, labels_i, normalizer_i, d_nats, d_both = (_piece(y, i, 1) for y in pieces)
+    def of_tokens(d_entries: jax.Array, i: jax.Array) -> tuple[jax.Array, jax.Array]:
+        x_i, labels_i, normalizer_i, d_nats, d_both = (_chunk(y, i, 1) for y in token_chunks)
 
-        def of_words(carry: tuple[jax.Array, jax.Array], j: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
-            d_x, d_words = carry
-            logits, is_target = _logits(x_i, labels_i, words, j, vocabulary)
+        def of_entries(carry: tuple[jax.Array, jax.Array], j: jax.Array) -> tuple[tuple[jax.Array, jax.Array], None]:
+            d_x, d_entries = carry
+            logits, is_target = _logits(x_i, labels_i, entries, j, vocabulary)
             d_logits = jnp.exp(logits - normalizer_i[..., None]) * d_both[..., None]
             d_logits = (d_logits - jnp.where(is_target, d_nats[..., None], 0.0)).astype(x_i.dtype)
-            words_j = _piece(words, j, 0).astype(x_i.dtype)
-            d_x += jnp.einsum("btv,vd->btd", d_logits, words_j, preferred_element_type=wide)
-            d_words_j = jnp.einsum("btv,btd->vd", d_logits, x_i, preferred_element_type=wide)
-            d_words = jax.lax.dynamic_update_index_in_dim(d_words, _piece(d_words, j, 0) + d_words_j, j, 1)
-            return (d_x, d_words), None
+            entries_j = _chunk(entries, j, 0).astype(x_i.dtype)
+            d_x += jnp.einsum("btv,vd->btd", d_logits, entries_j, preferred_element_type=wide)
+            d_entries_j = jnp.einsum("btv,btd->vd", d_logits, x_i, preferred_element_type=wide)
+            d_entries = jax.lax.dynamic_update_index_in_dim(d_entries, _chunk(d_entries, j, 0) + d_entries_j, j, 1)
+            return (d_x, d_entries), None
 
-        start = (sequence_parallel.vary(jnp.zeros(x_i.shape, wide), axes), d_words)
-        (d_x, d_words), _ = jax.lax.scan(of_words, start, jnp.arange(words.shape[1], dtype=jnp.int32))
-        return d_words, d_x.astype(x_i.dtype)
+        start = (sequence_parallel.vary(jnp.zeros(x_i.shape, wide), axes), d_entries)
+        (d_x, d_entries), _ = jax.lax.scan(of_entries, start, jnp.arange(entries.shape[1], dtype=jnp.int32))
+        return d_entries, d_x.astype(x_i.dtype)
 
-    zero = sequence_parallel.vary(jnp.zeros(words.shape, wide), axes)
-    d_words, d_hidden = jax.lax.scan(of_tokens, zero, jnp.arange(pieces[0].shape[2], dtype=jnp.int32))
-    # XLA would merge a transpose that follows into the products, which it cannot run on a CPU in 16 bits.
-    d_words = jax.lax.optimization_barrier(d_words)
-    d_unembedding = d_words.reshape(-1, d_words.shape[-1])[:vocabulary].astype(unembedding.dtype)
-    return _join(d_hidden, hidden.shape[1]), d_unembedding, None
+    zero = sequence_parallel.vary(jnp.zeros(entries.shape, wide), axes)
+    d_entries, d_hidden = jax.lax.scan(of_tokens, zero, jnp.arange(token_chunks[0].shape[2], dtype=jnp.int32))
+    # XLA would fuse a transpose that follows into the products, which it cannot run in 16 bits on a CPU.
+    d_entries = jax.lax.optimization_barrier(d_entries)
+    d_unembedding = d_entries.reshape(-1, d_entries.shape[-1])[:vocabulary].astype(unembedding.dtype)
+    return _from_chunks(d_hidden, hidden.shape[1]), d_unembedding, None
 
 
 _cross_entropy.defvjp(_forward, _backward)
@@ -143,18 +154,18 @@ _cross_entropy.defvjp(_forward, _backward)
 def _jitted(
     chunks: Chunks, hidden: jax.Array, unembedding: jax.Array, targets: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Compiles once for equal calls, also where nothing around it is under jit."""
+    """Compile once for calls with equal shapes, also outside jit."""
     return _cross_entropy(hidden, unembedding, targets, chunks)
 
 
 def _logits(
-    x: jax.Array, labels: jax.Array, words: jax.Array, j: jax.Array, vocabulary: int
+    x: jax.Array, labels: jax.Array, entries: jax.Array, j: jax.Array, vocabulary: int
 ) -> tuple[jax.Array, jax.Array]:
-    """Logits [B, t, v] of the words of piece j, -inf for padding, and which of them are those of the labels [B, t]."""
-    index = jnp.arange(words.shape[0], dtype=jnp.int32) * words.shape[1] + j
+    """Return the logits [B, t, v] of chunk j of the vocabulary, -inf for padding, and a mask of those of the labels."""
+    index = jnp.arange(entries.shape[0], dtype=jnp.int32) * entries.shape[1] + j
     exists = (index < vocabulary)[None, None]
-    words_j = _piece(words, j, 0).astype(x.dtype)
-    logits = jnp.einsum("btd,vd->btv", x, words_j, preferred_element_type=_accumulator(x))
+    entries_j = _chunk(entries, j, 0).astype(x.dtype)
+    logits = jnp.einsum("btd,vd->btv", x, entries_j, preferred_element_type=_accumulator(x))
     return jnp.where(exists, logits, -jnp.inf), (index[None, None] == labels[..., None]) & exists
 
 
@@ -162,21 +173,21 @@ def _accumulator(x: jax.Array) -> jnp.dtype:
     return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
-def _cut(x: jax.Array, largest: int, axis: int) -> jax.Array:
-    """Splits an axis into [size, pieces], size at most `largest`: piece i holds i, i + pieces, i + 2 pieces, ..."""
+def _to_chunks(x: jax.Array, largest: int, axis: int) -> jax.Array:
+    """Split an axis into [size, count], size at most `largest`: chunk i holds i, i + count, i + 2 count, ..."""
     length = x.shape[axis]
-    pieces = max(1, -(-length // largest))
-    size = -(-length // pieces)
-    padding = [(0, size * pieces - length if i == axis else 0) for i in range(x.ndim)]
-    return jnp.pad(x, padding).reshape(*x.shape[:axis], size, pieces, *x.shape[axis + 1 :])
+    count = max(1, -(-length // largest))
+    size = -(-length // count)
+    padding = [(0, size * count - length if i == axis else 0) for i in range(x.ndim)]
+    return jnp.pad(x, padding).reshape(*x.shape[:axis], size, count, *x.shape[axis + 1 :])
 
 
-def _piece(x: jax.Array, i: jax.Array, axis: int) -> jax.Array:
-    """Piece i of what `_cut` has cut."""
+def _chunk(x: jax.Array, i: jax.Array, axis: int) -> jax.Array:
+    """Return chunk i of an axis split by `_to_chunks`."""
     return jax.lax.dynamic_index_in_dim(x, i, axis + 1, keepdims=False)
 
 
-def _join(x: jax.Array, length: int) -> jax.Array:
-    """[pieces, B, size, ...] -> [B, length, ...], the reverse of `_cut`."""
+def _from_chunks(x: jax.Array, length: int) -> jax.Array:
+    """Join [count, B, size, ...] to [B, length, ...], the inverse of `_to_chunks`."""
     x = jnp.moveaxis(x, 0, 2)
     return x.reshape(x.shape[0], x.shape[1] * x.shape[2], *x.shape[3:])[:, :length]

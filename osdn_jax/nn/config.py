@@ -276,6 +276,7 @@ RULES: dict[str, dict[str, Any]] = {
     "gla": {"decay": "channel", "erase": False, "output_gate": True},
     TRANSFORMER: {},
 }
+"""{rule: the fields of its `MixerConfig`}, for `mixer_config`; "transformer" has those of an `AttentionConfig`."""
 
 
 def mixer_config(rule: str, **fields: Any) -> MixerConfig | AttentionConfig:

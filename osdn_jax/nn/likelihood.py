@@ -35,16 +35,17 @@ def likelihood_sums(
     chunks: Chunks = DEFAULT_CHUNKS,
     dropout_key: jax.Array | None = None,
 ) -> LikelihoodSums:
-    """Return the sums of a batch without forming its logits as a whole.
+    """Return the summed negative log likelihood of a batch and its weights, without forming all logits at once.
 
-    `CausalLM` shows it in a training step.
+    The example of `CausalLM` has a training step with it.
 
     Args:
         apply: (parameters, ...) -> ..., as `nn.split_model` returns it for a model with the methods `features` and
             `unembedding`.
         parameters: the model's parameters.
-        batch: {"inputs", "targets", "segment_ids", "weights"}, [B, T] each; a target with weight 0 may be anything.
-        chunks: sizes of the logits formed at a time, as in `nn.cross_entropy`.
+        batch: {"inputs": tokens, "targets": the tokens after them, "segment_ids": integers that tell packed documents
+            apart, "weights": floats}, [B, T] each. A target with weight 0 may be anything.
+        chunks: sizes of the logits that exist at a time, as in `nn.cross_entropy`.
         dropout_key: random key of the model's dropout. Default: None, no dropout.
     """
     hidden, _ = apply(

@@ -17,7 +17,8 @@ from osdn_jax.nn.parallel import look_up, over_mesh
 from osdn_jax.nn.sharding import ambient_mesh, constrain, module_with_auto_axes
 from osdn_jax.ops import checks
 
-BlockState = MixerState | AttentionState  # what a block carries from one call to the next
+BlockState = MixerState | AttentionState
+"""State that a block carries from one call to the next."""
 
 
 class Block(nnx.Module):

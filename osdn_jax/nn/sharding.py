@@ -14,6 +14,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 MESH_AXES = ("data", "fsdp", "tensor", "context")
+"""Axes of a mesh that a model runs on: copies, sharded parameters, heads and hidden units, tokens of a sequence."""
 
 AXIS_RULES: dict[str | None, Any] = {
     "batch": ("data", "fsdp"),  # rows: over copies of the model, and over the devices that share one copy's parameters

@@ -6,7 +6,8 @@ from typing import Any
 import jax
 from flax import nnx
 
-Parameters = dict[str, jax.Array]  # {"blocks/0/mixer/project/kernel": array, ...}
+Parameters = dict[str, jax.Array]
+"""Parameters by path, such as {"blocks/0/mixer/project/kernel": array}."""
 
 
 def split_model(model: nnx.Module) -> tuple[Callable[..., Any], dict[str, Any]]:

@@ -9,6 +9,7 @@ import jax
 from ml_collections import ConfigDict
 
 from osdn_jax import hardware
+from osdn_jax._errors import joined_lines
 from osdn_jax._versions import installed
 from osdn_jax.nn import flops, parameter_formula
 from osdn_jax.planning import advice, devices, hlo, memory
@@ -141,8 +142,7 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
     except (ValueError, TypeError, OSError, ImportError) as error:
         raise ConfigError(str(error)) from error
     except (OverflowError, RuntimeError) as error:  # sizes that overflow in JAX or its compiler
-        message = " ".join(str(error).split())
-        raise ConfigError(f"a step of this configuration cannot be compiled: {message}") from error
+        raise ConfigError(f"a step of this configuration cannot be compiled: {joined_lines(error)}") from error
     seconds = {"lower": middle - start, "compile": time.perf_counter() - middle}
 
     used = memory.measure(program, compiled)

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import grain
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -20,9 +21,9 @@ from osdn_jax.nn import count_parameters
 from osdn_jax.nn.flops import per_token
 from osdn_jax.nn.split import Parameters, split_model
 from osdn_jax.progress import ProgressBar, Stopwatch, say
-from osdn_jax.training import agreement, distributed
+from osdn_jax.training import agreement, distributed, fingerprints
 from osdn_jax.training.build import build_schedule, build_step_config
-from osdn_jax.training.checkpoints import CheckpointError, Checkpoints
+from osdn_jax.training.checkpoints import CheckpointError, Checkpoints, load_parameters
 from osdn_jax.training.config import MAY_CHANGE_ON_RESUME, ConfigError
 from osdn_jax.training.data import Data, build_data
 from osdn_jax.training.initial_state import plan_start
@@ -35,7 +36,7 @@ from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
 from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.step import StepConfig, TrainState, make_train_step
-from osdn_jax.training.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir, checked_workdir
+from osdn_jax.training.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir, checked_workdir, load_config
 
 _VALIDATION = "validation/bits_per_byte"  # key in metrics.jsonl
 _STATISTICS_TOKENS = 1024  # tokens that the preconditioners' statistics are computed over
@@ -70,6 +71,7 @@ def train(
     workdir: str | Path,
     *,
     stop_at: int | None = None,
+    start_from: str | Path | None = None,
     profile: tuple[int, int] | None = None,
     on_metrics: Callable[[int, dict[str, float]], object] | None = None,
 ) -> Result:
@@ -84,6 +86,9 @@ def train(
         config: with the keys of `default_config`.
         workdir: the run's directory; created if missing.
         stop_at: stop after this step and save a checkpoint, e.g. on time-limited allocations; default: config.steps.
+        start_from: directory of another run, with the same model and tokenizer: a new run starts from the parameters of
+            its newest checkpoint (their moving average if it has one), with a new optimiser state, schedule and data
+            order. Ignored once `workdir` has a checkpoint. Default: random parameters.
         profile: first and last step of a trace, written to `workdir`/profile; default: no trace.
         on_metrics: called as on_metrics(step, values) for every row of metrics.jsonl, training rows and validation
             rows, right after the row is written; values is a new dict of floats, {"train/bits_per_byte": 2.1, …}. Only
@@ -102,7 +107,8 @@ def train(
         DivergedError: more than config.max_skipped_steps steps in a row had a loss, gradient or update that is not
             finite; names the last of them. Checkpoints stay as they were.
         CheckpointError: as `Checkpoints`.
-        CheckpointMismatchError: the checkpoints are of another model, text or tokenizer.
+        CheckpointMismatchError: the checkpoints are of another model, text or tokenizer, or the run in start_from is of
+            another model or tokenizer.
         OSError: a file cannot be written, e.g. because the disk is full; names the file.
         TypeError: on_metrics is not callable.
 
@@ -126,7 +132,7 @@ def train(
         raise TypeError(f"on_metrics: got {on_metrics!r}, expected a callable (step, values) or None")
     try:
         with contextlib.ExitStack() as held:
-            return _train(config, workdir, stop_at, profile, on_metrics, held)
+            return _train(config, workdir, stop_at, start_from, profile, on_metrics, held)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         message = out_of_memory(error)
         if message is None:
@@ -138,6 +144,7 @@ def _train(
     config: ConfigDict,
     workdir: str | Path,
     stop_at: int | None,
+    start_from: str | Path | None,
     profile: tuple[int, int] | None,
     on_metrics: Callable[[int, dict[str, float]], object] | None,
     held: contextlib.ExitStack,
@@ -154,11 +161,18 @@ def _train(
         schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
         data = build_data(config)
         batches, held_out = _batches(config, data, layout)
+        origin = None if start_from is None else _Origin.of(start_from, data)
     except BaseException as error:  # noqa: BLE001 (whatever it is, the other processes must not wait for it)
         agreement.fail(error)
 
     # --- Agree with the other processes and take the directory.
-    run = agreement.describe(config, workdir=str(workdir.absolute()), stop_at=stop_at, **data.fingerprints)
+    run = agreement.describe(
+        config,
+        workdir=str(workdir.absolute()),
+        stop_at=stop_at,
+        start_from=None if origin is None else str(origin.folder),
+        **data.fingerprints,
+    )
     agreement.agree(run)
 
     def open_workdir() -> None:
@@ -185,10 +199,10 @@ def _train(
         train_step = make_train_step(apply, optimizer, step_config, shardings=shardings)
         flops = per_token(model.config, state.params, config.sequence_length).training
         del model, create  # they hold the initial parameters
-        state, start, warnings = _restored(checkpoints, state, batches, workdir)
+        state, start, messages = _restored(checkpoints, state, batches, workdir, origin)
         if primary:
-            for warning in warnings:
-                say(f"warning: {warning}")
+            for message in messages:
+                say(message)
             say(f"{config.model.rule}: {parameters:,} parameters; {data.summary}; {describe(layout.mesh)}")
             if start:
                 say(f"going on from the checkpoint of step {start:,} of {config.steps:,}")
@@ -299,18 +313,44 @@ def _spread(source: WindowSource, count: int, batch_size: int, **share: int) -> 
     return validation_batches(rows, batch_size=batch_size, **share)
 
 
+class _Origin(NamedTuple):
+    """The run that a new run takes its parameters from."""
+
+    folder: Path  # of its checkpoints
+    key: str  # of the parameters in a checkpoint
+    fingerprints: dict[str, str]  # that its checkpoint must have
+
+    @classmethod
+    def of(cls, workdir: str | Path, data: Data) -> "_Origin":
+        """Describe the run in a directory. Raises FileNotFoundError if there is none, or no checkpoint."""
+        folder = checked_workdir(workdir).absolute() / CHECKPOINT_FOLDER
+        key = "ema" if load_config(workdir).ema else "params"
+        if not folder.is_dir():
+            raise FileNotFoundError(f"start_from: no checkpoints in {folder.parent}")
+        return cls(folder, key, {fingerprints.TOKENIZER: data.fingerprints[fingerprints.TOKENIZER]})
+
+
 def _restored(
-    checkpoints: Checkpoints, state: TrainState, batches: grain.DatasetIterator, workdir: Path
-) -> tuple[TrainState, int, tuple[str, ...]]:
-    """Restore the newest checkpoint, if there is one: (state, its step, warnings)."""
+    checkpoints: Checkpoints,
+    state: TrainState,
+    batches: grain.DatasetIterator,
+    workdir: Path,
+    origin: _Origin | None,
+) -> tuple[TrainState, int, list[str]]:
+    """Restore the newest checkpoint, or else the parameters of the origin: (state, its step, messages)."""
     restored = checkpoints.restore(state, batches)
     if restored is None:
-        return state, int(state.step), ()
+        if origin is None:
+            return state, 0, []
+        step, params = load_parameters(origin.folder, state.params, key=origin.key, fingerprints=origin.fingerprints)
+        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # each is donated
+        message = f"starting from the parameters of step {step:,} in {origin.folder.parent}"
+        return state._replace(params=params, ema=ema), 0, [message]
     start = int(restored.state.step)
     if restored.step != start:
         folder = workdir / CHECKPOINT_FOLDER / str(restored.step)
         raise CheckpointError(f"{folder} is a checkpoint of step {start} under another name; rename or remove it")
-    return restored.state, start, restored.warnings
+    return restored.state, start, [f"warning: {warning}" for warning in restored.warnings]
 
 
 def _metrics(

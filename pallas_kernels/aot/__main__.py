@@ -1,5 +1,6 @@
 """Compile the kernels for an NVIDIA GPU on a machine without one; report registers, spills and shared memory.
 
+Example:
     python -m pallas_kernels.aot --gpu h100 --cases "gradient/*/K256*"
 
 Exit status:

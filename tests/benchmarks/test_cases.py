@@ -55,7 +55,7 @@ def test_peaked_keys_leave_the_bounds_nearly_leave_them_and_stay_far(keys):
     found = [ways(case, keys, seed) for seed in range(case.seeds)]
     assert all(set().union(*one.values()) == {"far", "kept", "again"} for one in found)
     assert all({"kept", "again"} <= one[2] for one in found)  # a head with both
-    smoke = cases.SMOKE["hypergradient, token by token, gradient"]
+    smoke = cases.SMOKE["hypergradient, sequential fallback, gradient"]
     assert set().union(*ways(smoke, "random", 0).values()) == {"far", "kept", "again"}
 
 

@@ -1,4 +1,4 @@
-"""Processes of Python scripts that start at once: forked from one that has imported everything, which takes seconds."""
+"""Python scripts in processes that start at once, forked from one that has already imported everything."""
 
 import contextlib
 import json
@@ -18,7 +18,7 @@ for line in sys.stdin:
     if not child:
         for number, path in ((1, out), (2, err)):
             os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_APPEND), number)
-        signal.signal(signal.SIGINT, signal.default_int_handler)  # whatever the tests themselves ignore
+        signal.signal(signal.SIGINT, signal.default_int_handler)  # even if the tests ignore it
         sys.argv, status = arguments, 0
         try:
             runpy.run_path(arguments[0], run_name="__main__")
@@ -35,7 +35,7 @@ for line in sys.stdin:
 
 
 class Forks:
-    """Runs [script, *arguments] in processes of their own, one after the other. env and cwd are those of subprocess."""
+    """Runs [script, *arguments] in separate processes, one at a time. env and cwd are those of subprocess."""
 
     def __init__(self, *, env, cwd):
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "bufsize": 0}
@@ -52,28 +52,28 @@ class Forks:
         self._server.stdout.close()
 
     def start(self, line, *, out=os.devnull, err=os.devnull):
-        """Starts a process; what it says goes to two files, or to one."""
+        """Start a process; its output goes to two files, or to one."""
         self._end()
         self._server.stdin.write(json.dumps([line, str(out), str(err)]).encode() + b"\n")
         self._child = int(self._server.stdout.readline())
 
     def _end(self):
-        """Of a process that nobody has waited for, because a test failed."""
+        """Kill a process that was not waited for, because a test failed."""
         if self._child is not None:
             with contextlib.suppress(ProcessLookupError):
                 self.signal(signal.SIGKILL)
             self.wait()
 
     def running(self, seconds=0):
-        """Whether the process that was started has not ended, after so many seconds at most."""
+        """Return True if the process is still running after waiting for at most `seconds`."""
         return not select.select([self._server.stdout], [], [], seconds)[0]
 
     def signal(self, number):
-        """Sends the process a signal."""
+        """Send the process a signal."""
         os.kill(self._child, number)
 
     def wait(self, timeout=120):
-        """The process's exit status, as that of subprocess; it is killed where it takes longer."""
+        """Return the process's exit status, as subprocess does; kill it if it takes longer."""
         if self.running(timeout):
             self.signal(signal.SIGKILL)
         self._child = None

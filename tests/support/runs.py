@@ -28,7 +28,7 @@ def get_config(arg=None):
 
 
 def write_text(path, words=900, seed=0):
-    """A .txt file of random words in lines of twelve, the same for the same arguments."""
+    """Write a .txt file of random words in lines of twelve, the same for the same arguments."""
     drawn = np.random.default_rng(seed).choice(WORDS, words)
     path.write_text("".join(f"{' '.join(drawn[i : i + 12])}.\n" for i in range(0, words, 12)))
     return path
@@ -63,7 +63,7 @@ def tiny_config(data, **changes):
 
 @functools.cache
 def scratch():
-    """A directory that lives as long as the process."""
+    """Return a directory that exists as long as the process."""
     folder = tempfile.TemporaryDirectory(prefix="osdn-tests-")
     atexit.register(folder.cleanup)
     return Path(folder.name)
@@ -76,17 +76,17 @@ def text():
 
 @functools.cache
 def finished():
-    """(directory, result) of the run of `tiny_config(text())` in this process, uninterrupted. Leave it as it is."""
+    """(directory, result) of the run of `tiny_config(text())` in this process, uninterrupted. Do not change it."""
     workdir = scratch() / "finished"
     return workdir, train(tiny_config(text()), workdir)
 
 
 def command(workdir, *arguments, config=None, cached=True):
-    """(arguments, keyword arguments) of subprocess.run for train.py on the configuration of `tiny_config(text())`."""
+    """Return (arguments, keyword arguments) of subprocess.run for train.py on `tiny_config(text())`."""
     file = scratch() / "tiny.py"
     file.write_text(CONFIG_FILE)
     environment = os.environ | {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "JAX_PLATFORMS": "cpu"}
-    if cached:  # eight devices, as here: a program is looked up by what it is compiled for
+    if cached:  # eight devices, as in the tests: they are part of a program's key in the cache
         environment["JAX_NUM_CPU_DEVICES"] = "8"
     else:
         environment["JAX_ENABLE_COMPILATION_CACHE"] = "false"
@@ -97,33 +97,33 @@ def command(workdir, *arguments, config=None, cached=True):
 
 
 def run(workdir, *arguments, **options):
-    """train.py as a process of its own, to its end."""
+    """Run train.py in a separate process to its end."""
     line, keywords = command(workdir, *arguments, **options)
     return subprocess.run(line, check=False, capture_output=True, timeout=120, **keywords)
 
 
 def rows(workdir):
-    """The rows of metrics.jsonl without the speed, the one number in them that is not the run's own."""
+    """Return the rows of metrics.jsonl without the speed, the only value that depends on the machine."""
     return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in read_metrics(workdir)]
 
 
 def arrays(workdir, step=40):
-    """{name: (dtype, shape, bytes)} of the checkpoint of a step: the whole training state, read without the package."""
+    """Return {name: (dtype, shape, bytes)} of a checkpoint: the whole training state, read without the package."""
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # orbax would rather be told the shardings
+        warnings.simplefilter("ignore")  # Orbax warns that it is not given the shardings
         tree = ocp.PyTreeCheckpointer().restore(Path(workdir).resolve() / "checkpoints" / str(step) / "state")
     flat = jax.tree_util.tree_flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(k): (str(x.dtype), x.shape, np.asarray(x).tobytes()) for k, x in flat}
 
 
 def position(workdir, step=40):
-    """What the checkpoint of a step says of the data iterator."""
+    """Return the data iterator's position in the checkpoint of a step."""
     (file,) = (Path(workdir) / "checkpoints" / str(step) / "data").glob("*.json")
     return file.read_text()
 
 
 def assert_same_run(got, want, step=40):
-    """Both directories hold the same run, bit for bit."""
+    """Check that both directories hold the same run, bit for bit."""
     assert rows(got) == rows(want)
     assert arrays(got, step) == arrays(want, step)
     assert position(got, step) == position(want, step)

@@ -1,4 +1,4 @@
-"""One process that train.py is forked from, for all tests that need it to be quick."""
+"""One process that train.py is forked from, so that the tests start it quickly."""
 
 import pytest
 

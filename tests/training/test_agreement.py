@@ -1,4 +1,4 @@
-"""All processes start, or none does; what the others report is made up here, and real in test_distributed.py."""
+"""All processes start, or none does. The other processes' reports are simulated; test_distributed.py has real ones."""
 
 import jax
 import pytest
@@ -9,7 +9,7 @@ from support.runs import tiny_config
 
 @pytest.fixture
 def two(monkeypatch):
-    """Sets what the other of two processes reports; returns what this one, the first, reports and whether it left."""
+    """Set the report of the other of two processes; return the report of this one, the first, and whether it left."""
     heard = {"reports": [], "left": False}
 
     def other(failed=None, run=None):

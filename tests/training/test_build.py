@@ -1,4 +1,4 @@
-"""What a configuration stands for: model, schedule, optimiser, text; and the configurations of the repository."""
+"""Model, schedule, optimiser and text of a configuration, and the configurations of the repository."""
 
 import ast
 import re
@@ -259,11 +259,11 @@ def test_muon_takes_the_matrices_of_the_blocks_and_adamw_the_rest(rule):
         rows, columns = p[name].shape
         step = -(np.asarray(muon[name]) / 0.5 + 0.1 * np.asarray(p[name]))
         singular = np.linalg.svd(step, compute_uv=False) / max(1, columns / rows) ** 0.5
-        assert 0.5 < singular.min() <= singular.max() < 1.5  # all directions alike, whatever those of the gradient
+        assert 0.5 < singular.min() <= singular.max() < 1.5  # equal in all directions, whatever the gradient
         assert np.vdot(step, g[name]) > 0
 
 
-# What else a step does
+# The settings of a step
 
 
 def test_every_setting_of_the_step_arrives():

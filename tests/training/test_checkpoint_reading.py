@@ -1,4 +1,4 @@
-"""Reading checkpoints: damaged ones, ones of another model or text, and what only looks like one."""
+"""Reading checkpoints: damaged ones, ones of another model or text, and files that only look like one."""
 
 import gc
 import itertools
@@ -19,8 +19,8 @@ from osdn_jax.training.checkpoints import (
 )
 from support.checkpoints import array_file, assert_same_bits, flip, half, names, new_iterator, save, state_at
 
-# Orbax leaves its other reads unawaited when one fails; Python says so whenever it collects them, which is made to be
-# here and not in some later test.
+# Orbax leaves its other reads unawaited when one fails, and Python warns when it collects them. The fixture makes it
+# collect them here and not in a later test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -48,7 +48,7 @@ def test_falls_back_over_a_damaged_checkpoint_and_says_so(tmp_path, caplog, dama
             assert text in restored.warnings[0]
         assert restored.warnings[0] in caplog.text
         assert names(tmp_path) == ["1", "2", "3.corrupt"]
-        checkpoints.save(3, state_at(3), iterator)  # training gets there again
+        checkpoints.save(3, state_at(3), iterator)  # training reaches this step again
         checkpoints.wait()
         assert_same_bits(checkpoints.restore(state_at(0), iterator).state, state_at(3))
     half(array_file(tmp_path / "3"))
@@ -217,7 +217,7 @@ def test_a_checkpoint_without_fingerprints_is_taken_with_a_warning(tmp_path, cap
     assert "has no fingerprint of its tokenizer" in caplog.text
 
 
-# What is named like a checkpoint
+# Names like those of checkpoints
 
 
 @pytest.mark.parametrize(
@@ -262,7 +262,7 @@ def test_a_checkpoint_that_is_a_link_to_elsewhere_is_named_and_left_alone(tmp_pa
 
 @pytest.mark.parametrize("first", [True, False])
 def test_an_error_of_the_first_process_is_raised_in_every_one(tmp_path, monkeypatch, first):
-    """Neither waits for the other."""
+    """No process waits for the other."""
     save(tmp_path / "run", 1)
     (tmp_path / "run" / "2").symlink_to(tmp_path)
     monkeypatch.setattr(distributed, "is_primary", lambda: first)

@@ -22,8 +22,8 @@ from osdn_jax.training.checkpoints import (
 )
 from support.checkpoints import array_file, assert_same_bits, half, names, new_iterator, save, shapes, state_at
 
-# Orbax leaves its other reads unawaited when one fails; Python says so whenever it collects them, which is made to be
-# here and not in some later test.
+# Orbax leaves its other reads unawaited when one fails, and Python warns when it collects them. The fixture makes it
+# collect them here and not in a later test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 
 
@@ -50,7 +50,7 @@ def test_round_trip_is_bit_exact(tmp_path):
     taken = [next(iterator) for _ in range(5)]
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(7, state_at(7), iterator, {"tokens": 123, "name": "ö"})
-        rest = [next(iterator) for _ in range(5)]  # moves on while the save is under way
+        rest = [next(iterator) for _ in range(5)]  # advances during the save
     with Checkpoints(tmp_path) as checkpoints:
         again = new_iterator()
         restored = checkpoints.restore(shapes(state_at(0)), again)
@@ -154,7 +154,7 @@ WRITER = """
 
 
 def writing(folder):
-    """What the folder of the checkpoint under way holds, as one sees it from outside; None before and after."""
+    """Return the names in the folder of the checkpoint being written; None before and after."""
     for entry in folder.glob("*tmp*"):
         return {path.name for path in entry.rglob("*")}
     return None
@@ -191,7 +191,7 @@ def test_a_killed_save_leaves_the_checkpoint_before_it(tmp_path, moment, request
     target = {"w": jnp.zeros((1000, 1000), jnp.int32), "step": jnp.int32(0)}
     with Checkpoints(folder, max_to_keep=None) as checkpoints:
         restored = checkpoints.restore(target)
-        assert restored.step in (complete, complete + 1)  # killed between the rename and the report of it
+        assert restored.step in (complete, complete + 1)  # killed between the rename and its report
         assert restored.warnings == ()
         assert int(restored.state["step"]) == restored.step
         assert (np.asarray(restored.state["w"]) == restored.step + np.arange(1000)[None]).all()
@@ -204,7 +204,7 @@ def test_a_killed_save_leaves_the_checkpoint_before_it(tmp_path, moment, request
 
 @pytest.fixture
 def full_disk():
-    """Files can grow to 100 kB only: a real error of the operating system in the background thread."""
+    """Limit the size of files to 100 kB, for a real error of the operating system in the background thread."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda full: resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else soft, hard))

@@ -1,4 +1,4 @@
-"""What `data` in a configuration stands for: every kind of text and tokenizer, end to end, and what is refused."""
+"""`config.data`: every type of text and tokenizer, end to end, and refused ones."""
 
 import math
 
@@ -134,7 +134,7 @@ def test_the_vocabulary_is_the_tokenizers_or_larger(corpus):
     config.model.vocab_size = 320
     assert build_model_config(config).vocab_size == 320
     build_data(config)
-    config.data.tokenizer = "not there.json"  # nobody asks for it where the size is given
+    config.data.tokenizer = "not there.json"  # not read if the size is given
     assert build_model_config(config).vocab_size == 320
 
 

@@ -1,4 +1,4 @@
-"""Two processes of four devices are one of eight; a dead one ends the job; mistakes are told to all; signals save."""
+"""Two processes of four devices equal one of eight; a dead one ends the job; all report mistakes; signals save."""
 
 import re
 import signal
@@ -29,7 +29,7 @@ SETTINGS = {
     "mesh__data": 2,
     "mesh__context": 4,
 }
-# What the collectives say of themselves, from several threads, so that pieces of it may come in any order.
+# Messages of the collectives, from several threads, so that fragments may come in any order.
 GLOO = re.compile(r"\[Gloo\] Rank|\d+| is connected to | peer ranks\. |Expected number of connected peer ranks is : ")
 CONFIG = f"""
 from support.runs import tiny_config
@@ -41,7 +41,7 @@ def get_config(arg=None):
 
 @pytest.fixture(scope="module")
 def both():
-    """Where the two processes of a job start."""
+    """Two processes that the two processes of a job are forked from."""
     (scratch() / "mesh.py").write_text(CONFIG)
     environment = command(None)[1]["env"] | {
         "JAX_NUM_CPU_DEVICES": "4",
@@ -52,7 +52,7 @@ def both():
 
 
 def launch(both, workdir, first=(), second=()):
-    """train.py in two processes on this machine, each with arguments of its own."""
+    """Start train.py in two processes on this machine, with different arguments."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -63,7 +63,7 @@ def launch(both, workdir, first=(), second=()):
 
 
 def finish(both, timeout=240):
-    """[(exit status, output)], both of them ended."""
+    """Wait for both processes: [(exit status, output)]."""
     return [(process.wait(timeout), (scratch() / f"said-{i}").read_text()) for i, process in enumerate(both)]
 
 
@@ -93,7 +93,7 @@ def whole(both, tmp_path_factory):
     assert [status for status, _ in results] == [0, 0], results
     assert "8 cpu devices (2 data x 4 context)" in results[0][1]
     assert "bits per byte on the held-out text" in results[0][1]
-    assert not GLOO.sub("", results[1][1]).split()  # it leaves that to one
+    assert not GLOO.sub("", results[1][1]).split()  # only one of them prints
     return workdir
 
 
@@ -102,7 +102,7 @@ def losses(workdir):
 
 
 def parameters(workdir):
-    """Of the last checkpoint, read in this process."""
+    """Return the arrays of the last checkpoint, read in this process."""
     _, target = split_model(build_model(tiny_config(text(), **SETTINGS)))
     step, found = load_parameters(workdir / "checkpoints", target)
     assert step == SETTINGS["steps"]

@@ -1,4 +1,4 @@
-"""A signal to stop, and the watch over what hangs."""
+"""Signals that stop a run, and the watchdog."""
 
 import contextlib
 import os
@@ -54,7 +54,7 @@ def test_stop_listens_and_puts_back_what_was():
 
 @pytest.fixture
 def interruptible():
-    """Ctrl-C as Python has it, also where the tests ignore it."""
+    """Handle Ctrl-C as Python does, even if the tests ignore it."""
     before = signal.signal(signal.SIGINT, signal.default_int_handler)
     yield
     signal.signal(signal.SIGINT, before)
@@ -68,7 +68,7 @@ def test_the_first_interrupt_asks_to_stop_and_the_second_interrupts(interruptibl
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) == signal.default_int_handler
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as in the background
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for a background process
     with Stop() as stop:
         signal.raise_signal(signal.SIGINT)
         assert not stop.reached(1)
@@ -92,7 +92,7 @@ from osdn_jax.training.interruption import Stop, end_at_second_interrupt
 end_at_second_interrupt()
 with Stop():
     print("ready", flush=True)
-    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # minutes, in which Python calls no handler
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 2**31 - 1)  # takes minutes, in which Python calls no signal handler
 """
 
 
@@ -104,8 +104,8 @@ def test_a_second_interrupt_ends_the_process_whatever_it_is_doing(forks, tmp_pat
         time.sleep(0.01)
     forks.signal(signal.SIGINT)
     assert forks.running(0.3)
-    while time.monotonic() < end and forks.running(0.3):  # signals that come before the first is handled count as one
-        with contextlib.suppress(ProcessLookupError):  # it ends between the question and the signal
+    while time.monotonic() < end and forks.running(0.3):  # signals before the first is handled count as one
+        with contextlib.suppress(ProcessLookupError):  # it may end between the check and the signal
             forks.signal(signal.SIGINT)
     assert (forks.wait(60), (tmp_path / "err").read_text()) == (130, "")
 

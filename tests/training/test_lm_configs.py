@@ -27,7 +27,7 @@ def get_config(name, arg=None):
 
 
 def stated(name):
-    """{rule: parameters} of the table in the file's docstring."""
+    """Return {rule: parameters} from the table in the file's docstring."""
     docstring = ast.get_docstring(ast.parse((FOLDER / f"{name}.py").read_text()))
     rows = re.findall(r"^ +(\w+) +([\d,]+)$", docstring, flags=re.MULTILINE)
     return {rule: int(count.replace(",", "")) for rule, count in rows}
@@ -67,7 +67,7 @@ def test_a_model_has_the_size_that_is_stated(name, rule):
 def test_a_model_holds_what_is_stated_and_can_be_traced(name, rule):
     config = get_config(name, f"rule={rule}")
     assert count_parameters(nnx.eval_shape(lambda: build_model(config))) == stated(name)[rule]
-    config.model.layers = 2  # tracing takes its time, and layers are alike
+    config.model.layers = 2  # tracing is slow, and all layers are the same
     model = nnx.eval_shape(lambda: build_model(config))
 
     def forward(model, tokens):

@@ -1,4 +1,4 @@
-"""One run at a time in a directory."""
+"""The lock of a run's directory."""
 
 import errno
 import fcntl
@@ -48,7 +48,7 @@ def test_a_lock_whose_file_is_removed_at_that_moment_is_taken_again(tmp_path, mo
 
     def flock(file, how):
         real(file, how)
-        if not taken:  # as if its holder had ended between the opening and the lock
+        if not taken:  # as if its holder had ended between open and lock
             (tmp_path / LOCK_FILE).unlink()
         taken.append(file)
 
@@ -84,7 +84,7 @@ def test_a_run_is_refused_a_directory_in_use_with_status_2_and_touches_nothing(f
 
 
 def test_a_run_holds_its_directory_until_it_is_killed(forks, tmp_path):
-    """What another start would destroy stays; those who read need no lock."""
+    """A refused start changes nothing; readers need no lock."""
     workdir, steps = tmp_path / "run", "--config.steps=100000"
     forks.start(command(workdir, steps)[0][1:])
     end = time.monotonic() + 90
@@ -93,7 +93,7 @@ def test_a_run_holds_its_directory_until_it_is_killed(forks, tmp_path):
     config = tiny_config(text(), steps=100_000)
     with pytest.raises(WorkdirInUseError, match="in use by process"):
         train(config, workdir)
-    with pytest.raises(WorkdirInUseError, match="in use by process"):  # before it is compared
+    with pytest.raises(WorkdirInUseError, match="in use by process"):  # before the configurations are compared
         train(tiny_config(text(), seed=1), workdir)
     assert len("".join(generate(workdir, tokens=3))) <= 3
     assert forks.running()

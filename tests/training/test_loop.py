@@ -1,4 +1,4 @@
-"""A training run from its start to its end: what it writes, and what it can do."""
+"""A training run from start to end: its files, rows and options."""
 
 import json
 import math
@@ -29,7 +29,7 @@ from support import assert_close
 from support.models import reference_logits
 from support.runs import assert_same_run, finished, rows, text, tiny_config, write_text
 
-# What a run writes
+# Files and rows
 
 
 def test_the_files_of_a_run():
@@ -61,7 +61,7 @@ def test_the_rows_of_a_run():
     assert [row["step"] for row in validation_rows] == [20, 40]
     norms = {"train/gradient_norm", "train/update_norm", "train/parameter_norm"}
     keys = {"step", "tokens", "train/bits_per_byte", "train/skipped_steps", "train/learning_rate"} | norms
-    assert set(train_rows[0]) == keys  # nothing is known of the speed before the second step
+    assert set(train_rows[0]) == keys  # the speed is unknown before the second step
     assert {frozenset(row) for row in train_rows[1:]} == {frozenset(keys | {"tokens_per_second"})}
     statistics = {f"preconditioner/{name}" for name in ("mean", "min", "max", "clipped")}
     validated = {"step", "tokens", "validation/bits_per_byte"} | statistics
@@ -86,7 +86,7 @@ def test_the_last_validation_is_of_every_byte_by_the_final_parameters():
     _, parameters = load_parameters(workdir / "checkpoints", parameters)
     _, held_out = build_corpus(config)
     windows = PackedWindows(held_out, config.validation.sequence_length)
-    assert len(windows) > 3  # more than the validations before it take
+    assert len(windows) > 3  # more than the earlier validations use
     nats, count = 0.0, 0
     for window in windows:
         inputs, ids = window["inputs"][None], window["segment_ids"][None]
@@ -144,7 +144,7 @@ def test_what_is_printed(tmp_path, capsys):
     assert "on all of the held-out text" in said
 
 
-# Text of one's own
+# Own text
 
 
 @pytest.mark.parametrize("kind", [".txt", ".jsonl", "folder"])
@@ -165,7 +165,7 @@ def test_trains_on_text_of_ones_own(tmp_path, kind):
     assert result.bits_per_byte < 6
 
 
-# What else a run may do
+# Options
 
 
 def test_a_run_with_everything_on_goes_on_where_it_stopped(tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_a_run_with_everything_on_goes_on_where_it_stopped(tmp_path, monkeypatch
     assert_close(drawn, found["ema"], 0)
 
 
-# The smallest and the largest
+# Smallest and largest values
 
 ONES = {
     "batch_size": 1,

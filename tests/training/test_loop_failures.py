@@ -1,4 +1,4 @@
-"""Runs that cannot start or go on: numbers, memory, disks, and what is refused."""
+"""Runs that cannot start or continue: numbers that are not finite, memory, full disks, refused arguments."""
 
 import threading
 
@@ -17,11 +17,11 @@ from osdn_jax.training import (
 from osdn_jax.training import events as event_files
 from support.runs import assert_same_run, finished, rows, text, tiny_config
 
-# Numbers that are none
+# Numbers that are not finite
 
 
 def poisoned(monkeypatch, at):
-    """Batches of training whose steps `at`, one or several, have no finite loss."""
+    """Make the loss of the training steps `at`, one or several, not finite."""
     real = loop.training_batches
 
     class Poisoned:
@@ -38,7 +38,7 @@ def poisoned(monkeypatch, at):
         def __getattr__(self, name):
             return getattr(self.iterator, name)
 
-    # A checkpoint wants grain's own iterator.
+    # A checkpoint needs Grain's iterator itself.
     monkeypatch.setattr(loop, "training_batches", lambda *args, **options: Poisoned(real(*args, **options)))
     save, restore = loop.Checkpoints.save, loop.Checkpoints.restore
     monkeypatch.setattr(loop.Checkpoints, "save", lambda self, step, state, it: save(self, step, state, it.iterator))
@@ -64,7 +64,7 @@ def test_stops_where_the_loss_is_no_number_and_keeps_what_was_good(tmp_path, mon
     assert all(row["step"] < at for row in rows(tmp_path / "run"))
     if at == 30:
         assert {path.name for path in (tmp_path / "run" / "checkpoints").iterdir()} == {"10", "20"}
-        train(config, tmp_path / "run")  # without the poison, as if nothing had been
+        train(config, tmp_path / "run")  # without the poison: continues normally
         assert rows(tmp_path / "run")[-1] == rows(finished()[0])[-1]
 
 
@@ -89,7 +89,7 @@ def test_stops_where_skipping_does_not_help(tmp_path, monkeypatch):
     assert rows(tmp_path / "run")[-1]["step"] == 14
 
 
-# Memory that runs out
+# Out of memory
 
 
 @pytest.mark.parametrize(
@@ -131,7 +131,7 @@ def test_memory_that_runs_out_is_one_line(tmp_path, monkeypatch, error, said):
     assert "\n" not in str(raised.value)
 
 
-# A disk that is full
+# A full disk
 
 
 def test_a_full_disk_of_event_files_does_not_stop_training(tmp_path, monkeypatch, caplog):
@@ -165,7 +165,7 @@ def test_a_damaged_line_of_metrics_is_named_and_nothing_is_lost(tmp_path):
 
 @pytest.mark.parametrize("first", [True, False])
 def test_metrics_that_the_first_process_cannot_open_end_all(tmp_path, monkeypatch, first):
-    """Every process asks the others; what they answer is made up here."""
+    """Every process asks the others; their answers are simulated."""
     reports = []
 
     def settle(description, reason):
@@ -181,7 +181,7 @@ def test_metrics_that_the_first_process_cannot_open_end_all(tmp_path, monkeypatc
     assert (reports[0] is None) != first
 
 
-# What is refused
+# Refused arguments
 
 
 @pytest.mark.parametrize(

@@ -26,9 +26,9 @@ MESHES = {
 
 
 def wide(**changes):
-    """A model that every mesh here divides, on batches that it divides too."""
+    """Return settings whose model and batches every mesh here divides."""
     settings = {"batch_size": 8, "sequence_length": 32, "validation__batch_size": 8, "model__layers": 2}
-    settings |= {"optimizer__learning_rate": 1e-3}  # at 1e-2 so small a model makes large changes of rounding errors
+    settings |= {"optimizer__learning_rate": 1e-3}  # at 1e-2 so small a model amplifies rounding errors
     return tiny_config(text(), **settings | {"model__heads": 4, "model__width": 16, "model__mlp_dim": 32} | changes)
 
 
@@ -42,14 +42,14 @@ RULES = {
 
 @pytest.mark.parametrize("rule", RULES)
 def test_loss_and_gradient(rule):
-    """Embeddings as large as training makes them: at 0.02 the first norm alone costs the digits looked at here."""
-    first = rule == "delta_net"  # it goes for all where rules make no difference: several blocks, a mesh of data alone
+    """Use embeddings as large as after training: at 0.02 the first norm alone loses the digits compared here."""
+    first = rule == "delta_net"  # stands for all where the rule does not matter: several blocks, only data
     settings = RULES[rule] | {"model__layers": 2 if first else 1}
     meshes = MESHES if first else {name: MESHES[name] for name in ("4x2", "2x4")}
     config = wide(**settings)
     apply, parameters = split_model(build_model(config))
     parameters["embedding/embedding"] = parameters["embedding/embedding"] * 50.0
-    if "bind" in rule:  # an anchor of 3 and gates that forget: d comes to its upper bound of 3/2 within a few tokens
+    if "bind" in rule:  # with an anchor of 3 and forget gates, d reaches its upper bound of 3/2 within a few tokens
         for name in [name for name in parameters if name.endswith("forget/bias")]:
             parameters[name] = parameters[name] * 0.0
         clipped = apply(parameters, jnp.zeros((1, 32), jnp.int32), method="preconditioners")["clipped"]
@@ -61,7 +61,7 @@ def test_loss_and_gradient(rule):
         sums = likelihood_sums(apply, parameters, batch)
         return sums.nats / sums.targets
 
-    program = lambda: jax.jit(jax.value_and_grad(loss))  # traced anew over every mesh
+    program = lambda: jax.jit(jax.value_and_grad(loss))  # a new trace for every mesh
     want, gradient = program()(parameters, window)
     scale = np.sqrt(sum(float(np.sum(np.square(x))) for x in gradient.values()))
     for name, mesh in meshes.items():
@@ -82,7 +82,7 @@ TWELVE = {"steps": 12, "checkpoint__every": 6, "validation__every": 12, "model__
 
 @pytest.fixture(scope="module")
 def on_one(tmp_path_factory):
-    """The directory of twelve steps on one device."""
+    """Return the directory of twelve steps on one device."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     train(wide(**TWELVE), workdir)
     return workdir
@@ -90,7 +90,7 @@ def on_one(tmp_path_factory):
 
 @pytest.mark.parametrize("accumulate", [1, 2])
 def test_a_run_over_a_mesh_restored_over_others(on_one, tmp_path, accumulate):
-    """Saved on eight devices, restored on one and on 2 x 4, it goes on with the losses of the run that never moved."""
+    """Saved on eight devices and restored on one and on 2 x 4, it continues with the losses of the run that stayed."""
     settings = TWELVE | {"accumulate": accumulate}
     if accumulate == 2:
         settings |= {"batch_size": 16, "model__remat": "blocks", "model__dtype": "bfloat16"}
@@ -114,7 +114,7 @@ def test_a_run_over_a_mesh_restored_over_others(on_one, tmp_path, accumulate):
 
 
 def test_where_the_state_lies():
-    """Parameters and their moments are split alike, the rest is whole; the numbers are those of one device."""
+    """Parameters and moments are sharded in the same way, the rest is replicated; values equal those of one device."""
     config = wide(mesh__fsdp=4, mesh__tensor=2, ema=0.9)
     layout = Layout(build_mesh(config))
     _, _, state, shardings = build_start(config, layout)
@@ -156,14 +156,14 @@ THIRDS = {"mesh__tensor": 3, "model__heads": 3, "model__width": 18, "model__mlp_
 
 @pytest.mark.parametrize("rule", nn.RULES)
 def test_what_passes_divides_every_array(rule):
-    """The checks name keys, and miss no axis of any parameter: heads, channels, units and words of odd sizes."""
+    """The checks name keys and miss no axis: heads, channels, units and vocabulary entries of odd sizes."""
     sizes = {"model__heads": 6, "model__key_heads": 2, "model__width": 12, "model__mlp_dim": 10}
     sizes |= {"model__key_dim": 6, "model__value_dim": 5, "model__vocab_size": 258, "model__tied_embeddings": False}
     config = wide(model__rule=rule, mesh__fsdp=3, mesh__tensor=2, batch_size=9, validation__batch_size=9, **sizes)
     layout = Layout(build_mesh(config))
     _, _, state = shapes_at_start(config, layout)
     for path, x in jax.tree_util.tree_flatten_with_path(state)[0]:
-        split = x.sharding.shard_shape(x.shape)  # raises where one does not divide
+        split = x.sharding.shard_shape(x.shape)  # raises if a size does not divide
         assert len(split) == x.ndim, jax.tree_util.keystr(path)
 
 

@@ -1,4 +1,4 @@
-"""The rows of a run: each once, whole, and where TensorBoard finds them too."""
+"""The rows of a run: each once, complete, and in TensorBoard's files too."""
 
 import json
 import math
@@ -26,7 +26,7 @@ def write_steps(workdir, steps, **options):
 
 
 def events(workdir):
-    """[(step, tag, value)] of the event files, by TensorFlow's record format: length, its CRC, the event, its CRC."""
+    """Return [(step, tag, value)] of the event files (TensorFlow records: length, its CRC, the event, its CRC)."""
     found = []
     for path in sorted((workdir / "tensorboard").iterdir(), key=lambda p: p.stat().st_mtime_ns):
         data, at = path.read_bytes(), 0
@@ -35,7 +35,7 @@ def events(workdir):
             event = Event.FromString(data[at + 12 : at + 12 + size])
             at += size + 16
             found += [(event.step, value.tag, value.simple_value) for value in event.summary.value]
-            if event.HasField("session_log"):  # what tells TensorBoard to forget this step and later ones
+            if event.HasField("session_log"):  # tells TensorBoard to discard this step and later ones
                 found.append((event.step, "start", None))
     return found
 
@@ -43,7 +43,7 @@ def events(workdir):
 def test_rows_are_json_lines_with_their_step(tmp_path):
     with MetricsWriter(tmp_path / "new") as writer:
         writer.write(1, {"a": jnp.float32(0.5), "b": np.int64(3), "c": True, "d": jnp.bfloat16(1.5), "e": [[2.0]]})
-        lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()  # before the writer is closed
+        lines = (tmp_path / "new" / "metrics.jsonl").read_text().splitlines()  # while the writer is open
         assert [json.loads(line) for line in lines] == [{"step": 1, "a": 0.5, "b": 3, "c": 1, "d": 1.5, "e": 2.0}]
         writer.write(1, {"validation/loss": 2.0})
     assert read_metrics(tmp_path / "new")[1] == {"step": 1, "validation/loss": 2.0}
@@ -146,12 +146,12 @@ def test_tensorboard_gets_the_same_numbers_and_is_told_what_to_forget(tmp_path):
     assert (3, "start", None) in found
 
 
-# A disk that is full
+# A full disk
 
 
 @pytest.fixture
 def limited():
-    """Files cannot grow beyond so many bytes: a real error of the operating system, as of a full disk."""
+    """Limit the size of files, for a real error of the operating system as on a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
@@ -160,8 +160,8 @@ def limited():
 
 
 def within(seconds, call):
-    """Calls in a thread of its own, so that a hang fails the test and not all of them."""
-    thread = threading.Thread(target=call, daemon=True)  # what it raises fails the test, too
+    """Call in a separate thread, so that a hang fails only this test."""
+    thread = threading.Thread(target=call, daemon=True)  # its exceptions fail the test, too
     thread.start()
     thread.join(seconds)
     assert not thread.is_alive(), "it hangs"

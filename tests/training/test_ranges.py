@@ -16,7 +16,7 @@ COUNTS = [key for key, x in RANGES.items() if x.kind is int]
 
 
 def with_value(key, value):
-    """The default configuration with a value of whatever type, as a configuration read from JSON may have."""
+    """Return the default configuration with a value of any type, as a configuration read from JSON may have."""
     config = default_config().to_dict()
     *parents, last = key.split(".")
     inner = config
@@ -54,7 +54,7 @@ def test_nan_and_what_is_no_number_is_in_no_range(key):
     refused(key, True)
     refused(key, "3")
     refused(key, [3])
-    if key != "optimizer.clip_norm":  # of which infinity is none
+    if key != "optimizer.clip_norm":  # for which infinity is valid
         refused(key, math.inf)
     if DEFAULTS[key] is None:
         check_ranges(with_value(key, None))
@@ -77,7 +77,7 @@ def test_the_ends_of_a_count(key):
     [
         ("ema", (0.0, 0.999, 0), (-1e-9, 1.0, 1 - 1e-9)),
         ("model.dropout", (0.0, 0.5), (-0.1, 1.0)),
-        ("optimizer.beta1", (0.0, 0.9), (-0.1, 1.0, 1 - 1e-9)),  # 1 in float32
+        ("optimizer.beta1", (0.0, 0.9), (-0.1, 1.0, 1 - 1e-9)),  # the last is 1 in float32
         ("optimizer.beta2", (0.0, 0.999999), (1.5, 1 - 1e-9)),
         ("optimizer.muon_momentum", (0.0, 0.95), (1.0,)),
         ("optimizer.final_fraction", (0.0, 0.1, 1.0, 0, 1), (-1.0, -1e-9, 1.1)),

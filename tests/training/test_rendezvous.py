@@ -1,4 +1,4 @@
-"""Processes find each other before JAX starts, here as threads: who comes, who does not, whom another job was told."""
+"""The rendezvous before JAX starts, with threads as processes: late, missing and wrong ones."""
 
 import socket
 import threading
@@ -22,7 +22,7 @@ def address():
 
 
 def together(address, *processes, count=2, seconds=20.0):
-    """What `gather` returns or raises in each process (id, count) or (id, count, facts)."""
+    """Return the result or error of `gather` in each process (id, count) or (id, count, facts)."""
 
     def one(process, of=count, facts=FACTS):
         try:
@@ -75,7 +75,7 @@ def test_counts_and_versions_that_differ_are_heard_by_all_that_come(address, mon
     monkeypatch.setattr(rendezvous, "_GRACE", 0.5)
     two, three = ({"process_count": count, **FACTS} for count in (2, 3))
     assert together(address, (0, 2), (1, 3)) == [[two, three]] * 2
-    assert together(address, (0, 3), (1, 2)) == [[three, two]] * 2  # and nobody waits for the third
+    assert together(address, (0, 3), (1, 2)) == [[three, two]] * 2  # without waiting for the third
     assert together(address, (0, 2), (2, 3)) == [[two, None, three]] * 2
     other = {"process_count": 2, "jax": "0.11.2"}
     assert together(address, (0, 2), (1, 2, {"jax": "0.11.2"})) == [[two, other]] * 2
@@ -119,7 +119,7 @@ def test_one_that_ends_while_it_waits(address, monkeypatch):
 
 
 def test_strangers_are_neither_heard_nor_believed(address, monkeypatch):
-    """Something that calls process 0's port by mistake, and something else that listens there."""
+    """One program connects to process 0's port by mistake, and another one listens there."""
 
     def calls():
         for words in (b"", b"GET / HTTP/1.1\r\n", b'{"id": 1}\n', b"[]\n"):
@@ -168,5 +168,5 @@ def test_hosts_that_are_not_there(address, monkeypatch):
     nowhere = Address("host.invalid", address.port)
     assert gather_error(nowhere, 0).startswith(f"coordinator: got {nowhere}, which process 0 cannot reach (")
     assert gather_error(nowhere, 1).startswith("coordinator: cannot resolve 'host.invalid': ")
-    elsewhere = Address("192.0.2.1", address.port)  # set aside for documentation
+    elsewhere = Address("192.0.2.1", address.port)  # reserved for documentation
     assert gather_error(elsewhere, 0).endswith("expected its own address")

@@ -1,4 +1,4 @@
-"""What processes say of themselves: where they differ, who failed, in words."""
+"""Reports of processes: differences and failures, in one line."""
 
 import math
 
@@ -57,7 +57,7 @@ def test_who_failed():
     assert failures([None, None]) == ""
     assert failures([None, "no such file", None]) == "process 1 failed: no such file"
     assert failures(["a", None, "b", "a"]) == "processes 0 and 3 failed: a; process 2 failed: b"
-    assert failures(["no such file"] * 3) == "no such file"  # a mistake of all of them is nobody's in particular
+    assert failures(["no such file"] * 3) == "no such file"  # a mistake of all names no process
 
 
 def test_the_software_is_named():

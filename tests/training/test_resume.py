@@ -31,7 +31,7 @@ from support.runs import (
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):
-    """The directory of a run that was stopped after 20 of its 40 steps, in this process. Leave it as it is."""
+    """Return the directory of a run that was stopped after 20 of its 40 steps, in this process. Do not change it."""
     workdir = tmp_path_factory.mktemp("half") / "run"
     assert train(tiny_config(text()), workdir, stop_at=20).step == 20
     return workdir
@@ -59,7 +59,7 @@ def test_a_new_process_goes_on_as_if_nothing_had_been(interrupted):
     assert "going on from the checkpoint of step 20 of 40" in done.stdout
     assert "bits per byte on the held-out text; see" in done.stdout
     assert_same_run(interrupted, finished()[0])
-    assert position(interrupted, 30) != position(interrupted, 40)  # which is what a lost position would show in
+    assert position(interrupted, 30) != position(interrupted, 40)  # so a lost position would be noticed
 
 
 def test_going_on_in_steps_of_one(interrupted):
@@ -82,7 +82,7 @@ def test_a_finished_run_stays_as_it_is(tmp_path):
 
 
 def cut(folder):
-    """Truncates the file that holds most of a checkpoint's arrays."""
+    """Truncate the file that holds most of a checkpoint's arrays."""
     path = max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
@@ -102,7 +102,7 @@ def test_a_truncated_checkpoint_is_said_and_passed_over(interrupted, capsys):
 
 
 def test_where_nothing_more_can_be_written_the_last_checkpoint_stays(interrupted):
-    """A limit on the size of files in place of a full disk: what writes a checkpoint's arrays fails likewise."""
+    """A limit on the size of files instead of a full disk: writing a checkpoint's arrays fails in the same way."""
     line, keywords = command(interrupted, cached=False)
     limited = ["bash", "-c", 'ulimit -f 20 && exec "$@"', "limited", *line]  # kilobytes
     done = subprocess.run(limited, capture_output=True, timeout=120, check=False, **keywords)
@@ -137,7 +137,7 @@ def assert_refused(config, workdir, what):
 
 @pytest.mark.parametrize("kind", ["txt", "tokens", "prepared", "hub", "mixture"])
 def test_another_text_of_the_same_size_is_refused_by_name(tmp_path, kind):
-    """And the run goes on once the text is back. The held-out text counts for itself."""
+    """The run resumes once the text is back. The held-out text has its own fingerprint."""
     lines = write_text(tmp_path / "lines.txt", words=720).read_text().splitlines()
     source = write_jsonl(tmp_path / "rows.jsonl", lines)
     changes = {"steps": 2, "optimizer__warmup_steps": 1, "validation__every": 2, "model__rule": "linear_attention"}
@@ -193,7 +193,7 @@ def test_another_tokenizer_of_the_same_size_is_refused_by_name(tmp_path):
     assert_refused(config, tmp_path / "run", "tokenizer")
     with pytest.raises(CheckpointMismatchError, match="was trained with another tokenizer "):
         generate(tmp_path / "run", "the", tokens=3)
-    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "!"}')  # the same file, another start token
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "!"}')  # the same file with another start token
     tokenizer.write_bytes(before)
     assert_refused(config, tmp_path / "run", "tokenizer")
     (tmp_path / "tokenizer_config.json").unlink()
@@ -237,7 +237,7 @@ def test_large_prepared_data_is_known_by_pieces(tmp_path, monkeypatch):
         return fingerprints.of_prepared(PreparedTokens(folder))
 
     one = of(lines)
-    assert of(lines, shard_bytes=1000) == one  # whatever the shards
+    assert of(lines, shard_bytes=1000) == one  # for any shard size
     assert of(lines[::-1]) != one
     assert of([lines[0], lines[1] + "s", *lines[2:]]) != one
     assert of(["X" + lines[0][1:], *lines[1:]]) != one
@@ -250,12 +250,12 @@ EVERY_STEP = "--config.checkpoint.every=1"
 
 
 def saving(workdir):
-    """Whether a checkpoint is being written, as one sees it from outside."""
+    """Return True if a checkpoint is being written."""
     return any((workdir / "checkpoints").glob("*tmp*"))
 
 
 def last_step(workdir):
-    """The step of the last row; 0 before there is one. Quick, because it is asked again and again."""
+    """Return the step of the last row; 0 if there is none. Fast, because it is polled."""
     try:
         complete = (workdir / "metrics.jsonl").read_bytes().rpartition(b"\n")[0]
     except FileNotFoundError:
@@ -264,7 +264,7 @@ def last_step(workdir):
 
 
 def kill(forks, workdir, moment, *arguments):
-    """Starts train.py and ends it by SIGKILL at a moment; returns the steps of checkpoints complete by then."""
+    """Start train.py and kill it at a given moment; return the steps of the checkpoints complete by then."""
     forks.start(command(workdir, EVERY_STEP, *arguments)[0][1:])
     end = time.monotonic() + 90
     while time.monotonic() < end and forks.running() and not moment(workdir):
@@ -277,15 +277,15 @@ def kill(forks, workdir, moment, *arguments):
 
 def test_killed_at_any_moment_a_run_loses_no_more_than_the_step_under_way(forks, tmp_path, capsys):
     workdir = tmp_path / "run"
-    finished()  # its programs are compiled by now
+    finished()  # so that its programs are compiled
     for moment in (
-        lambda folder: saving(folder) and steps_kept(folder),  # while a checkpoint is written
-        lambda folder: last_step(folder) >= 14,  # between two of them, or wherever it was
+        lambda folder: saving(folder) and steps_kept(folder),  # while a checkpoint is being written
+        lambda folder: last_step(folder) >= 14,  # between two of them, or anywhere
     ):
         before = kill(forks, workdir, moment)
         seen = rows(workdir)[-1]["step"]
         assert before[-1] < 40
-        assert before[-1] >= seen - 2  # the save of the step before the last row may still have been under way
+        assert before[-1] >= seen - 2  # the save of the step before the last row may still have been running
     train(tiny_config(text(), checkpoint__every=1), workdir)
     said = capsys.readouterr().out
     assert f"going on from the checkpoint of step {before[-1]} of 40" in said
@@ -294,11 +294,11 @@ def test_killed_at_any_moment_a_run_loses_no_more_than_the_step_under_way(forks,
     steps = [row["step"] for row in rows(workdir) if "train/bits_per_byte" in row]
     assert steps == list(range(1, 41))
     assert steps_kept(workdir) == [39, 40]
-    assert not saving(workdir)  # what the dead left is cleared away
+    assert not saving(workdir)  # the killed processes' leftovers are removed
 
 
 def test_killed_twenty_times_at_random(forks, tmp_path, capsys):
-    """Whatever the moment, the next start goes on from a complete checkpoint, no older than the last one saved."""
+    """At any moment, the next start resumes from a complete checkpoint, no older than the last one saved."""
     workdir, draw = tmp_path / "run", np.random.default_rng(0)
     newest = 0
     for _ in range(20):

@@ -21,7 +21,7 @@ def batch_of(inputs, weights=None):
 
 
 def loss_of(apply, parameters, batch):
-    """Mean negative log likelihood in nats, from the logits, in NumPy."""
+    """Return the mean negative log likelihood in nats, from the logits, in NumPy."""
     logits, _ = jit(lambda p: apply(p, batch["inputs"], segment_ids=batch["segment_ids"]))(parameters)
     logits = np.asarray(logits, np.float64)
     nats = np.log(np.exp(logits).sum(-1)) - np.take_along_axis(logits, batch["targets"][..., None], -1)[..., 0]
@@ -30,14 +30,14 @@ def loss_of(apply, parameters, batch):
 
 @pytest.fixture(scope="module")
 def made():
-    """(apply, parameters, step) under plain gradient descent."""
+    """Return (apply, parameters, step) for plain gradient descent."""
     apply, parameters = parameters_of(model_config("linear_attention"))
     return apply, parameters, make_train_step(apply, optax.sgd(0.1))
 
 
 def start(parameters, optimizer=None, seed=0):
     random = jax.random.key_data(jax.random.key(seed))
-    copies = jax.tree.map(jnp.array, parameters)  # the step reuses the memory of its argument
+    copies = jax.tree.map(jnp.array, parameters)  # the step donates its argument
     return TrainState.create(copies, optimizer or optax.sgd(0.1), random)
 
 
@@ -58,7 +58,7 @@ def test_the_numbers_of_a_step(made):
     moved = np.sqrt(sum(np.sum(x**2) for x in change.values()))
     np.testing.assert_allclose(moved, metrics["update_norm"], rtol=1e-4)
     np.testing.assert_allclose(0.1 * metrics["gradient_norm"], metrics["update_norm"], rtol=1e-5)
-    # Down along the gradient: the slope there is its norm.
+    # Along the negative gradient: the slope is its norm.
     up, down = ({name: x + c * change[name] for name, x in parameters.items()} for c in (-1e-2, 1e-2))
     drop = (loss_of(apply, up, batch) - loss_of(apply, down, batch)) / 2e-2
     np.testing.assert_allclose(drop, moved * float(metrics["gradient_norm"]), rtol=0.01)
@@ -103,7 +103,7 @@ def test_learns_one_batch_by_heart():
     optimizer = optax.adam(2e-2)
     step = make_train_step(apply, optimizer)
     state, batch = start(parameters, optimizer), batch_of(tokens())
-    batch["weights"][:, [0, 5, 6, 13, LENGTH - 1]] = 0  # what comes after a document's first token, nobody can know
+    batch["weights"][:, [0, 5, 6, 13, LENGTH - 1]] = 0  # a document's second token cannot be predicted
     losses = []
     for _ in range(250):
         state, metrics = step(state, batch)
@@ -115,11 +115,11 @@ def test_learns_one_batch_by_heart():
     assert relative_error(predicted[batch["weights"] > 0], batch["targets"][batch["weights"] > 0]) == 0
 
 
-# What a step may do besides
+# Options of a step
 
 
 def uneven(rows):
-    """A batch whose rows have from none to all of their targets, some of them tokens that there are not."""
+    """Return a batch whose rows have from none to all of their targets; ignored ones are not valid tokens."""
     rng = np.random.default_rng(2)
     weights = (np.arange(LENGTH) < rng.integers(LENGTH, size=(rows, 1))).astype(np.float32)
     weights[0], weights[1] = 0, 1
@@ -150,7 +150,7 @@ def test_parts_that_do_not_divide_the_rows_are_refused(made):
 
 
 def words(parameters, inputs=None, *, method, dropout_key=None, **_):
-    """A model without memory, so that nothing else is in the program; dropout takes whole batches."""
+    """A model without a state, so that nothing else is in the program; dropout drops whole batches."""
     if method == "unembedding":
         return parameters["words"]
     return parameters["words"][inputs] * jax.random.uniform(dropout_key), None
@@ -162,7 +162,7 @@ def start_of_words():
 
 def test_parts_draw_their_own_dropout():
     one = uneven(2)
-    batch = {name: np.repeat(x, 2, axis=0) for name, x in one.items()}  # both parts are the same rows
+    batch = {name: np.repeat(x, 2, axis=0) for name, x in one.items()}  # both micro-batches have the same rows
     state = start_of_words()
     _, key = jax.random.split(jax.random.wrap_key_data(state.random))
     want = [

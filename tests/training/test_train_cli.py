@@ -1,4 +1,4 @@
-"""The command line of train.py: a mistake ends in one clear line and status 2, whatever it is."""
+"""The command line of train.py: any mistake ends in one clear line and status 2."""
 
 import json
 import os
@@ -89,7 +89,7 @@ def test_a_mistake_ends_in_one_line_that_names_it(name, answers, folder):
     for words in MISTAKES[name][1]:
         assert words.format(folder=folder) in answer["err"]
     if name == "another run":
-        assert len(answer["err"].splitlines()) == 3  # what differs, and what to do
+        assert len(answer["err"].splitlines()) == 3  # the difference, and advice
     else:
         assert len(answer["err"].splitlines()) == 1
     if name not in ("another run", "diverging"):
@@ -111,7 +111,7 @@ def test_a_reader_that_leaves_does_not_stop_training(forks, tmp_path):
     os.mkfifo(tmp_path / "pipe")
     reader = os.open(tmp_path / "pipe", os.O_RDONLY | os.O_NONBLOCK)
     forks.start(command(tmp_path / "run", "--stop_at=4")[0][1:], out=tmp_path / "pipe", err=tmp_path / "err")
-    assert select.select([reader], [], [], 60)[0]  # the first line is here
+    assert select.select([reader], [], [], 60)[0]  # the first line has arrived
     os.close(reader)
     assert forks.wait() == 0
     for warning in (tmp_path / "err").read_text().splitlines():

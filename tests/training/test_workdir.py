@@ -72,7 +72,7 @@ def test_keys_that_may_differ_are_reported_and_recorded(tmp_path):
         ("model.rule", "osdn", "kda"),
     ]
     assert load_config(tmp_path).log_every == 50
-    with pytest.raises(WorkdirConfigError, match="log_every"):  # a prefix is of whole parts
+    with pytest.raises(WorkdirConfigError, match="log_every"):  # a prefix consists of whole keys
         check_workdir(tmp_path, config(model={"rule": "kda", "layers": 2}), may_differ=("log", "model"))
 
 
