@@ -322,12 +322,16 @@ class _Origin(NamedTuple):
 
     @classmethod
     def of(cls, workdir: str | Path, data: Data) -> "_Origin":
-        """Describe the run in a directory. Raises FileNotFoundError if there is none, or no checkpoint."""
-        folder = checked_workdir(workdir).absolute() / CHECKPOINT_FOLDER
-        key = "ema" if load_config(workdir).ema else "params"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"start_from: no checkpoints in {folder.parent}")
-        return cls(folder, key, {fingerprints.TOKENIZER: data.fingerprints[fingerprints.TOKENIZER]})
+        """Describe the run in a directory. Raises FileNotFoundError if there is none, or it has no checkpoints."""
+        path = Path(workdir).expanduser().absolute()
+        for name in (CONFIG_FILE, CHECKPOINT_FOLDER):
+            if not (path / name).exists():
+                raise FileNotFoundError(
+                    f"start_from: got {str(workdir)!r}, expected the directory of a run; it has no {name}"
+                )
+        key = "ema" if load_config(path).ema else "params"
+        same = {fingerprints.TOKENIZER: data.fingerprints[fingerprints.TOKENIZER]}
+        return cls(path / CHECKPOINT_FOLDER, key, same)
 
 
 def _restored(
