@@ -108,8 +108,8 @@ class SoftmaxAttention(nnx.Module):
             ValueError: a state of another batch size or config; segment_ids of another shape than x.
             TypeError: a state of another mixer; segment_ids that are not integers.
         """
-        attend = functools.partial(SoftmaxAttention._mix, context_axis=context_axis)
-        return module_with_auto_axes(attend, self, x, state, segment_ids)
+        mix = functools.partial(SoftmaxAttention._mix, context_axis=context_axis)
+        return module_with_auto_axes(mix, self, x, state, segment_ids)
 
     def _mix(
         self, x: jax.Array, state: AttentionState | None, segment_ids: jax.Array | None, *, context_axis: str | None

@@ -8,7 +8,17 @@ from flax import nnx
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from osdn_jax.nn import MESH_AXES, RULES, CausalLM, DeltaMixer, ModelConfig, SwiGLU, mixer_config, parameter_spec
+from osdn_jax.nn import (
+    MESH_AXES,
+    RULES,
+    CausalLM,
+    DeltaMixer,
+    ModelConfig,
+    SwiGLU,
+    TensorParallel,
+    mixer_config,
+    parameter_spec,
+)
 from osdn_jax.nn.attention import SoftmaxAttention
 from osdn_jax.nn.parallel import look_up, over_mesh
 from osdn_jax.nn.sharding import constrain, parameter_axes, spec
@@ -106,6 +116,22 @@ def test_every_parameter_has_axes():
         assert {name: len(parameter_axes(name)) for name in parameters} == {n: x.ndim for n, x in parameters.items()}
     with pytest.raises(ValueError, match="parameter 'blocks/0/mixer/unheard_of' has no axes"):
         parameter_axes("blocks/0/mixer/unheard_of")
+
+
+@pytest.mark.parametrize("rule", ["osdn", "gdn2", "transformer"])
+def test_modules_can_be_sharded(rule):
+    """Fused sizes sum to the last axis; the only shard of one is the module; an error names the field."""
+    config = ModelConfig(vocab_size=8, layers=1, mixer=small_mixer(rule, key_heads=2), mlp_dim=8)
+    block = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0))).blocks[0]
+    for module in (block.mixer, block.mlp):
+        assert isinstance(module, TensorParallel)
+        _, parameters = split_model(module)
+        assert {name: sum(sizes) for name, sizes in module.fused.items()} == {
+            name: parameters[name].shape[-1] for name in module.fused
+        }
+        assert module.shard(1) == nnx.graphdef(module)
+    with pytest.raises(ValueError, match="key_heads: got 2, expected a multiple of the 4 devices"):
+        block.mixer.shard(4)
 
 
 def test_gradients_lie_where_parameters_lie():

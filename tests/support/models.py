@@ -1,4 +1,4 @@
-"""Small models of every rule, and the language model once more in NumPy: independent of the package's modules."""
+"""Small models of every rule, and the language model in NumPy, independent of the package's modules."""
 
 import dataclasses
 import functools
@@ -16,7 +16,7 @@ VOCABULARY, LENGTH = 17, 24
 LENGTHS = ((5, 1, 18), (13, 11))
 SEGMENTS = np.stack([np.repeat([1, 2, 3], LENGTHS[0]), np.repeat([4, 9], LENGTHS[1])]).astype(np.int32)
 
-# Key heads shared by two value heads, and sizes that all differ, so that nothing fits by accident.
+# Two value heads share each key head, and all sizes differ, so that no mistake has a shape that fits.
 SHAPES = {"width": 12, "heads": 4, "key_heads": 2, "key_dim": 6, "value_dim": 5}
 
 
@@ -34,7 +34,7 @@ def model_config(rule, *, layers=1, dtype="float32", tied_embeddings=False, drop
 
 
 def parameters_of(config, seed=0):
-    """(apply, parameters), the parameters moved off the zeros, ones and constants that some of them start from."""
+    """Return (apply, parameters), with noise on the zeros, ones and constants that some parameters start from."""
     apply, parameters = split_model(CausalLM(config, rngs=nnx.Rngs(params=seed)))
     rng = np.random.default_rng(seed)
     moved = {name: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype) for name, x in parameters.items()}
@@ -47,7 +47,7 @@ def tokens(seed=0, batch=2):
 
 @functools.cache
 def small_model(rule):
-    """(config, apply, parameters, forward) with forward(parameters, tokens, segment_ids) -> (logits, states)."""
+    """Return (config, apply, parameters, forward) with forward(parameters, tokens, segment_ids) -> (logits, states)."""
     config = model_config(rule)
     apply, parameters = parameters_of(config)
     forward = jit(lambda parameters, x, ids: apply(parameters, x, segment_ids=ids))
@@ -66,7 +66,7 @@ delta_rules = tuple(rule for rule in RULES if rule != "transformer")
 
 
 def reference_logits(config, parameters, tokens, segment_ids):
-    """Logits [B, T, vocabulary] of packed sequences, from the definitions and the oracle's loops."""
+    """Return logits [B, T, vocabulary] of packed sequences, from the definitions and the oracle's loops."""
     p = {name: np.asarray(x, np.float64) for name, x in parameters.items()}
     x = p["embedding/embedding"][tokens]
     for i in range(config.layers):
@@ -138,7 +138,7 @@ def _mixer(config, p, x, segment_ids):
 
 
 def reference_attention(config, p, x, segment_ids):
-    """Attention token by token and head by head; positions start anew with each document, and pairs are complex."""
+    """Compute attention by token and head; positions restart at 0 in each document, and pairs are complex numbers."""
     batch, length, _ = x.shape
     heads, key_heads, key_dim = config.heads, config.key_heads or config.heads, config.key_dim
     q, k, v = np.split(x @ p["mixer/project/kernel"], [heads * key_dim, (heads + key_heads) * key_dim], axis=-1)
@@ -152,9 +152,9 @@ def reference_attention(config, p, x, segment_ids):
         past = [s for s in range(t + 1) if segment_ids[b, s] == segment_ids[b, t]]
         keys, values = k[b, past, h * key_heads // heads], v[b, past, h * key_heads // heads]
         positions = np.arange(len(past))[:, None]
-        turned = (keys[:, : key_dim // 2] + 1j * keys[:, key_dim // 2 :]) * np.exp(1j * positions * rates)
+        rotated = (keys[:, : key_dim // 2] + 1j * keys[:, key_dim // 2 :]) * np.exp(1j * positions * rates)
         query = (q[b, t, h, : key_dim // 2] + 1j * q[b, t, h, key_dim // 2 :]) * np.exp(1j * positions[-1] * rates)
-        scores = (turned * query.conj()).real.sum(axis=-1) / np.sqrt(key_dim)
+        scores = (rotated * query.conj()).real.sum(axis=-1) / np.sqrt(key_dim)
         weights = np.exp(scores - scores.max())
         out[b, t, h] = weights @ values / weights.sum()
     out = out.reshape(batch, length, -1)
@@ -188,7 +188,7 @@ def _unit(x):
 
 
 def largest_error(got, want):
-    """The largest difference, relative to the largest number of what is wanted."""
+    """Return the largest difference, relative to the largest element of `want`."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     error = np.max(np.abs(got - want)) / np.max(np.abs(want))
