@@ -117,6 +117,13 @@ def test_files_that_are_named_exist(page):
     assert sorted(name for name in named if not any(f"/{file}".endswith(f"/{name}") for file in files)) == []
 
 
+@pytest.mark.parametrize("package", ["ops", "nn", "training"])
+def test_architecture_lists_every_file(package):
+    page = (ROOT / "docs" / "architecture.md").read_text()
+    files = [path.name for path in (ROOT / "osdn_jax" / package).glob("*.py") if path.name != "__init__.py"]
+    assert sorted(name for name in files if f"`{name}`" not in page) == []
+
+
 def test_changelog_names_what_exists():
     rows = re.findall(
         r"^\| `(osdn_jax[\w.]+)`( \(module\))? \| `(osdn_jax[\w.]+)` \|$", (ROOT / "CHANGELOG.md").read_text(), re.M
@@ -143,6 +150,19 @@ def _resolves(name):
             found = importlib.import_module(".".join(parts[:size]))
             return functools.reduce(lambda x, part: getattr(x, part, None), parts[size:], found) is not None
     return False
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_commands_in_sentences_are_accepted(page):
+    """Those of make and pip are checked as in a block; `python -m MODULE` may lack arguments, so only its module is."""
+    for line in re.findall(r"`((?:\.venv/bin/)?(?:make|pip|python -m) [^`]+)`", _prose(page)):
+        words = shlex.split(line)
+        if words[1] == "-m" and words[2] in (*MODULES, *OTHERS):
+            continue
+        try:
+            check_command(words)
+        except (AssertionError, SystemExit, ValueError) as error:
+            pytest.fail(f"{_id(page)}: {line}\n{error}")
 
 
 @pytest.mark.parametrize(

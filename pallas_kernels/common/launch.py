@@ -83,7 +83,7 @@ def launch(
         target = _named(out, jax.tree.unflatten(results_tree, written))
         body(index, source, target, _named(scratch, refs[len(arguments) + len(results) :]))
 
-    found = launch_flat(
+    found = _launch(
         flat_body, name, results, grid, _ordered(scratch), interpret, arguments, automatic_barriers=automatic_barriers
     )
     return _named(out, jax.tree.unflatten(results_tree, found))
@@ -107,7 +107,7 @@ def _named(spec: Any, refs: Any) -> Any:
     return refs
 
 
-def launch_flat(
+def _launch(
     body: Callable[..., None],
     name: str,
     out: Any,
@@ -153,7 +153,7 @@ def launch_flat(
             ours = [ref.at[i] if each else ref for ref, each in zip(refs[:count], mapped, strict=True)]
             body(index, *ours, *refs[count:])
 
-        results = launch_flat(
+        results = _launch(
             mapped_body,
             name,
             jax.tree.map(lambda x: jax.ShapeDtypeStruct((size, *x.shape), x.dtype), out),

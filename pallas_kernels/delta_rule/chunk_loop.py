@@ -14,7 +14,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.gates import FROM_START, SCALES
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import BlockIndex, launch
 from pallas_kernels.common.tiles import CHUNK, along_columns, read_global, read_global_rows, smem
 from pallas_kernels.delta_rule.prepare import DeltaRuleOptions
 
@@ -85,7 +85,7 @@ def chunk_loop(
         columns = key_dim if name in _KEYS else width if name in _VALUES else CHUNK
         return smem(stages, CHUNK, columns, dtype=dtype, swizzle=2 * width)
 
-    def body(index: Any, source: Any, target: Any, shared: Any) -> None:
+    def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
         tiles, loaded = vars(shared.inputs), shared.loaded
         b, h, column = index("batch", "head", "values")
         columns = pl.ds(column * width, width)

@@ -11,7 +11,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.common.gates import BETA, FROM_START, GATES, TO_END, pair_decay, pair_rows_of, pair_rows_tile
-from pallas_kernels.common.launch import Phases, launch
+from pallas_kernels.common.launch import BlockIndex, Phases, launch
 from pallas_kernels.common.tiles import (
     CHUNK,
     SLAB,
@@ -81,7 +81,7 @@ def gradients(
     if not options.erase:
         del matrices["k"]
 
-    def body(index: Any, source: Any, target: Any, shared: Any) -> None:
+    def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
         d_out_s, result_s = shared.matrices.d_out[0].d_out, shared.matrices.d_out[0].result
         tiles = vars(shared.matrices) | {"d_out": [d_out_s]}
         tile = {name: halves[0] for name, halves in tiles.items()}

@@ -8,7 +8,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.launch import launch
+from pallas_kernels.common.launch import BlockIndex, launch
 from pallas_kernels.common.tiles import (
     CHUNK,
     SLAB,
@@ -65,7 +65,7 @@ def gradients_channel_decay(
     result = jax.ShapeDtypeStruct(log_decay.shape, dtype if ungrouped else jnp.float32)
     slots = (_Q, _K, _W) if options.erase else (_Q, _W)
 
-    def body(index: Any, source: Any, target: Any, shared: Any) -> None:
+    def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
         operands, sums_s, loaded = shared.operands, shared.sums, shared.loaded
         b, h, n, slab = index("batch", "head", "chunk", "slab")
         rows, channels = pl.ds(n * CHUNK, CHUNK), pl.ds(slab * SLAB, SLAB)

@@ -11,7 +11,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.gates import BETA, GATES, TO_END, pair_decay, pair_rows_of, pair_rows_tile
 from pallas_kernels.common.inverse import SCRATCH as INVERSE
 from pallas_kernels.common.inverse import times_inverse, unit_lower_inverse
-from pallas_kernels.common.launch import Phases, launch
+from pallas_kernels.common.launch import BlockIndex, Phases, launch
 from pallas_kernels.common.tiles import CHUNK, product, products, row_scale, smem, split
 
 
@@ -71,7 +71,7 @@ def prepare(
         "inverse": [square, square] if invert else None,
     }
 
-    def body(index: Any, source: Any, target: Any, shared: Any) -> None:
+    def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
         load, store = shared.phases.load, shared.phases.store
         w_s, gates_s, loaded = shared.w, shared.gates, shared.loaded
         b, h, n = index("batch", "head", "chunk")

@@ -18,7 +18,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels.common.gates import BETA, FROM_START, GATES, TO_END, pair_decay, pair_rows_of, pair_rows_tile
 from pallas_kernels.common.inverse import SCRATCH as INVERSE
 from pallas_kernels.common.inverse import times_inverse, unit_lower_inverse
-from pallas_kernels.common.launch import Phases, launch
+from pallas_kernels.common.launch import BlockIndex, Phases, launch
 from pallas_kernels.common.tiles import (
     CHUNK,
     SLAB,
@@ -105,7 +105,7 @@ def prepare_channel_decay(
         "inverse": [square, square] if invert else None,
     }
 
-    def body(index: Any, source: Any, target: Any, shared: Any) -> None:
+    def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
         work, store = shared.phases.work, shared.phases.store
         w_s, gates_s = shared.w, shared.gates
         b, h, n = index("batch", "head", "chunk")

@@ -104,7 +104,7 @@ def arrive(x, x_s, loaded):
 
 
 @pytest.mark.parametrize("commit", [True, False])
-def test_a_product_of_what_was_just_written(commit):
+def test_a_product_of_a_tile_just_written(commit):
     def body(x, out, x_s, y_s, loaded):
         arrive(x, x_s, loaded)
         y_s[...] = (read(x_s) * 2.0).astype(jnp.bfloat16)
@@ -117,7 +117,7 @@ def test_a_product_of_what_was_just_written(commit):
 
 @pytest.mark.parametrize("commit", [True, False])
 @pytest.mark.parametrize("also_read", [True, False])
-def test_an_operand_that_is_written_over(also_read, commit):
+def test_an_operand_that_is_overwritten(also_read, commit):
     """That a thread has read the elements it overwrites is not enough: the products of the others read them too."""
 
     def body(x, out, x_s, loaded):
@@ -136,7 +136,7 @@ def test_an_operand_that_is_written_over(also_read, commit):
 
 
 @pytest.mark.parametrize("commit", [True, False])
-def test_an_operand_that_the_next_pass_of_a_loop_loads_over(commit):
+def test_an_operand_that_the_next_iteration_overwrites(commit):
     def body(x, out, x_s, loaded):
         def step(_, total):
             arrive(x, x_s, loaded)
@@ -151,7 +151,7 @@ def test_an_operand_that_the_next_pass_of_a_loop_loads_over(commit):
 
 
 @pytest.mark.parametrize("commit", [True, False])
-def test_a_vector_that_is_read_as_others_wrote_it(commit):
+def test_a_vector_that_other_threads_wrote(commit):
     def body(x, out, x_s, sums_s, loaded):
         arrive(x, x_s, loaded)
         sums_s[...] = jnp.sum(read(x_s), axis=1)
@@ -195,7 +195,7 @@ def test_a_barrier_without_a_fence_is_not_enough_for_a_copy(fence):
     assert bool(faults_in(body, tile(), plgpu.Barrier())) is not fence
 
 
-def test_a_thread_may_write_what_it_has_read():
+def test_a_thread_may_overwrite_what_it_read():
     def body(x, out, x_s, loaded):
         arrive(x, x_s, loaded)
         x_s[...] = (read(x_s) * 2.0).astype(jnp.bfloat16)

@@ -1,4 +1,4 @@
-"""A packed document that is not finite leaves the others as they were, through the kernels' interpreter."""
+"""A packed segment that is not finite does not change the others, in the kernels' interpreter."""
 
 import functools
 
@@ -11,7 +11,7 @@ from osdn_jax import ops
 from support import assert_close, random_like, value_and_gradient
 
 LENGTH, SIZE = 68, 64  # two chunks
-START, END = 20, 66  # of the bad document, which lies in both
+START, END = 20, 66  # of the bad segment, which spans both
 BAD = 40
 OTHERS = np.r_[:START, END:LENGTH]
 IDS = np.searchsorted([START, END], np.arange(LENGTH), side="right")[None]
@@ -34,7 +34,7 @@ def inputs(rule):
 
 
 def spoil(x, cotangents, kind):
-    """The inputs and cotangents with something in the bad document that is not finite, or whose products are not."""
+    """Make inputs or cotangents of the bad segment non-finite, or so large that their products are."""
     at = np.s_[:, BAD : BAD + 2]
     if kind == "overflow":
         return x | {"k": x["k"].at[at].set(1e30)}, cotangents
@@ -45,7 +45,7 @@ def spoil(x, cotangents, kind):
 
 @functools.cache
 def compiled(rule):
-    """The program of values and gradients, finite arguments of it, and what it makes of them."""
+    """Return the program of values and gradients, finite arguments for it, and its results for them."""
 
     def run(x):
         function, options = getattr(ops, rule), {"implementation": "mosaic_gpu_interpret", **RULES[rule]}
@@ -59,7 +59,7 @@ def compiled(rule):
 
 
 def of_others(value, gradient):
-    """Outputs and gradients at the tokens of the other documents, and the final state, which is the last one's."""
+    """Return outputs and gradients at the tokens of the other segments, and the final state of the last."""
     tokens = {"o": value["o"], **{f"gradient of {name}": g for name, g in gradient.items()}}
     state = {name: a for name, a in value.items() if name != "o"}
     return {name: a.astype(jnp.float32)[:, OTHERS] for name, a in tokens.items()} | state
@@ -71,7 +71,7 @@ CASES += [("gated_delta_net", kind) for kind in ("v", "log_decay")]
 
 @pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")  # NumPy, in the interpreter
 @pytest.mark.parametrize(("rule", "kind"), CASES)
-def test_other_documents_keep_values_and_gradients(rule, kind):
+def test_other_segments_keep_values_and_gradients(rule, kind):
     program, x, cotangents, finite = compiled(rule)
     value, gradient = program(*spoil(x, cotangents, kind))
     assert_close(of_others(value, gradient), of_others(*finite), 2e-2)

@@ -31,7 +31,7 @@ def near_parallel(x, rng):
     x["beta"] = np.full(x["beta"].shape, 0.95)
 
 
-def no_strength(x, rng):
+def some_zero_betas(x, rng):
     x["beta"] = np.where(rng.uniform(size=x["beta"].shape) < 0.3, 0.0, x["beta"])
 
 
@@ -50,7 +50,7 @@ CASES = [
     kernel_case("no erase", length=64, erase=False),
     kernel_case("no erase, scalar decay", length=70, heads=2, decay="scalar", erase=False, packed=True),
     kernel_case("no erase, channel decay, write key", length=57, decay="channel", write_key="key", erase=False),
-    kernel_case("strengths of zero", length=64, decay="scalar", change=no_strength),
+    kernel_case("strengths of zero", length=64, decay="scalar", change=some_zero_betas),
     kernel_case("K 128, V 128", length=70, decay="scalar", key_dim=128, value_dim=128),
     kernel_case("K 256, V 64", length=57, decay="scalar", key_dim=256),
     kernel_case("K 64, V 256", length=57, write_key="key", value_dim=256),
@@ -67,7 +67,7 @@ def floats(x):
 
 
 def by_scan(case, x, cotangents):
-    """Values and gradients of the specification, in float32."""
+    """Return values and gradients of the reference scan, in float32."""
     run = case.run("scan")
     return jax.jit(value_and_gradient(run))(floats(x), floats(cotangents))
 
@@ -87,7 +87,7 @@ def check(case, dtype, tolerance, gates_tolerance):
     value, gradient = by_kernel(case, x, cotangents)
     want_value, want_gradient = by_scan(case, x, cotangents)
     assert value["o"].dtype == dtype
-    assert value["memory"].dtype == jnp.float32
+    assert value["state"].dtype == jnp.float32
     assert_close(value, want_value, tolerance)
     keys, gates = ({n: g for n, g in gradient.items() if (n in GATES) is kind} for kind in (False, True))
     assert {name: g.dtype for name, g in gradient.items()} == {name: array.dtype for name, array in x.items()}
@@ -103,7 +103,7 @@ def test_values_and_gradients_equal_the_scans(case):
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 @pytest.mark.parametrize("kind", RESETS)
 def test_resets(kind, decay):
-    """They leave no error beside them, and have no gradient."""
+    """They leave no error in their neighbours, and get no gradient."""
     case = kernel_case(kind, length=130, decay=decay, change=RESETS[kind])
     x = rounded(case.arrays)
     cotangents = cotangents_of(case, x)
@@ -113,11 +113,11 @@ def test_resets(kind, decay):
     assert_close((value, gradient), (want_value, want_gradient), 6e-3)
 
 
-def test_a_log_decay_that_is_no_number_is_no_number_afterwards():
+def test_a_nan_log_decay_makes_later_outputs_nan():
     x = arguments(log_decay=jnp.zeros((1, 8, 1)).at[0, 3].set(jnp.nan))
-    o, memory = ops.delta_rule(**x, implementation=KERNEL)
+    o, state = ops.delta_rule(**x, implementation=KERNEL)
     assert np.isnan(np.asarray(o[0, 3:], np.float32)).all()
-    assert np.isnan(memory).all()
+    assert np.isnan(state).all()
 
 
 @pytest.mark.parametrize("decay", [None, "channel"])
@@ -127,23 +127,23 @@ def test_float16(decay):
 
 @pytest.mark.parametrize("decay", [None, "scalar", "channel"])
 def test_near_parallel_keys(decay):
-    """With a cotangent on the final memory, gradients of gates are small differences of large numbers."""
+    """With a cotangent of the final state, gradients of gates are small differences of large terms."""
     check(kernel_case("near-parallel", length=193, decay=decay, change=near_parallel), jnp.bfloat16, 1e-2, 1e-2)
 
 
-def test_near_parallel_keys_without_a_cotangent_on_the_memory():
-    """With one, the last strength has nearly all of the norm, and its gradient is a small difference itself."""
+def test_near_parallel_keys_without_a_cotangent_of_the_state():
+    """With one, the last beta has nearly all of the norm, and its gradient is a small difference itself."""
     case = kernel_case("near-parallel", length=193, initial=False, change=near_parallel)
     x = rounded(case.arrays)
     cotangents = cotangents_of(case, x)
-    cotangents["memory"] = jnp.zeros_like(cotangents["memory"])
+    cotangents["state"] = jnp.zeros_like(cotangents["state"])
     _, gradient = by_kernel(case, x, cotangents)
     assert_close(gradient, by_scan(case, x, cotangents)[1], 1e-2)
 
 
 @pytest.mark.parametrize("shape", [(0, 3, 1), (2, 0, 1), (2, 3, 0)], ids=["batch", "tokens", "heads"])
-def test_nothing(shape):
-    """Values and gradients of nothing, in the shapes and types of nothing."""
+def test_empty_arrays(shape):
+    """Values and gradients are empty too, with the right shapes and types."""
     state = jnp.ones((shape[0], shape[2], 64, 64))
     keys, rows, resets = jnp.zeros((*shape, 64), jnp.bfloat16), jnp.zeros(shape), jnp.zeros(shape[:2], bool)
     x = dict.fromkeys("qkv", keys) | {"beta": rows, "log_decay": rows, "initial_state": state}
@@ -155,12 +155,12 @@ def test_nothing(shape):
     np.testing.assert_array_equal(gradient["initial_state"], memory)
 
 
-def test_vmap_over_nothing():
+def test_vmap_over_an_empty_axis():
     x, _ = of_two(heads=1)
     out = jax.vmap(program)(jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), x))
     assert {name: a.shape for name, a in out.items()} == {
         "o": (0, *x["v"].shape),
-        "memory": (0, *x["initial_state"].shape),
+        "state": (0, *x["initial_state"].shape),
     }
 
 
@@ -172,8 +172,8 @@ def test_two_calls_with_a_carried_state_equal_one():
     first = {name: array[:, :70] for name, array in x.items()}
     second = {name: array[:, 70:] for name, array in x.items()}
     start, state = ops.delta_rule(**first, initial_state=state, implementation=KERNEL)
-    rest, state = ops.delta_rule(**second, initial_state=state, implementation=KERNEL)
-    assert_close((jnp.concatenate([start, rest], axis=1), state), whole, 5e-3)
+    end, state = ops.delta_rule(**second, initial_state=state, implementation=KERNEL)
+    assert_close((jnp.concatenate([start, end], axis=1), state), whole, 5e-3)
 
 
 def test_shared_key_heads_equal_repeated_ones():
@@ -185,47 +185,47 @@ def test_shared_key_heads_equal_repeated_ones():
 
 
 @pytest.mark.parametrize(("decay", "batch", "length"), [("scalar", 2, 130), ("channel", 1, 70)])
-def test_pieces_that_run_at_once_equal_the_sequence(decay, batch, length):
+def test_splits_that_run_in_parallel_equal_the_whole_sequence(decay, batch, length):
     case = delta("pieces", length=length, batch=batch, key_heads=1, heads=1, key_dim=64, value_dim=64, decay=decay)
     x, resets = rounded(case.arrays), jnp.zeros((batch, length), bool).at[0, length - 5].set(True)
 
-    def in_pieces(x):
-        o, memory = kernels.delta_rule(**x, scale=0.125, resets=resets, splits=2, interpret=True)
-        return {"o": o, "memory": memory}
+    def in_splits(x):
+        o, state = kernels.delta_rule(**x, scale=0.125, resets=resets, splits=2, interpret=True)
+        return {"o": o, "state": state}
 
     def by_scan(x):
-        documents = jnp.cumsum(resets, axis=1, dtype=jnp.int32)
-        o, memory = ops.delta_rule(**x, segment_ids=documents, implementation="scan")
-        return {"o": o, "memory": memory}
+        segment_ids = jnp.cumsum(resets, axis=1, dtype=jnp.int32)
+        o, state = ops.delta_rule(**x, segment_ids=segment_ids, implementation="scan")
+        return {"o": o, "state": state}
 
     cotangents = cotangents_of(case, x)
     with assert_no_races():
-        got = value_and_gradient(in_pieces)(x, cotangents)
+        got = value_and_gradient(in_splits)(x, cotangents)
     assert_close(got, jax.jit(value_and_gradient(by_scan))(floats(x), floats(cotangents)), 5e-3)
 
 
 @pytest.mark.parametrize(
     ("shape", "count"),
     [
-        ((1, 64, 128, 128, 128), 1),  # 128 blocks as it is
+        ((1, 64, 128, 128, 128), 1),  # 128 blocks without splits
         ((1, 8, 512, 128, 128), 8),
         ((1, 1, 8192, 128, 64), 128),
-        ((1, 8, 100, 128, 128), 4),  # pieces of 16 chunks and more
-        ((1, 8, 60, 128, 128), 1),  # two pieces would cost more than they gain
+        ((1, 8, 100, 128, 128), 4),  # splits of at least 16 chunks
+        ((1, 8, 60, 128, 128), 1),  # two splits would cost more than they gain
         ((16, 8, 32, 128, 128), 1),
     ],
 )
-def test_how_many_pieces(shape, count):
+def test_split_count(shape, count):
     assert split_count(*shape) == count
 
 
 def program(x):
-    o, memory = ops.delta_rule(**x, implementation=KERNEL)
-    return {"o": o, "memory": memory}
+    o, state = ops.delta_rule(**x, implementation=KERNEL)
+    return {"o": o, "state": state}
 
 
 def of_two(heads):
-    """Inputs with a batch of two, and cotangents."""
+    """Return inputs with a batch of two, and cotangents."""
     case = delta("batch", length=65, batch=2, key_heads=heads, heads=heads, key_dim=64, value_dim=64, decay="scalar")
     x = rounded(case.arrays)
     return x, random_like(jax.eval_shape(program, x), seed=1)
@@ -233,7 +233,7 @@ def of_two(heads):
 
 @functools.cache
 def transformed():
-    """These, and their values and gradients by the kernels without a transformation."""
+    """Return inputs, cotangents, and the kernels' values and gradients without a transformation."""
     x, cotangents = of_two(heads=1)
     return x, cotangents, value_and_gradient(program)(x, cotangents)
 
@@ -244,14 +244,14 @@ def test_jit():
 
 
 def test_remat(monkeypatch):
-    """Traced for a GPU: the interpreter's callbacks have no rematerialisation."""
+    """Trace for a GPU: the interpreter's callbacks cannot be rematerialised."""
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
     x, cotangents, want = transformed()
 
     @jax.checkpoint
     def for_a_gpu(x):
-        o, memory = ops.delta_rule(**x, implementation="mosaic_gpu")
-        return {"o": o, "memory": memory}
+        o, state = ops.delta_rule(**x, implementation="mosaic_gpu")
+        return {"o": o, "state": state}
 
     got = jax.eval_shape(value_and_gradient(for_a_gpu), x, cotangents)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), got) == jax.tree.map(lambda a: (a.shape, a.dtype), want)
@@ -266,12 +266,12 @@ def test_vmap():
 
 @pytest.mark.parametrize("devices", [1, 4])
 def test_shard_map(devices):
-    """Values on one device, since the interpreter takes those of several for one; the types of all on four."""
+    """Check values on one device, because the interpreter treats several as one; types on four."""
     side = int(devices**0.5)
     mesh = jax.make_mesh((side, side), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     token, state = P("data", None, "heads"), P("data", "heads")
     specs = dict.fromkeys(("q", "k", "v", "beta", "log_decay"), token) | {"initial_state": state}
-    sharded = jax.shard_map(program, mesh=mesh, in_specs=(specs,), out_specs={"o": token, "memory": state})
+    sharded = jax.shard_map(program, mesh=mesh, in_specs=(specs,), out_specs={"o": token, "state": state})
     run = value_and_gradient(sharded)
     if devices == 1:
         x, cotangents, want = transformed()
@@ -306,8 +306,8 @@ LIMITS = {
 
 
 @pytest.mark.parametrize("limit", LIMITS)
-def test_what_the_kernels_do_not_serve(limit, monkeypatch):
-    """Named, they say why; unnamed, they are passed over."""
+def test_unsupported_arguments(limit, monkeypatch):
+    """Named, the kernels say why they refuse; unnamed, another implementation runs."""
     changes, message = LIMITS[limit]
     x = arguments(**changes)
     with pytest.raises(NotImplementedError, match=f"implementation '{KERNEL}': {message}"):
@@ -325,7 +325,7 @@ def test_without_a_hopper_gpu():
 
 @pytest.mark.parametrize("measured", [False, True])
 def test_hopper_chooses_the_kernels_once_they_are_measured(measured, monkeypatch):
-    length = 6 + measured  # of its own: equal calls are compiled once, whatever is patched in between
+    length = 6 + measured  # distinct: equal calls are compiled once, whatever is patched in between
     x = {name: array[:, :length] for name, array in arguments().items()}
     want = ops.delta_rule(**x, implementation="scan")
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)

@@ -1,4 +1,4 @@
-"""Resets, however they are written, and what they leave of the decays beside them."""
+"""Resets, in every notation, leave the decays next to them exact."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def test_a_reset_is_clamped_and_has_no_gradient():
     assert jnp.exp(LOWEST) == 0
 
 
-def test_no_number_stays_no_number():
+def test_nan_stays_nan():
     value, pull = jax.vjp(clamped, jnp.array([jnp.nan, -jnp.inf]))
     assert np.isnan(value[0])
     assert value[1] == LOWEST
@@ -28,7 +28,7 @@ def test_no_number_stays_no_number():
 
 
 @pytest.mark.parametrize("count", [1, 31, 60])
-def test_a_difference_of_sums_is_exact_beside_resets(count):
+def test_a_difference_of_sums_is_exact_next_to_resets(count):
     log_decay = -np.random.default_rng(0).uniform(0.005, 0.015, size=64).astype(np.float32)
     log_decay[:count] = -np.inf
     coarse, fine = two_sums(clamped(jnp.asarray(log_decay)))
@@ -37,7 +37,7 @@ def test_a_difference_of_sums_is_exact_beside_resets(count):
 
 
 @pytest.mark.parametrize("reset", RESETS)
-def test_the_gates_beside_a_reset(reset):
+def test_the_gates_next_to_a_reset(reset):
     log_decay = np.full(64, -0.01, np.float32)
     log_decay[20] = reset
     rows = clamped(jnp.asarray(log_decay)[None, :, None])

@@ -1,4 +1,4 @@
-"""The inverse on the tensor cores and the halves that float32 goes in as, in Mosaic GPU's interpreter."""
+"""The inverse on the tensor cores and the 16-bit halves of float32 matrices, in Mosaic GPU's interpreter."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +15,7 @@ MATRIX = jax.ShapeDtypeStruct((64, 64), jnp.float32)
 
 
 def interpreted(body, out, scratch, **inputs):
-    """The results of body(source, target, shared), by name."""
+    """Return the results of body(source, target, shared), by name."""
     with assert_no_races():
         entry = lambda index, *refs: body(*refs)
         inputs = {name: jnp.asarray(x) for name, x in inputs.items()}
@@ -60,7 +60,7 @@ def test_two_halves_hold_twice_the_digits(dtype, digits):
     assert np.max(np.abs(high + low - x) / np.abs(x)) < 2.0**-digits
 
 
-def test_halves_of_what_is_not_finite_are_not():
+def test_halves_of_non_finite_elements_are_non_finite():
     x = np.ones((64, 64), np.float32)
     x[0, :3] = np.inf, -np.inf, np.nan
     x[1, 0] = np.array(0x7FFFFFFF, np.uint32).view(np.float32)  # a GPU's own NaN

@@ -1,6 +1,6 @@
-"""Each device runs its own batch and heads where jit shards them: a stand-in for kernels, on the devices of a CPU.
+"""Each device runs its own shard of batch and heads under jit: a stand-in for kernels, on the devices of a CPU.
 
-That the kernels' own programs for two GPUs gather nothing is among the cases of `python -m pallas_kernels.aot`.
+`python -m pallas_kernels.aot` checks that the programs of the kernels themselves, for two GPUs, gather nothing.
 """
 
 import functools
@@ -21,10 +21,10 @@ MOVES = re.compile(r"(all-gather|all-to-all|collective-permute|all-reduce)(?:-st
 
 
 def stand_in(arrays, scale):
-    """Like a kernel, it takes key head h // group for value head h, and all tokens."""
-    q, v, gain, restarts = arrays
+    """Use key head h // group for value head h, and all tokens, like a kernel."""
+    q, v, gain, resets = arrays
     group = v.shape[2] // q.shape[2]
-    sums = jnp.cumsum(jnp.where(restarts[..., None, None], 0.0, v), axis=1) * gain[None, None, :, None]
+    sums = jnp.cumsum(jnp.where(resets[..., None, None], 0.0, v), axis=1) * gain[None, None, :, None]
     out = scale * sums * jnp.repeat(q, group, axis=2)
     return [out, jnp.max(out, axis=1)]
 
@@ -66,7 +66,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_each_device_runs_its_own(case):
+def test_each_device_runs_its_shard(case):
     sizes, key_heads, heads, specs = CASES[case]
     mesh, arrays = mesh_of(*sizes), inputs(key_heads, heads)
     placed = place(mesh, arrays, *specs)
@@ -79,13 +79,13 @@ def test_each_device_runs_its_own(case):
 
 
 @pytest.mark.parametrize("spec", [P(None, "x"), P(None, None, None, "x")], ids=["tokens", "channels"])
-def test_what_a_kernel_needs_whole_is_gathered(spec):
+def test_axes_that_a_kernel_needs_unsharded_are_gathered(spec):
     arrays = inputs(3, 3)
     placed = place(mesh_of(3), arrays, spec, spec, P(), P())
     assert_same(jax.jit(split)(placed), stand_in(arrays, 0.5))
 
 
-def test_heads_that_would_be_parts_of_two_groups_are_gathered():
+def test_shards_with_parts_of_two_groups_are_gathered():
     arrays = inputs(2, 6)
     placed = place(mesh_of(3), arrays, P(), P(None, None, "x"), P("x"), P())
     assert_same(jax.jit(split)(placed), stand_in(arrays, 0.5))
@@ -93,12 +93,12 @@ def test_heads_that_would_be_parts_of_two_groups_are_gathered():
 
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P(None, None, None, "x")])
 def test_vmap(spec):
-    """Sharded along the mapped axis, the batch or the heads; one array is not mapped."""
+    """Shard along the mapped axis, the batch or the heads; one array is not mapped."""
     mesh, arrays = mesh_of(2), inputs(2, 4)
     mapped = (*(jnp.stack([x, 2 * x]) for x in arrays[:2]), *arrays[2:])
     want = jax.vmap(lambda q, v: stand_in((q, v, *arrays[2:]), 0.5))(*mapped[:2])
     placed = place(mesh, mapped, spec, spec, P(), P())
-    run = jax.jit(lambda q, v, gain, restarts: jax.vmap(lambda q, v: split((q, v, gain, restarts)))(q, v))
+    run = jax.jit(lambda q, v, gain, resets: jax.vmap(lambda q, v: split((q, v, gain, resets)))(q, v))
     compiled = run.lower(*placed).compile()
     assert MOVES.findall(compiled.as_text()) == []
     assert_same(compiled(*placed), want)
@@ -127,18 +127,18 @@ def inside(sizes, names):
 
 
 @pytest.mark.parametrize(("sizes", "names"), [((2, 2), {"x", "y"}), ((4, 1), {"x"})])
-def test_inside_of_shard_map(sizes, names):
+def test_inside_shard_map(sizes, names):
     arrays = inputs(2, 4)
     assert_same(inside(sizes, names)(arrays), stand_in(arrays, 0.5))
 
 
-def test_a_shard_map_over_some_axes_alone_is_refused():
+def test_a_shard_map_over_some_axes_only_is_refused():
     message = "jax.shard_map: got one over x, with y left to jit, the kernels need all or none"
     with pytest.raises(NotImplementedError, match=message):
         inside((2, 2), {"x"})(inputs(2, 4))
 
 
-def test_on_one_device_nothing_is_added():
+def test_one_device_adds_nothing():
     arrays = inputs(2, 4)
     plain = jax.jit(functools.partial(stand_in, scale=0.5)).lower(arrays).compile().cost_analysis()
     ours = jax.jit(split).lower(arrays)

@@ -70,7 +70,7 @@ def keys(size, dtype):
     return jnp.full((1, 8, 1, size), 0.1, dtype)
 
 
-def test_what_the_preconditioners_kernels_do_not_serve(monkeypatch):
+def test_unsupported_arguments_of_a_preconditioner(monkeypatch):
     for k, options, message in (
         (keys(96, jnp.bfloat16), {}, "k: got 96 channels"),
         (keys(64, jnp.bfloat16), {"chunk_size": 16}, "chunk_size: got 16"),

@@ -1,4 +1,4 @@
-"""Gradients of the kernels inside of jax.shard_map can be traced, whichever arguments differ from device to device."""
+"""Gradients of the kernels can be traced inside jax.shard_map, whichever arguments vary over devices."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ def shape(*sizes, dtype=jnp.float32):
 TOKENS = {"q": (B, T, H, K), "k": (B, T, H, K), "v": (B, T, H, K), "beta": (B, T, H)}
 DECAY = {"log_decay": (B, T, H)}
 GRAM = {"gram_log_decay": (B, T, H), "gram_gain": (B, T, H)}
-# Arguments by token, split over devices, and those that are the same on all of them.
+# Arguments per token, sharded over devices; arguments that are replicated; options.
 RULES = {
     "linear_attention": (ops.linear_attention, {name: TOKENS[name] for name in "qkv"}, {}, {}),
     "delta_net": (ops.delta_net, TOKENS, {}, {}),
@@ -29,20 +29,20 @@ RULES = {
 }
 
 
-@pytest.mark.parametrize("documents", [False, True], ids=["whole", "packed"])
+@pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("rule", RULES)
-def test_gradients_can_be_traced(rule, documents):
+def test_gradients_can_be_traced(rule, packed):
     function, split, same, options = RULES[rule]
     mesh = jax.make_mesh((2, 4), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
     rows = P(("data", "fsdp"))
-    kind = lambda name: jnp.bfloat16 if name in "qkv" else jnp.float32
-    arrays = {name: shape(2 * size[0], *size[1:], dtype=kind(name)) for name, size in split.items()}
+    dtype_of = lambda name: jnp.bfloat16 if name in "qkv" else jnp.float32
+    arrays = {name: shape(2 * size[0], *size[1:], dtype=dtype_of(name)) for name, size in split.items()}
     arrays |= {name: shape(*size) for name, size in same.items()}
     specs = {name: rows if name in split else P() for name in arrays}
     ids = shape(2 * B, T, dtype=jnp.int32)
 
     def local(x, ids):
-        ids = ids if documents else None
+        ids = ids if packed else None
         return function(**x, segment_ids=ids, implementation="mosaic_gpu_interpret", **options)[0]
 
     sharded = jax.shard_map(local, mesh=mesh, in_specs=(specs, rows), out_specs=rows)
