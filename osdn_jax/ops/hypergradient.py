@@ -301,11 +301,11 @@ def _array_or_number(name: str, value: object, shapes: list[tuple[int, ...]]) ->
 
 def _apply(implementation: str | None, options: HypergradientOptions, call: HypergradientCall) -> Results:
     static = (tuple(IMPLEMENTATIONS.items()), implementation, options)
-    return over_shards(_run, static, call, _axes(call), ("bthk", "bhk"), _names(call))
+    return over_shards(_jitted_hypergradient, static, call, _axes(call), ("bthk", "bhk"), _names(call))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # equal calls compile once, also outside of jit
-def _run(
+def _jitted_hypergradient(
     registry: Items, implementation: str | None, options: HypergradientOptions, call: HypergradientCall
 ) -> Results:
     if options.context_axis is None:
