@@ -280,7 +280,7 @@ def _checked(
             x = jnp.full((), 0.0 if x is None else x, dtype)
         return checks.varying_like(jnp.broadcast_to(x.astype(dtype), shapes[0]), *tokens, resets)
 
-    # Without forgetting the anchor has no effect, and an anchor of 0 needs no term of its own.
+    # Without forgetting the anchor has no effect, and an anchor of 0 needs no separate term.
     anchored = log_forget is not None and not (checks.is_number(anchor) and anchor == 0)
     start = HypergradientStart(
         initial=full(values["initial"]),
