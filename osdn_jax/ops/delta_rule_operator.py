@@ -121,12 +121,14 @@ def delta_rule(
     call = check_call(q, k, v, beta, write_key, log_decay, initial_state, segment_ids, context_axis=context_axis)
     options = DeltaRuleOptions(erase, resolve_scale(scale, call.q.shape[-1]), chunk_size, context_axis)
     static = (tuple(IMPLEMENTATIONS.items()), implementation, options)
-    out, state = over_shards(_run, static, call, call_axes(call), ("bthv", "bhkv"), call_names(call))
+    out, state = over_shards(_jitted_delta_rule, static, call, call_axes(call), ("bthv", "bhkv"), call_names(call))
     return out.astype(call.v.dtype), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # equal calls compile once, also outside of jit
-def _run(registry: Items, implementation: str | None, options: DeltaRuleOptions, call: DeltaRuleCall) -> Results:
+def _jitted_delta_rule(
+    registry: Items, implementation: str | None, options: DeltaRuleOptions, call: DeltaRuleCall
+) -> Results:
     def run(call: DeltaRuleCall) -> Results:
         return dispatch(registry, implementation, call, options)
 

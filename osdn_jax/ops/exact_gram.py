@@ -61,11 +61,11 @@ def exact_gram_write_key(
         initial = jnp.broadcast_to(jnp.eye(key_dim, dtype=k.dtype) / ridge, shape)
     initial = checks.shaped_array("initial", initial, shape, "[B, Hk, K, K]").astype(k.dtype)
     arrays, axes = (checks.varying_like(initial, k), k), ("bhkk", "bthk")
-    return over_shards(_run, (), arrays, axes, ("bthk", "bhkk"), ("initial", "k"))
+    return over_shards(_jitted_exact_gram, (), arrays, axes, ("bthk", "bhkk"), ("initial", "k"))
 
 
 @jax.jit
-def _run(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+def _jitted_exact_gram(arrays: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
     initial, k = arrays
 
     def step(inverse: jax.Array, key: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -196,11 +196,11 @@ def _apply(implementation: str | None, options: GramOptions, call: GramCall) -> 
     axes = letters._replace(resets=None if call.resets is None else "bt")
     names = [name for name, x in zip(_NAMES, call, strict=True) if x is not None]
     static = (tuple(IMPLEMENTATIONS.items()), implementation, options)
-    return over_shards(_run, static, call, axes, ("bthk", "bhk"), names)
+    return over_shards(_jitted_gram, static, call, axes, ("bthk", "bhk"), names)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # equal calls compile once, also outside of jit
-def _run(registry: Items, implementation: str | None, options: GramOptions, call: GramCall) -> Results:
+def _jitted_gram(registry: Items, implementation: str | None, options: GramOptions, call: GramCall) -> Results:
     axis = options.context_axis
     if axis is None:
         return dispatch(registry, implementation, call, options)

@@ -280,7 +280,7 @@ def _checked(
             x = jnp.full((), 0.0 if x is None else x, dtype)
         return checks.varying_like(jnp.broadcast_to(x.astype(dtype), shapes[0]), *tokens, resets)
 
-    # Without forgetting the anchor has no effect, and an anchor of 0 needs no term.
+    # Without forgetting the anchor has no effect, and an anchor of 0 needs no separate term.
     anchored = log_forget is not None and not (checks.is_number(anchor) and anchor == 0)
     start = HypergradientStart(
         initial=full(values["initial"]),
@@ -301,11 +301,11 @@ def _array_or_number(name: str, value: object, shapes: list[tuple[int, ...]]) ->
 
 def _apply(implementation: str | None, options: HypergradientOptions, call: HypergradientCall) -> Results:
     static = (tuple(IMPLEMENTATIONS.items()), implementation, options)
-    return over_shards(_run, static, call, _axes(call), ("bthk", "bhk"), _names(call))
+    return over_shards(_jitted_hypergradient, static, call, _axes(call), ("bthk", "bhk"), _names(call))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # equal calls compile once, also outside of jit
-def _run(
+def _jitted_hypergradient(
     registry: Items, implementation: str | None, options: HypergradientOptions, call: HypergradientCall
 ) -> Results:
     if options.context_axis is None:

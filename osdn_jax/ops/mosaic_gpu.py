@@ -84,7 +84,7 @@ def hypergradient(
         call.start.after_reset,
         call.start.anchor,
         options.bounds,
-        multiply=options.write_key,
+        return_write_key=options.write_key,
         interpret=interpret,
     )
 
@@ -108,7 +108,7 @@ def gram(call: GramCall, options: GramOptions, *, interpret: bool = False) -> tu
         options.squash,
         call.initial,
         call.resets,
-        multiply=options.write_key,
+        return_write_key=options.write_key,
         interpret=interpret,
     )
 
