@@ -63,7 +63,7 @@ class GramOptions(NamedTuple):
     """Options that are fixed when a kernel is built."""
 
     squash: float
-    multiply: bool  # return write keys, in the type of k, instead of multipliers in float32
+    return_write_key: bool  # return write keys, in the type of k, instead of multipliers in float32
     resets: bool
     interpret: bool
 
@@ -88,7 +88,7 @@ def gram(
     initial: jax.Array,
     resets: jax.Array | None,
     *,
-    multiply: bool = False,
+    return_write_key: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Return the multipliers m, or the write keys m k, and the running sum A of squared keys after the last token.
@@ -104,7 +104,7 @@ def gram(
         squash: the largest multiplier; the smallest is its inverse.
         initial: A before the first token [B, P, K] float32.
         resets: [B, T] bool; True resets A to zeros before that token. None means no resets.
-        multiply: return the write keys m k, in the type of k, instead of m, in float32; default False.
+        return_write_key: return the write keys m k, in the type of k, instead of m, in float32; default False.
         interpret: run in the interpreter, on any machine, and detect races; default False.
 
     Returns:
@@ -118,10 +118,10 @@ def gram(
         raise NotImplementedError(reason)
     length = k.shape[1]
     if 0 in k.shape[:3]:
-        return jnp.zeros(k.shape, k.dtype if multiply else jnp.float32), initial
+        return jnp.zeros(k.shape, k.dtype if return_write_key else jnp.float32), initial
 
     segment = None if resets is None else segments_of(pad_to_multiple(resets))
-    options = GramOptions(squash, multiply, resets=segment is not None, interpret=interpret)
+    options = GramOptions(squash, return_write_key, resets=segment is not None, interpret=interpret)
     tokens = (pad_to_multiple(k), pad_to_multiple(clamped(log_decay)), pad_to_multiple(gain))
     out, final = _gram(*match_varying_axes((*tokens, center, initial, segment)), options)
     return out[:, :length], final
@@ -189,7 +189,7 @@ def _scan(arrays: tuple[Any, ...], options: GramOptions) -> list[jax.Array]:
     k, log_decay, gain, center, initial, segment = arrays
     batch, length, heads, key_dim = k.shape
     count = length // CHUNK
-    result = k.dtype if options.multiply else jnp.float32
+    result = k.dtype if options.return_write_key else jnp.float32
 
     def body(index: BlockIndex, source: Any, target: Any, shared: Any) -> None:
         operands = shared.operands
@@ -221,7 +221,7 @@ def _scan(arrays: tuple[Any, ...], options: GramOptions) -> list[jax.Array]:
             running = _sum_pairs(operands) + from_start * along_rows(start, key) + added
             _, multiplier = _multiplier(running, source.center[h], options)
             plgpu.wait_smem_to_gmem(1, wait_read_only=True)  # until `out` of the previous chunk is stored
-            shared.out[...] = (multiplier * key if options.multiply else multiplier).astype(result)
+            shared.out[...] = (multiplier * key if options.return_write_key else multiplier).astype(result)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(shared.out, target.out.at[b, pl.ds(n * CHUNK, CHUNK), h, channels])
             return chunk_decay * start + jnp.sum(to_end * added, axis=0)
@@ -302,7 +302,7 @@ def _scan_backward(arrays: tuple[Any, ...], options: GramOptions) -> list[jax.Ar
             running = before + added()
             r, multiplier = _multiplier(running, source.center[h], options)
             d_multiplier = read(shared.d_out.at[slot])
-            if options.multiply:
+            if options.return_write_key:
                 shared.d_key[...] = d_multiplier * multiplier
                 d_multiplier = d_multiplier * read(shared.k.at[slot])
             d_r = d_multiplier * multiplier * (-math.log(options.squash)) / jnp.square(1.0 + jnp.abs(r))
@@ -320,7 +320,7 @@ def _scan_backward(arrays: tuple[Any, ...], options: GramOptions) -> list[jax.Ar
             key = read(shared.k.at[slot])
             shared.sums[_D_GAIN, ...] = jnp.sum(key * key * d_added, axis=1)
             d_key = 2.0 * key * row_scale(gates.at[_GAIN], key) * d_added
-            if options.multiply:
+            if options.return_write_key:
                 d_key = d_key + read(shared.d_key)
             shared.d_k[...] = d_key.astype(k.dtype)
             plgpu.commit_smem()

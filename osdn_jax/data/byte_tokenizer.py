@@ -67,10 +67,10 @@ class ByteTokenizer:
     bos_id: ClassVar[int] = 0
 
     def encode(self, text: str, *, bos: bool = False) -> Int32[np.ndarray, " n"]:
-        """Return the UTF-8 bytes of a text as token ids.
+        r"""Return the UTF-8 bytes of a text as token ids.
 
         Args:
-            text: the text, without "\\0": that byte is the start token.
+            text: the text, without "\0": that byte is the start token.
             bos: put the start token first.
 
         Returns:
@@ -78,7 +78,7 @@ class ByteTokenizer:
 
         Raises:
             TypeError: `text` is not a str.
-            ValueError: `text` holds "\\0" or an unpaired surrogate, which has no UTF-8 form.
+            ValueError: `text` holds "\0" or an unpaired surrogate, which has no UTF-8 form.
         """
         data = checked_text(text).encode("utf-8")
         if "\0" in text:

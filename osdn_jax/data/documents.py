@@ -31,9 +31,9 @@ class Document(NamedTuple):
 
 
 def read_documents(path: str | os.PathLike[str], *, field: str = "text") -> list[Document]:
-    """Read all documents of a file, or of every supported file under a folder in order of relative path.
+    r"""Read all documents of a file, or of every supported file under a folder in order of relative path.
 
-    Text is UTF-8; a byte order mark is dropped and line ends become "\\n".
+    Text is UTF-8; a byte order mark is dropped and line ends become "\n".
 
     | file | documents |
     | --- | --- |
@@ -64,7 +64,7 @@ def read_documents(path: str | os.PathLike[str], *, field: str = "text") -> list
         >>> from pathlib import Path
         >>> from tempfile import TemporaryDirectory
         >>> with TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "rows.jsonl").write_text('{"body": "one"}\\n{"body": "two"}\\n')
+        ...     _ = Path(folder, "rows.jsonl").write_text('{"body": "one"}\n{"body": "two"}\n')
         ...     read_documents(folder, field="body")
         [Document(name='rows.jsonl:1', text=b'one'), Document(name='rows.jsonl:2', text=b'two')]
     """

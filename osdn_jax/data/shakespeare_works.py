@@ -22,7 +22,7 @@ def _works() -> tuple[Document, ...]:
 
 
 def shakespeare(split: Literal["train", "validation"]) -> list[Document]:
-    """Return plays and poems in alphabetical order, as ASCII with "\\n" line ends.
+    r"""Return plays and poems in alphabetical order, as ASCII with "\n" line ends.
 
     Args:
         split: "train" for 38 documents (4.5 MB), "validation" for 4 whole plays (0.5 MB), `VALIDATION_PLAYS`.

@@ -126,9 +126,9 @@ class FileStream:
 
 
 class HubStream:
-    """The documents of a data set that the library `datasets` streams: "hf:NAME", or "hf:FOLDER" for one on disk.
+    r"""The documents of a data set that the library `datasets` streams: "hf:NAME", or "hf:FOLDER" for one on disk.
 
-    Only what is read is downloaded, and no code of the data set is executed. Line ends become "\\n". NUL characters,
+    Only what is read is downloaded, and no code of the data set is executed. Line ends become "\n". NUL characters,
     which no document may hold, are removed. Rows without text are skipped.
 
     With several processes, each passes its own `shard_index`: the data set's files are divided between the processes

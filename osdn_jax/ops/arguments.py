@@ -1,4 +1,4 @@
-"""Validate the arguments of the delta rule and bring them to one form."""
+"""Check the arguments of the delta rule and convert them to a `DeltaRuleCall`."""
 
 from typing import Any
 
@@ -30,7 +30,8 @@ def call_axes(call: DeltaRuleCall) -> Any:
 
 def call_names(call: DeltaRuleCall) -> list[str]:
     """Return the public names of the arguments that are not None, in the order of the call's leaves."""
-    names = {"state": "initial_state", "w": "write_key", "resets": "segment_ids"}
+    state = "initial_state" if call.q.ndim == 4 else "state"  # of `delta_rule` or `delta_rule_step`
+    names = {"state": state, "w": "write_key", "resets": "segment_ids"}
     return [names.get(field, field) for field, x in call._asdict().items() if x is not None]
 
 
@@ -47,11 +48,11 @@ def check_call(
     time: bool = True,
     context_axis: str | None = None,
 ) -> DeltaRuleCall:
-    """Check shapes and types of a sequence (or, with time=False, of one token).
+    """Check shapes and types of a sequence, or of one token if time is False.
 
     Raises:
         ValueError: a shape does not fit the others.
-        TypeError: an argument is not an array of the expected kind of type.
+        TypeError: an argument is not an array of the expected type.
     """
     lead = "B, T, " if time else "B, "
     axes = 2 if time else 1
@@ -111,6 +112,6 @@ def per_value_head(x: jax.Array, heads: int, axis: int) -> jax.Array:
 
 
 def scaled(x: jax.Array, by: jax.Array) -> jax.Array:
-    """Return by * x, formed in the accumulator type and kept in the type of x: a scaled key is still a key."""
+    """Return by * x, computed in the accumulator type and cast to the type of x."""
     dtype = checks.accumulator_dtype(by, x)
     return (by.astype(dtype) * x.astype(dtype)).astype(x.dtype)

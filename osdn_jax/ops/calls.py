@@ -1,7 +1,7 @@
 """Checked calls of the three operators: their arrays, and the options that are static under jit.
 
-Every implementation of an operator is a function of one such pair. `resets` is a field of each call, since
-`osdn_jax.ops.dispatch` handles packed sequences for all of them.
+Every implementation of an operator is a function of one such pair. Each call has a field `resets`, since
+`osdn_jax.ops.dispatch` handles packed sequences for all operators.
 """
 
 from typing import NamedTuple
@@ -12,9 +12,10 @@ Bounds = tuple[float, float] | None  # (lo, hi) of the projection, or None for n
 
 
 class DeltaRuleCall(NamedTuple):
-    """Arrays of the delta rule; without T for a single step. q, k, w and v keep their types, the rest is float32 or 64.
+    """Arrays of the delta rule; a single step has no T axis.
 
-    B batch, T tokens, Hk key heads, H value heads, K and V the sizes of a key and a value.
+    Axes: B batch, T tokens, Hk key heads, H value heads, K and V the sizes of a key and a value. q, k, w and v keep
+    their types; the other floating-point arrays are float32 or float64.
     """
 
     state: jax.Array  # [B, H, K, V]
@@ -37,7 +38,7 @@ class DeltaRuleOptions(NamedTuple):
 
 
 class HypergradientTokens(NamedTuple):
-    """Inputs of the hypergradient recurrence; they lead with [B] for one token, with [B, C] for a chunk."""
+    """Inputs of the hypergradient recurrence; the leading axes are [B] for one token, [B, C] for a chunk."""
 
     u: jax.Array  # squared keys [..., P, K]
     beta: jax.Array | None  # [..., P]; None means 1

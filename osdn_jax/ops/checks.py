@@ -1,4 +1,4 @@
-"""Checks of arguments. Every error names the argument, what came and what was expected, at trace time."""
+"""Argument checks, at trace time. Every error names the argument, what came and what was expected."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
@@ -35,6 +35,13 @@ def shaped_array(name: str, value: Any, shapes: Shape | Sequence[Shape], layout:
     return array
 
 
+def tokens(q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return q, k [B, T, Hk, K] and v [B, T, H, V] as floating-point arrays, or raise TypeError or ValueError."""
+    q = floating_array("q", q, 4, "[B, T, Hk, K]")
+    k = shaped_array("k", k, q.shape, "[B, T, Hk, K] like q")
+    return q, k, floating_array("v", v, 4, "[B, T, H, V]")
+
+
 def segment_ids(value: Any, shape: Shape) -> jax.Array:
     """Return value as an integer [B, T] array that keeps different ids apart, or raise TypeError or ValueError.
 
@@ -60,7 +67,7 @@ def integer_array(name: str, value: Any, shape: Shape, layout: str) -> jax.Array
 def indices(name: str, value: Any, shape: Shape, layout: str, size: int) -> jax.Array:
     """Return indices below size as an int32 array of this shape; raise as `integer_array`.
 
-    An index outside [0, size) stays outside, even where truncation to 32 bits would bring it back.
+    An index outside [0, size) stays outside, even if truncation to 32 bits would move it inside.
     """
     if isinstance(value, np.ndarray) and value.dtype.kind in "iu":
         inside = (value >= 0) & (value < size)
@@ -127,8 +134,8 @@ def implementation(value: Any, known: Iterable[str]) -> None:
 def bounded_log(x: jax.Array) -> jax.Array:
     """Clip the log of a decay at -1000, so that sums of logs stay finite and exact.
 
-    exp(-746) is 0 in float64, and exp(-104) in float32, so the decay is 0 there in any case. A full reset (-inf)
-    becomes finite; NaN stays NaN. The scans multiply decays and need no such bound.
+    The decay does not change: exp(-746) is 0 in float64, and exp(-104) in float32. A full reset (-inf) becomes finite;
+    NaN stays NaN. The scan of the delta rule multiplies by decays and needs no such bound.
     """
     return jnp.where(x < _LOG_OF_RESET, jnp.asarray(_LOG_OF_RESET, x.dtype), x)
 

@@ -63,7 +63,7 @@ class ChunkOptions(NamedTuple):
     scale: float
     erase: bool
     channel_decay: bool
-    hoist: bool  # compute the terms of all chunks before the recurrence (accelerators) or inside it (CPU caches)
+    hoist: bool  # compute the terms of all chunks before the recurrence (accelerators), not inside it (CPU caches)
 
 
 class ChunkInputs(NamedTuple):

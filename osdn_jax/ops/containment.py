@@ -16,50 +16,49 @@ from jax import lax
 from osdn_jax.ops import sequence_parallel
 
 PyTree = Any
-Run = Callable[[PyTree, PyTree], PyTree]  # (floating-point inputs, segment starts) -> results
+Run = Callable[[PyTree, PyTree], PyTree]  # (floating-point inputs, resets) -> results
 
 
-def contained(fast: Run, exact: Run, inputs: PyTree, starts: PyTree) -> PyTree:
-    """Return fast(inputs, starts), or exact(inputs, starts) if that result, or its gradient, is not finite.
+def contained(fast: Run, exact: Run, inputs: PyTree, resets: PyTree) -> PyTree:
+    """Return fast(inputs, resets), or exact(inputs, resets) if that result, or its gradient, is not finite.
 
     Args:
         fast: a function whose non-finite values may leave their segment.
         exact: the same function, without that leak.
         inputs: floating-point arrays; the gradient is with respect to these.
-        starts: arrays that mark the segments, without a gradient; None means one segment a row, with nothing to leak
-            into.
+        resets: [B, T] bool, True at the first token of every segment but the first; None means one segment per row,
+            which has no other to leak into.
     """
-    if starts is None:
+    if resets is None:
         return fast(inputs, None)
-    axes = sequence_parallel.axes_of(
-        (inputs, starts)
-    )  # under jax.shard_map a loop's carry must not change the axes it varies over
-    return _contained(fast, exact, *sequence_parallel.vary((inputs, starts), axes))
+    # Under jax.shard_map the axes that a loop's carry varies over must not change.
+    axes = sequence_parallel.axes_of((inputs, resets))
+    return _contained(fast, exact, *sequence_parallel.vary((inputs, resets), axes))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(0, 1))
-def _contained(fast: Run, exact: Run, inputs: PyTree, starts: PyTree) -> PyTree:
-    results = fast(inputs, starts)
-    return _unless(exact, all_finite(results), results, (inputs, starts))
+def _contained(fast: Run, exact: Run, inputs: PyTree, resets: PyTree) -> PyTree:
+    results = fast(inputs, resets)
+    return _unless(exact, all_finite(results), results, (inputs, resets))
 
 
-def _contained_fwd(fast: Run, exact: Run, inputs: PyTree, starts: PyTree) -> tuple[PyTree, Any]:
-    results, pull = jax.vjp(lambda x: fast(x, starts), inputs)
+def _contained_fwd(fast: Run, exact: Run, inputs: PyTree, resets: PyTree) -> tuple[PyTree, Any]:
+    results, pull = jax.vjp(lambda x: fast(x, resets), inputs)
     finite = all_finite(results)
-    results = _unless(exact, finite, results, (inputs, starts))
-    return results, (pull, finite, inputs, starts)
+    results = _unless(exact, finite, results, (inputs, resets))
+    return results, (pull, finite, inputs, resets)
 
 
 def _contained_bwd(fast: Run, exact: Run, saved: Any, cotangents: PyTree) -> tuple[PyTree, None]:
-    pull, finite, inputs, starts = saved
+    pull, finite, inputs, resets = saved
     (gradients,) = pull(cotangents)
 
-    def exact_gradient(inputs: PyTree, starts: PyTree, cotangents: PyTree) -> PyTree:
-        _, pull = jax.vjp(lambda x: _typed_as(cotangents, exact(x, starts)), inputs)
+    def exact_gradient(inputs: PyTree, resets: PyTree, cotangents: PyTree) -> PyTree:
+        _, pull = jax.vjp(lambda x: _typed_as(cotangents, exact(x, resets)), inputs)
         return pull(cotangents)[0]
 
     finite &= all_finite(gradients)
-    return _unless(exact_gradient, finite, gradients, (inputs, starts, cotangents)), None
+    return _unless(exact_gradient, finite, gradients, (inputs, resets, cotangents)), None
 
 
 _contained.defvjp(_contained_fwd, _contained_bwd)
@@ -75,8 +74,8 @@ def _unless(exact: Callable[..., PyTree], finite: jax.Array, results: PyTree, ar
     def iterate(carry: tuple[jax.Array, PyTree]) -> tuple[jax.Array, PyTree]:
         finite, results = carry
         # Without the barrier this is loop-invariant, and XLA would compute it before the loop.
-        finite, now = lax.optimization_barrier((finite, arguments))
-        return ~finite, _typed_as(results, exact(*now))
+        finite, inside = lax.optimization_barrier((finite, arguments))
+        return ~finite, _typed_as(results, exact(*inside))
 
     return lax.while_loop(lambda carry: ~carry[0], iterate, (finite, results))[1]
 

@@ -1,4 +1,4 @@
-"""`delta_rule`, the one operator of this library, and its implementations."""
+"""The operator `delta_rule` and its registry of implementations."""
 
 import functools
 
@@ -58,30 +58,34 @@ def delta_rule(
 ) -> tuple[Float[Array, "B T H V"], Float[Array, "B H K V"]]:
     """Apply the asymmetric gated delta rule to a sequence.
 
-    With S the state of a head, [K, V], and w the write key, each token decays the state, corrects what the state
-    returns for the read key k, and reads with the query q:
+    With S the state of a head, [K, V], and w the write key, each token decays the state, corrects the value that the
+    state returns for the read key k, and reads with the query q:
 
         S~ = exp(log_decay) * S,    e = v - S~^T k,    S = S~ + beta w e^T,    o = scale S^T q
 
     w = k is the delta rule (arXiv 2102.11174, chunkwise 2406.06484), a scalar decay Gated DeltaNet (2412.06464), a
     decay per channel KDA (2510.26692), a preconditioned w OSDN (2605.13473) and Preconditioned DeltaNet (2604.21100).
 
+    Arrays may be sharded by batch and heads, on mesh axes of either type. Equal calls compile once, also outside of
+    `jax.jit`.
+
     Args:
         q, k: queries and read keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
         v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
-        beta: step size of each write, [B, T, H].
+        beta: step size of each write, [B, T, H], usually in (0, 1).
         write_key: w, [B, T, Hk, K] or [B, T, H, K]; default k.
         log_decay: natural log of the factor on the state before each token, [B, T, H] or per channel [B, T, H, K];
-            0 keeps everything, -inf nothing (a full reset, as is everything below -1000). Expected to be at most 0; a
-            positive value grows the state and is not refused.
-        erase: False leaves out the correction, e = v: linear attention, Mamba-2's scalar decay, GLA.
+            default 0 (no decay). -inf, and anything below -1000, is a full reset. Expected to be at most 0; a positive
+            value grows the state and is not refused.
+        erase: False leaves out the correction, e = v, as in linear attention, Mamba-2 and GLA; default True.
         scale: factor on the output; default K^-1/2.
         initial_state: the state before the first token, [B, H, K, V]; default zeros.
         segment_ids: [B, T] integers, for packed sequences: the state is reset to zeros where the id changes.
             initial_state serves the first segment, and the returned state is that of the last one. Nothing passes from
             one segment to another, NaN and infinities included. A call does not know the ids before its own: if a
             sequence is split between two calls at the start of a segment, pass no state to the second call.
-        chunk_size: tokens per chunk, for implementations with chunks; default by device.
+        chunk_size: tokens per chunk, for implementations with chunks; default 64, or 32 in "chunk" on a CPU with a
+            decay per channel.
         implementation: "scan" (one token at a time, the specification), "chunk" (matrix products), "mosaic_gpu"
             (kernels for Hopper GPUs: bfloat16 or float16, K and V of 64, 128 or 256), "mosaic_gpu_interpret" (the same
             kernels on any machine, slowly), or None for the fastest of "scan" and "chunk" on this device: it does not
@@ -90,9 +94,6 @@ def delta_rule(
             initial_state and the returned state are those before the first and after the last token of the whole
             sequence, the same on every device.
 
-    Arrays may be sharded by batch and heads, on mesh axes of either type. Equal calls compile once, also outside of
-    `jax.jit`.
-
     Returns:
         o: outputs, [B, T, H, V] in the type of v.
         final_state: the state after the last token, [B, H, K, V] float32, or float64 if an input is.
@@ -100,7 +101,7 @@ def delta_rule(
     Raises:
         ValueError: a shape does not fit the others, chunk_size is below 1, or implementation is not known;
             context_axis is not a mesh axis here; an Explicit mesh axis splits anything but batch and heads.
-        TypeError: an argument is not an array of the expected kind of type, or erase is not a bool.
+        TypeError: an argument is not an array of the expected type, or an option is not of its type.
         NotImplementedError: the named implementation does not serve these types, shapes or this device.
 
     Example:
@@ -120,12 +121,14 @@ def delta_rule(
     call = check_call(q, k, v, beta, write_key, log_decay, initial_state, segment_ids, context_axis=context_axis)
     options = DeltaRuleOptions(erase, resolve_scale(scale, call.q.shape[-1]), chunk_size, context_axis)
     static = (tuple(IMPLEMENTATIONS.items()), implementation, options)
-    out, state = over_shards(_run, static, call, call_axes(call), ("bthv", "bhkv"), call_names(call))
+    out, state = over_shards(_jitted_delta_rule, static, call, call_axes(call), ("bthv", "bhkv"), call_names(call))
     return out.astype(call.v.dtype), state
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # equal calls compile once, also outside of jit
-def _run(registry: Items, implementation: str | None, options: DeltaRuleOptions, call: DeltaRuleCall) -> Results:
+def _jitted_delta_rule(
+    registry: Items, implementation: str | None, options: DeltaRuleOptions, call: DeltaRuleCall
+) -> Results:
     def run(call: DeltaRuleCall) -> Results:
         return dispatch(registry, implementation, call, options)
 

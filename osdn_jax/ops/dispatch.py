@@ -1,4 +1,4 @@
-"""Run a checked call with one implementation of its operator, or with the one that None stands for."""
+"""Run a checked call with a named implementation of its operator, or with the default one."""
 
 from typing import Any
 
@@ -12,9 +12,9 @@ def dispatch(registry: Items, name: str | None, call: Any, options: Any) -> Resu
     """Return (outputs, final state) of a call.
 
     Args:
-        registry: items of the operator's IMPLEMENTATIONS, which has an entry "scan". A tuple, since it is part of what
-            a jitted program is cached by.
-        name: a key of it, or None for the fastest, which may differ between a forward pass alone and a gradient.
+        registry: items of the operator's IMPLEMENTATIONS, which has an entry "scan"; a tuple, since it must be
+            hashable to be static under jit.
+        name: an implementation, or None for the fastest, which may differ between a forward pass and a gradient.
         call: a NamedTuple of `osdn_jax.ops.calls`, whose field `resets` marks the starts of packed segments.
         options: its static options.
 
@@ -40,7 +40,7 @@ def dispatch(registry: Items, name: str | None, call: Any, options: Any) -> Resu
 
 
 def _run(implementations: Registry, name: str, call: Any, options: Any) -> Results:
-    """Run one implementation, and recompute with the scan what is not finite in a packed sequence."""
+    """Run one implementation; recompute a packed sequence with the scan if the result is not finite."""
     entry = implementations[name]
     limitation = entry.limitation(call, options)
     if limitation is not None:

@@ -13,8 +13,8 @@ from osdn_jax.ops.dispatch import dispatch
 from osdn_jax.ops.selection import Implementation, Items, Results
 from osdn_jax.ops.shards import over_shards
 
-CENTER = -0.2  # of the paper: what a learned center starts from
-SQUASH = 1.5  # x of the paper
+CENTER = -0.2  # initial value of the learned center in the paper
+SQUASH = 1.5  # x in the paper
 
 # In order of preference; a new back end is one entry (see `selection.Implementation`).
 IMPLEMENTATIONS: dict[str, Implementation] = {
@@ -56,15 +56,16 @@ def gram_preconditioner(
         k: keys, [B, T, Hk, K].
         log_decay: natural log of the decay of A, [B, T, Hk], at most 0; -inf forgets everything.
         gain: weight of each token in A, [B, T, Hk], at least 0.
-        center: per key head [Hk], or a number (learned from -0.2 in the paper).
-        squash: x > 0; the multiplier stays within [1/x, x]. 1 disables the preconditioner. Default 1.5.
+        center: value of log A at which the multiplier is 1, per key head [Hk] or a number. The paper learns it, from
+            -0.2.
+        squash: x > 0; the multiplier stays within [1/x, x], so 1 disables the preconditioner. Default 1.5.
         initial: A before the first token, [B, Hk, K]; default zeros.
         segment_ids: [B, T] integers, for packed sequences: A is reset to zeros where the id changes.
         chunk_size: tokens per chunk of "chunk"; default 64.
         implementation: "scan" (the specification), "chunk" (prefix sums by matrix products), "mosaic_gpu" (kernels for
             Hopper GPUs: K of 64, 128 or 256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or
             None for the fastest of "scan" and "chunk" on this device.
-        context_axis: mesh axis that the sequence is split over, as for `delta_rule`.
+        context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
         multiplier: [B, T, Hk, K] float32, or float64 if an input is.
@@ -103,20 +104,35 @@ def gram_write_key(
     implementation: str | None = None,
     context_axis: str | None = None,
 ) -> tuple[Float[Array, "B T Hk K"], Float[Array, "B Hk K"]]:
-    """Compute the write keys multiplier_t * k_t of `gram_preconditioner`, for `delta_rule`'s write_key.
+    """Compute the write keys of Preconditioned DeltaNet, for `delta_rule`'s write_key (arXiv 2604.21100).
 
-    Kernels form them in one pass, so this is the fast path.
+        A_t = exp(log_decay_t) A_{t-1} + gain_t k_t^2,    r = log(A_t + 1e-6) - center
+        write_key_t = exp(-log(squash) r / (1 + |r|)) * k_t
+
+    They equal the multipliers of `gram_preconditioner` times k; kernels compute them in one pass.
 
     Args:
-        k, log_decay, gain, center, squash, initial, segment_ids, chunk_size, implementation, context_axis: as for
-            `gram_preconditioner`.
+        k: keys, [B, T, Hk, K].
+        log_decay: natural log of the decay of A, [B, T, Hk], at most 0; -inf forgets everything.
+        gain: weight of each token in A, [B, T, Hk], at least 0.
+        center: value of log A at which the multiplier is 1, per key head [Hk] or a number. The paper learns it, from
+            -0.2.
+        squash: x > 0; the multiplier stays within [1/x, x], so 1 disables the preconditioner. Default 1.5.
+        initial: A before the first token, [B, Hk, K]; default zeros.
+        segment_ids: [B, T] integers, for packed sequences: A is reset to zeros where the id changes.
+        chunk_size: tokens per chunk of "chunk"; default 64.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest of "scan" and
+            "chunk" on this device; see `gram_preconditioner`.
+        context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
         write_key: [B, T, Hk, K] in the type of k.
         final: A after the last token, [B, Hk, K] float32, or float64 if an input is.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `gram_preconditioner`.
+        ValueError: a shape does not fit k, squash is not positive, chunk_size is below 1, implementation is not known.
+        TypeError: an argument is not of the expected type.
+        NotImplementedError: the named implementation does not serve these types, shapes or this device.
 
     Example:
         >>> import jax
@@ -180,11 +196,11 @@ def _apply(implementation: str | None, options: GramOptions, call: GramCall) -> 
     axes = letters._replace(resets=None if call.resets is None else "bt")
     names = [name for name, x in zip(_NAMES, call, strict=True) if x is not None]
     static = (tuple(IMPLEMENTATIONS.items()), implementation, options)
-    return over_shards(_run, static, call, axes, ("bthk", "bhk"), names)
+    return over_shards(_jitted_gram, static, call, axes, ("bthk", "bhk"), names)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # equal calls compile once, also outside of jit
-def _run(registry: Items, implementation: str | None, options: GramOptions, call: GramCall) -> Results:
+def _jitted_gram(registry: Items, implementation: str | None, options: GramOptions, call: GramCall) -> Results:
     axis = options.context_axis
     if axis is None:
         return dispatch(registry, implementation, call, options)

@@ -1,4 +1,4 @@
-"""The recurrence of the Gram preconditioner: by scan, in chunks, and over a sequence that is split over devices."""
+"""The recurrence of the Gram preconditioner: as a scan, in chunks, and for a sequence that is split over devices."""
 
 from collections.abc import Callable
 from typing import Any
@@ -24,7 +24,7 @@ def by_scan(call: GramCall, options: GramOptions, loop: Callable[..., Any] = lax
     Args:
         call: checked arrays.
         options: static options.
-        loop: `lax.scan`, or a function that takes its arguments (step, carry, tokens) and computes the same.
+        loop: `lax.scan`, or a function with the same arguments (step, carry, tokens) and result.
 
     Returns:
         (multiplier, or write keys if options.write_key, [B, T, P, K]; A after the last token [B, P, K]).
@@ -43,7 +43,7 @@ def by_scan(call: GramCall, options: GramOptions, loop: Callable[..., Any] = lax
 
 
 def by_chunks(call: GramCall, options: GramOptions) -> tuple[jax.Array, jax.Array]:
-    """Run in chunks, whose sums are products with a matrix of decays; arguments and result as `by_scan`."""
+    """Run in chunks, with sums as products with a matrix of decays; arguments and results as `by_scan`."""
     length = call.k.shape[1]
     size = fitting_chunk(options.chunk_size or DEFAULT_PRECONDITIONER_CHUNK, length)
 
@@ -60,7 +60,7 @@ def by_chunks(call: GramCall, options: GramOptions) -> tuple[jax.Array, jax.Arra
         return running[:, -1], running
 
     chunks = (to_chunks(_update(call), size), to_chunks(call.log_decay, size), segment_index(call.resets, size))
-    # The decays inside a chunk are recomputed for the gradient: kept, they would outweigh the inputs.
+    # The gradient recomputes the decays inside a chunk; saved, they would be larger than the inputs.
     final, running = lax.scan(jax.checkpoint(step), call.initial, chunks)
     return _output(from_chunks(running, length), call, options), final
 
@@ -76,9 +76,9 @@ def _output(running: jax.Array, call: GramCall, options: GramOptions) -> jax.Arr
 
 
 def state_before(call: GramCall, axis: str) -> jax.Array:
-    """Return A before this device's tokens: every device's decay of A and its sum are known without A.
+    """Return A before this device's tokens, from the total decay and the sum of squares of every preceding device.
 
-    Tokens before a reset are left out of every sum, not multiplied by zero: they may not be finite.
+    Tokens before a reset are left out of the sums, not multiplied by zero, since they may not be finite.
     """
     log_decay, resets = call.log_decay, call.resets
     # The sum over later tokens, not a difference of sums: that would lose all digits near a full reset.

@@ -51,6 +51,9 @@ def hypergradient_preset(name: str) -> dict[str, Any]:
             "trust" (eta 0.003, bounds (2/3, 3/2), d_0 = 1: never far from plain DeltaNet). `osdn` and its variants
             default to "paper"; the modules of `osdn_jax.nn` use "trust" for os_gdn and os_kda.
 
+    Returns:
+        A new dict, to be passed as **keywords to a rule or to `hypergradient_preconditioner`.
+
     Raises:
         ValueError: another name.
 
@@ -83,9 +86,8 @@ def hypergradient_preconditioner(
 ) -> tuple[Float[Array, "B T Hk K"], Float[Array, "B Hk K"]]:
     """Compute a diagonal preconditioner by hypergradient feedback (OSDN, arXiv 2605.13473).
 
-    The write key of token t is d_t * k_t (`hypergradient_write_key` returns it). After that write the residual of the
-    token is (1 - beta <d_t, k_t^2>) times the one before, so the hypergradient of the squared residual depends on d
-    and u_t = k_t^2 alone:
+    The write key of token t is d_t * k_t (`hypergradient_write_key` returns it). That write multiplies the residual of
+    the token by 1 - b_t <d_t, u_t> with u_t = k_t^2, and d takes a gradient step on half the square of this factor:
 
         d_{t+1} = clip(g_t d_t + (1 - g_t) anchor + eta b_t (1 - b_t <d_t, u_t>) u_t),    g_t = exp(log_forget_t)
 
@@ -95,21 +97,22 @@ def hypergradient_preconditioner(
         k: keys, [B, T, Hk, K], as the delta rule reads them (L2-normalised in the paper).
         beta: b_t, one per key head, [B, T, Hk]; None means 1, the paper's first form.
         eta: step size of the preconditioner.
-        log_forget: natural log of g_t, [B, T, Hk], at most 0; -inf forgets everything, None nothing.
+        log_forget: natural log of g_t, [B, T, Hk], at most 0; -inf forgets everything. Default None, no forgetting.
         initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used unclipped, even outside the bounds.
-        anchor: the value that forgetting moves d toward, [Hk, K] or a number: 0 in the paper, 1 for plain DeltaNet.
-        bounds: (lo, hi) of the projection after every update, or None for no projection; either may be infinite. The
-            projection is exact, token by token, in every implementation.
-        normalize: True divides the update by sum(u_t) + 1e-5.
-        restart: the state at the start of every segment but the first; default `initial`. It differs from `initial`
-            if `initial` is the state carried over from the preceding tokens.
+        anchor: the value that forgetting moves d toward, [Hk, K] or a number; default 0, as in the paper. 1 moves
+            toward plain DeltaNet.
+        bounds: (lo, hi) of the projection after every update; either may be infinite. Default None, no projection. The
+            projection is exact at every token, in every implementation.
+        normalize: True divides the update by sum(u_t) + 1e-5; default False.
+        restart: d at the start of every segment but the first, of the shapes of `initial`; default `initial`. Pass it
+            if `initial` is the final d of an earlier call.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default 64.
         implementation: "scan" (the specification), "chunk", "mosaic_gpu" (kernels for Hopper GPUs: K of 64, 128 or
             256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or None for the fastest of "scan"
             and "chunk" on this device.
-        context_axis: mesh axis that the sequence is split over, as for `delta_rule`. The devices run at the same time
-            if no projection binds at any of their tokens, and one after another if one does.
+        context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`. The devices
+            run at the same time if no projection binds at any token, and one after another otherwise.
 
     Returns:
         d: [B, T, Hk, K] at each token before its update, float32, or float64 if an input is.
@@ -123,11 +126,11 @@ def hypergradient_preconditioner(
     Example:
         >>> import jax.numpy as jnp
         >>> from osdn_jax import ops
-        >>> k = jnp.asarray([[0.6, 0.8], [0.6, 0.8]]).reshape(1, 2, 1, 2)
+        >>> k = jnp.full((1, 2, 1, 4), 0.5)  # unit keys
         >>> d, final = ops.hypergradient_preconditioner(k, **ops.hypergradient_preset("paper"))
         >>> print(d[0, :, 0])  # d_0 = 0, then d_1 = k^2
-        [[0.   0.  ]
-         [0.36 0.64]]
+        [[0.   0.   0.   0.  ]
+         [0.25 0.25 0.25 0.25]]
     """
     call, options = _checked(
         k,
@@ -163,20 +166,40 @@ def hypergradient_write_key(
     implementation: str | None = None,
     context_axis: str | None = None,
 ) -> tuple[Float[Array, "B T Hk K"], Float[Array, "B Hk K"]]:
-    """Compute the write keys d_t * k_t of `hypergradient_preconditioner`, for `delta_rule`'s write_key.
+    """Compute the write keys of OSDN, for `delta_rule`'s write_key (arXiv 2605.13473).
 
-    Kernels form them in one pass, so this is the fast path.
+        write_key_t = d_t * k_t,    d_{t+1} = clip(g_t d_t + (1 - g_t) anchor + eta b_t (1 - b_t <d_t, u_t>) u_t)
+
+    with u_t = k_t^2 and g_t = exp(log_forget_t): the result of `hypergradient_preconditioner` times k. Kernels compute
+    the write keys in one pass.
 
     Args:
-        k, beta, eta, log_forget, initial, anchor, bounds, normalize, restart, segment_ids, chunk_size, implementation,
-            context_axis: as for `hypergradient_preconditioner`.
+        k: keys, [B, T, Hk, K], as the delta rule reads them (L2-normalised in the paper).
+        beta: b_t, one per key head, [B, T, Hk]; None means 1, the paper's first form.
+        eta: step size of the preconditioner.
+        log_forget: natural log of g_t, [B, T, Hk], at most 0; -inf forgets everything. Default None, no forgetting.
+        initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used unclipped, even outside the bounds.
+        anchor: the value that forgetting moves d toward, [Hk, K] or a number; default 0, as in the paper. 1 moves
+            toward plain DeltaNet.
+        bounds: (lo, hi) of the projection after every update; either may be infinite. Default None, no projection.
+        normalize: True divides the update by sum(u_t) + 1e-5; default False.
+        restart: d at the start of every segment but the first, of the shapes of `initial`; default `initial`. Pass it
+            if `initial` is the final d of an earlier call.
+        segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
+        chunk_size: tokens per chunk, for implementations with chunks; default 64.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest of "scan" and
+            "chunk" on this device; see `hypergradient_preconditioner`.
+        context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see
+            `hypergradient_preconditioner`.
 
     Returns:
         write_key: [B, T, Hk, K] in the type of k.
         final: d after the last token, [B, Hk, K] float32, or float64 if an input is.
 
     Raises:
-        ValueError, TypeError, NotImplementedError: as `hypergradient_preconditioner`.
+        ValueError: a shape does not fit k, bounds are empty, chunk_size is below 1, implementation is not known.
+        TypeError: an argument is not of the expected type.
+        NotImplementedError: the named implementation does not serve these types, shapes or this device.
 
     Example:
         >>> import jax
@@ -272,17 +295,17 @@ def _array_or_number(name: str, value: object, shapes: list[tuple[int, ...]]) ->
     if value is None:
         return None
     if checks.is_number(value):
-        return checks.number(name, value)  # kept a number: it takes the type of the state
+        return checks.number(name, value)  # not an array: it takes the type of the state
     return checks.shaped_array(name, value, shapes, "a number, [Hk, K] or [B, Hk, K]")
 
 
 def _apply(implementation: str | None, options: HypergradientOptions, call: HypergradientCall) -> Results:
     static = (tuple(IMPLEMENTATIONS.items()), implementation, options)
-    return over_shards(_run, static, call, _axes(call), ("bthk", "bhk"), _names(call))
+    return over_shards(_jitted_hypergradient, static, call, _axes(call), ("bthk", "bhk"), _names(call))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))  # equal calls compile once, also outside of jit
-def _run(
+def _jitted_hypergradient(
     registry: Items, implementation: str | None, options: HypergradientOptions, call: HypergradientCall
 ) -> Results:
     if options.context_axis is None:

@@ -67,9 +67,9 @@ def _sequentially(local: Any, first: jax.Array, like: jax.Array, options: Hyperg
     axis = str(options.context_axis)
     index = lax.axis_index(axis)
     used, d, final = like, first, first
-    for turn in range(lax.axis_size(axis)):
-        used, final = lax.cond(index == turn, lambda d=d: local(d, options), lambda u=used, f=final: (u, f))
-        d = jnp.where(index == turn + 1, sequence_parallel.from_left(final, axis), d)
+    for device in range(lax.axis_size(axis)):
+        used, final = lax.cond(index == device, lambda d=d: local(d, options), lambda u=used, f=final: (u, f))
+        d = jnp.where(index == device + 1, sequence_parallel.from_left(final, axis), d)
     return used, final, d
 
 
@@ -94,17 +94,16 @@ def _backward(run: Run, options: HypergradientOptions, saved: Any, cotangents: A
         size = lax.axis_size(axis)
         gradient = jax.tree.map(jnp.zeros_like, local)
         gradient = sequence_parallel.vary(gradient, sequence_parallel.axes_of(local))
-        for turn in reversed(range(size)):
-            now = d_final
+        for device in reversed(range(size)):
             gradient = lax.cond(
-                index == turn, lambda now=now: pull((d_used, now))[0], lambda gradient=gradient: gradient
+                index == device, lambda d=d_final: pull((d_used, d))[0], lambda gradient=gradient: gradient
             )
             d_left = lax.ppermute(gradient.start.initial, axis, [(i + 1, i) for i in range(size - 1)])
-            d_final = jnp.where(index == turn - 1, d_final + d_left, d_final)
+            d_final = jnp.where(index == device - 1, d_final + d_left, d_final)
         return gradient
 
     gradient = at_once() if leaves is None else lax.cond(leaves, sequentially, at_once)
-    # Only the first device starts from the given state; the others' come from the preceding device.
+    # Only the first device starts from the given state; each other device starts from the preceding one's final state.
     first = lax.axis_index(axis) == 0
     start = gradient.start._replace(initial=jnp.where(first, gradient.start.initial, jnp.zeros_like(d)))
     return gradient._replace(start=start), None
@@ -118,7 +117,7 @@ def _after(summary: tuple[jax.Array, jax.Array, jax.Array | None], d: jax.Array)
     return sequence_parallel.affine_after((matrix, added[..., None], any_reset), d[..., None])[..., 0]
 
 
-def _on_any_device(here: jax.Array) -> jax.Array:
-    """Return True if true on any device. All devices must call this."""
-    axes = tuple(sorted(sequence_parallel.axes_of(here)))
-    return lax.psum(here.astype(jnp.int32), axes) > 0
+def _on_any_device(flag: jax.Array) -> jax.Array:
+    """Return True if flag is true on any device. All devices must call this."""
+    axes = tuple(sorted(sequence_parallel.axes_of(flag)))
+    return lax.psum(flag.astype(jnp.int32), axes) > 0

@@ -1,4 +1,4 @@
-"""The recurrence of the hypergradient preconditioner: by scan, and in chunks with exact projection.
+"""The recurrence of the hypergradient preconditioner: as a scan, and in chunks with exact projection.
 
 Without the projection the recurrence is a delta rule with key k^2 and a one-dimensional value, so a chunk is one
 triangular solve and two products. The first value to leave the bounds in a chunk depends on exact values only. So if no
@@ -37,7 +37,7 @@ def by_scan(
     Args:
         call: checked arrays.
         options: static options.
-        loop: `lax.scan`, or a function that takes its arguments (step, carry, tokens) and computes the same.
+        loop: `lax.scan`, or a function with the same arguments (step, carry, tokens) and result.
 
     Returns:
         (d before each token, or write keys if options.write_key, [B, T, P, K]; d after the last token [B, P, K]).
@@ -47,7 +47,7 @@ def by_scan(
 
 
 def by_chunks(call: HypergradientCall, options: HypergradientOptions) -> tuple[jax.Array, jax.Array]:
-    """Run in chunks; arguments and result as `by_scan`."""
+    """Run in chunks; arguments and results as `by_scan`."""
     length = call.k.shape[1]
     size = fitting_chunk(options.chunk_size or DEFAULT_PRECONDITIONER_CHUNK, length)
     chunks = jax.tree.map(lambda x: to_chunks(x, size), call.tokens_with_resets())
@@ -132,7 +132,7 @@ def affine_chunk(d: jax.Array, tokens: HypergradientTokens, start: Hypergradient
 
 
 def transition(tokens: HypergradientTokens, chunk_size: int = 64) -> jax.Array:
-    """Return M [B, P, K, K] of the state M d + N after [B, T, ...] tokens, without the projection."""
+    """Return M [B, P, K, K] such that the state after [B, T, ...] tokens is M d + N, without the projection."""
     batch, length, heads, key_dim = tokens.u.shape
     size, dtype = fitting_chunk(chunk_size, length), tokens.u.dtype
 
@@ -160,7 +160,7 @@ def transition(tokens: HypergradientTokens, chunk_size: int = 64) -> jax.Array:
 def _decay(tokens: HypergradientTokens) -> tuple[jax.Array, jax.Array]:
     """Return the decay from the write of token j to just before token i, and the mask j < i (1 or 0).
 
-    They are [B or 1, P or 1, C + 1, C] and [1, 1, C + 1, C]; the last row is for after all tokens.
+    Their shapes are [B or 1, P or 1, C + 1, C] and [1, 1, C + 1, C]; the last row is the decay after all tokens.
     """
     size, dtype = tokens.u.shape[1], tokens.u.dtype
     earlier = jnp.asarray(np.tril(np.ones((size + 1, size)), -1), dtype)[None, None]
@@ -170,7 +170,7 @@ def _decay(tokens: HypergradientTokens) -> tuple[jax.Array, jax.Array]:
 
 
 def _lower(tokens: HypergradientTokens, decay: jax.Array) -> jax.Array:
-    """Return L [B, P, C, C] of (I + L) feedback = 1 - beta <d, u>, with d the decayed state at the chunk's start."""
+    """Return L [B, P, C, C] in (I + L) feedback = 1 - beta <d, u>, with d the state at the chunk's start, decayed."""
     u = tokens.u.swapaxes(1, 2)
     lower = decay[:, :, :-1] * jnp.einsum("bpik,bpjk->bpij", u, u) * tokens.step.swapaxes(1, 2)[:, :, None, :]
     return lower if tokens.beta is None else tokens.beta.swapaxes(1, 2)[..., None] * lower
@@ -198,7 +198,7 @@ def leaves_bounds(d: jax.Array, used: jax.Array, tokens: HypergradientTokens, bo
 def _projected_chunk(
     d: jax.Array, tokens: HypergradientTokens, start: HypergradientStart, bounds: Bounds, leaves: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Compute a chunk, the heads that leave the bounds in it, leaves [B, P], with the scan."""
+    """Compute a chunk, with the scan for the heads that leave the bounds in it (leaves, [B, P] bool)."""
     # With a zero step the affine form of a recomputed head cannot overflow (its gradient would be 0 * inf).
     without_step = tokens._replace(step=jnp.where(leaves[:, None, :], 0.0, tokens.step))
     affine = affine_chunk(d, without_step, start)

@@ -1,6 +1,6 @@
 """The Pallas kernels for Hopper GPUs as implementations of the three operators.
 
-Each operator has a function (call, options) and a function that names the reason why the kernels cannot serve a call.
+Each operator has a function (call, options) that runs the kernels, and one that returns why they cannot serve a call.
 With interpret=True the kernels run in their interpreter, on any machine.
 """
 
@@ -62,7 +62,7 @@ def hypergradient_limitation(
     """Return why the kernels cannot serve the call, beginning with the argument's name; None if they can."""
     dtype = call.tokens.u.dtype
     if dtype != jnp.float32:
-        return f"k: its state is {dtype} here, the kernels keep float32"
+        return f"k: got a state of {dtype}, the kernels keep float32"
     return (
         _chunk_limitation(options.chunk_size)
         or hypergradient_kernels.limitation(call.k)
@@ -84,7 +84,7 @@ def hypergradient(
         call.start.after_reset,
         call.start.anchor,
         options.bounds,
-        multiply=options.write_key,
+        return_write_key=options.write_key,
         interpret=interpret,
     )
 
@@ -108,7 +108,7 @@ def gram(call: GramCall, options: GramOptions, *, interpret: bool = False) -> tu
         options.squash,
         call.initial,
         call.resets,
-        multiply=options.write_key,
+        return_write_key=options.write_key,
         interpret=interpret,
     )
 

@@ -1,4 +1,4 @@
-"""The asymmetric gated delta rule one token at a time: the specification of every other implementation."""
+"""The asymmetric gated delta rule as a scan over tokens: the specification of every other implementation."""
 
 import functools
 from collections.abc import Callable
@@ -27,7 +27,7 @@ def delta_rule_step(
     erase: bool = True,
     scale: float | None = None,
 ) -> tuple[Float[Array, "B H V"], Float[Array, "B H K V"]]:
-    """Compute one token of `delta_rule`: decoding with a state of constant size.
+    """Compute one token of `delta_rule`, for decoding with a state of constant size.
 
     Args:
         state: the state before the token, [B, H, K, V]; None is a state of zeros.
@@ -36,7 +36,7 @@ def delta_rule_step(
         beta: step size of the write, [B, H].
         write_key: [B, Hk, K] or [B, H, K]; default k.
         log_decay: log of the factor on the state, [B, H] or per channel [B, H, K]; default no decay.
-        erase: False leaves out the correction, as in linear attention.
+        erase: False leaves out the correction, as in linear attention; default True.
         scale: factor on the output; default K^-1/2.
 
     Returns:
@@ -44,8 +44,8 @@ def delta_rule_step(
         state: the state after the token, [B, H, K, V] float32, or float64 if an input is.
 
     Raises:
-        ValueError: a shape does not fit the others.
-        TypeError: an argument is not a floating-point array, or scale is not a static number.
+        ValueError: a shape does not fit the others, or scale is not finite.
+        TypeError: an argument is not a floating-point array, scale is not a static number, or erase is not a bool.
 
     Example:
         >>> import jax.numpy as jnp
@@ -76,7 +76,7 @@ def scan(
     Args:
         call: checked arrays.
         erase, scale: options of `delta_rule`.
-        loop: `lax.scan`, or a function that takes its arguments (step, carry, tokens) and computes the same.
+        loop: `lax.scan`, or a function with the same arguments (step, carry, tokens) and result.
 
     Returns:
         (outputs [B, T, H, V], final state), both in the accumulator type.

@@ -1,7 +1,7 @@
-"""Registries of implementations, and the choice that `implementation=None` makes.
+"""Registries of implementations, and the choice for `implementation=None`.
 
-Every choice was measured on a CPU (benchmarks/results/ops-cpu.md, two cores, float32). No other kind of device has
-been measured: choices for those are reasoned, and say so.
+The choices for a CPU were measured (benchmarks/results/ops-cpu.md, two cores, float32). No other type of device has
+been measured; choices for those are marked as unmeasured.
 """
 
 import re
@@ -12,8 +12,8 @@ import jax
 
 from osdn_jax.ops.calls import DeltaRuleCall
 
-# None picks the Mosaic GPU kernels on Hopper once this is True. No GPU has run them yet. Set it when benchmarks/results
-# holds a GPU run (`python -m benchmarks.gpu_suite`) in which every check passed and the kernels were the fastest.
+# If True, None picks the Mosaic GPU kernels on Hopper. No GPU has run them yet. Set it when benchmarks/results holds a
+# GPU run (`python -m benchmarks.gpu_suite`) in which every check passed and the kernels were the fastest.
 MOSAIC_GPU_MEASURED = False
 
 _HOPPER = re.compile(r"\b(GH200|H20|H100|H200|H800)\b")
@@ -24,18 +24,18 @@ Results = tuple[jax.Array, jax.Array]
 class Implementation(NamedTuple):
     """One way to compute an operator: an entry of its IMPLEMENTATIONS.
 
-    A new back end is one function and one such entry, placed before the entries that it should win against.
+    A new back end is one function and one such entry, placed before the entries that it takes precedence over.
 
     Attributes:
-        run: (call, options) -> (outputs, final state), both in the accumulator type. A preconditioner returns its write
-            keys in the type of k where options.write_key is True. The scan takes a third argument, loop, in place of
+        run: (call, options) -> (outputs, final state), both in the accumulator type. A preconditioner with
+            options.write_key returns write keys in the type of k. The scan has a third argument, loop, by default
             `lax.scan`.
         limitation: (call, options) -> why run cannot serve the call on this device, beginning with the argument's
             name, or None if it can.
-        preferred: (call, gradient) -> True if None should pick this entry where it has no limitation, by measurement;
-            gradient says whether the backward pass is wanted, too. The first entry that is preferred wins.
-        mixes_segments: True if a number that is not finite may leave its packed segment, as in masked matrix products
-            (0 * NaN is NaN). `dispatch` then recomputes such calls with the scan.
+        preferred: (call, gradient) -> True if None should pick this entry, by measurement; gradient is True for a call
+            that is differentiated. The first preferred entry without a limitation is picked.
+        mixes_segments: True if a non-finite value may leave its packed segment, as in masked matrix products (0 * NaN
+            is NaN). `dispatch` then recomputes such calls with the scan.
     """
 
     run: Callable[..., Results]
@@ -45,17 +45,20 @@ class Implementation(NamedTuple):
 
 
 Registry = Mapping[str, Implementation]
-Items = tuple[tuple[str, Implementation], ...]  # of a registry, hashable: an argument that is static under jit
+Items = tuple[tuple[str, Implementation], ...]  # items of a registry: hashable, so they can be static under jit
 
 
 def choose(implementations: Registry, call: Any, options: Any, *, gradient: bool = False) -> str:
-    """Return the name of the implementation that None stands for: the first preferred one without a limitation.
+    """Return the name of the default implementation: the first preferred one without a limitation.
 
     Args:
         implementations: the operator's registry, in order of preference.
         call: checked arrays, a NamedTuple of `osdn_jax.ops.calls`.
         options: its static options.
-        gradient: True for the choice when the call is differentiated.
+        gradient: True if the call is differentiated.
+
+    Raises:
+        NotImplementedError: there is none.
     """
     for name, entry in implementations.items():
         if entry.preferred(call, gradient) and entry.limitation(call, options) is None:
@@ -64,23 +67,23 @@ def choose(implementations: Registry, call: Any, options: Any, *, gradient: bool
 
 
 def on_cpu() -> bool:
-    """Return True if the program is for a CPU: the devices of the mesh in use, or the first of this machine."""
+    """Return True if the devices of the mesh in use, or else the first device of this process, are CPUs."""
     return _device().platform == "cpu"
 
 
 def on_hopper() -> bool:
-    """Return True if the program is for a Hopper GPU (see `on_cpu`)."""
+    """Return True if the devices of the mesh in use, or else the first device of this process, are Hopper GPUs."""
     device = _device()
     return device.platform == "gpu" and _HOPPER.search(device.device_kind) is not None
 
 
 def _device() -> Any:
-    # A mesh may be of devices that are absent: what is compiled ahead of time is for them.
+    # In ahead-of-time compilation the mesh in use describes devices that are absent.
     ambient = jax.sharding.get_abstract_mesh().abstract_device
     return jax.devices()[0] if ambient is None else ambient
 
 
-_CACHED = 2**18  # elements of all states that a core's caches hold
+_CACHED = 2**18  # elements of all states; fewer fit into a core's caches
 _WHOLE_CHUNK = 64  # tokens
 
 
@@ -91,7 +94,7 @@ def forward_by_scan(call: DeltaRuleCall) -> bool:
     scan's time for states (B H K V) of up to 2^16 elements, at every length. States of 2^18 and 2^20 elements leave the
     caches at every token, and chunks took 0.46 to 0.97 of the scan's time from 64 tokens on, 0.9 to 1.7 for one token.
 
-    Other devices launch a program per token, so chunks are chosen there: reasoned, not measured.
+    Other devices launch a program per token, so chunks are picked there (unmeasured).
     """
     return on_cpu() and (call.state.size < _CACHED or call.q.shape[1] < _WHOLE_CHUNK)
 
@@ -102,7 +105,7 @@ def default_chunk(channel_decay: bool) -> int:
     Without a decay or with a scalar one, 32 and 64 are within 10 % of each other for K = V = 128 (32 is up to 15 %
     faster for 64), 16 and 128 are slower; 64 keeps half as many states. With a decay per channel the work outside the
     products grows with the chunk: 32 was 12 to 18 % faster than 64; 16 and 128 were slower. Other devices get 64, which
-    fits the tiles of matrix units: reasoned, not measured.
+    fits the tiles of matrix units (unmeasured).
     """
     return 32 if channel_decay and on_cpu() else 64
 

@@ -39,9 +39,7 @@ def check_axis(axis: Any) -> str | None:
     try:
         lax.axis_size(axis)
     except NameError as error:
-        raise ValueError(
-            f"context_axis: got {axis!r}, expected a mesh axis of the jax.shard_map that the call is inside of"
-        ) from error
+        raise ValueError(f"context_axis: got {axis!r}, expected a mesh axis of the enclosing jax.shard_map") from error
     return axis
 
 
@@ -98,9 +96,9 @@ def cotangent_after(
 
 
 def affine_after(summary: tuple[jax.Array, jax.Array, jax.Array | None], state: jax.Array) -> jax.Array:
-    """Return M S + N, or N for rows whose state is reset on the way.
+    """Return M S + N, or N for rows that contain a reset.
 
-    A selection, not M = 0: a number that is not finite must not pass a reset, in either direction.
+    By selection, not by M = 0, so that non-finite values do not pass a reset, forward or in the gradient.
 
     Args:
         summary: (M [..., K, K], N [..., K, V], rows that contain a reset [B] bool or None).

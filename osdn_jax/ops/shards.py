@@ -18,8 +18,8 @@ from osdn_jax.ops import sequence_parallel
 PyTree = Any
 MeshAxes = tuple[str, ...]
 
-# A letter per axis of an array: b batch, h value heads, g key heads, which serve h / g value heads each; any other
-# letter is an axis that is not sharded.
+# Letters for the axes of an array: b batch, h value heads, g key heads (h / g value heads each); other letters are axes
+# that must not be sharded.
 _NAMES = {"b": "batch", "h": "heads", "g": "heads"}
 
 
@@ -76,7 +76,7 @@ def _program(
 ) -> Callable[..., PyTree]:
     """Return the jitted function of the arrays' leaves, cached so that equal calls compile once."""
     used = {axis for spec in in_specs for entry in spec for axis in _axes_of(entry)}
-    manual = {name for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind == AxisType.Explicit}
+    manual = {name for name, type_ in zip(mesh.axis_names, mesh.axis_types, strict=True) if type_ == AxisType.Explicit}
 
     def body(*leaves: jax.Array) -> PyTree:
         return run(*static, treedef.unflatten(sequence_parallel.vary(list(leaves), frozenset(used))))
@@ -119,7 +119,7 @@ def _split(leaves: list[jax.Array], letters: list[str], names: Sequence[str]) ->
                     f"{name}: got {_NAMES[letter]} split over the mesh axes {mesh_axes}, expected {others} as for "
                     f"{before}"
                 )
-    split = {kind: found[kind][1] if kind in found else () for kind in ("batch", "heads")}
+    split = {name: found[name][1] if name in found else () for name in ("batch", "heads")}
     both = set(split["batch"]) & set(split["heads"])
     if both:
         raise ValueError(

@@ -57,7 +57,7 @@ class Data(NamedTuple):
     fingerprints: dict[str, str]
 
 
-class _Part(NamedTuple):
+class _Source(NamedTuple):
     """One source: its training windows, its held-out text and the fingerprint of its training text."""
 
     windows: TokenWindows | StreamedWindows
@@ -127,9 +127,9 @@ def build_data(config: ConfigDict) -> Data:
     """
     tokenizer, length = build_tokenizer(config), config.validation.sequence_length
     paths, weights = _mixture(config)
-    parts = [(_streamed if path.startswith(HUB) else _stored)(config, path, tokenizer) for path in paths]
-    train = [part.windows for part in parts]
-    texts = [part.held_out for part in parts if part.held_out is not None]
+    sources = [(_streamed if path.startswith(HUB) else _stored)(config, path, tokenizer) for path in paths]
+    train = [source.windows for source in sources]
+    texts = [source.held_out for source in sources if source.held_out is not None]
     if config.data.validation_path:
         texts = [_whole(config, config.data.validation_path, tokenizer)]
     held_out = [_windows(text, tokenizer, length) for text in texts]
@@ -142,7 +142,7 @@ def build_data(config: ConfigDict) -> Data:
         held_out_tokens_per_byte=_tokens_per_byte(held_out),
         summary=f"{' and '.join(sizes)} to train on, {_size(held_out, '')} held out",
         fingerprints={
-            fingerprints.TEXT: fingerprints.of_several([part.fingerprint for part in parts]),
+            fingerprints.TEXT: fingerprints.of_several([source.fingerprint for source in sources]),
             fingerprints.HELD_OUT: fingerprints.of_several([_fingerprint(text) for text in texts]),
             fingerprints.TOKENIZER: fingerprints.of_tokenizer(tokenizer),
         },
@@ -167,7 +167,7 @@ def _mixture(config: ConfigDict) -> tuple[list[str], list[float]]:
     return [path for path, _ in parts], [weight for _, weight in parts]
 
 
-def _stored(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
+def _stored(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Source:
     """Open a text on disk; nothing is held out if there is a separate text to validate on."""
     train: Text
     held_out: Text | None
@@ -177,7 +177,7 @@ def _stored(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
         train, held_out = _prepared(path, tokenizer).split(config.data.validation_fraction)
     else:
         train, held_out = _split_documents(config, path)
-    return _Part(_windows(train, tokenizer, config.sequence_length), held_out, _fingerprint(train))
+    return _Source(_windows(train, tokenizer, config.sequence_length), held_out, _fingerprint(train))
 
 
 def _split_documents(config: ConfigDict, path: str) -> tuple[list[Document], list[Document]]:
@@ -200,7 +200,7 @@ def _prepared(path: str, tokenizer: Tokenizer) -> PreparedTokens:
     return tokens
 
 
-def _streamed(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
+def _streamed(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Source:
     """Open a stream; its first documents are held out unless there is a separate text to validate on."""
     settings = config.data
 
@@ -227,7 +227,7 @@ def _streamed(config: ConfigDict, path: str, tokenizer: Tokenizer) -> _Part:
         held_out=[digest(document) for document in held_out or ()],
         shuffle=settings.shuffle_windows,
     )
-    return _Part(windows, held_out, fingerprints.of_documents(first))
+    return _Source(windows, held_out, fingerprints.of_documents(first))
 
 
 def _windows(text: Text, tokenizer: Tokenizer, length: int) -> TokenWindows:
@@ -239,9 +239,9 @@ def _windows(text: Text, tokenizer: Tokenizer, length: int) -> TokenWindows:
 
 
 def _tokens_per_byte(windows: Sequence[TokenWindows | StreamedWindows]) -> float:
-    counted = [part for part in windows if not isinstance(part, StreamedWindows)]
-    return sum(part.text_tokens for part in counted) / sum(part.text_bytes for part in counted)
+    counted = [source for source in windows if not isinstance(source, StreamedWindows)]
+    return sum(source.text_tokens for source in counted) / sum(source.text_bytes for source in counted)
 
 
 def _size(windows: Sequence[TokenWindows], of_what: str = " of text") -> str:
-    return f"{sum(part.text_bytes for part in windows) / 1e6:.2f} MB{of_what}"
+    return f"{sum(source.text_bytes for source in windows) / 1e6:.2f} MB{of_what}"

@@ -151,8 +151,8 @@ def barrier(name: str) -> None:
         multihost_utils.sync_global_devices(name)
 
 
-def all_processes(here: bool) -> bool:
-    """Return True if `here` is true in every process. Must be called by every process."""
+def all_processes(holds: bool) -> bool:
+    """Return True if `holds` is true in every process. Must be called by every process."""
     if jax.process_count() == 1:
-        return here
-    return bool(np.all(multihost_utils.process_allgather(np.asarray(here))))
+        return holds
+    return bool(np.all(multihost_utils.process_allgather(np.asarray(holds))))

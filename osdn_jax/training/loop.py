@@ -131,8 +131,8 @@ def train(
     if on_metrics is not None and not callable(on_metrics):
         raise TypeError(f"on_metrics: got {on_metrics!r}, expected a callable (step, values) or None")
     try:
-        with contextlib.ExitStack() as held:
-            return _train(config, workdir, stop_at, start_from, profile, on_metrics, held)
+        with contextlib.ExitStack() as resources:
+            return _train(config, workdir, stop_at, start_from, profile, on_metrics, resources)
     except (jax.errors.JaxRuntimeError, MemoryError) as error:
         message = out_of_memory(error)
         if message is None:
@@ -147,9 +147,9 @@ def _train(
     start_from: str | Path | None,
     profile: tuple[int, int] | None,
     on_metrics: Callable[[int, dict[str, float]], object] | None,
-    held: contextlib.ExitStack,
+    resources: contextlib.ExitStack,
 ) -> Result:
-    """As `train`; the lock of the directory is entered into `held`."""
+    """As `train`; the lock of the directory is entered into `resources`."""
     # --- Build everything that can fail in one process alone.
     workdir, primary = checked_workdir(workdir), distributed.is_primary()
     try:
@@ -176,7 +176,7 @@ def _train(
     agreement.agree(run)
 
     def open_workdir() -> None:
-        held.enter_context(WorkdirLock(workdir))
+        resources.enter_context(WorkdirLock(workdir))
         check_workdir(workdir, config, may_differ=MAY_CHANGE_ON_RESUME)
 
     agreement.by_first(open_workdir, workdir / CONFIG_FILE)
@@ -322,12 +322,16 @@ class _Origin(NamedTuple):
 
     @classmethod
     def of(cls, workdir: str | Path, data: Data) -> "_Origin":
-        """Describe the run in a directory. Raises FileNotFoundError if there is none, or no checkpoint."""
-        folder = checked_workdir(workdir).absolute() / CHECKPOINT_FOLDER
-        key = "ema" if load_config(workdir).ema else "params"
-        if not folder.is_dir():
-            raise FileNotFoundError(f"start_from: no checkpoints in {folder.parent}")
-        return cls(folder, key, {fingerprints.TOKENIZER: data.fingerprints[fingerprints.TOKENIZER]})
+        """Describe the run in a directory. Raises FileNotFoundError if there is none, or it has no checkpoints."""
+        path = Path(workdir).expanduser().absolute()
+        for name in (CONFIG_FILE, CHECKPOINT_FOLDER):
+            if not (path / name).exists():
+                raise FileNotFoundError(
+                    f"start_from: got {str(workdir)!r}, expected the directory of a run; it has no {name}"
+                )
+        key = "ema" if load_config(path).ema else "params"
+        same = {fingerprints.TOKENIZER: data.fingerprints[fingerprints.TOKENIZER]}
+        return cls(path / CHECKPOINT_FOLDER, key, same)
 
 
 def _restored(

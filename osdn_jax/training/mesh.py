@@ -53,11 +53,11 @@ def mesh_sizes(config: ConfigDict, devices: int) -> dict[str, int]:
     fixed = math.prod(size for size in sizes.values() if size != -1)
     if open_axes:
         if devices % fixed:
-            raise ValueError(f"mesh: got {_words(sizes)}, expected a product that divides the {devices} devices here")
+            raise ValueError(f"mesh: got {_product(sizes)}, expected a product that divides the {devices} devices here")
         sizes[open_axes[0]] = devices // fixed
     count = math.prod(sizes.values())
     if count > devices or (jax.process_count() > 1 and count != devices):
-        raise ValueError(f"mesh: got {_words(sizes)}, {count} in all, expected the {devices} devices here")
+        raise ValueError(f"mesh: got {_product(sizes)}, {count} in all, expected the {devices} devices here")
     return sizes
 
 
@@ -101,7 +101,7 @@ def describe(mesh: Mesh | None) -> str:
     device = jax.devices()[0].device_kind
     if mesh is None:
         return f"1 of {jax.device_count()} {device} devices" if jax.device_count() > 1 else f"1 {device} device"
-    return f"{mesh.size} {device} devices ({_words({axis: n for axis, n in mesh.shape.items() if n > 1})})"
+    return f"{mesh.size} {device} devices ({_product({axis: n for axis, n in mesh.shape.items() if n > 1})})"
 
 
 class Layout:
@@ -179,10 +179,10 @@ def _share(mesh: Mesh | None) -> tuple[int, int]:
     size = len(distinct[0])
     if [list(share) for share in distinct] != [list(range(i, i + size)) for i in range(0, blocks, size)]:
         raise ValueError(
-            f"mesh: got {_words(mesh.shape)}, expected it to give every process an equal block of the rows"
+            f"mesh: got {_product(mesh.shape)}, expected it to give every process an equal block of the rows"
         )
     return distinct.index(tuple(sorted(shares[jax.process_index()]))), len(distinct)
 
 
-def _words(sizes: Mapping[str, int]) -> str:
+def _product(sizes: Mapping[str, int]) -> str:
     return " x ".join(f"{size} {axis}" for axis, size in sizes.items())

@@ -13,8 +13,8 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 from osdn_jax._files import write_atomically
 from osdn_jax.plotting import COLOURS, GREY, INK, label_ends, new_canvas, png, style_axes, widest_label
 
-LEFT, BOTTOM = 0.06, 0.1  # the corner of the axes, as parts of the figure
-GAP = 0.036  # least distance of two labels, as a part of the axes' height
+LEFT, BOTTOM = 0.06, 0.1  # lower left corner of the axes, as fractions of the figure
+GAP = 0.036  # minimum distance between two labels, as a fraction of the axes' height
 
 
 def plot_loss(

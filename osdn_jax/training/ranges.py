@@ -50,9 +50,9 @@ def _rounded(value: Any) -> float:
         return float(np.float32(value))
 
 
-def _count(least: int = 1, *, most: int = _INT32, optional: bool = False, said: str | None = None) -> Range:
+def _count(least: int = 1, *, most: int = _INT32, optional: bool = False, message: str | None = None) -> Range:
     words = f"at least {least}"
-    return Range(int, words, least, most, optional=optional, message=said or Range.message)
+    return Range(int, words, least, most, optional=optional, message=message or Range.message)
 
 
 def _positive(words: str = "more than 0 and finite", most: float = _MOST) -> Range:
@@ -64,8 +64,8 @@ _BELOW_ONE = Range(float, "from 0 to below 1", 0, 1, below=True)
 _SHARE = Range(float, "from 0 to 1", 0, 1)
 _DEVICES = Range(int, "at least 1, or -1 for all devices that are left", -1, _INT32)  # build_mesh refuses 0
 # The same messages as those of `osdn_jax.data`.
-_BATCH = _count(said="{key} must be {words}; got {value!r}")
-_LENGTH = _count(said="{key}: a sequence length must be {words}; got {value!r}")
+_BATCH = _count(message="{key} must be {words}; got {value!r}")
+_LENGTH = _count(message="{key}: a sequence length must be {words}; got {value!r}")
 
 RANGES: dict[str, Range] = {
     "seed": _count(0, most=2**32 - 1),

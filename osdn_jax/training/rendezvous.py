@@ -82,11 +82,11 @@ def gather(
     Raises:
         RuntimeError: the address cannot be used or reached, or a process does not connect, ends, or connects twice.
     """
-    own = {"process_count": process_count, **facts}
+    local_facts = {"process_count": process_count, **facts}
     if process_id == 0:
-        answer = _listen(address, bind or Address("::", address.port), process_count, own, seconds)
+        answer = _listen(address, bind or Address("::", address.port), process_count, local_facts, seconds)
     else:
-        answer = _call(address, {"id": process_id, "facts": own}, seconds)
+        answer = _call(address, {"id": process_id, "facts": local_facts}, seconds)
     if answer["error"]:
         raise RuntimeError(answer["error"])
     found = {int(number): facts for number, facts in answer["facts"].items()}
@@ -127,12 +127,12 @@ def _listen(address: Address, bind: Address, count: int, facts: dict[str, Any], 
 
 
 def _await_all(
-    server: socket.socket, peers: list[_Peer], count: int, own: dict[str, Any], seconds: float
+    server: socket.socket, peers: list[_Peer], count: int, local_facts: dict[str, Any], seconds: float
 ) -> dict[str, Any]:
     """Fill `peers` and return the answer for all of them."""
-    said, error, wrong = {0: own}, "", False
+    reported, error, wrong = {0: local_facts}, "", False
     notice, end = _Notice(), time.monotonic() + seconds
-    while (missing := sorted(set(range(count)) - set(said))) and time.monotonic() < end:
+    while (missing := sorted(set(range(count)) - set(reported))) and time.monotonic() < end:
         ready = _ready([server, *(peer.connection for peer in peers)])
         for peer in [
             peer for peer in peers if peer.connection in ready
@@ -142,15 +142,15 @@ def _await_all(
             peers.remove(peer)
         if server in ready and (new := _greet(server)) is not None:
             peers.append(new)
-            if new.process in said:
+            if new.process in reported:
                 error = error or f"process_id: got {new.process} in two processes, expected another in each"
-            said.setdefault(new.process, new.facts)
-        if not wrong and (error or any(facts != own for facts in said.values())):
+            reported.setdefault(new.process, new.facts)
+        if not wrong and (error or any(facts != local_facts for facts in reported.values())):
             wrong, end = True, min(end, time.monotonic() + _GRACE)
         notice.after_a_while(f"waiting for {name_processes(missing)} of {count}")
     if missing and not wrong:
         error = f"{name_processes(missing)} of {count} did not come within {seconds:.0f} seconds"
-    return {"error": error, "facts": said}
+    return {"error": error, "facts": reported}
 
 
 def _ready(sockets: list[socket.socket]) -> list[Any]:

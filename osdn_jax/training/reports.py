@@ -40,11 +40,11 @@ def _digest(*packages: str) -> str:
 
 def differences(reports: Sequence[Mapping[str, Any] | None]) -> list[str]:
     """Return a line for each key whose value differs between processes; a report of None is skipped."""
-    here = {number: report for number, report in enumerate(reports) if report is not None}
+    present = {number: report for number, report in enumerate(reports) if report is not None}
     found = []
-    for key in sorted(set().union(*here.values())):
+    for key in sorted(set().union(*present.values())):
         values: dict[Any, tuple[Any, list[int]]] = {}
-        for number, report in here.items():
+        for number, report in present.items():
             value = report.get(key, ABSENT)
             values.setdefault(_comparable(value), (value, []))[1].append(number)
         if len(values) > 1:

@@ -77,7 +77,7 @@ def _delta_rule(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
 def _hypergradient(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     from pallas_kernels.hypergradient import hypergradient
 
-    dtype, multiply = jnp.dtype(case.dtype), "multiply" in case.options
+    dtype, return_write_key = jnp.dtype(case.dtype), "multiply" in case.options
     keys, tokens = (BATCH, case.length, HEADS, case.key_dim), _array(BATCH, case.length, HEADS)
     state = _array(BATCH, HEADS, case.key_dim)
     arrays = {"k": _array(*keys, dtype=dtype), "step": tokens, "beta": tokens}
@@ -87,23 +87,25 @@ def _hypergradient(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]
     if "documents" in case.options:
         arrays["resets"] = _array(BATCH, case.length, dtype=bool)
     absent = dict.fromkeys(("log_forget", "resets", "anchor"))
-    options: dict[str, Any] = {"bounds": (0.0, 2.0) if "bounds" in case.options else None, "multiply": multiply}
-    out = _array(*keys, dtype=dtype if multiply else jnp.float32)
+    bounds = (0.0, 2.0) if "bounds" in case.options else None
+    options: dict[str, Any] = {"bounds": bounds, "return_write_key": return_write_key}
+    out = _array(*keys, dtype=dtype if return_write_key else jnp.float32)
     return arrays, (out, state), lambda given: hypergradient(**(absent | given), **options)
 
 
 def _gram(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     from pallas_kernels.gram import gram
 
-    dtype, multiply = jnp.dtype(case.dtype), "multiply" in case.options
+    dtype, return_write_key = jnp.dtype(case.dtype), "multiply" in case.options
     keys, tokens = (BATCH, case.length, HEADS, case.key_dim), _array(BATCH, case.length, HEADS)
     state = _array(BATCH, HEADS, case.key_dim)
     arrays = {"k": _array(*keys, dtype=dtype), "log_decay": tokens, "gain": tokens, "center": _array(HEADS)}
     arrays["initial"] = state
     if "documents" in case.options:
         arrays["resets"] = _array(BATCH, case.length, dtype=bool)
-    out = _array(*keys, dtype=dtype if multiply else jnp.float32)
-    return arrays, (out, state), lambda given: gram(**({"resets": None} | given), squash=1.5, multiply=multiply)
+    out = _array(*keys, dtype=dtype if return_write_key else jnp.float32)
+    options: dict[str, Any] = {"squash": 1.5, "return_write_key": return_write_key}
+    return arrays, (out, state), lambda given: gram(**({"resets": None} | given), **options)
 
 
 _PROGRAMS: dict[str, Callable[[Case], tuple[dict[str, Any], Any, Callable[..., Any]]]] = {

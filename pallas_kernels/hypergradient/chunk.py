@@ -56,7 +56,7 @@ class HypergradientOptions(NamedTuple):
     forget: bool
     anchored: bool
     resets: bool
-    multiply: bool  # return write keys d k, in the type of k, instead of d in float32
+    return_write_key: bool  # return write keys d k, in the type of k, instead of d in float32
     interpret: bool
 
     @property

@@ -46,7 +46,7 @@ def hypergradient(
     anchor: jax.Array | None,
     bounds: tuple[float, float] | None,
     *,
-    multiply: bool = False,
+    return_write_key: bool = False,
     interpret: bool = False,
 ) -> tuple[jax.Array, jax.Array]:
     """Return d before each token, or the write keys d k, and d after the last token.
@@ -65,7 +65,7 @@ def hypergradient(
         after_reset: d after a reset [B, P, K].
         anchor: the value that forgetting leads to [B, P, K]; None means 0.
         bounds: (lo, hi) that every update is clipped to, or None; either may be infinite.
-        multiply: return the write keys d k, in the type of k, instead of d, in float32; default False.
+        return_write_key: return the write keys d k, in the type of k, instead of d, in float32; default False.
         interpret: run in the interpreter, on any machine, and detect races; default False.
 
     Returns:
@@ -79,14 +79,14 @@ def hypergradient(
     if reason is not None:
         raise NotImplementedError(reason)
     if 0 in k.shape[:3]:
-        return jnp.zeros(k.shape, k.dtype if multiply else jnp.float32), initial.astype(jnp.float32)
+        return jnp.zeros(k.shape, k.dtype if return_write_key else jnp.float32), initial.astype(jnp.float32)
     f32 = lambda x: jnp.asarray(x, jnp.float32)
     options = HypergradientOptions(
         bounds=None if bounds is None else (float(bounds[0]), float(bounds[1])),
         forget=log_forget is not None,
         anchored=anchor is not None and log_forget is not None,  # the anchor has no effect without forgetting
         resets=resets is not None,
-        multiply=multiply,
+        return_write_key=return_write_key,
         interpret=interpret,
     )
     beta = jnp.ones(step.shape, jnp.float32) if beta is None else f32(beta)
@@ -138,7 +138,7 @@ def _forward(arrays: tuple[Any, ...], options: HypergradientOptions) -> list[jax
     gates = make_gates(step, beta, log_forget, resets)
     inverse = prepare(k, gates, None, options).inverse
     chunks, final = scan(k, gates, inverse, initial, after_reset, anchor, options)
-    out = expand(chunks, options=options, multiply=options.multiply)
+    out = expand(chunks, options=options, return_write_key=options.return_write_key)
     return [out, final, chunks.gates, chunks.start, chunks.feedback, chunks.sequential]
 
 
@@ -147,7 +147,7 @@ def _backward(arrays: tuple[Any, ...], options: HypergradientOptions) -> list[ja
     chunks, (d_out, d_final) = Chunks(*arrays[:7]), arrays[7:]
     prepared = prepare(chunks.k, chunks.gates, d_out, options)
     sequential = options.may_run_sequentially
-    d = expand(chunks, options=options, multiply=False, sequential_only=True) if sequential else None
+    d = expand(chunks, options=options, return_write_key=False, sequential_only=True) if sequential else None
     cotangents = scan_backward(chunks, prepared, d, d_out, d_final, options)
     d_k, d_gates, d_anchor = gradients(chunks, d, d_out, cotangents, options)
     rows = (D_STEP, D_BETA, D_LOG_FORGET)[: 2 + options.forget]

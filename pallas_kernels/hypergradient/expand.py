@@ -27,7 +27,7 @@ from pallas_kernels.hypergradient.tokens import LOADED_TOKENS, key_rows, load_ro
 
 
 def expand(
-    chunks: Chunks, *, options: HypergradientOptions, multiply: bool, sequential_only: bool = False
+    chunks: Chunks, *, options: HypergradientOptions, return_write_key: bool, sequential_only: bool = False
 ) -> jax.Array:
     """Return d before every token [B, T, P, K] float32, or the write keys d k in the type of k.
 
@@ -36,7 +36,7 @@ def expand(
     Args:
         chunks: of `scan`.
         options: of the kernel.
-        multiply: return the write keys.
+        return_write_key: return the write keys.
         sequential_only: compute only the sequential chunks and leave the others undefined; default False.
     """
     batch, length, heads, size = chunks.k.shape
@@ -60,7 +60,7 @@ def expand(
                 columns, keys = channels(slab), local.k.at[slab]
                 states = shared.start.at[columns], shared.anchor.at[columns]
                 d = closed_form(keys, *states, shared.gates, u, weights, options)
-                if multiply:
+                if return_write_key:
                     out = keys  # the write keys overwrite the keys
                     out[...] = (d * read(keys)).astype(source.k.dtype)
                 else:
@@ -75,7 +75,7 @@ def expand(
 
         def expand_sequentially() -> None:
             def write(t: Any, key: jax.Array, d: jax.Array) -> None:
-                target.out[b, n * CHUNK + t, p] = (d * key if multiply else d).astype(target.out.dtype)
+                target.out[b, n * CHUNK + t, p] = (d * key if return_write_key else d).astype(target.out.dtype)
 
             keys_from = lambda first: source.k.at[b, pl.ds(n * CHUNK + first, LOADED_TOKENS), p]
             start = load_row(shared.start)
@@ -97,10 +97,10 @@ def expand(
         if not sequential_only:
             pl.when(jnp.logical_not(sequential))(lambda: load_and(expand_chunk))
 
-    out = jax.ShapeDtypeStruct(chunks.k.shape, chunks.k.dtype if multiply else jnp.float32)
+    out = jax.ShapeDtypeStruct(chunks.k.shape, chunks.k.dtype if return_write_key else jnp.float32)
     chunk = {
         "k": smem(slabs, CHUNK, SLAB, dtype=chunks.k.dtype),
-        "out": plgpu.SMEM((1,), jnp.float32) if multiply else smem(CHUNK, SLAB, dtype=jnp.float32),
+        "out": plgpu.SMEM((1,), jnp.float32) if return_write_key else smem(CHUNK, SLAB, dtype=jnp.float32),
         "sum_rows": sum_rows_tile(),
         "feedback": plgpu.SMEM((CHUNK,), jnp.float32),
         "u": halves_tile(),

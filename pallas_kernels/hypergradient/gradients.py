@@ -77,7 +77,7 @@ def gradients(
     Args:
         chunks: of `scan`.
         d: [B, T, P, K] float32, of `expand`; read in sequential chunks. None if there are none.
-        d_out: cotangent of d, or with `options.multiply` of d k.
+        d_out: cotangent of d, or with `options.return_write_key` of d k.
         cotangents: of `scan_backward`.
         options: of the kernel.
     """
@@ -112,7 +112,7 @@ def gradients(
                 k = read(keys)
                 predicted = jnp.sum(k * k * d, axis=1)
                 g = read(local.d_out.at[slab])
-                if options.multiply:
+                if options.return_write_key:
                     g = g * k
                 split(g - along_columns(beta_d_feedback, k) * (k * k), *u_or_g)
                 plgpu.commit_smem()
@@ -125,7 +125,7 @@ def gradients(
                 k, coefficient = read(keys), read_rows(gates.at[STEP]) * read_rows(local.feedback)
                 d_u = along_columns(coefficient, d) * d_added - along_columns(beta_d_feedback, d) * d
                 d_k = 2.0 * (k * d_u)
-                if options.multiply:
+                if options.return_write_key:
                     d_k = d_k + read(local.d_out.at[slab]) * d
                 sums = (sums[0] + predicted, sums[1] + jnp.sum(d_added * (k * k), axis=1), *sums[2:])
                 keys[...] = d_k.astype(source.k.dtype)
@@ -151,12 +151,12 @@ def gradients(
             def step(t: Any, token: list[Any], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 gate = lambda row: gates[row, t]
                 k, d, d_out = (load_row(ref) for ref in token)
-                d_used = d_out * k if options.multiply else d_out
+                d_used = d_out * k if options.return_write_key else d_out
                 adjoint = token_vjp(carry[0], d_used, d, k * k, gate, shared.anchor, options)
                 d_feedback = gate(STEP) * adjoint.d_coefficient
                 d_u = (gate(STEP) * adjoint.feedback) * adjoint.d_updated - (gate(BETA) * d_feedback) * d
                 d_k = 2.0 * (k * d_u)
-                if options.multiply:
+                if options.return_write_key:
                     d_k = d_k + d_out * d
                 target.d_k[b, n * CHUNK + t, p] = d_k.astype(source.k.dtype)
                 shared.d_gates[D_STEP, t] = adjoint.d_coefficient * adjoint.feedback

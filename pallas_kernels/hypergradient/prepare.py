@@ -57,8 +57,8 @@ def prepare(k: jax.Array, gates: jax.Array, d_out: jax.Array | None, options: Hy
     Args:
         k: [B, T, P, K], T a multiple of 64.
         gates: [B, P, N, GATES, 64].
-        d_out: cotangent of d, [B, T, P, K] float32, or with `options.multiply` of d k, in the type of k. None for the
-            forward pass.
+        d_out: cotangent of d, [B, T, P, K] float32, or with `options.return_write_key` of d k, in the type of k. None
+            for the forward pass.
         options: of the kernel.
     """
     batch, _, heads, size = k.shape
@@ -101,7 +101,7 @@ def prepare(k: jax.Array, gates: jax.Array, d_out: jax.Array | None, options: Hy
 
             def add(slab: Any, sums: jax.Array) -> jax.Array:
                 cotangents = read(shared.d_out.at[slab])
-                if options.multiply:
+                if options.return_write_key:
                     cotangents = cotangents * read(shared.k.at[slab])
                 split(cotangents, *g)
                 if options.forget:

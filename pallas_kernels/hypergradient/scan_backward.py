@@ -73,7 +73,7 @@ def scan_backward(
         chunks: of `scan`.
         prepared: of `prepare`, for `d_out`.
         d: [B, T, P, K] float32, of `expand`; read in sequential chunks. None if there are none.
-        d_out: cotangent of d, or with `options.multiply` of d k.
+        d_out: cotangent of d, or with `options.return_write_key` of d k.
         d_final: cotangent of the final state [B, P, K].
         options: of the kernel.
     """
@@ -130,7 +130,7 @@ def scan_backward(
             def step(t: Any, token: list[Any], carry: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
                 gate = lambda row: shared.gates[slot, row, t]
                 key, d, d_out = (load_row(ref) for ref in token)
-                if options.multiply:
+                if options.return_write_key:
                     d_out = d_out * key
                 d_before = token_vjp(carry[0], d_out, d, key * key, gate, shared.anchor, options).d_before
                 if not options.resets:

@@ -15,12 +15,12 @@ MODULES = {"delta_rule": delta_rule_operator, "hypergradient": hypergradient, "g
 
 
 def operator(name, write_key=False):
-    """A function of (x, implementation) to outputs, and its arrays."""
+    """Return (function, arrays), called as function(**arrays, implementation=...)."""
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
-    k, gate = draw(B, T, H, K), draw(B, T, H)
+    uniform = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
+    k, gate = uniform(B, T, H, K), uniform(B, T, H)
     if name == "delta_rule":
-        x = {"q": draw(B, T, H, K), "k": k, "v": draw(B, T, H, K), "beta": gate, "log_decay": -gate}
+        x = {"q": uniform(B, T, H, K), "k": k, "v": uniform(B, T, H, K), "beta": gate, "log_decay": -gate}
         return ops.delta_rule, x
     if name == "gram":
         function = ops.gram_write_key if write_key else ops.gram_preconditioner
@@ -32,7 +32,7 @@ def operator(name, write_key=False):
 @pytest.mark.parametrize("write_key", [False, True])
 @pytest.mark.parametrize("name", MODULES)
 def test_a_back_end_is_one_function_and_one_entry(name, write_key, monkeypatch):
-    """By its name at once, and as the choice of None where it is preferred and serves the call."""
+    """A new entry is used under its name, and by None if it is preferred and has no limitation."""
     implementations = MODULES[name].IMPLEMENTATIONS
     seen = []
 
@@ -71,7 +71,7 @@ def test_registries_have_one_form(name):
     assert [key for key, entry in implementations.items() if not entry.mixes_segments] == ["scan"]
 
 
-def test_choose_takes_the_first_that_is_preferred_and_serves():
+def test_choose_takes_the_first_preferred_entry_without_a_limitation():
     always, never = (lambda call, gradient: True), (lambda call, gradient: False)
     entries = {
         "unmeasured": Implementation(None, preferred=never),
@@ -92,7 +92,7 @@ def test_write_keys_are_the_preconditioner_times_the_keys(name, implementation):
     (multiplier, x), (write_key, _) = (operator(name, write_key) for write_key in (False, True))
     cotangent = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, H, K)), jnp.float32)
 
-    def by_hand(x):
+    def product(x):
         d, final = multiplier(**x, implementation=implementation)
         return d * x["k"], final
 
@@ -100,7 +100,7 @@ def test_write_keys_are_the_preconditioner_times_the_keys(name, implementation):
         return jax.grad(lambda x: jnp.sum(cotangent * run(x)[0]) + jnp.sum(run(x)[1]))
 
     at_once = lambda x: write_key(**x, implementation=implementation)
-    got, want = jit(lambda x: tuple((run(x), gradient(run)(x)) for run in (at_once, by_hand)))(x)
+    got, want = jit(lambda x: tuple((run(x), gradient(run)(x)) for run in (at_once, product)))(x)
     assert_close(got, want, 1e-5)
     narrow = x | {"k": x["k"].astype(jnp.bfloat16)}
     keys, final = jit(at_once)(narrow)
@@ -109,7 +109,7 @@ def test_write_keys_are_the_preconditioner_times_the_keys(name, implementation):
 
 @pytest.mark.usefixtures("our_checks")
 @pytest.mark.parametrize("name", ["hypergradient", "gram"])
-def test_write_keys_refuse_what_the_preconditioner_refuses(name):
+def test_write_key_functions_check_their_arguments(name):
     function, x = operator(name, write_key=True)
     with pytest.raises(ValueError, match="implementation: got 'fast', expected None or one of chunk"):
         function(**x, implementation="fast")
@@ -117,8 +117,8 @@ def test_write_keys_refuse_what_the_preconditioner_refuses(name):
         function(**x | {"k": [1.0]})
 
 
-def test_the_choice_on_a_cpu():
-    """Forward passes of small states by the scan, gradients by chunks; preconditioners by the scan."""
+def test_choices_on_a_cpu():
+    """The scan for forward passes of small states and for preconditioners, chunks for gradients of the delta rule."""
     assert selection.on_cpu()
     q = jnp.ones((1, 64, 1, 8))
     beta = jnp.ones((1, 64, 1))
@@ -127,3 +127,26 @@ def test_the_choice_on_a_cpu():
     chosen = [choose(delta_rule_operator.IMPLEMENTATIONS, call, options, gradient=g) for g in (False, True)]
     assert chosen == ["scan", "chunk"]
     assert choose(gram.IMPLEMENTATIONS, None, None) == choose(hypergradient.IMPLEMENTATIONS, None, None) == "scan"
+
+
+def test_default_is_the_scan_forward_and_chunks_for_the_gradient():
+    """On a CPU; both agree with "chunk"."""
+    function, x = operator("delta_rule")
+
+    def outputs(x, implementation):
+        return function(**x, chunk_size=4, implementation=implementation)
+
+    def loss(x, implementation):
+        o, state = outputs(x, implementation)
+        return jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(state))
+
+    def both(implementation):
+        run = lambda f: jit(lambda x: f(x, implementation))(x)
+        return run(outputs), run(jax.value_and_grad(loss))
+
+    default, by_chunks = both(None), both("chunk")
+    assert_close(default, by_chunks, 1e-6)
+    o_by_scan, _ = jit(lambda x: outputs(x, "scan"))(x)
+    np.testing.assert_array_equal(default[0][0], o_by_scan)
+    assert not np.array_equal(o_by_scan, by_chunks[0][0])
+    jax.tree.map(np.testing.assert_array_equal, default[1], by_chunks[1])

@@ -26,7 +26,7 @@ def test_values_and_gradients(case, implementation):
 
 
 def check_gradient_by_oracle(case, gradient):
-    """Along one random direction per array, the gradient is the oracle's derivative by the complex step."""
+    """Assert that the gradient along one random direction per array is the oracle's derivative by the complex step."""
     rng = np.random.default_rng(2)
     for name, x in case.arrays.items():
         direction = rng.normal(size=x.shape)

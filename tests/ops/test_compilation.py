@@ -1,4 +1,4 @@
-"""Equal calls compile once, also where nothing is under jit."""
+"""Equal calls compile once, also outside of jit."""
 
 import jax
 import jax.monitoring
@@ -14,7 +14,7 @@ from osdn_jax.nn.chunked_loss import Chunks, cross_entropy
 
 @pytest.fixture
 def compilations():
-    """A counter of programs that are made, from the first call of it on."""
+    """A counter of compiled programs, [count]; the fixture itself compiles one."""
     count = [0]
 
     def listen(event, seconds, **more):
@@ -29,15 +29,19 @@ def compilations():
 
 def arrays(rule, length=3):
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
-    q, k, v, gate, channel = (*(draw(1, length, 2, 4) for _ in range(3)), draw(1, length, 2), draw(1, length, 2, 4))
+    uniform = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
+    q, k, v, gate, channel = (
+        *(uniform(1, length, 2, 4) for _ in range(3)),
+        uniform(1, length, 2),
+        uniform(1, length, 2, 4),
+    )
     more = {
         "osdn": {"beta": gate},
         "delta_net": {"beta": gate},
         "os_gdn": {"beta": gate, "log_decay": -gate},
         "kda": {"beta": gate, "log_decay": -channel},
         "pkda": {"beta": gate, "log_decay": -channel, "gram_log_decay": -gate, "gram_gain": gate},
-        "gdn2": {"erase_gate": channel, "write_gate": draw(1, length, 2, 4), "log_decay": -channel},
+        "gdn2": {"erase_gate": channel, "write_gate": uniform(1, length, 2, 4), "log_decay": -channel},
         "linear_attention": {},
     }
     return {"q": q, "k": k, "v": v} | more[rule]
@@ -60,12 +64,12 @@ def test_rules(rule, implementation, compilations):
     for call in (value, gradient):
         first = call()
         count = compilations[0]
-        again = call()
+        repeated = call()
         assert compilations[0] == count
-        jax.tree.map(np.testing.assert_array_equal, again, first)
+        jax.tree.map(np.testing.assert_array_equal, repeated, first)
 
 
-def test_the_rest(compilations):
+def test_other_functions(compilations):
     q, k, v, beta = arrays("delta_net").values()
     model = nn.mixer_config("transformer", width=8, heads=2, key_dim=4, value_dim=4)
     attention = nn.SoftmaxAttention(model, 1, jnp.dtype(jnp.float32), rngs=nnx.Rngs(0))
@@ -95,7 +99,7 @@ def exact(k):
 
 
 def test_other_options_are_other_programs():
-    """What is static is part of what a program is known by."""
+    """Static options are part of the key that compiled programs are cached by."""
     x = arrays("delta_net")
     for options in ({"scale": 1.0}, {"scale": 2.0}, {"implementation": "scan"}, {"chunk_size": 2}):
         o, _ = ops.delta_net(**x, **options)

@@ -1,4 +1,4 @@
-"""A packed document that is not finite stays alone: what other documents compute and what their gradients are."""
+"""NaN and infinities stay inside their packed segment: values and gradients of the other segments do not change."""
 
 import jax
 import jax.numpy as jnp
@@ -14,12 +14,12 @@ from support.cases import NAMED, TRUST, delta, gram, hypergradient, ids
 
 pytestmark = pytest.mark.usefixtures("float64")
 
-STARTS = ((20, 23, 40), (20, 34, 50))  # the second document, from token 20 on, is the bad one
+STARTS = ((20, 23, 40), (20, 34, 50))  # the second segment, from token 20 on, is not finite
 BAD = np.array([(20, 23), (20, 34)])
 
 
 def packed(case):
-    """The case with documents of its own, the same in its oracle."""
+    """Return the case with the segments of STARTS, for its oracle as well."""
     batch, length = next(x.shape[:2] for name, x in case.arrays.items() if name in ("k", "v"))
     object.__setattr__(case, "segment_ids", ids(STARTS, batch, length))
     return case
@@ -29,14 +29,14 @@ MIXED = [
     packed(delta("delta: channel decay, write key per value head", decay="channel", write_key="value")),
     packed(delta("delta: scalar decay", decay="scalar", key_heads=2, heads=2)),
     packed(delta("delta: no erase", erase=False)),
-    packed(hypergradient("hypergradient: free", beta=True, forget=True, eta=0.5, initial=("head", 0.5, 1.5))),
+    packed(hypergradient("hypergradient: unbounded", beta=True, forget=True, eta=0.5, initial=("head", 0.5, 1.5))),
     packed(hypergradient("hypergradient: bounds", **TRUST, anchor=1.0, restart=1.0)),
     packed(gram("gram")),
 ]
 
 
 def outside(x):
-    """Those tokens of [B, T, ...] that are not in the bad documents."""
+    """Return the tokens of [B, T, ...] outside the bad segments."""
     return np.concatenate([np.delete(row, range(*bad), axis=0) for row, bad in zip(np.asarray(x), BAD, strict=True)])
 
 
@@ -45,29 +45,32 @@ def assert_same_finite(got, want):
         np.testing.assert_array_equal(np.isfinite(got[name]), np.isfinite(want[name]), err_msg=name)
 
 
-def spoil(case, kind):
-    """The arrays of the case with something not finite in the second document of every row."""
+def spoil(case, fault):
+    """Return the arrays of the case with a fault in the second segment of every row: "nan", "inf" or "overflow"."""
     arrays = {name: x.copy() for name, x in case.arrays.items()}
     name = "v" if "v" in arrays else "k"
     for row, (start, _) in enumerate(BAD):
-        if kind == "overflow":  # finite numbers whose products are not
+        if fault == "overflow":  # finite inputs whose products are not
             for large in {"k", "write_key", "v"} & set(arrays):
                 arrays[large][row, start : start + 2] *= 1e170
         else:
-            arrays[name][row, start + 1, ..., 0] = {"nan": np.nan, "inf": np.inf}[kind]
+            arrays[name][row, start + 1, ..., 0] = {"nan": np.nan, "inf": np.inf}[fault]
     return arrays
 
 
-@pytest.mark.parametrize("kind", ["nan", "inf", "overflow"])
+@pytest.mark.parametrize("fault", ["nan", "inf", "overflow"])
 @pytest.mark.parametrize("case", MIXED, ids=lambda case: case.name)
-def test_other_documents_keep_values_and_gradients(case, kind):
-    """They are what they are beside a document that is finite, for every cotangent of that document's outputs."""
-    arrays, (tokens, final) = spoil(case, kind), case.operator.outputs
+def test_other_segments_keep_values_and_gradients(case, fault):
+    """They equal those with a finite second segment, whatever the cotangents of that segment's outputs are."""
+    arrays, (tokens, final) = spoil(case, fault), case.operator.outputs
     clean_value, clean_gradient = case.by_scan
     cotangents = case.cotangents
     value, gradient = jit(value_and_gradient(case.run("chunk")))(arrays, cotangents)
     by_scan, gradient_by_scan = jit(value_and_gradient(case.run("scan")))(arrays, cotangents)
-    for got, want in ((value, by_scan), (gradient, gradient_by_scan)):  # it is not hidden: the specification says where
+    for got, want in (
+        (value, by_scan),
+        (gradient, gradient_by_scan),
+    ):  # non-finite values are not hidden: they are where the scan has them
         assert_same_finite(got, want)
     assert not np.isfinite(np.concatenate([np.ravel(x) for x in gradient.values()])).all()
     np.testing.assert_allclose(outside(value[tokens]), outside(clean_value[tokens]), rtol=1e-9, atol=1e-11)
@@ -79,7 +82,7 @@ def test_other_documents_keep_values_and_gradients(case, kind):
 
 
 @pytest.mark.parametrize("case", MIXED[:1] + MIXED[3:], ids=lambda case: case.name)
-def test_cotangents_that_are_not_finite_stay_in_their_document(case):
+def test_cotangents_that_are_not_finite_stay_in_their_segment(case):
     tokens = case.operator.outputs[0]
     cotangents = {name: np.array(x) for name, x in case.cotangents.items()}
     for row, (start, _) in enumerate(BAD):
@@ -94,7 +97,7 @@ def test_cotangents_that_are_not_finite_stay_in_their_document(case):
 @pytest.mark.parametrize("implementation", ["scan", "chunk"])
 @pytest.mark.parametrize("case", MIXED[:1] + MIXED[3:], ids=lambda case: case.name)
 def test_over_devices(case, implementation):
-    """A sequence split over devices: tokens of the bad document are on two of them."""
+    """The sequence is split over devices, the bad segment over two of them."""
     arrays = spoil(case, "nan")
     arrays = {name: x[:, :56] if x.shape[:2] == (2, 57) else x for name, x in arrays.items()}
     segments = case.segment_ids[:, :56]
@@ -106,14 +109,14 @@ def test_over_devices(case, implementation):
         outputs = case.operator.function(**x, segment_ids=segments, **case.options, implementation="scan")
         return dict(zip(case.operator.outputs, outputs, strict=True))
 
-    def piece(x, segments):
+    def local(x, segments):
         options = case.options | {"implementation": implementation, "chunk_size": 16, "context_axis": "context"}
         outputs = case.operator.function(**x, segment_ids=segments, **options)
         return dict(zip(case.operator.outputs, outputs, strict=True))
 
     def split(x, segments):
         in_specs = (specs, P(None, "context"))
-        return jax.shard_map(piece, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(x, segments)
+        return jax.shard_map(local, mesh=mesh, in_specs=in_specs, out_specs=out_specs)(x, segments)
 
     cotangents = random_like(jax.eval_shape(whole, arrays, segments), seed=1)
     results = [
@@ -129,7 +132,7 @@ def test_over_devices(case, implementation):
 
 @pytest.mark.parametrize("case", MIXED[:1] + MIXED[3:], ids=lambda case: case.name)
 def test_an_empty_batch(case):
-    """Values and gradients of nothing, in the shapes of nothing."""
+    """Values and gradients of a batch of size 0 are empty arrays of the right shapes."""
     batched = {name: x[:0] if x.shape[0] == len(BAD) else x for name, x in case.arrays.items()}
     options = case.options | {"segment_ids": jnp.asarray(case.segment_ids[:0]), "implementation": "chunk"}
     out, pull = jax.vjp(lambda x: case.operator.function(**x, **options), batched)
@@ -139,16 +142,20 @@ def test_an_empty_batch(case):
 
 
 @pytest.mark.parametrize("rule", ["osdn", "pgdn"])
-def test_rules_carry_a_bad_document_no_further(rule):
-    """A state that is not finite is left behind where the next document starts."""
+def test_rules_reset_a_state_that_is_not_finite(rule):
+    """It is replaced when the next segment starts."""
     rng = np.random.default_rng(0)
     q, k, v = (jnp.asarray(rng.normal(size=(1, 24, 2, 4)) / 3) for _ in range(3))
     gate = jnp.full((1, 24, 2), 0.5)
-    more = (-gate, -gate, gate) if rule == "pgdn" else ()
+    x = {"q": q, "k": k, "beta": gate}
+    if rule == "pgdn":
+        x |= {"log_decay": -gate, "gram_log_decay": -gate, "gram_gain": gate}
     segments = jnp.repeat(jnp.arange(3), 8)[None]
-    call = lambda v, at, state=None: getattr(ops, rule)(
-        *(x[:, at] for x in (q, k, v, gate, *more)), segment_ids=segments[:, at], initial_state=state, chunk_size=8
-    )
+
+    def call(v, at, state=None):
+        tokens = {name: array[:, at] for name, array in (x | {"v": v, "segment_ids": segments}).items()}
+        return getattr(ops, rule)(**tokens, initial_state=state, chunk_size=8)
+
     bad = v.at[0, 3].set(jnp.nan)
     want = call(v, slice(8, 24))
     _, state = call(bad, slice(0, 8))
@@ -158,10 +165,10 @@ def test_rules_carry_a_bad_document_no_further(rule):
     assert_close(tuple(after), tuple(want[1]), 1e-10)
 
 
-def test_under_vmap_one_question_is_asked_for_all():
-    """A predicate for each row would make vmap compute both forms for every row, every time."""
+def test_one_predicate_for_all_rows_under_vmap():
+    """With a predicate per row, vmap would compute both forms for every row in every call."""
     x = jnp.array([[1.0, 2.0], [3.0, jnp.nan]])
-    assert not jax.vmap(all_finite, out_axes=None)(x)  # an error, were it one for each row
+    assert not jax.vmap(all_finite, out_axes=None)(x)  # out_axes=None is an error for a value per row
     assert jax.vmap(jax.vmap(all_finite, out_axes=None), out_axes=None)(x[:1])
 
     case = NAMED["delta: scalar decay, write key per key head"]
@@ -176,7 +183,7 @@ def test_under_vmap_one_question_is_asked_for_all():
 
 @pytest.mark.parametrize("case", [MIXED[1], MIXED[5]], ids=lambda case: case.name)
 def test_second_derivatives(case):
-    """A gradient of a gradient, in reverse both times, goes through the choice between the two forms."""
+    """Reverse mode over reverse mode differentiates through the choice between the fast form and the scan."""
     arrays = jax.tree.map(jnp.asarray, case.arrays)
     tokens, name = case.operator.outputs[0], "k"
 
@@ -196,12 +203,12 @@ def test_all_finite():
     assert all_finite({"a": jnp.ones((2, 3)), "b": jnp.full((), 1e300)})
     assert not all_finite([jnp.ones(3), jnp.array([[0.0, jnp.nan]])])
     assert not all_finite((jnp.array([jnp.inf, -jnp.inf]),))
-    assert all_finite(jnp.full((2, 4), 1e308))  # no sum of them
+    assert all_finite(jnp.full((2, 4), 1e308))  # although their sum overflows
     assert all_finite(jnp.ones((0, 3)))
 
 
 @pytest.mark.parametrize("length", [0, 1, 8, 9, 64, 65, 200])
-def test_a_scan_in_blocks_is_a_scan(length):
+def test_scan_in_blocks_equals_a_scan(length):
     rng = np.random.default_rng(length)
     tokens = {"a": jnp.asarray(rng.uniform(0.5, 1.0, length)), "b": jnp.asarray(rng.normal(size=length))}
 
@@ -222,8 +229,8 @@ def test_a_scan_in_blocks_is_a_scan(length):
     assert_close(blocks, plain, 1e-12)
 
 
-def test_what_keeps_documents_apart_costs_little_memory():
-    """The gradient of the specification, which only a bad document needs, holds no state per token."""
+def test_containment_costs_little_memory():
+    """The gradient of the scan, which is computed for non-finite segments only, holds no state per token."""
     batch, length, heads, size = 1, 2048, 2, 64
     keys = jax.ShapeDtypeStruct((batch, length, heads, size), jnp.float32)
     gates = jax.ShapeDtypeStruct((batch, length, heads), jnp.float32)
@@ -232,10 +239,10 @@ def test_what_keeps_documents_apart_costs_little_memory():
     def gradient(packed):
         def loss(q, k, v, beta, log_decay, segments):
             segments = segments if packed else None
-            o, memory = ops.delta_rule(
+            o, state = ops.delta_rule(
                 q, k, v, beta, log_decay=log_decay, segment_ids=segments, chunk_size=64, implementation="chunk"
             )
-            return jnp.sum(o) + jnp.sum(memory)
+            return jnp.sum(o) + jnp.sum(state)
 
         program = jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))
         return program.lower(keys, keys, keys, gates, gates, segments).compile().memory_analysis().temp_size_in_bytes

@@ -1,4 +1,4 @@
-"""A sequence split over devices is the same sequence: values and gradients of every operator and rule."""
+"""A sequence split over devices has the values and gradients of the whole one, in every operator and rule."""
 
 import functools
 
@@ -16,17 +16,17 @@ from support.cases import CASES, NAMED, TRUST, hypergradient
 pytestmark = pytest.mark.usefixtures("float64")
 
 TOLERANCE = 1e-11
-# Only these lead with the tokens of a sequence; the others are the same on every device.
+# Arrays with a time axis; the others are the same on every device.
 TOKENS = {"q", "k", "v", "beta", "write_key", "log_decay", "log_forget", "gain"}
 
 
 def devices(length):
-    """A few that divide the sequence."""
+    """Return the largest number of devices up to 5 that divides the sequence."""
     return max(n for n in range(1, 6) if length % n == 0)
 
 
 def split(case, implementation="chunk", count=None, **options):
-    """The case's function with the sequence split over devices."""
+    """Return the case's function with the sequence split over devices."""
     length = case.arrays["k"].shape[1]
     mesh = jax.make_mesh((count or devices(length),), ("context",), axis_types=(AxisType.Auto,))
     ids = () if case.segment_ids is None else (jnp.asarray(case.segment_ids),)
@@ -51,7 +51,7 @@ def test_values_and_gradients(case):
     assert_close(got, case.by_scan, TOLERANCE)
 
 
-# Above binds in tokens in the middle only, the others from the first on.
+# "above" binds at tokens in the middle only, the others from the first token on.
 BOUNDS = {"nowhere": (-9.0, 9.0), "below": (0.72, 9.0), "above": (-9.0, 0.95), "both": (0.71, 0.8)}
 
 
@@ -74,11 +74,11 @@ def test_projection_in_order(name, implementation):
     assert_close(got, case.by_scan, TOLERANCE)
 
 
-def test_a_bound_that_binds_in_one_place_only():
-    """The devices before it are done, those after it begin with what it leaves; other groups of devices join in."""
+def test_projection_that_binds_on_one_device_only():
+    """The devices run sequentially, also in the other rows of the mesh, where no projection binds."""
     case = hypergradient("one place", length=63, **TRUST | {"bounds": (-9.0, 9.0)}, batch=2)
     x = case.arrays | {"k": case.arrays["k"].copy()}
-    x["k"][1, 40] *= 9.0  # one token of one row throws d far out
+    x["k"][1, 40] *= 9.0  # one token of one row moves d far outside
     run = functools.partial(ops.hypergradient_preconditioner, eta=0.5, bounds=(-9.0, 9.0), chunk_size=8)
     mesh = jax.make_mesh((2, 3), ("data", "context"), axis_types=(AxisType.Auto,) * 2)
     specs = {name: P("data", "context") if name in TOKENS else P("data") for name in x}
@@ -110,7 +110,7 @@ def test_bfloat16():
 
 
 def test_errors(our_checks):
-    x = {name: jnp.asarray(a[:, :4]) for name, a in NAMED["delta: bare"].arrays.items()}
+    x = {name: jnp.asarray(a[:, :4]) for name, a in NAMED["delta: no options"].arrays.items()}
     with pytest.raises(ValueError, match=r"context_axis: got 'context', expected a mesh axis"):
         ops.delta_rule(**x, context_axis="context")
     with pytest.raises(ValueError, match="context_axis: got 'rows'"):

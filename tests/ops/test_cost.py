@@ -1,4 +1,4 @@
-"""What the chunkwise gradient promises: one memory per chunk, and a program the size of one chunk."""
+"""Costs of the chunkwise gradient: it saves one state per chunk, and its program does not grow with the sequence."""
 
 from pathlib import Path
 
@@ -14,8 +14,8 @@ H, K = 2, 64
 
 def gradient(implementation):
     def loss(q, k, v, beta, log_decay):
-        o, memory = ops.delta_rule(q, k, v, beta, log_decay=log_decay, chunk_size=64, implementation=implementation)
-        return jnp.sum(o) + jnp.sum(memory)
+        o, state = ops.delta_rule(q, k, v, beta, log_decay=log_decay, chunk_size=64, implementation=implementation)
+        return jnp.sum(o) + jnp.sum(state)
 
     return jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))
 
@@ -30,17 +30,17 @@ def temporary_bytes(implementation, length):
     return gradient(implementation).lower(*arguments(length)).compile().memory_analysis().temp_size_in_bytes
 
 
-def test_gradient_in_chunks_holds_no_memory_per_token():
-    memory = H * K * K * 4
+def test_chunkwise_gradient_holds_no_state_per_token():
+    state = H * K * K * 4
     scan, chunk, longer = temporary_bytes("scan", 2048), temporary_bytes("chunk", 2048), temporary_bytes("chunk", 4096)
-    assert scan > 2048 * memory  # the scan does, which is what this test would notice
+    assert scan > 2048 * state  # the scan does, so the test can tell the two apart
     assert chunk < scan / 20
-    # From chunk to chunk: its memory, and q, k, v, o and their gradients, 64 tokens of K numbers each.
-    assert (longer - chunk) / (2048 / 64) < 8 * memory
+    # Each further chunk adds its state, and 64 tokens of K elements in each of q, k, v, o and their gradients.
+    assert (longer - chunk) / (2048 / 64) < 8 * state
 
 
 def largest_array(jaxpr):
-    """The numbers in the largest array that a program, or one inside it, makes."""
+    """Return the size of the largest array that a program, or one inside it, computes."""
     sizes = [x.aval.size for eqn in jaxpr.eqns for x in eqn.outvars]
     return max(sizes + [largest_array(inner) for inner in inner_programs(jaxpr)], default=0)
 
@@ -50,7 +50,7 @@ def inner_programs(jaxpr):
     return [x for x in (getattr(x, "jaxpr", x) for x in values) if hasattr(x, "eqns")]
 
 
-def test_no_array_of_the_gradient_holds_a_memory_per_token():
+def test_no_array_of_the_gradient_holds_a_state_per_token():
     largest = {
         name: largest_array(gradient(name).trace(*arguments(2048)).jaxpr.jaxpr) for name in ("scan", "chunk", None)
     }
@@ -59,7 +59,7 @@ def test_no_array_of_the_gradient_holds_a_memory_per_token():
 
 
 def equations(jaxpr):
-    """The equations of a program, those of its inner programs included."""
+    """Return the number of equations of a program, inner programs included."""
     return len(jaxpr.eqns) + sum(equations(inner) for inner in inner_programs(jaxpr))
 
 
@@ -70,23 +70,23 @@ def test_programs_do_not_grow_with_the_sequence(implementation):
 
 
 def scan_lengths(jaxpr):
-    """The lengths of all scans in a program."""
-    own = {eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"}
-    return own.union(*(scan_lengths(inner) for inner in inner_programs(jaxpr)))
+    """Return the lengths of all scans in a program, inner programs included."""
+    lengths = {eqn.params["length"] for eqn in jaxpr.eqns if eqn.primitive.name == "scan"}
+    return lengths.union(*(scan_lengths(inner) for inner in inner_programs(jaxpr)))
 
 
 @pytest.mark.parametrize(
     ("batch", "length", "steps"),
     [(1, 512, 512), (32, 512, 8), (32, 63, 63)],
-    ids=["the caches hold the memory", "they do not", "less than a chunk"],
+    ids=["state fits in the caches", "state exceeds the caches", "less than a chunk"],
 )
-def test_a_forward_pass_on_a_cpu_goes_token_by_token_while_caches_hold_the_memory(batch, length, steps):
+def test_forward_pass_on_a_cpu_is_the_scan_while_caches_hold_the_state(batch, length, steps):
     x = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in arguments(length)[:4]]
     assert scan_lengths(jax.jit(ops.delta_rule).trace(*x).jaxpr.jaxpr) == {steps}
 
 
-def test_no_prefix_scan_over_memories():
-    """It would hold every prefix, T K V numbers. The linter knows it too, by name."""
+def test_no_prefix_scan_over_states():
+    """It would hold a state per token, T K V elements. The linter bans the function, too."""
     root = Path(__file__).parents[2]
     sources = [path for folder in ("osdn_jax/ops", "pallas_kernels") for path in (root / folder).rglob("*.py")]
     assert len(sources) > 20

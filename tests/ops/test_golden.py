@@ -29,13 +29,13 @@ def _unit(x):
 def _hypergradient(rule, x, options, run):
     beta_aware = rule == "os_gdn" or options.get("beta_aware", False)
     bounds = None if options["d_min"] is None else (options["d_min"], options["d_max"])
-    decay = {"osdn": (), "os_gdn": ("g",), "os_kda": ("gk",)}[rule]
+    decay = {"osdn": {}, "os_gdn": {"log_decay": "g"}, "os_kda": {"log_decay": "gk"}}[rule]
     return getattr(ops, rule)(
         x["q"],
         x["k"],
         x["v"],
-        x["beta"],
-        *(x[name] for name in decay),
+        beta=x["beta"],
+        **{name: x[key] for name, key in decay.items()},
         eta=options["eta"],
         log_forget=x.get("gd"),
         initial=x["d0"],
@@ -75,21 +75,21 @@ def _rule(rule, x, options, run):
 
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case["file"].removesuffix(".npz"))
 def test_rule_equals_golden(case):
-    """The scan in values and gradients, and on the long inputs the chunks in values: test_cases.py has the rest."""
+    """Values and gradients of the scan, and values of the chunks on long inputs; test_cases.py compares the two."""
     rule, options = case["rule"], case["options"]
     data = np.load(Path(_DIRECTORY) / "rules" / case["file"])
 
-    def part(prefix):
+    def arrays(prefix):
         return {name.removeprefix(prefix): data[name] for name in data.files if name.startswith(prefix)}
 
     def outputs(x, implementation):
         o, state = _rule(rule, x, options, {"implementation": implementation, "chunk_size": 16})
         out = {"o": o, "state": state.recurrent, "d_final": state.preconditioner, "A_final": state.preconditioner}
-        return {name: out[name] for name in part("out_")}
+        return {name: out[name] for name in arrays("out_")}
 
-    x, cotangents = jax.tree.map(jnp.asarray, (part("in_"), part("cot_")))
-    tolerance = 1e-7 if rule in ("pdn", "pgdn") else 1e-9  # the references of these two round log(squash) to float32
+    x, cotangents = jax.tree.map(jnp.asarray, (arrays("in_"), arrays("cot_")))
+    tolerance = 1e-7 if rule in ("pdn", "pgdn") else 1e-9  # these two references round log(squash) to float32
     got = jit(value_and_gradient(functools.partial(outputs, implementation="scan")))(x, cotangents)
-    assert_close(got, (part("out_"), part("grad_")), tolerance)
+    assert_close(got, (arrays("out_"), arrays("grad_")), tolerance)
     if case["dims"]["T"] > 64:
-        assert_close(jit(functools.partial(outputs, implementation="chunk"))(x), part("out_"), tolerance)
+        assert_close(jit(functools.partial(outputs, implementation="chunk"))(x), arrays("out_"), tolerance)

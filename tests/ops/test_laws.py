@@ -1,4 +1,4 @@
-"""Laws of the rules, by Hypothesis: for arbitrary numbers, chunk sizes and cuts."""
+"""Algebraic laws of the rules, checked by Hypothesis for arbitrary inputs, chunk sizes and splits."""
 
 import functools
 
@@ -32,26 +32,26 @@ def inputs(seed):
         "log_decay": -rng.uniform(0, 2, size=(B, T, H)),
         "initial_state": rng.normal(size=(B, H, K, V)),
     }
-    for name in ("k", "write_key"):  # so that the memory stays of the size of the values
+    for name in ("k", "write_key"):  # so that the state does not grow
         x[name] /= np.linalg.norm(x[name], axis=-1, keepdims=True)
     return jax.tree.map(jnp.asarray, x)
 
 
 @functools.cache
 def delta_rule(implementation):
-    """Compiled once: every law keeps the shapes."""
+    """Return the compiled operator; all laws use the same shapes."""
     return jit(lambda x: ops.delta_rule(**x, implementation=implementation, chunk_size=4))
 
 
-@settings(max_examples=2)  # each compiles its own programs
+@settings(max_examples=2)  # each example compiles its own program
 @given(chunk_size=st.integers(1, 20), cut=st.integers(0, T))
-def test_chunks_and_cuts_are_of_no_consequence(chunk_size, cut):
-    """What is computed does not depend on the chunk size, nor on where a sequence is cut in two and carried on."""
-    delta, rates = NAMED["delta: scalar decay, write key per key head"], NAMED["hypergradient: everything"]
+def test_chunk_size_and_splits_do_not_change_results(chunk_size, cut):
+    """Neither the chunk size nor a split into two calls, the second with the state of the first, matters."""
+    delta, rates = NAMED["delta: scalar decay, write key per key head"], NAMED["hypergradient: all options"]
     arrays = {name: x if name == "initial_state" else x[:, :T] for name, x in delta.arrays.items()}
     rest = {name: x if x.shape[1] < T else x[:, :T] for name, x in rates.arrays.items()}
     ids = delta.segment_ids[:, :T]
-    # Cut at the start of a document it would get the memory of the one before: a call knows no earlier ids.
+    # No split at the start of a segment: a call does not know earlier ids, so it would not reset the state.
     assume(cut in (0, T) or np.all(ids[:, cut] == ids[:, cut - 1]))
     ids = jnp.asarray(ids)
 
@@ -62,15 +62,15 @@ def test_chunks_and_cuts_are_of_no_consequence(chunk_size, cut):
 
     @jit
     def program(arrays, rest):
-        def part(start, stop, memory, d):
+        def run(start, stop, state, d):
             a = {name: x[:, start:stop] for name, x in arrays.items() if name != "initial_state"}
             r = {name: x[:, start:stop] if name in ("k", "beta", "log_forget") else x for name, x in rest.items()}
-            return both(a | {"initial_state": memory}, r | {"initial": d}, ids[:, start:stop], chunk_size)
+            return both(a | {"initial_state": state}, r | {"initial": d}, ids[:, start:stop], chunk_size)
 
-        (o1, memory), (d1, d) = part(0, cut, arrays["initial_state"], rest["initial"])
-        (o2, memory), (d2, d) = part(cut, T, memory, d)
-        pieces = (jnp.concatenate([o1, o2], axis=1), memory), (jnp.concatenate([d1, d2], axis=1), d)
-        return pieces, both(arrays, rest, ids, None)
+        (o1, state), (d1, d) = run(0, cut, arrays["initial_state"], rest["initial"])
+        (o2, state), (d2, d) = run(cut, T, state, d)
+        joined = (jnp.concatenate([o1, o2], axis=1), state), (jnp.concatenate([d1, d2], axis=1), d)
+        return joined, both(arrays, rest, ids, None)
 
     assert_close(*program(arrays, rest), TOLERANCE)
 
@@ -80,15 +80,15 @@ def test_chunks_and_cuts_are_of_no_consequence(chunk_size, cut):
 @settings(max_examples=6)
 def test_heads_are_independent(implementation, seed, order):
     x, order = inputs(seed), np.asarray(order)
-    o, memory = delta_rule(implementation)(x)
+    o, state = delta_rule(implementation)(x)
     moved = {name: a[:, order] if name == "initial_state" else a[:, :, order] for name, a in x.items()}
-    assert_close(delta_rule(implementation)(moved), (o[:, :, order], memory[:, order]), TOLERANCE)
+    assert_close(delta_rule(implementation)(moved), (o[:, :, order], state[:, order]), TOLERANCE)
 
 
 @IMPLEMENTATIONS
 @given(seed=SEEDS, a=st.floats(-4, 4), b=st.floats(-4, 4))
 @settings(max_examples=6)
-def test_linear_in_values_and_memory(implementation, seed, a, b):
+def test_linear_in_values_and_state(implementation, seed, a, b):
     x, y = inputs(seed), inputs(seed + 1)
     y = x | {name: y[name] for name in ("v", "initial_state")}
     mixed = x | {name: a * x[name] + b * y[name] for name in ("v", "initial_state")}
@@ -103,7 +103,7 @@ def test_linear_in_values_and_memory(implementation, seed, a, b):
 @given(seed=SEEDS)
 @settings(max_examples=6)
 def test_residual_after_the_write(implementation, seed):
-    """e' = (1 − beta <d, k²>) e, the identity that the hypergradient rests on: what is left of a token's own error."""
+    """The residual after a write is (1 − beta <d, k²>) times the one before: the basis of the hypergradient."""
     x = inputs(seed)
     rng = np.random.default_rng(seed)
     d = rng.uniform(0, 2, size=x["k"].shape)
@@ -112,9 +112,9 @@ def test_residual_after_the_write(implementation, seed):
         "log_decay": jnp.zeros((B, 1, H)),
     }
     k, v = x["k"][:, 0], x["v"][:, 0]
-    _, memory = delta_rule(implementation)(x)
+    _, state = delta_rule(implementation)(x)
     before = v - np.einsum("bhk,bhkv->bhv", k, x["initial_state"])
-    after = v - np.einsum("bhk,bhkv->bhv", k, memory)
+    after = v - np.einsum("bhk,bhkv->bhv", k, state)
     factor = 1 - x["beta"][:, 0] * np.sum(d[:, 0] * k**2, axis=-1)
     np.testing.assert_allclose(after, factor[..., None] * before, rtol=0, atol=1e-12)
 
@@ -123,11 +123,11 @@ def test_residual_after_the_write(implementation, seed):
 @given(seed=SEEDS)
 @settings(max_examples=6)
 def test_eigenvalues_of_the_transition(implementation, seed):
-    """I − beta w k^T keeps what is orthogonal to k, and takes w to (1 − beta <w, k>) w."""
+    """I − beta w k^T maps w to (1 − beta <w, k>) w and leaves vectors orthogonal to k unchanged."""
     x = {name: a[:, :1] if name != "initial_state" else a for name, a in inputs(seed).items()}
-    silent = {"v": jnp.zeros((B, 1, H, K)), "log_decay": jnp.zeros((B, 1, H))}
+    no_writes = {"v": jnp.zeros((B, 1, H, K)), "log_decay": jnp.zeros((B, 1, H))}
     identity = jnp.broadcast_to(jnp.eye(K), (B, H, K, K))
-    _, transition = delta_rule(implementation)(x | silent | {"initial_state": identity})
+    _, transition = delta_rule(implementation)(x | no_writes | {"initial_state": identity})
     w, k, beta = (x[name][0, 0] for name in ("write_key", "k", "beta"))
     for head in range(H):
         matrix = np.asarray(transition[0, head])

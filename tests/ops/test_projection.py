@@ -1,4 +1,4 @@
-"""The projection of the hypergradient preconditioner: exact wherever, and however often, it binds."""
+"""The projection of the hypergradient preconditioner is exact, wherever and however often it binds."""
 
 import functools
 
@@ -35,7 +35,7 @@ def never():
 
 
 def one_token():
-    """A single update leaves the bounds, in the middle of the second chunk, in one head only."""
+    """A single update leaves the bounds, in one head in the middle of the second chunk."""
     x = never()
     x["k"][1, 24, 2] *= 300
     return x
@@ -57,13 +57,13 @@ def almost_always():
 
 
 def overflow():
-    """Free of the bounds, d would grow by 1e24 a token and overflow within a chunk; one head stays calm."""
+    """Without bounds d would grow by 1e24 per token and overflow within a chunk; one head does not."""
     x = base()
     return x | {"k": x["k"] * np.array([1e6, 0.1, 1e6])[:, None]}
 
 
 def on_the_bounds():
-    """Values that rest on a bound, channels without keys among them, have not been clipped: their gradient is whole."""
+    """Values exactly on a bound, some in channels with zero keys, are not clipped: their gradient passes whole."""
     x = never()
     x["k"][..., :4] = 0
     x["initial"] = np.where(np.arange(K) % 2, LO, HI) * np.ones((B, H, 1))
@@ -71,12 +71,12 @@ def on_the_bounds():
 
 
 def outside_at_first():
-    """The start is used as it is, and projected with the first update."""
+    """The initial state is used unclipped; the first update projects it."""
     x = base()
     return x | {"initial": np.where(np.arange(K) % 2, 0.1, 3.0) * np.ones((B, H, 1))}
 
 
-# What is clipped: the least and the greatest share of the updates of a channel, below and above.
+# Range of the share of updates that are clipped: ((least, most) below, (least, most) above).
 DATA = {
     never: ((0, 0), (0, 0)),
     one_token: ((1e-4, 4e-3), (0, 0)),
@@ -95,12 +95,12 @@ def outputs(x, implementation):
 
 @functools.cache
 def program(implementation):
-    """Compiled once for all data, which have equal shapes."""
+    """Return the compiled program; all data have the same shapes."""
     return jit(value_and_gradient(functools.partial(outputs, implementation=implementation)))
 
 
 def clipped_shares(x):
-    """The shares of the updates that the projection changes, below and above."""
+    """Return the shares of the updates that the projection changes, (below, above)."""
     below = above = 0
     d = x["initial"]
     for t in range(T):
@@ -137,7 +137,7 @@ def test_projection_is_exact(data, implementation):
 
 
 def test_projection_is_exact_under_vmap():
-    """Under vmap both forms of every chunk run: the one not taken must leave no NaN in values or gradients."""
+    """vmap computes both forms of every chunk: the one not selected must leave no NaN in values or gradients."""
     names = [never, overflow, below]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *(data() for data in names))
     cotangents = random_like(jax.vmap(lambda x: outputs(x, "scan"))(stacked), seed=1)
@@ -151,7 +151,7 @@ def test_projection_is_exact_under_vmap():
 
 
 def test_projection_is_exact_in_float32():
-    for data in (overflow, almost_always, below):  # above, steps too small for float32 hold d on the bound
+    for data in (overflow, almost_always, below):  # in "above", float32 loses the small steps that move d off the bound
         x = {name: np.asarray(value, np.float32) for name, value in data().items()}
         wide = {name: np.asarray(value, np.float64) for name, value in x.items()}
         cotangents = random_like(oracle.hypergradient(**x, eta=ETA, bounds=BOUNDS), seed=1, dtype=np.float32)

@@ -1,4 +1,4 @@
-"""A decay of exactly zero, log -inf or far below, is a full reset: right and finite in every form, gradients too."""
+"""A decay of zero (log -inf or a very negative number) is a full reset in every form, with finite gradients."""
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ GATE = {"delta_rule": "log_decay", "hypergradient_preconditioner": "log_forget",
 
 
 def with_resets(case, value):
-    """The case with resets in the middle of a chunk, at its start, and twice in a row; by channel, in some of them."""
+    """Return the case with resets inside a chunk, at its start and twice in a row; per channel in half the channels."""
     gate = GATE[case.operator.function.__name__]
     x = case.arrays[gate].copy()
     if x.ndim == 4:
@@ -29,23 +29,23 @@ def with_resets(case, value):
     return Case(f"{case.name} {value}", case.operator, arrays, case.options, case.segment_ids, case.chunk_size)
 
 
-KINDS = [
+RESET_CASES = [
     delta("delta: scalar decay", decay="scalar", write_key="value", packed=True),
     delta("delta: channel decay", decay="channel"),
     delta("delta: no erase", decay="channel", erase=False),
-    hypergradient("hypergradient: free", beta=True, forget=True, eta=0.5, initial=("head", 0.5, 1.5), packed=True),
+    hypergradient("hypergradient: unbounded", beta=True, forget=True, eta=0.5, initial=("head", 0.5, 1.5), packed=True),
     hypergradient("hypergradient: trust", beta=True, forget=True, eta=0.5, bounds=(2 / 3, 1.5), anchor=1.0),
     gram("gram", packed=True),
 ]
 
 
 @pytest.mark.parametrize("value", RESETS)
-@pytest.mark.parametrize("case", KINDS, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", RESET_CASES, ids=lambda case: case.name)
 def test_values_and_gradients(case, value):
     case = with_resets(case, value)
     assert_close(case.by_scan[0], case.expected, 1e-12)
     gate = GATE[case.operator.function.__name__]
-    finite = with_resets(case, -2000.0)  # the same function: exp of that is 0, too
+    finite = with_resets(case, -2000.0)  # the same function, since exp(-2000) is 0
     assert_close(case.by_scan[1], finite.by_scan[1], 1e-12)
     for implementation in ("chunk", None):
         outputs, gradient = case.value_and_gradient(implementation)
@@ -55,9 +55,9 @@ def test_values_and_gradients(case, value):
         np.testing.assert_array_equal(resets, 0.0)  # the exponential is flat there
 
 
-@pytest.mark.parametrize("case", [KINDS[0], KINDS[3], KINDS[5]], ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [RESET_CASES[0], RESET_CASES[3], RESET_CASES[5]], ids=lambda case: case.name)
 def test_over_devices(case):
-    """Sums of logs over a device's tokens keep their digits beside a reset."""
+    """Sums of logs over a device's tokens keep their digits in the presence of a reset."""
     case = with_resets(case, -1e8)
     arrays = {name: x[:, :56] if x.shape[:2] == (2, 57) else x for name, x in case.arrays.items()}
     mesh = jax.make_mesh((4,), ("context",), axis_types=(AxisType.Auto,))
@@ -73,7 +73,7 @@ def test_over_devices(case):
 
 
 def test_float32_multipliers_over_devices():
-    """Differences of cumulative sums were off by 0.07 in the multipliers after one token of -1e8."""
+    """Differences of cumulative sums put the multipliers after one token of -1e8 off by 0.07."""
     rng = np.random.default_rng(0)
     k = jnp.asarray(rng.normal(size=(1, 32, 1, 8)) / 3, jnp.float32)
     gain, log_decay = jnp.ones((1, 32, 1), jnp.float32), jnp.full((1, 32, 1), -0.4, jnp.float32)
@@ -88,7 +88,7 @@ def test_float32_multipliers_over_devices():
 
 
 def test_one_token():
-    """The one-token step and a rule on one token forget all, too."""
+    """The one-token step, too, resets the state."""
     x = {name: jnp.full((1, 2, 4), 0.5) for name in "qkv"} | {"beta": jnp.full((1, 2), 0.5)}
     state = jnp.full((1, 2, 4, 4), 3.0)
     fresh = ops.delta_rule_step(None, **x)

@@ -1,4 +1,4 @@
-"""The named rules: what each is made of, by the oracle; decoding; what they become for special arguments."""
+"""The named rules against the oracle, in one call and token by token, and reductions between them."""
 
 import functools
 
@@ -18,7 +18,7 @@ TRUST = {"eta": 0.5, "bounds": (0.9, 1.1), "initial": 1.0}
 
 
 def tokens():
-    """Everything that any rule takes for each token."""
+    """Return every per-token array that any rule takes."""
     rng = np.random.default_rng(0)
     k = rng.normal(size=(B, T, HK, K))
     x = {
@@ -62,9 +62,9 @@ DELTA = ("q", "k", "v", "beta")
 GRAM = ("gram_log_decay", "gram_gain")
 PAPER = {"eta": 1.0, "bounds": (0.0, 1e9)}
 
-DECAYS = {"scalar": "log_decay", "channel": "log_decay"}  # arrays below whose argument has another name
+DECAYS = {"scalar": "log_decay", "channel": "log_decay"}  # argument names that differ from the array's
 
-# name: (rule, its arrays, keyword arguments, the same by the oracle)
+# name: (rule, names of its arrays, options, the same by the oracle)
 RULES = {
     "delta_net": (ops.delta_net, DELTA, {}, plain),
     "gated_delta_net": (ops.gated_delta_net, (*DELTA, "scalar"), {}, lambda x: plain(x, log_decay=x["scalar"])),
@@ -112,7 +112,7 @@ def call(name, x, **more):
 
 @pytest.mark.parametrize("name", RULES)
 def test_rule_and_its_decoding(name):
-    """The rule in one call is the oracle's; so is the rule a token at a time, carrying its State."""
+    """The rule equals the oracle in one call, and in calls of one token that pass the State on."""
 
     @jit
     def both(x):
@@ -143,8 +143,8 @@ def test_all_rules_are_tested():
 
 
 @pytest.mark.parametrize("initial", [0.7, None])
-def test_new_documents_begin_as_new_not_as_carried(initial):
-    """A carried State serves the document that goes on; one that starts inside the piece starts from `initial`."""
+def test_initial_state_serves_the_first_segment_only(initial):
+    """A segment that starts inside the second call starts from `initial`, not from the State of the first call."""
     x = tokens()
     ids = jnp.asarray(np.repeat([[0] * 9 + [1] * (T - 9)], B, axis=0), jnp.int32)
     rule = functools.partial(ops.osdn, eta=0.5, bounds=(0.0, 1.2), initial=initial)
@@ -152,21 +152,39 @@ def test_new_documents_begin_as_new_not_as_carried(initial):
 
     @jit
     def program(arrays):
-        def part(start, stop):
+        def tokens(start, stop):
             return {name: array[:, start:stop] for name, array in arrays.items()}
 
         o, state = rule(**arrays, segment_ids=ids)
-        first, carried = rule(**part(0, 5), segment_ids=ids[:, :5])
-        second, last = rule(**part(5, T), segment_ids=ids[:, 5:], initial_state=carried)
-        alone, end = rule(**part(9, T))
-        pieces = jnp.concatenate([first, second], axis=1)
-        return (o, state, o[:, 9:], state), (pieces, last, alone, end)
+        first, passed_on = rule(**tokens(0, 5), segment_ids=ids[:, :5])
+        second, last = rule(**tokens(5, T), segment_ids=ids[:, 5:], initial_state=passed_on)
+        alone, end = rule(**tokens(9, T))
+        joined = jnp.concatenate([first, second], axis=1)
+        return (o, state, o[:, 9:], state), (joined, last, alone, end)
 
     assert_close(*program(arrays), TOLERANCE)
 
 
+@pytest.mark.parametrize("name", ["osdn, beta-aware", "os_gdn", "pdn", "pgdn"])
+def test_array_as_initial_state_of_packed_segments(name):
+    """It is the recurrent state of the first segment; the preconditioner starts from its initial value."""
+    x, cut = tokens(), 5
+    recurrent = jnp.asarray(np.random.default_rng(1).normal(size=(B, H, K, V)))
+    segments = jnp.asarray(np.broadcast_to(np.arange(T) >= cut, (B, T)), jnp.int32)
+
+    @jit
+    def program(x, recurrent):
+        packed = call(name, x, segment_ids=segments, initial_state=recurrent)
+        first, _ = call(name, {key: array[:, :cut] for key, array in x.items()}, initial_state=recurrent)
+        second, final = call(name, {key: array[:, cut:] for key, array in x.items()})
+        return packed, (jnp.concatenate([first, second], axis=1), final)
+
+    (o, state), (want, final) = program(x, recurrent)
+    assert_close((o, tuple(state)), (want, tuple(final)), TOLERANCE)
+
+
 @pytest.mark.parametrize("implementation", ["scan", "chunk"])
-def test_what_rules_become(implementation):
+def test_reductions_between_rules(implementation):
     run = {"implementation": implementation, "chunk_size": 8}
 
     @jit
@@ -227,8 +245,8 @@ def test_exact_gram_is_ridge_regression(implementation):
     def program(q, k, v):
         rule = functools.partial(ops.exact_pdn, ridge=ridge, scale=1.0, implementation=implementation, chunk_size=8)
         o, state = rule(q, k, v)
-        first, carried = rule(q[:, :5], k[:, :5], v[:, :5])
-        second, last = rule(q[:, 5:], k[:, 5:], v[:, 5:], initial_state=carried)
+        first, passed_on = rule(q[:, :5], k[:, :5], v[:, :5])
+        second, last = rule(q[:, 5:], k[:, 5:], v[:, 5:], initial_state=passed_on)
         return (o, *state), (jnp.concatenate([first, second], axis=1), *last)
 
     keys, queries = per_head(k), per_head(q)

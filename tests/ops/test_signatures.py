@@ -36,7 +36,7 @@ KEYWORDS = {
 
 def arrays(rule):
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
+    uniform = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
     gate, channels = (B, T, H), (B, T, H, K)
     shapes = {
         "beta": gate,
@@ -46,8 +46,8 @@ def arrays(rule):
         "gram_log_decay": (B, T, HK),
         "gram_gain": (B, T, HK),
     }
-    x = {"q": draw(B, T, HK, K), "k": draw(B, T, HK, K), "v": draw(B, T, H, V)}
-    x |= {name: draw(*shapes[name]) for name in sorted(KEYWORDS[rule]) if name in shapes}
+    x = {"q": uniform(B, T, HK, K), "k": uniform(B, T, HK, K), "v": uniform(B, T, H, V)}
+    x |= {name: uniform(*shapes[name]) for name in sorted(KEYWORDS[rule]) if name in shapes}
     return {name: -array if "decay" in name else array for name, array in x.items()}
 
 
@@ -61,23 +61,22 @@ def test_arguments_after_v_are_keywords_with_their_fixed_names(rule):
     assert len(parameters) == 3 + len(keywords)  # neither *args nor **options
 
 
-@pytest.mark.parametrize("rule", KEYWORDS)
-def test_help_describes_every_argument(rule):
-    function = getattr(ops, rule)
+@pytest.mark.parametrize("name", sorted(set(ops.__all__) - {"State"}))
+def test_help_describes_every_argument(name):
+    function = getattr(ops, name)
     text = inspect.getdoc(function)
     sections = ["Args:", "Returns:", "Raises:", "Example:"]
     starts = [text.index(f"\n{section}\n") for section in sections]
     assert starts == sorted(starts)
     described = text[starts[0] : starts[1]]
-    for name in inspect.signature(function).parameters:
-        assert f"    {name}: " in described or name in ("q", "k"), name
-    assert "    q, k: " in described
-    assert f"ops.{rule}(" in text[starts[3] :]
+    for argument in inspect.signature(function).parameters:
+        assert f"    {argument}: " in described or ("    q, k: " in described and argument in ("q", "k")), argument
+    assert f"ops.{name}(" in text[starts[3] :]
 
 
 @pytest.mark.usefixtures("our_checks")
-def test_the_argument_order_of_another_library_is_refused():
-    """flash-linear-attention has (q, k, v, g, beta): two arrays of one shape, the other way round."""
+def test_argument_order_of_another_library_is_refused():
+    """flash-linear-attention has (q, k, v, g, beta): two arrays of one shape in the opposite order."""
     x = arrays("gated_delta_net")
     with pytest.raises(TypeError, match=r"gated_delta_net\(\) takes 3 positional arguments but 5 were given"):
         ops.gated_delta_net(x["q"], x["k"], x["v"], x["log_decay"], x["beta"])
@@ -85,14 +84,14 @@ def test_the_argument_order_of_another_library_is_refused():
 
 @pytest.mark.usefixtures("our_checks")
 @pytest.mark.parametrize("rule", KEYWORDS)
-def test_a_misspelt_keyword_is_refused_by_the_rule(rule):
+def test_misspelt_keyword_is_refused_by_the_rule(rule):
     with pytest.raises(TypeError, match=rf"{rule}\(\) got an unexpected keyword argument 'chunk_sise'"):
         getattr(ops, rule)(**arrays(rule), chunk_sise=4)
 
 
 @pytest.mark.parametrize("rule", [rule for rule in KEYWORDS if rule != "exact_pdn"])
-def test_an_array_is_taken_as_the_recurrent_state(rule):
-    """Its values and its gradient are those of a State that holds it."""
+def test_array_as_initial_state(rule):
+    """Values and gradient equal those for a State that holds the array."""
     x, function = arrays(rule), getattr(ops, rule)
     recurrent = jnp.asarray(np.random.default_rng(1).normal(size=(B, H, K, V)), jnp.float32)
 
@@ -117,12 +116,34 @@ def test_an_array_is_taken_as_the_recurrent_state(rule):
 
 
 @pytest.mark.usefixtures("our_checks")
-def test_a_wrong_initial_state_is_named():
+def test_wrong_initial_state_is_named():
     x = arrays("delta_net")
     with pytest.raises(TypeError, match=r"initial_state: got tuple, expected an ops.State, an array \[B, H, K, V\]"):
         ops.delta_net(**x, initial_state=(jnp.zeros((B, H, K, V)), None))
     with pytest.raises(ValueError, match=r"initial_state: got shape \(2, 2, 4, 3\), expected \[B, H, K, V\]"):
         ops.delta_net(**x, initial_state=jnp.zeros((B, H, V, K)))
+
+
+@pytest.mark.usefixtures("our_checks")
+def test_carry_of_a_scan():
+    """A State as complete as the one that comes back can be the carry of `lax.scan`; an array cannot."""
+    x, s = arrays("osdn"), jnp.zeros((B, H, K, V), jnp.float32)
+
+    def decode(rule, state, **options):
+        def step(state, token):
+            o, state = rule(**{name: y[:, None] for name, y in token.items()}, initial_state=state, **options)
+            return state, o[:, 0]
+
+        return jax.lax.scan(step, state, {name: jnp.moveaxis(y, 1, 0) for name, y in x.items()})
+
+    with pytest.raises(TypeError, match="carry"):
+        decode(ops.delta_net, s)
+    with pytest.raises(TypeError, match="carry"):
+        decode(ops.osdn, ops.State(s))  # a preconditioner comes back
+    for rule, state in ((ops.delta_net, ops.State(s)), (ops.osdn, ops.State(s, jnp.full((B, HK, K), 0.5)))):
+        final, o = decode(rule, state)
+        whole, want = rule(**x, initial_state=state)
+        assert_close((jnp.moveaxis(o, 0, 1), final), (whole, want), 1e-5)
 
 
 def test_the_package_shows_ops_and_nn_and_imports_them_on_use():

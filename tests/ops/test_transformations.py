@@ -1,4 +1,4 @@
-"""jit, vmap, remat and shard_map leave values and gradients what they are; forward-mode for the scan."""
+"""jit, vmap, remat and shard_map do not change values and gradients; forward mode of the scan."""
 
 import functools
 
@@ -33,7 +33,7 @@ def inputs():
 
 
 def outputs(x, implementation):
-    """Everything from nothing: initial states, the scans' carries, must take on the mesh axes of the inputs."""
+    """Run with default initial states: as carries of scans they must vary over the mesh axes of the inputs."""
     o, state = ops.os_gdn(
         **x, initial=1.0, eta=0.5, bounds=(0.9, 1.05), anchor=0.5, chunk_size=8, implementation=implementation
     )
@@ -65,7 +65,7 @@ def test_shard_map_and_remat(implementation):
 
 
 def test_shard_map_of_value_heads_that_share_a_key_head():
-    """Keys, and with them the Gram preconditioner, are whole on every device, values and decays are not."""
+    """Keys, and so the Gram preconditioner, are replicated; values and decays are sharded by head."""
     rng = np.random.default_rng(5)
     keys, values = P("data"), P("data", None, "heads")
     x = inputs()
@@ -101,7 +101,7 @@ def test_vmap(implementation):
 
 
 def test_vmap_of_a_gradient_over_one_argument():
-    """What is not mapped is shared by the batch, what the chunks save for the gradient is not."""
+    """Unmapped arrays are shared by the batch; the states that the chunks save are not."""
     case = NAMED["delta: scalar decay, write key per key head"]
     x, cotangents = jax.tree.map(jnp.asarray, (case.arrays, case.cotangents))
 
@@ -123,7 +123,7 @@ def test_without_jit(implementation):
 
 
 @pytest.mark.parametrize(
-    "name", ["delta: channel decays of 0 and -20", "hypergradient: everything", "gram: decays of 0 and -20"]
+    "name", ["delta: channel decays of 0 and -20", "hypergradient: all options", "gram: decays of 0 and -20"]
 )
 def test_forward_mode_of_the_scan(name):
     case = NAMED[name]

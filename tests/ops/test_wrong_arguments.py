@@ -1,5 +1,6 @@
-"""What is wrong with an argument is said at once, by name: what came, and what was expected."""
+"""Errors about arguments: each names the argument, what came, and what was expected."""
 
+import inspect
 import re
 
 import jax
@@ -14,7 +15,7 @@ pytestmark = pytest.mark.usefixtures("our_checks")
 B, T, HK, H, K, V = 2, 6, 2, 4, 8, 5
 
 
-def Z(shape, dtype=np.float32):  # NumPy's: jnp.zeros would compile a program for each of these shapes
+def Z(shape, dtype=np.float32):  # in NumPy, since jnp.zeros would compile a program for each shape
     return np.zeros(shape, dtype)
 
 
@@ -30,6 +31,8 @@ FUNCTIONS = {
     "delta_rule_step": (ops.delta_rule_step, ONE),
     "hypergradient": (ops.hypergradient_preconditioner, KEYS | {"eta": 1.0}),
     "gram": (ops.gram_preconditioner, GRAM),
+    "hypergradient_write_key": (ops.hypergradient_write_key, KEYS | {"eta": 1.0}),
+    "gram_write_key": (ops.gram_write_key, GRAM),
     "exact": (ops.exact_gram_write_key, KEYS),
     "delta_net": (ops.delta_net, SEQUENCE),
     "gated_delta_net": (ops.gated_delta_net, SEQUENCE | {"log_decay": SCALAR}),
@@ -50,7 +53,8 @@ FUNCTIONS = {
     ),
     "exact_pdn": (ops.exact_pdn, {name: SEQUENCE[name] for name in "qkv"}),
 }
-RULES = [name for name in FUNCTIONS if name in ops.__all__ and not name.startswith("delta_rule")]
+RULES = [name for name, (f, _) in FUNCTIONS.items() if "initial_state" in inspect.signature(f).parameters]
+RULES.remove("delta_rule")
 
 
 def fails(function, error, message, **wrong):
@@ -60,7 +64,7 @@ def fails(function, error, message, **wrong):
 
 
 @pytest.mark.parametrize("function", FUNCTIONS)
-def test_right_arguments_are_right(function):
+def test_right_arguments_are_accepted(function):
     f, right = FUNCTIONS[function]
     if function.startswith("exact"):
         with jax.enable_x64(True):
@@ -69,7 +73,30 @@ def test_right_arguments_are_right(function):
         jax.eval_shape(lambda: f(**right))
 
 
-# Arguments that are arrays: (function, argument, its layout, a right shape).
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_errors_name_the_argument(function):
+    """For every argument of every function, under its public name."""
+    f, right = FUNCTIONS[function]
+    exact = function.startswith("exact")
+    with jax.enable_x64(exact):
+        right = float64_arguments(function) if exact else right
+        for name in inspect.signature(f).parameters:
+            x = right.get(name)
+            wrong = [[[0.5]], "wrong"]
+            if isinstance(x, np.ndarray):
+                wrong += [x[0], x.astype(int)]
+                if name not in ("q", "k", "v"):  # the sizes of these determine what is expected of the others
+                    wrong += [np.concatenate([x, x], axis) for axis in range(x.ndim)]
+            for value in wrong:
+                fails(function, (TypeError, ValueError), f"^{name}: got", **right | {name: value})
+
+
+def test_every_function_is_tested():
+    tested = {f.__name__ for f, _ in FUNCTIONS.values()}
+    assert tested == set(ops.__all__) - {"State", "hypergradient_preset"}
+
+
+# Array arguments: (function, argument, its layout, a valid shape).
 ARRAYS = [
     ("delta_rule", "q", "[B, T, Hk, K]", (B, T, HK, K)),
     ("delta_rule", "k", "[B, T, Hk, K] like q", (B, T, HK, K)),
@@ -118,7 +145,7 @@ def test_arrays(function, name, layout, shape):
     fails(function, TypeError, f"^{name}: got dtype int.*, expected a floating", **{name: Z(shape, int)})
     fails(function, TypeError, f"^{name}: got list, expected an array {re.escape(layout)}", **{name: [[0.5]]})
     fails(function, TypeError, f"^{name}: got str", **{name: "0.5"})
-    if (function, name) not in FIRST:  # the sizes of these are what the others are compared with
+    if (function, name) not in FIRST:  # the sizes of these determine what is expected of the others
         for axis in range(len(shape)):
             if (function, name, axis) not in FREE:
                 wrong = (*shape[:axis], shape[axis] + 3, *shape[axis + 1 :])
@@ -127,7 +154,7 @@ def test_arrays(function, name, layout, shape):
 
 FIRST = {("delta_rule", "q"), ("delta_rule_step", "q"), ("hypergradient", "k"), ("gram", "k")}
 FREE = {("delta_rule", "v", 3), ("delta_rule_step", "v", 2)}
-RANKS = {  # right in another way
+RANKS = {  # other ranks that are valid, too
     ("delta_rule", "log_decay", 3),
     ("delta_rule", "log_decay", 4),
     ("delta_rule_step", "log_decay", 3),
@@ -137,7 +164,7 @@ RANKS = {  # right in another way
 }
 
 
-def test_names_of_what_does_not_fit_together():
+def test_mismatched_shapes_name_the_argument():
     def queries_and_keys(*shape):
         return {"q": Z(shape), "k": Z(shape)}
 
@@ -149,11 +176,13 @@ def test_names_of_what_does_not_fit_together():
     fails("delta_rule", ValueError, "^v: got a head dimension of 0", v=Z((B, T, H, 0)))
     fails("delta_rule", ValueError, "^write_key: got shape", write_key=Z((B, T, 3, K)))
     fails("delta_rule", ValueError, "^log_decay: got shape", log_decay=Z((B, T, H, K + 1)))
+    fails("gdn2", ValueError, "^k: got shape .* like q", q=Z((B, T, H, K)))
+    fails("os_gdn", ValueError, r"^beta: got .*, expected \[B, T, H\]", beta=Z((B, T, HK)))
     fails("delta_rule_step", ValueError, "^initial_state|^state", state=Z((B, H, K, V + 1)))
     fails("hypergradient", ValueError, "^beta: .*one per key head", beta=Z((B, T, H)))
 
 
-def doubles(function):
+def float64_arguments(function):
     return {name: np.zeros(x.shape, np.float64) for name, x in FUNCTIONS[function][1].items()}
 
 
@@ -175,11 +204,12 @@ def test_options(function):
 
 
 @pytest.mark.parametrize("function", RULES)
-def test_rules_carry_a_state(function):
-    for state in (Z((B, H, K, V)), (Z((B, H, K, V)), None)):
-        with jax.enable_x64(True):  # for the exact rule
-            wide = doubles(function) if function == "exact_pdn" else {}
-            fails(function, TypeError, "^initial_state: got .*, expected an ops.State", **wide, initial_state=state)
+def test_initial_states_of_rules(function):
+    with jax.enable_x64(True):  # for the exact rule
+        exact = float64_arguments(function) if function == "exact_pdn" else {}
+        state = (Z((B, H, K, V)), None)
+        fails(function, TypeError, "^initial_state: got .*, expected an ops.State", **exact, initial_state=state)
+        fails(function, ValueError, "^initial_state: got shape", **exact, initial_state=Z((B, H, V, K)))
     if function not in ("exact_pdn", "osdn", "os_gdn", "os_kda", "pdn", "pgdn", "pkda"):
         fails(function, ValueError, "^initial_state: got shape", initial_state=ops.State(Z((B, H, K))))
 
@@ -217,7 +247,7 @@ def test_flags():
         fails("os_gdn", TypeError, "^beta_aware: got", beta_aware=value)
 
 
-def test_numbers_of_numpy_are_numbers():
+def test_numpy_scalars_are_numbers():
     for number in (np.int64(1), np.float32(1.0), np.float64(1.0), 1, np.array(1.0, np.float32)):
         for name in ("initial", "anchor", "restart"):
             jax.eval_shape(lambda number=number, name=name: ops.hypergradient_preconditioner(
@@ -234,13 +264,13 @@ STATES = {
 
 
 @pytest.mark.parametrize("function", RULES)
-def test_a_state_of_another_batch_is_named(function):
-    """It says initial_state, which was passed, and not the argument that a preconditioner takes."""
+def test_state_of_another_batch_is_named(function):
+    """The error names initial_state, which was passed, not the argument of the preconditioner."""
     if function == "exact_pdn":
         with jax.enable_x64(True):
-            state = ops.exact_pdn(**doubles(function))[1]
+            state = ops.exact_pdn(**float64_arguments(function))[1]
             one = jax.tree.map(lambda x: x[:1], state)
-            fails(function, ValueError, "^initial_state", **doubles(function), initial_state=one)
+            fails(function, ValueError, "^initial_state", **float64_arguments(function), initial_state=one)
         return
     f, right = FUNCTIONS[function]
     state = jax.eval_shape(lambda: f(**right)[1])
@@ -254,10 +284,10 @@ def test_a_state_of_another_batch_is_named(function):
         fails(function, ValueError, "^initial_state", initial_state=wrong)
 
 
-def test_a_state_of_another_rule_is_refused():
-    made = {name: jax.eval_shape(lambda f=f, x=x: f(**x)[1]) for name, (f, x) in FUNCTIONS.items() if name in RULES
+def test_state_of_another_rule_is_refused():
+    states = {name: jax.eval_shape(lambda f=f, x=x: f(**x)[1]) for name, (f, x) in FUNCTIONS.items() if name in RULES
             and name != "exact_pdn"}  # fmt: skip
-    zeros = {name: jax.tree.map(lambda x: Z(x.shape), state) for name, state in made.items()}
+    zeros = {name: jax.tree.map(lambda x: Z(x.shape), state) for name, state in states.items()}
     by_feedback, by_gram = ("osdn", "os_gdn", "os_kda"), ("pdn", "pgdn", "pkda")
     for function in by_gram:
         for other in by_feedback:
@@ -272,25 +302,27 @@ def test_a_state_of_another_rule_is_refused():
         for other in ("osdn", "pdn"):
             fails(function, ValueError, "^initial_state: got ", initial_state=zeros[other])
         fails(function, ValueError, "^initial_state: got a preconditioner", initial_state=STATES["hypergradient"])
-    for function in (*by_feedback, *by_gram):  # one made by hand is what it says it is, and comes back as it came
+    for function in (*by_feedback, *by_gram):  # a State created by hand is accepted and comes back as a plain State
         f, right = FUNCTIONS[function]
         state = zeros[function]
         by_hand = jax.eval_shape(lambda f=f, right=right, s=state: f(**right, initial_state=ops.State(*s))[1])
         assert type(by_hand) is ops.State
         assert jax.tree.structure(by_hand) == jax.tree.structure(ops.State(*state))
-        assert jax.tree.structure(made[function]) == jax.tree.structure(state)
+        assert jax.tree.structure(states[function]) == jax.tree.structure(state)
 
 
-def test_exact_rule_wants_doubles():
+def test_exact_rule_requires_float64():
     fails("exact", TypeError, "^k: got dtype float32, expected float64")
     fails("exact_pdn", TypeError, "^k: got dtype float32, expected float64")
     with jax.enable_x64(True):
         for ridge in (0.0, -1.0):
-            fails("exact", ValueError, "^ridge: got .*, expected more than 0", **doubles("exact"), ridge=ridge)
-        fails("exact", ValueError, "^initial: got shape", **doubles("exact"), initial=jnp.zeros((B, HK, K)))
+            fails(
+                "exact", ValueError, "^ridge: got .*, expected more than 0", **float64_arguments("exact"), ridge=ridge
+            )
+        fails("exact", ValueError, "^initial: got shape", **float64_arguments("exact"), initial=jnp.zeros((B, HK, K)))
         fails("exact", ValueError, "^k: got shape", k=jnp.zeros((B, T, K)))
         with pytest.raises(ValueError, match="^segment_ids: "):
-            ops.exact_pdn(**doubles("exact_pdn"), segment_ids=jnp.zeros((B, T), jnp.int32))
+            ops.exact_pdn(**float64_arguments("exact_pdn"), segment_ids=jnp.zeros((B, T), jnp.int32))
 
 
 def test_unknown_preset():

@@ -57,22 +57,26 @@ def test_delta_rule(decay, erase, size):
 
 
 @pytest.mark.parametrize("size", [64, 256])
-@pytest.mark.parametrize("multiply", [True, False])
-def test_gram(multiply, size):
-    run = lambda k, decay, gain, center, start: gram(k, decay, gain, center, 1.5, start, RESETS, multiply=multiply)
+@pytest.mark.parametrize("return_write_key", [True, False])
+def test_gram(return_write_key, size):
+    run = lambda k, decay, gain, center, start: gram(
+        k, decay, gain, center, 1.5, start, RESETS, return_write_key=return_write_key
+    )
     center = jax.ShapeDtypeStruct((H,), jnp.float32)
     check("gram gram_back", run, keys(size), PER_TOKEN, PER_TOKEN, center, state(size))
 
 
 @pytest.mark.parametrize("size", [64, 256])
-@pytest.mark.parametrize("multiply", [True, False])
+@pytest.mark.parametrize("return_write_key", [True, False])
 @pytest.mark.parametrize("forget", [False, True])
-def test_hypergradient(forget, multiply, size):
+def test_hypergradient(forget, return_write_key, size):
     """The kernels that may run token by token leave their barriers to Pallas."""
 
     def run(k, step, beta, log_forget, start):
         log_forget = log_forget if forget else None
-        return hypergradient(k, step, beta, log_forget, None, start, start, start, None, multiply=multiply)
+        return hypergradient(
+            k, step, beta, log_forget, None, start, start, start, None, return_write_key=return_write_key
+        )
 
     check("hypergradient_prepare", run, keys(size), PER_TOKEN, PER_TOKEN, PER_TOKEN, state(size))
 

@@ -87,7 +87,7 @@ def check(case, dtype, tolerance, gates_tolerance):
     value, gradient = by_kernel(case, x, cotangents)
     want_value, want_gradient = by_scan(case, x, cotangents)
     assert value["o"].dtype == dtype
-    assert value["memory"].dtype == jnp.float32
+    assert value["state"].dtype == jnp.float32
     assert_close(value, want_value, tolerance)
     keys, gates = ({n: g for n, g in gradient.items() if (n in GATES) is kind} for kind in (False, True))
     assert {name: g.dtype for name, g in gradient.items()} == {name: array.dtype for name, array in x.items()}
@@ -115,9 +115,9 @@ def test_resets(kind, decay):
 
 def test_a_nan_log_decay_makes_later_outputs_nan():
     x = arguments(log_decay=jnp.zeros((1, 8, 1)).at[0, 3].set(jnp.nan))
-    o, memory = ops.delta_rule(**x, implementation=KERNEL)
+    o, state = ops.delta_rule(**x, implementation=KERNEL)
     assert np.isnan(np.asarray(o[0, 3:], np.float32)).all()
-    assert np.isnan(memory).all()
+    assert np.isnan(state).all()
 
 
 @pytest.mark.parametrize("decay", [None, "channel"])
@@ -136,7 +136,7 @@ def test_near_parallel_keys_without_a_cotangent_of_the_state():
     case = kernel_case("near-parallel", length=193, initial=False, change=near_parallel)
     x = rounded(case.arrays)
     cotangents = cotangents_of(case, x)
-    cotangents["memory"] = jnp.zeros_like(cotangents["memory"])
+    cotangents["state"] = jnp.zeros_like(cotangents["state"])
     _, gradient = by_kernel(case, x, cotangents)
     assert_close(gradient, by_scan(case, x, cotangents)[1], 1e-2)
 
@@ -160,7 +160,7 @@ def test_vmap_over_an_empty_axis():
     out = jax.vmap(program)(jax.tree.map(lambda a: jnp.zeros((0, *a.shape), a.dtype), x))
     assert {name: a.shape for name, a in out.items()} == {
         "o": (0, *x["v"].shape),
-        "memory": (0, *x["initial_state"].shape),
+        "state": (0, *x["initial_state"].shape),
     }
 
 
@@ -190,13 +190,13 @@ def test_splits_that_run_in_parallel_equal_the_whole_sequence(decay, batch, leng
     x, resets = rounded(case.arrays), jnp.zeros((batch, length), bool).at[0, length - 5].set(True)
 
     def in_splits(x):
-        o, memory = kernels.delta_rule(**x, scale=0.125, resets=resets, splits=2, interpret=True)
-        return {"o": o, "memory": memory}
+        o, state = kernels.delta_rule(**x, scale=0.125, resets=resets, splits=2, interpret=True)
+        return {"o": o, "state": state}
 
     def by_scan(x):
         segment_ids = jnp.cumsum(resets, axis=1, dtype=jnp.int32)
-        o, memory = ops.delta_rule(**x, segment_ids=segment_ids, implementation="scan")
-        return {"o": o, "memory": memory}
+        o, state = ops.delta_rule(**x, segment_ids=segment_ids, implementation="scan")
+        return {"o": o, "state": state}
 
     cotangents = cotangents_of(case, x)
     with assert_no_races():
@@ -220,8 +220,8 @@ def test_split_count(shape, count):
 
 
 def program(x):
-    o, memory = ops.delta_rule(**x, implementation=KERNEL)
-    return {"o": o, "memory": memory}
+    o, state = ops.delta_rule(**x, implementation=KERNEL)
+    return {"o": o, "state": state}
 
 
 def of_two(heads):
@@ -250,8 +250,8 @@ def test_remat(monkeypatch):
 
     @jax.checkpoint
     def for_a_gpu(x):
-        o, memory = ops.delta_rule(**x, implementation="mosaic_gpu")
-        return {"o": o, "memory": memory}
+        o, state = ops.delta_rule(**x, implementation="mosaic_gpu")
+        return {"o": o, "state": state}
 
     got = jax.eval_shape(value_and_gradient(for_a_gpu), x, cotangents)
     assert jax.tree.map(lambda a: (a.shape, a.dtype), got) == jax.tree.map(lambda a: (a.shape, a.dtype), want)
@@ -271,7 +271,7 @@ def test_shard_map(devices):
     mesh = jax.make_mesh((side, side), ("data", "heads"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
     token, state = P("data", None, "heads"), P("data", "heads")
     specs = dict.fromkeys(("q", "k", "v", "beta", "log_decay"), token) | {"initial_state": state}
-    sharded = jax.shard_map(program, mesh=mesh, in_specs=(specs,), out_specs={"o": token, "memory": state})
+    sharded = jax.shard_map(program, mesh=mesh, in_specs=(specs,), out_specs={"o": token, "state": state})
     run = value_and_gradient(sharded)
     if devices == 1:
         x, cotangents, want = transformed()

@@ -55,11 +55,14 @@ def test_write_keys_at_once():
     case = kernel_case("write keys", length=70, heads=2)
     x = inputs(case, jnp.bfloat16)
 
-    def run(x, multiply):
+    def run(x, return_write_key):
         center, resets = x["center"], jnp.zeros((1, 70), bool).at[0, 40].set(True)
         arguments = (x["k"], x["log_decay"], x["gain"], center, 1.5, x["initial"], resets)
-        out, final = kernels.gram(*arguments, multiply=multiply, interpret=True)
-        return {"w": out if multiply else (out * x["k"].astype(jnp.float32)).astype(jnp.bfloat16), "final": final}
+        out, final = kernels.gram(*arguments, return_write_key=return_write_key, interpret=True)
+        return {
+            "w": out if return_write_key else (out * x["k"].astype(jnp.float32)).astype(jnp.bfloat16),
+            "final": final,
+        }
 
     cotangents = random_like(jax.eval_shape(lambda x: run(x, True), x), seed=1)
     one, two = (value_and_gradient(lambda x, m=m: run(x, m))(x, cotangents) for m in (True, False))

@@ -92,14 +92,14 @@ def resets(every=False):
 CASES = {
     "no bounds, no beta, no forgetting": (without(base(57), "beta", "log_forget", "anchor"), {}, None),
     "no bounds, forgetting, normalised": (without(base(65), "anchor"), {"normalize": True}, None),
-    "write keys, no bounds, strong forgetting": (strong_forgetting(), {"multiply": True}, None),
+    "write keys, no bounds, strong forgetting": (strong_forgetting(), {"return_write_key": True}, None),
     "bounds that never bind, two slabs of channels": (base(65, size=128), {"bounds": BOUNDS}, [[0, 0]]),
-    "write keys, bounds that bind once": (one_token(), {"bounds": BOUNDS, "multiply": True}, [[1, 0], [0, 1]]),
+    "write keys, bounds that bind once": (one_token(), {"bounds": BOUNDS, "return_write_key": True}, [[1, 0], [0, 1]]),
     "bounds that bind almost always": (almost_always(), {"bounds": BOUNDS}, [[1, 1]]),
     "an update that overflows": (overflow(), {"bounds": BOUNDS}, [[1]]),
     "resets": (resets(), {"bounds": BOUNDS}, [[1, 0, 0]]),
     "a reset at every token": (resets(every=True), {}, None),
-    "write keys, documents": (base(70), {"bounds": BOUNDS, "starts": (30, 31, 64), "multiply": True}, [[0, 0]]),
+    "write keys, documents": (base(70), {"bounds": BOUNDS, "starts": (30, 31, 64), "return_write_key": True}, [[0, 0]]),
 }
 
 
@@ -112,9 +112,9 @@ def segments(x, starts):
     return jnp.asarray(ids)
 
 
-def reference(x, *, bounds=None, starts=(), normalize=False, multiply=False):
+def reference(x, *, bounds=None, starts=(), normalize=False, return_write_key=False):
     named = {name: x.get(name) for name in ("beta", "log_forget", "initial", "restart")}
-    function = ops.hypergradient_write_key if multiply else ops.hypergradient_preconditioner
+    function = ops.hypergradient_write_key if return_write_key else ops.hypergradient_preconditioner
     return function(
         x["k"],
         **named,
@@ -127,7 +127,7 @@ def reference(x, *, bounds=None, starts=(), normalize=False, multiply=False):
     )
 
 
-def kernel(x, *, bounds=None, starts=(), normalize=False, multiply=False):
+def kernel(x, *, bounds=None, starts=(), normalize=False, return_write_key=False):
     beta, anchor = x.get("beta"), x.get("anchor")
     step = jnp.full(x["k"].shape[:3], ETA) if beta is None else ETA * beta
     if normalize:
@@ -138,7 +138,7 @@ def kernel(x, *, bounds=None, starts=(), normalize=False, multiply=False):
     anchor = None if anchor is None else jnp.broadcast_to(anchor, x["initial"].shape)
     return hypergradient(
         *(x["k"], step, beta, x.get("log_forget"), resets, x["initial"], x["restart"], anchor, bounds),
-        multiply=multiply,
+        return_write_key=return_write_key,
         interpret=True,
     )
 
@@ -171,7 +171,7 @@ def test_values_and_gradients(name):
     got, want = compute(as_arrays(x), options)
     assert_close(got, want, TOLERANCE)
     if expected is not None:
-        d, final = jit(functools.partial(reference, **options | {"multiply": False}))(as_arrays(x))
+        d, final = jit(functools.partial(reference, **options | {"return_write_key": False}))(as_arrays(x))
         np.testing.assert_array_equal(leaves(d, final, options["bounds"]), np.array(expected, bool))
 
 
@@ -203,13 +203,15 @@ def reach(x):
 def one_chunk(x, bounds):
     """Return ((d, the final d) of a chunk without resets, the heads in which it is sequential)."""
     forget = "log_forget" in x
-    options = HypergradientOptions(bounds, forget, anchored=forget, resets=False, multiply=False, interpret=True)
+    options = HypergradientOptions(
+        bounds, forget, anchored=forget, resets=False, return_write_key=False, interpret=True
+    )
     zeros = jnp.zeros_like(x["beta"])
     gates = make_gates(ETA * x["beta"], x["beta"], x.get("log_forget", zeros), zeros[:, :, 0])
     inverse = prepare(x["k"], gates, None, options).inverse
     states = x["restart"], jnp.broadcast_to(x.get("anchor", 0.0), x["initial"].shape)
     chunks, final = scan(x["k"], gates, inverse, x["initial"], *states, options)
-    return (expand(chunks, options=options, multiply=False), final), chunks.sequential[0, :, 0]
+    return (expand(chunks, options=options, return_write_key=False), final), chunks.sequential[0, :, 0]
 
 
 @pytest.mark.parametrize(("falling", "bound"), [(False, 0.956), (True, 0.535)])
@@ -226,12 +228,12 @@ def test_a_chunk_is_sequential_if_and_only_if_a_value_leaves_the_bounds(falling,
     assert_close(got, jit(functools.partial(reference, bounds=bounds))(x), TOLERANCE)
 
 
-@pytest.mark.parametrize(("dtype", "multiply"), [(jnp.bfloat16, True), (jnp.float16, False)])
-def test_half_precision(dtype, multiply):
+@pytest.mark.parametrize(("dtype", "return_write_key"), [(jnp.bfloat16, True), (jnp.float16, False)])
+def test_half_precision(dtype, return_write_key):
     x = as_arrays(base(57), dtype)
-    got, want = compute(x, {"bounds": BOUNDS, "multiply": multiply})
+    got, want = compute(x, {"bounds": BOUNDS, "return_write_key": return_write_key})
     # 16-bit keys are squared in float32: only the gradient of k and write keys are rounded to 16 bits.
-    assert got[0][0].dtype == (dtype if multiply else jnp.float32)
+    assert got[0][0].dtype == (dtype if return_write_key else jnp.float32)
     assert_close(got[0][0].astype(jnp.float32), want[0][0].astype(jnp.float32), 3e-4)
     assert_close(got[1].pop("k").astype(jnp.float32), want[1].pop("k").astype(jnp.float32), 3e-3)
     assert_close((got[0][1], got[1]), (want[0][1], want[1]), TOLERANCE)
@@ -241,7 +243,7 @@ def test_write_keys_are_d_times_k_rounded_once():
     x = base(70)
     x["k"][0, 66] *= 10
     x = as_arrays(x, jnp.bfloat16)
-    (written, _), (d, _) = (jit(functools.partial(kernel, bounds=BOUNDS, multiply=m))(x) for m in (True, False))
+    (written, _), (d, _) = (jit(functools.partial(kernel, bounds=BOUNDS, return_write_key=m))(x) for m in (True, False))
     np.testing.assert_array_equal(leaves(d, d[:, -1], BOUNDS), [[False, True]])
     np.testing.assert_array_equal(written, scaled(x["k"], d))
 
@@ -264,17 +266,17 @@ def test_a_missing_number_spreads_as_in_the_scan():
     assert not np.all(np.isnan(want[0]))
 
 
-@pytest.mark.parametrize("multiply", [False, True])
+@pytest.mark.parametrize("return_write_key", [False, True])
 @pytest.mark.parametrize("axis", ["batch", "tokens", "heads"])
-def test_nothing(axis, multiply):
+def test_nothing(axis, return_write_key):
     """Empty inputs give empty values and gradients of the right shapes and types."""
     of_tokens, of_states = (("batch", "tokens", "heads", "K"), ("batch", "heads", "K"))
     axes = dict.fromkeys(("k", "beta", "log_forget"), of_tokens) | {"anchor": ("heads", "K")}
     axes |= dict.fromkeys(("initial", "restart"), of_states)
     x = {name: a[tuple(slice(0 if n == axis else None) for n in axes[name][: a.ndim])]
          for name, a in as_arrays(base(3), jnp.bfloat16).items()}  # fmt: skip
-    (d, final), pull = jax.vjp(lambda x: kernel(x, bounds=BOUNDS, multiply=multiply), x)
-    assert (d.shape, d.dtype) == (x["k"].shape, jnp.bfloat16 if multiply else jnp.float32)
+    (d, final), pull = jax.vjp(lambda x: kernel(x, bounds=BOUNDS, return_write_key=return_write_key), x)
+    assert (d.shape, d.dtype) == (x["k"].shape, jnp.bfloat16 if return_write_key else jnp.float32)
     np.testing.assert_array_equal(final, x["initial"])
     (gradient,) = pull((d, final))
     assert jax.tree.map(lambda a: (a.shape, a.dtype), gradient) == jax.tree.map(lambda a: (a.shape, a.dtype), x)

@@ -1,4 +1,4 @@
-"""Helpers of all tests: comparison of arrays, and compilation of programs."""
+"""Helpers shared by the tests: comparison of arrays, compilation with little optimisation, random arrays."""
 
 import jax
 import jax.numpy as jnp
@@ -8,7 +8,7 @@ __all__ = ["assert_close", "jit", "random_like", "relative_error", "value_and_gr
 
 
 def relative_error(got, want):
-    """Return ‖got − want‖ / ‖want‖, or ‖got‖ if want is zero; infinite if the error is not finite."""
+    """Return ‖got − want‖ / ‖want‖, ‖got‖ if want is zero, or infinity if the error is not finite."""
     got, want = (np.asarray(x, np.float64) for x in (got, want))
     assert got.shape == want.shape
     norm = np.linalg.norm(want)
@@ -17,7 +17,7 @@ def relative_error(got, want):
 
 
 def assert_close(got, want, tolerance):
-    """Assert that every array of the tree `got` is within the tolerance of that of the same name in `want`."""
+    """Assert that every array of the tree `got` is within the relative tolerance of the same array in `want`."""
     got, treedef = jax.tree_util.tree_flatten_with_path(got)
     want_leaves, want_treedef = jax.tree.flatten(want)
     assert treedef == want_treedef
@@ -27,12 +27,12 @@ def assert_close(got, want, tolerance):
 
 
 def jit(f):
-    """Return jax.jit(f) with little optimisation of the machine code: compilation takes most of the tests' time."""
+    """Return jax.jit(f) with little optimisation of the machine code: compilation takes most of these tests' time."""
     return jax.jit(f, compiler_options={"xla_backend_optimization_level": 0})
 
 
 def value_and_gradient(f):
-    """Return a program (x, cotangents of f(x)) -> (f(x), their pullback to x), for dicts of floating-point arrays."""
+    """Return the function (x, cotangents of f(x)) -> (f(x), gradient with respect to x) for dicts of float arrays."""
 
     def program(x, cotangents):
         value, pull = jax.vjp(f, x)
@@ -42,6 +42,6 @@ def value_and_gradient(f):
 
 
 def random_like(tree, seed, dtype=None):
-    """Return normally distributed arrays with the shapes of the tree, different for each array."""
+    """Return independent normal samples in the shapes of the tree."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(lambda x: jnp.asarray(rng.normal(size=x.shape), dtype or x.dtype), tree)

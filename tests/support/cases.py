@@ -1,4 +1,4 @@
-"""One list of cases, which every implementation of every operator runs through."""
+"""The cases that every implementation of every operator is tested on."""
 
 import dataclasses
 import functools
@@ -12,21 +12,21 @@ from support import jit, oracle, random_like, value_and_gradient
 
 IMPLEMENTATIONS = ("scan", "chunk", None)
 
-# Documents of one token, several in a chunk of 16, and at the starts of chunks; the rows of a batch differ.
+# Starts of segments, per row: segments of one token, several in a chunk of 16, and some that start with a chunk.
 STARTS = ((5, 6, 16, 23, 25, 48), (1, 32, 33, 50, 63, 64, 120))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Operator:
-    """An operator of the package beside its oracle, both called by keyword."""
+    """An operator of the package and its oracle, both called by keyword."""
 
     function: Callable
     oracle: Callable
-    outputs: tuple[str, str]  # something for every token, and the state after the last one
-    carried: str  # the argument that takes the latter
+    outputs: tuple[str, str]  # names of the per-token output and of the state after the last token
+    state_argument: str  # name of the argument that takes the state of an earlier call
 
 
-DELTA = Operator(ops.delta_rule, oracle.delta_rule, ("o", "memory"), "initial_state")
+DELTA = Operator(ops.delta_rule, oracle.delta_rule, ("o", "state"), "initial_state")
 HYPERGRADIENT = Operator(ops.hypergradient_preconditioner, oracle.hypergradient, ("d", "final"), "initial")
 GRAM = Operator(ops.gram_preconditioner, oracle.gram, ("multiplier", "final"), "initial")
 
@@ -43,7 +43,7 @@ class Case:
     chunk_size: int | None = 16
 
     def run(self, implementation, **more):
-        """A function from the arrays to a dict of the outputs."""
+        """Return a function from the arrays to a dict of the outputs."""
         ids = None if self.segment_ids is None else jnp.asarray(self.segment_ids)
         options = {"segment_ids": ids, "chunk_size": self.chunk_size, **self.options, **more}
 
@@ -70,7 +70,7 @@ class Case:
 
     @functools.cached_property
     def by_scan(self):
-        """(outputs, gradients) of the specification, in float64."""
+        """Outputs and gradients of the specification, in float64."""
         return self.value_and_gradient("scan")
 
 
@@ -79,7 +79,7 @@ def unit(x):
 
 
 def ids(starts, batch, length):
-    """Segment ids [batch, length] of documents that start at 0 and at the given tokens, per row."""
+    """Return segment ids [batch, length]; segments start at token 0 and at the given tokens of each row."""
     marks = np.zeros((batch, length), np.int32)
     for row, tokens in enumerate(starts[i % len(starts)] for i in range(batch)):
         marks[row, [t for t in tokens if t < length]] = 1
@@ -87,13 +87,13 @@ def ids(starts, batch, length):
 
 
 def strong_decay(x, rng):
-    """Log decays of 0, of −20, and in between: a third each."""
-    kind = rng.integers(3, size=x["log_decay"].shape)
-    x["log_decay"] = np.select([kind == 0, kind == 1], [0.0, -20.0], x["log_decay"])
+    """Set a third of the log decays to 0 and a third to −20."""
+    third = rng.integers(3, size=x["log_decay"].shape)
+    x["log_decay"] = np.select([third == 0, third == 1], [0.0, -20.0], x["log_decay"])
 
 
 def resets(x, rng):
-    """Log decays of which a few forget all, however they are written, beside small ones."""
+    """Set small log decays with a few full resets among them, in every form that a reset can be written."""
     small = -0.01 * rng.uniform(0.5, 1.5, size=x["log_decay"].shape)
     for token, value in {10: -np.inf, 11: -1e9, 30: -1e6, 40: np.finfo(np.float32).min}.items():
         small[:, token] = value
@@ -101,13 +101,13 @@ def resets(x, rng):
 
 
 def many_resets(x, rng):
-    """The first 50 of 64 tokens forget all, or, per channel, three in ten numbers; the others next to nothing."""
+    """Reset at the first 50 of every 64 tokens (scalar decay) or at 30 % of the elements (channel decay)."""
     log_decay = x["log_decay"]
     small = -0.01 * rng.uniform(0.5, 1.5, size=log_decay.shape)
-    where = rng.uniform(size=log_decay.shape) < 0.3 if log_decay.ndim == 4 else np.zeros(log_decay.shape, bool)
+    reset = rng.uniform(size=log_decay.shape) < 0.3 if log_decay.ndim == 4 else np.zeros(log_decay.shape, bool)
     if log_decay.ndim == 3:
-        where[:, np.arange(log_decay.shape[1]) % 64 < 50] = True
-    x["log_decay"] = np.where(where, -np.inf, small)
+        reset[:, np.arange(log_decay.shape[1]) % 64 < 50] = True
+    x["log_decay"] = np.where(reset, -np.inf, small)
 
 
 def only_resets(x, rng):
@@ -139,7 +139,11 @@ def delta(
     seed=0,
     **options,
 ):
-    """decay: None, "scalar" or "channel"; write_key: None, "key" or "value" heads; change: edits the arrays."""
+    """Return a case of the delta rule.
+
+    decay is None, "scalar" or "channel"; write_key is None or the heads it has, "key" or "value"; change edits the
+    arrays.
+    """
     rng = np.random.default_rng(seed)
     lead = (batch, length)
     x = {
@@ -178,7 +182,10 @@ def hypergradient(
     seed=0,
     **options,
 ):
-    """initial, anchor, restart: None, a number, or ("head" or "batch", lowest, highest) for random arrays."""
+    """Return a case of the hypergradient preconditioner.
+
+    initial, anchor and restart are None, a number, or ("head" or "batch", lowest, highest) for random arrays.
+    """
     rng = np.random.default_rng(seed)
     x = {"k": key_norm * unit(rng.normal(size=(batch, length, heads, key_dim)))}
     if beta:
@@ -209,7 +216,7 @@ def gram(
     seed=0,
     **options,
 ):
-    """center: None for an array, or a number."""
+    """Return a case of the Gram preconditioner; center is a number, or None for an array."""
     rng = np.random.default_rng(seed)
     x = {
         "k": rng.normal(size=(batch, length, heads, key_dim)),
@@ -230,9 +237,9 @@ def gram(
 TRUST = {"beta": True, "forget": True, "eta": 0.5, "bounds": (2 / 3, 3 / 2), "initial": ("batch", 0.7, 1.4)}
 
 CASES = [
-    delta("delta: nothing", length=0, decay="channel", packed=True),
+    delta("delta: no tokens", length=0, decay="channel", packed=True),
     delta("delta: one token", length=1, decay="scalar", write_key="value", packed=True),
-    delta("delta: bare", length=63, key_heads=2, heads=2, initial=False),
+    delta("delta: no options", length=63, key_heads=2, heads=2, initial=False),
     delta("delta: write key per value head", length=200, write_key="value", packed=True),
     delta("delta: scalar decay, defaults", length=64, decay="scalar", initial=False, chunk_size=None),
     delta("delta: scalar decay, write key per key head", length=65, decay="scalar", write_key="key", packed=True),
@@ -244,23 +251,23 @@ CASES = [
     delta("delta: no erase, channel decay, write key", length=200, decay="channel", write_key="key", erase=False),
     delta("delta: scalar decays of 0 and -20", decay="scalar", packed=True, change=strong_decay, chunk_size=100),
     delta("delta: channel decays of 0 and -20", decay="channel", write_key="key", packed=True, change=strong_decay),
-    hypergradient("hypergradient: nothing", length=0, packed=True, **TRUST),
+    hypergradient("hypergradient: no tokens", length=0, packed=True, **TRUST),
     hypergradient("hypergradient: one token", length=1, packed=True, **TRUST),
     hypergradient("hypergradient: paper", length=63, eta=1.0, bounds=(0.0, 1e9)),
-    hypergradient("hypergradient: free", length=200, beta=True, eta=0.5, initial=("head", 0.5, 1.5), packed=True),
+    hypergradient("hypergradient: unbounded", length=200, beta=True, eta=0.5, initial=("head", 0.5, 1.5), packed=True),
     hypergradient("hypergradient: trust", length=64, chunk_size=None, **TRUST),
     hypergradient(
-        "hypergradient: everything", length=65, **TRUST, anchor=("head", 0.5, 1.5), restart=("batch", 0.3, 2),
+        "hypergradient: all options", length=65, **TRUST, anchor=("head", 0.5, 1.5), restart=("batch", 0.3, 2),
         packed=True, normalize=True,
     ),
     hypergradient(
-        "hypergradient: numbers", forget=True, anchor=1.0, restart=0.3, initial=0.1, eta=0.3, packed=True,
+        "hypergradient: scalar options", forget=True, anchor=1.0, restart=0.3, initial=0.1, eta=0.3, packed=True,
         chunk_size=24,
     ),
-    gram("gram: nothing", length=0, packed=True),
+    gram("gram: no tokens", length=0, packed=True),
     gram("gram: one token", length=1, packed=True),
     gram("gram: packed", length=200, packed=True),
-    gram("gram: from nothing", length=63, initial=False, center=-0.2, squash=2.5, chunk_size=7),
+    gram("gram: from zeros", length=63, initial=False, center=-0.2, squash=2.5, chunk_size=7),
     gram("gram: defaults", length=64, chunk_size=None),
     gram("gram: decays of 0 and -20", length=65, packed=True, change=strong_decay),
 ]  # fmt: skip

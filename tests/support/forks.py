@@ -65,7 +65,7 @@ class Forks:
             self.wait()
 
     def running(self, seconds=0):
-        """Return True if the process is still running after waiting for at most so many seconds."""
+        """Return True if the process is still running after waiting for at most `seconds`."""
         return not select.select([self._server.stdout], [], [], seconds)[0]
 
     def signal(self, number):

@@ -1,4 +1,4 @@
-"""Small models of every rule, and the language model in NumPy, independent of the package's modules."""
+"""Small models of every rule, and a NumPy language model that is independent of the package's modules."""
 
 import dataclasses
 import functools
@@ -12,11 +12,11 @@ from osdn_jax.nn.split import split_model
 from support import jit, oracle
 
 VOCABULARY, LENGTH = 17, 24
-# Three documents packed into the first row and two into the second, one token long and across chunks of 8 among them.
+# Three segments in the first row and two in the second; one has a single token, others cross chunks of 8.
 LENGTHS = ((5, 1, 18), (13, 11))
 SEGMENTS = np.stack([np.repeat([1, 2, 3], LENGTHS[0]), np.repeat([4, 9], LENGTHS[1])]).astype(np.int32)
 
-# Two value heads share each key head, and all sizes differ, so that no mistake has a shape that fits.
+# Two value heads per key head, and sizes that all differ, so that no shape matches by accident.
 SHAPES = {"width": 12, "heads": 4, "key_heads": 2, "key_dim": 6, "value_dim": 5}
 
 
@@ -34,7 +34,7 @@ def model_config(rule, *, layers=1, dtype="float32", tied_embeddings=False, drop
 
 
 def parameters_of(config, seed=0):
-    """Return (apply, parameters), with noise on the zeros, ones and constants that some parameters start from."""
+    """Return (apply, parameters), with noise added to the parameters, some of which start constant."""
     apply, parameters = split_model(CausalLM(config, rngs=nnx.Rngs(params=seed)))
     rng = np.random.default_rng(seed)
     moved = {name: x + jnp.asarray(0.2 * rng.normal(size=x.shape), x.dtype) for name, x in parameters.items()}
@@ -47,7 +47,7 @@ def tokens(seed=0, batch=2):
 
 @functools.cache
 def small_model(rule):
-    """Return (config, apply, parameters, forward) with forward(parameters, tokens, segment_ids) -> (logits, states)."""
+    """Return (config, apply, parameters, forward); forward(parameters, tokens, segment_ids) -> (logits, states)."""
     config = model_config(rule)
     apply, parameters = parameters_of(config)
     forward = jit(lambda parameters, x, ids: apply(parameters, x, segment_ids=ids))
@@ -122,10 +122,10 @@ def _mixer(config, p, x, segment_ids):
         write_key = d * keys
     elif config.preconditioner == "gram":
         gain = _logistic(x @ p["mixer/gram_gain/kernel"])
-        decay_of_gram = _decay(p, "mixer/gram_decay/", x, key_heads)
+        gram_decay = _decay(p, "mixer/gram_decay/", x, key_heads)
         center = p["mixer/gram_center"]
         multiplier, _ = oracle.gram(
-            k, decay_of_gram, gain, center=center, squash=config.gram.squash, segment_ids=segment_ids
+            k, gram_decay, gain, center=center, squash=config.gram.squash, segment_ids=segment_ids
         )
         write_key = multiplier * k
     out, _ = oracle.delta_rule(
@@ -138,7 +138,7 @@ def _mixer(config, p, x, segment_ids):
 
 
 def reference_attention(config, p, x, segment_ids):
-    """Compute attention by token and head; positions restart at 0 in each document, and pairs are complex numbers."""
+    """Compute attention in loops over tokens and heads; positions restart in each segment, rotary pairs are complex."""
     batch, length, _ = x.shape
     heads, key_heads, key_dim = config.heads, config.key_heads or config.heads, config.key_dim
     q, k, v = np.split(x @ p["mixer/project/kernel"], [heads * key_dim, (heads + key_heads) * key_dim], axis=-1)
@@ -188,7 +188,7 @@ def _unit(x):
 
 
 def largest_error(got, want):
-    """Return the largest difference, relative to the largest element of `want`."""
+    """Return max |got − want| / max |want|, or infinity if it is not finite."""
     got, want = np.asarray(got, np.float64), np.asarray(want, np.float64)
     assert got.shape == want.shape
     error = np.max(np.abs(got - want)) / np.max(np.abs(want))

@@ -1,7 +1,7 @@
-"""The mathematics once more, as plain NumPy loops over tokens: independent of the package, and the judge of its scan.
+"""The definitions as plain NumPy loops over tokens, independent of the package: the reference for its scan.
 
-Nothing here conjugates or takes an absolute value of what may be complex, so that the derivative in a direction is
-the imaginary part at x + i h (the complex step): exact to rounding, unlike a difference.
+Nothing here conjugates a complex number or takes its absolute value, so the derivative in a direction is the imaginary
+part at x + i h (the complex step), which is exact to rounding; a finite difference is not.
 """
 
 import numpy as np
@@ -10,28 +10,28 @@ import numpy as np
 def delta_rule(
     q, k, v, beta, *, write_key=None, log_decay=None, erase=True, scale=None, initial_state=None, segment_ids=None
 ):
-    """(o, final memory), as `osdn_jax.ops.delta_rule_operator`."""
+    """Return (o, final state) of `osdn_jax.ops.delta_rule`."""
     batch, length, heads, value_dim = v.shape
     key_dim = q.shape[-1]
     scale = key_dim**-0.5 if scale is None else scale
     write_key = k if write_key is None else write_key
     q, k, write_key = (np.repeat(x, heads // x.shape[2], axis=2) for x in (q, k, write_key))
     dtype = np.result_type(q, k, v, beta, write_key, *(x for x in (log_decay, initial_state) if x is not None))
-    memory = np.zeros((batch, heads, key_dim, value_dim), dtype)
+    state = np.zeros((batch, heads, key_dim, value_dim), dtype)
     if initial_state is not None:
-        memory = memory + initial_state
+        state = state + initial_state
     o = np.zeros(v.shape, dtype)
     for t in range(length):
-        memory = _restarted(memory, 0.0, segment_ids, t)
+        state = _reset(state, 0.0, segment_ids, t)
         if log_decay is not None:
             a = np.exp(log_decay[:, t])
-            memory = memory * (a[..., None] if a.ndim == 3 else a[..., None, None])
+            state = state * (a[..., None] if a.ndim == 3 else a[..., None, None])
         residual = v[:, t]
         if erase:
-            residual = residual - np.einsum("bhkv,bhk->bhv", memory, k[:, t])
-        memory = memory + beta[:, t, :, None, None] * write_key[:, t, :, :, None] * residual[:, :, None, :]
-        o[:, t] = scale * np.einsum("bhkv,bhk->bhv", memory, q[:, t])
-    return o, memory
+            residual = residual - np.einsum("bhkv,bhk->bhv", state, k[:, t])
+        state = state + beta[:, t, :, None, None] * write_key[:, t, :, :, None] * residual[:, :, None, :]
+        o[:, t] = scale * np.einsum("bhkv,bhk->bhv", state, q[:, t])
+    return o, state
 
 
 def hypergradient(
@@ -47,7 +47,7 @@ def hypergradient(
     restart=None,
     segment_ids=None,
 ):
-    """(d before each token, final d), as `osdn_jax.ops.hypergradient_preconditioner`."""
+    """Return (d before each token, final d) of `osdn_jax.ops.hypergradient_preconditioner`."""
     batch, length, heads, key_dim = k.shape
     arrays = (x for x in (beta, log_forget, initial, anchor, restart) if x is not None)
     state = np.zeros((batch, heads, key_dim), np.result_type(k, *arrays))
@@ -56,7 +56,7 @@ def hypergradient(
     d = state + initial
     used = np.zeros(k.shape, state.dtype)
     for t in range(length):
-        d = _restarted(d, state + restart, segment_ids, t)
+        d = _reset(d, state + restart, segment_ids, t)
         used[:, t] = d
         u = k[:, t] ** 2
         b = np.ones((batch, heads)) if beta is None else beta[:, t]
@@ -72,7 +72,7 @@ def hypergradient(
 
 
 def gram(k, log_decay, gain, *, center, squash=1.5, initial=None, segment_ids=None):
-    """(multiplier, final A), as `osdn_jax.ops.gram_preconditioner`."""
+    """Return (multiplier, final A) of `osdn_jax.ops.gram_preconditioner`."""
     batch, length, heads, key_dim = k.shape
     arrays = (x for x in (log_decay, gain, center, initial) if x is not None)
     running = np.zeros((batch, heads, key_dim), np.result_type(k, *arrays))
@@ -81,14 +81,15 @@ def gram(k, log_decay, gain, *, center, squash=1.5, initial=None, segment_ids=No
     center = np.broadcast_to(center, (heads,))
     multiplier = np.zeros(k.shape, running.dtype)
     for t in range(length):
-        running = _restarted(running, 0.0, segment_ids, t)
+        running = _reset(running, 0.0, segment_ids, t)
         running = np.exp(log_decay[:, t])[..., None] * running + gain[:, t, :, None] * k[:, t] ** 2
         r = np.log(running + 1e-6) - center[:, None]
         multiplier[:, t] = np.exp(-np.log(squash) * r / (1 + r * np.sign(r.real)))
     return multiplier, running
 
 
-def _restarted(state, fresh, segment_ids, t):
+def _reset(state, fresh, segment_ids, t):
+    """Return fresh in the rows where a segment starts at token t > 0."""
     if segment_ids is None or t == 0:
         return state
     new = segment_ids[:, t] != segment_ids[:, t - 1]
@@ -96,7 +97,7 @@ def _restarted(state, fresh, segment_ids, t):
 
 
 def derivative(f, inputs, direction):
-    """Derivative of f(**inputs), a dict of arrays, along the arrays in `direction`: exact to rounding."""
+    """Return the derivative of f(**inputs), a dict of arrays, along the arrays in `direction`, by the complex step."""
     h = 1e-30
     moved = {name: x + 1j * h * direction[name] if name in direction else x for name, x in inputs.items()}
     return {name: x.imag / h for name, x in f(**moved).items()}

@@ -1,4 +1,4 @@
-"""The named rules: each a call of `delta_rule` with the write keys of a preconditioner.
+"""The named rules: calls of `delta_rule` with the gates, and the write keys of the preconditioner, of each.
 
 All take q, k, v by position and everything else by keyword, and return (o, State).
 """

@@ -1,4 +1,4 @@
-"""Rules without the erase term: every value is added under its key."""
+"""Rules without the erase term, which add every value under its key."""
 
 from jaxtyping import Array, Float, Int
 

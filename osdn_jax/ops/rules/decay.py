@@ -1,4 +1,4 @@
-"""Checks that a rule's log decay is the one it takes: per head, or per channel."""
+"""Checks that a rule's log decay is per head or per channel, as the rule requires."""
 
 import jax
 

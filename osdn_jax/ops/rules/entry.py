@@ -1,21 +1,20 @@
-"""The one way from a named rule, or a module of `osdn_jax.nn`, to the operator and its preconditioner."""
+"""The delta rule with a preconditioner: the entry that the named rules and the modules of `osdn_jax.nn` call."""
 
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from osdn_jax.ops import checks, gram, hypergradient
+from osdn_jax.ops import checks, delta_rule_operator, gram, hypergradient
 from osdn_jax.ops.arguments import per_value_head
-from osdn_jax.ops.delta_rule_operator import delta_rule
 from osdn_jax.ops.rules.state import GramState, HypergradientState, InitialState, State, check_state
 
 
 class Hypergradient(NamedTuple):
     """Arguments of the hypergradient preconditioner; see `hypergradient_preconditioner`.
 
-    With beta_aware, each value head has a preconditioner of its own (P = H), which follows that head's beta; without,
-    each key head has one (P = Hk).
+    With beta_aware, each value head has its own preconditioner (P = H), updated with that head's beta; without, each
+    key head has one (P = Hk), updated with beta = 1.
     """
 
     eta: float = hypergradient.PAPER["eta"]
@@ -54,22 +53,23 @@ def preconditioned_delta_rule(
 ) -> tuple[jax.Array, State]:
     """Apply the delta rule with the write keys of a preconditioner.
 
-    A back end that can form write keys where it uses them replaces the two calls here.
+    A back end that fuses the preconditioner with the delta rule would replace the two calls here.
 
     Args:
         q, k, v, log_decay, erase, scale, segment_ids, chunk_size, context_axis: as for `delta_rule`.
         beta: as for `delta_rule`; None means 1 at every token.
-        preconditioner: its arguments; None writes under k.
+        preconditioner: arguments of the preconditioner; None writes under k.
         initial_state: a State of such a rule, an array [B, H, K, V], or None for zeros.
-        implementation: as for `delta_rule`. A preconditioner that does not have it chooses its own.
+        implementation: as for `delta_rule`. A preconditioner without that implementation uses its default.
 
     Returns:
         o: outputs, [B, T, H, V] in the type of v.
-        state: a State, of the class that came in.
+        state: a State, of the class of initial_state.
 
     Raises:
         ValueError, TypeError, NotImplementedError: as `delta_rule` and the preconditioners.
     """
+    checks.implementation(implementation, delta_rule_operator.IMPLEMENTATIONS)
     if beta is None:
         beta = _ones(q, k, v)
     shared: dict[str, Any] = {
@@ -80,13 +80,13 @@ def preconditioned_delta_rule(
     }
     write_key = final = None
     if preconditioner is None:
-        state, kind = check_state(initial_state)
+        state, state_class = check_state(initial_state)
     elif isinstance(preconditioner, Hypergradient):
-        write_key, final, state, kind = _by_hypergradient(k, v, beta, preconditioner, initial_state, shared)
+        write_key, final, state, state_class = _by_hypergradient(k, v, beta, preconditioner, initial_state, shared)
     else:
-        write_key, final, state, kind = _by_gram(k, preconditioner, initial_state, shared)
+        write_key, final, state, state_class = _by_gram(k, preconditioner, initial_state, shared)
     recurrent = None if state is None else state.recurrent
-    o, recurrent = delta_rule(
+    o, recurrent = delta_rule_operator.delta_rule(
         q,
         k,
         v,
@@ -98,10 +98,10 @@ def preconditioned_delta_rule(
         initial_state=recurrent,
         **shared,
     )
-    return o, kind(recurrent, final)
+    return o, state_class(recurrent, final)
 
 
-Keys = tuple[jax.Array, jax.Array, State | None, type[State]]  # write key, final preconditioner, state, its class
+Keys = tuple[jax.Array, jax.Array, State | None, type[State]]  # write key, final preconditioner, state, state class
 
 
 def _by_hypergradient(
@@ -115,31 +115,39 @@ def _by_hypergradient(
         if k.shape[2] and v.shape[2] % k.shape[2] == 0:
             keys = per_value_head(k, v.shape[2], axis=2)
     batch, _, heads, key_dim = keys.shape
-    state, kind = check_state(initial_state, HypergradientState, (batch, heads, key_dim), "[B, P, K]")
+    if beta_aware:
+        beta = checks.shaped_array("beta", beta, keys.shape[:3], "[B, T, H]")
+    state, state_class = check_state(initial_state, HypergradientState, (batch, heads, key_dim), "[B, P, K]")
     if state is not None and state.preconditioner is not None:
         options["restart"] = 0.0 if arguments.initial is None else arguments.initial
         options["initial"] = state.preconditioner
     shared = _supported(shared, hypergradient.IMPLEMENTATIONS)
     write_key, final = hypergradient.hypergradient_write_key(keys, beta if beta_aware else None, **options, **shared)
-    return write_key, final, state, kind
+    return write_key, final, state, state_class
 
 
 def _by_gram(k: jax.Array, arguments: Gram, initial_state: Any, shared: dict[str, Any]) -> Keys:
     k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
-    batch, _, heads, key_dim = k.shape
-    state, kind = check_state(initial_state, GramState, (batch, heads, key_dim), "[B, Hk, K]")
+    batch, length, heads, key_dim = k.shape
+    rows = (batch, length, heads)
+    arguments = arguments._replace(
+        log_decay=checks.shaped_array("gram_log_decay", arguments.log_decay, rows, "[B, T, Hk]"),
+        gain=checks.shaped_array("gram_gain", arguments.gain, rows, "[B, T, Hk]"),
+    )
+    state, state_class = check_state(initial_state, GramState, (batch, heads, key_dim), "[B, Hk, K]")
     shared = _supported(shared, gram.IMPLEMENTATIONS)
     initial = None if state is None else state.preconditioner
     write_key, final = gram.gram_write_key(k, initial=initial, **arguments._asdict(), **shared)
-    return write_key, final, state, kind
+    return write_key, final, state, state_class
 
 
 def _supported(shared: dict[str, Any], implementations: dict[str, Any]) -> dict[str, Any]:
-    """Return the options that a preconditioner shares, with its own choice of an implementation it does not have."""
+    """Return the shared options, with the default in place of an implementation that the preconditioner lacks."""
     known = shared["implementation"] in implementations
     return shared if known else shared | {"implementation": None}
 
 
-def _ones(*arrays: jax.Array) -> jax.Array:
-    *_, v = (checks.floating_array("q, k and v", x, 4, "[B, T, heads, size]") for x in arrays)
-    return jnp.ones(v.shape[:3], checks.accumulator_dtype(*arrays))
+def _ones(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Return a beta of 1 at every token, [B, T, H]."""
+    q, k, v = checks.tokens(q, k, v)
+    return jnp.ones(v.shape[:3], checks.accumulator_dtype(q, k, v))

@@ -232,7 +232,7 @@ def gdn2(
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
         v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
-        erase_gate: factor on k where the state is read for the correction, [B, T, Hk or H, K].
+        erase_gate: factor on the key that the correction reads the state with, [B, T, Hk or H, K].
         write_gate: factor on v, [B, T, H, V].
         log_decay: natural log of the decay before each token, [B, T, H, K], at most 0; -inf resets the channel.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V]; default zeros.
@@ -264,12 +264,12 @@ def gdn2(
         ((1, 6, 2, 4), (1, 2, 4, 4))
     """
     erase_gate = checks.floating_array("erase_gate", erase_gate, 4, "[B, T, Hk or H, K]")
-    q, k, v = (checks.floating_array(n, x, 4, "[B, T, heads, size]") for n, x in (("q", q), ("k", k), ("v", v)))
+    q, k, v = checks.tokens(q, k, v)
     if erase_gate.shape[2] == v.shape[2] != k.shape[2] and k.shape[2] and v.shape[2] % k.shape[2] == 0:
         q, k = (per_value_head(x, v.shape[2], axis=2) for x in (q, k))
     erase_gate = checks.shaped_array("erase_gate", erase_gate, k.shape, "[B, T, Hk or H, K]")
     write_gate = checks.shaped_array("write_gate", write_gate, v.shape, "[B, T, H, V] like v")
-    state, kind = check_state(initial_state)
+    state, state_class = check_state(initial_state)
     o, recurrent = delta_rule(
         q,
         scaled(k, erase_gate),
@@ -284,4 +284,4 @@ def gdn2(
         implementation=implementation,
         context_axis=context_axis,
     )
-    return o, kind(recurrent)
+    return o, state_class(recurrent)

@@ -42,7 +42,7 @@ def pdn(
         beta: step size of each write, [B, T, H], usually in (0, 1).
         gram_log_decay: natural log of the decay of A, [B, T, Hk], at most 0.
         gram_gain: weight of each token in A, [B, T, Hk], at least 0.
-        center: value of log A at which the multiplier is 1, [Hk] or a number; default -0.2, where the paper's starts.
+        center: value of log A at which the multiplier is 1, [Hk] or a number; default -0.2 (initial in the paper).
         squash: x > 0; the multiplier stays within [1/x, x]; default 1.5.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V] (A then starts from zeros);
             default zeros.
@@ -120,7 +120,7 @@ def pgdn(
         log_decay: natural log of the decay before each token, [B, T, H], at most 0; -inf resets the state.
         gram_log_decay: natural log of the decay of A, [B, T, Hk], at most 0.
         gram_gain: weight of each token in A, [B, T, Hk], at least 0.
-        center: value of log A at which the multiplier is 1, [Hk] or a number; default -0.2, where the paper's starts.
+        center: value of log A at which the multiplier is 1, [Hk] or a number; default -0.2 (initial in the paper).
         squash: x > 0; the multiplier stays within [1/x, x]; default 1.5.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V] (A then starts from zeros);
             default zeros.
@@ -199,7 +199,7 @@ def pkda(
         log_decay: natural log of the decay before each token, [B, T, H, K], at most 0; -inf resets the channel.
         gram_log_decay: natural log of the decay of A, [B, T, Hk], at most 0.
         gram_gain: weight of each token in A, [B, T, Hk], at least 0.
-        center: value of log A at which the multiplier is 1, [Hk] or a number; default -0.2, where the paper's starts.
+        center: value of log A at which the multiplier is 1, [Hk] or a number; default -0.2 (initial in the paper).
         squash: x > 0; the multiplier stays within [1/x, x]; default 1.5.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V] (A then starts from zeros);
             default zeros.
@@ -299,12 +299,12 @@ def exact_pdn(
     """
     k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
     batch, _, heads, key_dim = k.shape
-    state, kind = check_state(initial_state, ExactGramState, (batch, heads, key_dim, key_dim), "[B, Hk, K, K]")
-    write_key, final = exact_gram_write_key(k, ridge=ridge, initial=state.preconditioner if state else None)
+    state, state_class = check_state(initial_state, ExactGramState, (batch, heads, key_dim, key_dim), "[B, Hk, K, K]")
     if segment_ids is not None:
         raise ValueError("segment_ids: got an array, expected None; the exact Gram rule has no packed form")
     if context_axis is not None:
         raise ValueError("context_axis: got a name, expected None; the exact Gram rule is a reference for one device")
+    write_key, final = exact_gram_write_key(k, ridge=ridge, initial=state.preconditioner if state else None)
     v = checks.floating_array("v", v, 4, "[B, T, H, V]")
     o, recurrent = delta_rule(
         q,
@@ -317,4 +317,4 @@ def exact_pdn(
         chunk_size=chunk_size,
         implementation=implementation,
     )
-    return o, kind(recurrent, final)
+    return o, state_class(recurrent, final)

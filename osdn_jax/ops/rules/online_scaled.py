@@ -41,7 +41,8 @@ def osdn(
         beta: step size of each write, [B, T, H], usually in (0, 1).
         eta: step size of the preconditioner; default 1, as in the preset "paper".
         log_forget: natural log of the forgetting of d, [B, T, P], at most 0; default none.
-        initial: d at the start of every segment, [P, K], [B, P, K] or a number; default 0, the preset "paper".
+        initial: d at the start of every segment, [P, K], [B, P, K] or a number; default 0, the preset "paper". For the
+            first segment, the d of initial_state takes precedence.
         anchor: the value that forgetting moves d toward, [P, K] or a number; default 0.
         bounds: (lo, hi) that d is clipped to after every update, or None; default (0, 1e9), the preset "paper".
         normalize: True divides the update of d by sum(k^2) + 1e-5; default False.
@@ -126,7 +127,8 @@ def os_gdn(
         log_decay: natural log of the decay before each token, [B, T, H], at most 0; -inf resets the state.
         eta: step size of the preconditioner; default 1, as in the preset "paper".
         log_forget: natural log of the forgetting of d, [B, T, P], at most 0; default none.
-        initial: d at the start of every segment, [P, K], [B, P, K] or a number; default 0, the preset "paper".
+        initial: d at the start of every segment, [P, K], [B, P, K] or a number; default 0, the preset "paper". For the
+            first segment, the d of initial_state takes precedence.
         anchor: the value that forgetting moves d toward, [P, K] or a number; default 0.
         bounds: (lo, hi) that d is clipped to after every update, or None; default (0, 1e9), the preset "paper".
         normalize: True divides the update of d by sum(k^2) + 1e-5; default False.
@@ -212,7 +214,8 @@ def os_kda(
         log_decay: natural log of the decay before each token, [B, T, H, K], at most 0; -inf resets the channel.
         eta: step size of the preconditioner; default 1, as in the preset "paper".
         log_forget: natural log of the forgetting of d, [B, T, P], at most 0; default none.
-        initial: d at the start of every segment, [P, K], [B, P, K] or a number; default 0, the preset "paper".
+        initial: d at the start of every segment, [P, K], [B, P, K] or a number; default 0, the preset "paper". For the
+            first segment, the d of initial_state takes precedence.
         anchor: the value that forgetting moves d toward, [P, K] or a number; default 0.
         bounds: (lo, hi) that d is clipped to after every update, or None; default (0, 1e9), the preset "paper".
         normalize: True divides the update of d by sum(k^2) + 1e-5; default False.

@@ -15,6 +15,9 @@ class State(NamedTuple):
     Rules with a preconditioner return a subclass, so that the state of another rule is refused. A State that you create
     yourself, `State(recurrent, preconditioner)`, is accepted by every rule and comes back as a plain State.
 
+    `lax.scan` requires a carry that keeps its structure, so start it with the State that a call returned, or with one
+    that holds everything the rule returns. An array is accepted as initial_state, but a State comes back.
+
     Attributes:
         recurrent: S, [B, H, K, V] float32 (float64 for float64 inputs).
         preconditioner: d of the hypergradient preconditioner [B, P, K], A of the Gram preconditioner [B, Hk, K] or P of

@@ -1,4 +1,4 @@
-"""The parts of the chunkwise forms by themselves: triangular inverse, decayed scores, tiles."""
+"""Helpers of the chunkwise forms: triangular inverse, decayed scores, splitting into chunks."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -21,19 +21,19 @@ def test_unit_lower_inverse(size):
     inverse = np.linalg.inv(np.eye(size) + lower)
     transposed = inverse.swapaxes(-1, -2)
     assert_close(value, inverse, 1e-12)
-    # d(M^-1) = -M^-1 dM M^-1, and only what lies below the diagonal is free.
+    # d(M^-1) = -M^-1 dM M^-1, and only entries below the diagonal are free.
     assert_close(gradient, -np.tril(transposed @ cotangent @ transposed, -1), 1e-12)
 
 
 def test_unit_lower_inverse_of_nearly_parallel_keys_in_float32():
-    """A is 0.95 everywhere below the diagonal: powers of it reach 1e17 before they vanish, its inverse is small."""
+    """A is 0.95 below the diagonal: its powers reach 1e17 before they vanish, while the inverse is small."""
     lower = np.tril(np.full((64, 64), 0.95), -1).astype(np.float32)
     inverse = np.linalg.inv(np.eye(64) + lower.astype(np.float64))
     assert_close(jit(unit_lower_inverse)(lower), inverse, 1e-6)
 
 
 def direct_scores(x, w, log_decay):
-    """[..., M, C, K], [..., C, K], [..., C, K] -> [..., M, C, C], one sum per entry."""
+    """Compute [..., M, C, K], [..., C, K], [..., C, K] -> [..., M, C, C] with one sum per entry."""
     size = w.shape[-2]
     out = np.zeros((*x.shape[:-1], size))
     for i in range(size):
@@ -53,7 +53,7 @@ def test_channel_scores(size):
     program = jit(value_and_gradient(lambda a: scores.channel_scores(**a)))
     value, gradient = program(arguments, cotangent)
     assert_close(value, direct_scores(**arguments), 1e-13)
-    # The scores are linear in x and in w, so the gradient contracted with either is the value contracted.
+    # The scores are linear in x and in w, so <gradient, x> = <gradient, w> = <cotangent, scores>.
     total = np.sum(cotangent * direct_scores(**arguments))
     for name in ("x", "w"):
         np.testing.assert_allclose(np.sum(gradient[name] * arguments[name]), total, rtol=1e-12)
@@ -75,7 +75,7 @@ def test_sums_and_pair_decay():
 
 
 @pytest.mark.parametrize(("length", "size", "fitting"), [(0, 64, 1), (1, 64, 1), (5, 64, 8), (57, 100, 64), (99, 7, 7)])
-def test_tiles(length, size, fitting):
+def test_chunks(length, size, fitting):
     assert chunks.fitting_chunk(size, length) == fitting
     x = jnp.arange(2.0 * length * 3).reshape(2, length, 3)
     split = chunks.to_chunks(x, fitting)
@@ -83,8 +83,8 @@ def test_tiles(length, size, fitting):
     np.testing.assert_array_equal(chunks.from_chunks(split, length), x)
 
 
-def test_accelerators_prepare_all_chunks_at_once(monkeypatch):
-    """The order of work on accelerators, which the CPU would not choose."""
+def test_terms_of_all_chunks_computed_before_the_recurrence(monkeypatch):
+    """The order of operations on accelerators, which is not used on a CPU."""
     monkeypatch.setattr(chunkwise, "on_cpu", lambda: False)
     case = NAMED["delta: scalar decay, write key per key head"]
     value, gradient = case.value_and_gradient("chunk")

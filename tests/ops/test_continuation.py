@@ -1,4 +1,4 @@
-"""Sequences in pieces, packed and padded: what is carried, where it starts anew, and what changes nothing."""
+"""Sequences that are packed, padded, or split between calls: what the state carries and when it is reset."""
 
 import itertools
 
@@ -17,7 +17,7 @@ TOLERANCE = 1e-12
 ONCE = {"initial_state", "initial", "center", "anchor", "restart"}  # arrays without a time axis
 PACKED = [
     NAMED["delta: channel decay, write key per value head"],
-    NAMED["hypergradient: everything"],
+    NAMED["hypergradient: all options"],
     NAMED["gram: packed"],
 ]
 
@@ -27,10 +27,10 @@ def cut(case, x, start, stop):
 
 
 @pytest.mark.parametrize("case", [c for c in CASES if c.segment_ids is not None], ids=lambda case: case.name)
-def test_packed_documents_equal_separate_ones(case):
-    """By the oracle, to which test_cases.py holds the packed form of every implementation, gradients included."""
+def test_packed_segments_equal_separate_sequences(case):
+    """In the oracle; test_cases.py compares every implementation with it, gradients included."""
     token, state = case.operator.outputs
-    carried = case.operator.carried
+    state_argument = case.operator.state_argument
     for row, ids in enumerate(case.segment_ids):
         edges = [0, *np.flatnonzero(np.diff(ids)) + 1, len(ids)]
         one_row = {
@@ -41,36 +41,37 @@ def test_packed_documents_equal_separate_ones(case):
             x, options = cut(case, one_row, start, stop), dict(case.options)
             restart = x.pop("restart", options.pop("restart", None))
             if start > 0 and case.operator is not HYPERGRADIENT:
-                x.pop(carried, None)
+                x.pop(state_argument, None)
             elif start > 0 and restart is not None:
-                options.pop(carried, None)
-                x[carried] = restart
+                options.pop(state_argument, None)
+                x[state_argument] = restart
             after = dict(zip((token, state), case.operator.oracle(**x, **options), strict=True))
             assert_close(case.expected[token][row : row + 1, start:stop], after[token], TOLERANCE)
         assert_close(case.expected[state][row : row + 1], after[state], TOLERANCE)
 
 
-def in_pieces(case, implementation, edges):
+def in_several_calls(case, implementation, edges):
+    """Return a function that runs the tokens between two edges per call and passes the state on."""
     token, state = case.operator.outputs
 
     def outputs(x):
-        x, pieces = dict(x), []
+        x, results = dict(x), []
         if case.operator is HYPERGRADIENT:
             x.setdefault("restart", x["initial"])
         for start, stop in itertools.pairwise(edges):
             ids = jnp.asarray(case.segment_ids[:, start:stop])
-            piece = case.run(implementation, segment_ids=ids)(cut(case, x, start, stop))
-            x[case.operator.carried] = piece[state]
-            pieces.append(piece[token])
-        return {token: jnp.concatenate(pieces, axis=1), state: piece[state]}
+            result = case.run(implementation, segment_ids=ids)(cut(case, x, start, stop))
+            x[case.operator.state_argument] = result[state]
+            results.append(result[token])
+        return {token: jnp.concatenate(results, axis=1), state: result[state]}
 
     return outputs
 
 
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", PACKED, ids=lambda case: case.name)
-def test_calls_with_carried_states_are_one_call(case, implementation):
-    outputs = in_pieces(case, implementation, [0, 22, 22, case.arrays["k"].shape[1]])
+def test_calls_that_pass_the_state_on_equal_one_call(case, implementation):
+    outputs = in_several_calls(case, implementation, [0, 22, 22, case.arrays["k"].shape[1]])
     if implementation == "scan":
         value, gradient = jit(value_and_gradient(outputs))(case.arrays, case.cotangents)
         assert_close(gradient, case.by_scan[1], TOLERANCE)
@@ -82,7 +83,7 @@ def test_calls_with_carried_states_are_one_call(case, implementation):
 @pytest.mark.parametrize("implementation", ["scan", "chunk"])
 @pytest.mark.parametrize("case", PACKED, ids=lambda case: case.name)
 def test_padding_changes_nothing(case, implementation):
-    """Tokens of strength 0 and log decay 0 after the sequence; their gradient is zero."""
+    """Tokens with beta 0 and log decay 0 after the sequence have no effect and no gradient."""
     token, state = case.operator.outputs
     length, more = case.arrays["k"].shape[1], 9
     rng = np.random.default_rng(3)
@@ -107,7 +108,7 @@ def test_padding_changes_nothing(case, implementation):
     value, gradient = jit(value_and_gradient(outputs))(x, case.cotangents)
     assert_close(value, case.expected, TOLERANCE)
     assert_close(cut(case, gradient, 0, length), case.by_scan[1], TOLERANCE)
-    # What silences a token is also what would have let it write: only those have a gradient there.
+    # Except for the gates themselves: a larger gate would let the padding write.
     for name in gradient.keys() - ONCE - {"beta", "gain", "log_decay", "log_forget"}:
         np.testing.assert_array_equal(gradient[name][:, length:], 0.0)
 
@@ -116,35 +117,35 @@ STEPS = [c for c in CASES if c.operator is DELTA and c.arrays["k"].shape[1] > 1 
 
 
 @pytest.mark.parametrize("case", STEPS, ids=lambda case: case.name)
-def test_steps_are_the_sequence(case):
+def test_steps_equal_the_sequence(case):
     options = {name: case.options[name] for name in ("erase", "scale") if name in case.options}
 
     @jit
     def decode(x):
         x = dict(x)
-        memory = x.pop("initial_state", None)
-        if memory is None:  # the first token, so that the default is used too
+        state = x.pop("initial_state", None)
+        if state is None:  # a first step without a state, to cover the default
             first = {name: array[:, 0] for name, array in x.items()}
-            o, memory = ops.delta_rule_step(None, **first, **options)
+            o, state = ops.delta_rule_step(None, **first, **options)
             x = {name: array[:, 1:] for name, array in x.items()}
         else:
             o = None
 
-        def step(memory, token):
-            o, memory = ops.delta_rule_step(memory, **token, **options)
-            return memory, o
+        def step(state, token):
+            o, state = ops.delta_rule_step(state, **token, **options)
+            return state, o
 
-        memory, rest = jax.lax.scan(step, memory, {name: jnp.moveaxis(array, 1, 0) for name, array in x.items()})
+        state, rest = jax.lax.scan(step, state, {name: jnp.moveaxis(array, 1, 0) for name, array in x.items()})
         rest = jnp.moveaxis(rest, 0, 1)
-        return {"o": rest if o is None else jnp.concatenate([o[:, None], rest], axis=1), "memory": memory}
+        return {"o": rest if o is None else jnp.concatenate([o[:, None], rest], axis=1), "state": state}
 
     assert_close(decode(case.arrays), case.expected, TOLERANCE)
 
 
 @pytest.mark.parametrize("operator", [DELTA, HYPERGRADIENT, GRAM], ids=["delta", "hypergradient", "gram"])
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_nothing_is_carried_from_a_first_token(operator, implementation):
-    """Only a change of id starts anew: the first id of a call is no change, whatever it is."""
+def test_first_id_of_a_call_is_no_reset(operator, implementation):
+    """Only a change of the id resets the state, whatever the first id is."""
     case = next(c for c in CASES if c.operator is operator and c.name.endswith("one token"))
     ids = jnp.full((2, 1), 7, jnp.int32)
     assert_close(jit(case.run(implementation, segment_ids=ids))(case.arrays), case.expected, TOLERANCE)
@@ -154,14 +155,14 @@ def test_nothing_is_carried_from_a_first_token(operator, implementation):
 @pytest.mark.parametrize("dtype", [np.int64, np.uint64, np.uint32, np.int16])
 @pytest.mark.parametrize("implementation", ["scan", "chunk"])
 def test_ids_of_any_integer_type_stay_apart(implementation, dtype):
-    """Ids 2^32 apart, or 2^63, are two documents, in 32 bits too, where JAX would cut them to one."""
+    """Ids that are 2^32 or 2^63 apart mark two segments without x64, too, although JAX truncates them to one id."""
     rng = np.random.default_rng(0)
     step = min(np.iinfo(dtype).max, 2**32 if dtype == np.int64 else np.iinfo(dtype).max - 7)
-    documents = (np.array([0, 0, 1, 1, 1, 2]) * (step // 2) + 3).astype(dtype)[None]
+    segments = (np.array([0, 0, 1, 1, 1, 2]) * (step // 2) + 3).astype(dtype)[None]
     with jax.enable_x64(False):
         q, k, v = (jnp.asarray(rng.normal(size=(1, 6, 1, 4)), jnp.float32) for _ in range(3))
         beta, gate = jnp.full((1, 6, 1), 0.5, jnp.float32), jnp.full((1, 6, 1), -0.1, jnp.float32)
-        for ids in (documents, documents[:, ::-1].copy()):
+        for ids in (segments, segments[:, ::-1].copy()):
             small = jnp.asarray(np.unique(ids, return_inverse=True)[1].reshape(ids.shape), jnp.int32)
             gram = {"gram_log_decay": gate, "gram_gain": -gate}
             for rule, more in ((ops.delta_net, {}), (ops.osdn, {}), (ops.pdn, gram)):
@@ -174,13 +175,13 @@ def test_ids_of_any_integer_type_stay_apart(implementation, dtype):
 
 @pytest.mark.parametrize("implementation", ["scan", "chunk", None])
 @pytest.mark.parametrize("rule", ["kda", "os_gdn", "pgdn"])
-def test_a_wide_state_stays_wide_beside_narrow_tokens(rule, implementation):
-    """So a scan can carry it."""
+def test_float64_state_stays_float64_with_float32_tokens(rule, implementation):
+    """So that `lax.scan` can carry it."""
     rng = np.random.default_rng(0)
-    draw = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
-    x = {name: draw(1, 4, 2, 3) for name in "qkv"}
-    x |= {"beta": draw(1, 4, 2), "log_decay": -draw(1, 4, 2, *(() if rule != "kda" else (3,)))}
-    x |= {"gram_log_decay": -draw(1, 4, 2), "gram_gain": draw(1, 4, 2)} if rule == "pgdn" else {}
+    uniform = lambda *shape: jnp.asarray(rng.uniform(0.1, 0.5, size=shape), jnp.float32)
+    x = {name: uniform(1, 4, 2, 3) for name in "qkv"}
+    x |= {"beta": uniform(1, 4, 2), "log_decay": -uniform(1, 4, 2, *(() if rule != "kda" else (3,)))}
+    x |= {"gram_log_decay": -uniform(1, 4, 2), "gram_gain": uniform(1, 4, 2)} if rule == "pgdn" else {}
     run = lambda x, state: getattr(ops, rule)(**x, initial_state=state, implementation=implementation)
     _, state = run(x, None)
     assert {y.dtype for y in jax.tree.leaves(state)} == {jnp.dtype(jnp.float32)}
@@ -195,12 +196,12 @@ def test_a_wide_state_stays_wide_beside_narrow_tokens(rule, implementation):
     assert o.dtype == jnp.float32
     exact = jax.tree.map(lambda y: y.astype(jnp.float64), x)
     assert_close(tuple(run(x, wide)[1]), tuple(run(exact, wide)[1]), 1e-6)
-    # Half of what tokens write is exact in doubles: the state keeps digits that float32 has not.
+    # A difference of 1e-10, which float32 cannot represent here, reaches the final state.
     far = jax.tree.map(lambda y: y + 1e-10, wide)
     assert not np.array_equal(run(x, far)[1].recurrent, run(x, wide)[1].recurrent)
 
 
-def test_a_wide_state_of_one_step_and_of_a_preconditioner():
+def test_float64_states_of_one_step_and_of_preconditioners():
     q, k, v = (jnp.full((1, 2, 3), 0.5, jnp.float32) for _ in range(3))
     beta, state = jnp.full((1, 2), 0.5, jnp.float32), jnp.full((1, 2, 3, 3), 0.1)
     assert ops.delta_rule_step(state, q, k, v, beta)[1].dtype == jnp.float64
