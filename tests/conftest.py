@@ -1,8 +1,10 @@
 """Strict JAX, eight CPU devices, and checks of shapes at run time, set before anything imports the package."""
 
 import atexit
+import math
 import os
 import tempfile
+from pathlib import Path
 
 import jax
 import jaxtyping
@@ -39,6 +41,19 @@ jaxtyping.install_import_hook(["osdn_jax.ops", "osdn_jax.nn"], "support.typechec
 # The same examples on every run, without a deadline: the first one compiles.
 settings.register_profile("repository", derandomize=True, deadline=None)
 settings.load_profile("repository")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers(config):
+    """Return the number of processes of -n logical: one per core that may be used, if each has 3 GB of memory."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    quota = Path(
+        "/sys/fs/cgroup/cpu.max"
+    )  # of a container, in microseconds per period: "200000 100000" or "max 100000"
+    if quota.is_file() and (limit := quota.read_text().split())[0] != "max":
+        cores = min(cores, math.ceil(int(limit[0]) / int(limit[1])))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return max(1, min(cores, round(memory / 3e9)))
 
 
 @pytest.fixture(scope="module")

@@ -65,7 +65,7 @@ def test_blocks_are_of_known_languages(page):
     assert [f"{block}: {block.language!r}" for block in blocks(page) if block.language not in LANGUAGES] == []
 
 
-# The one example of README.md runs in tests/test_readme.py, in a process of its own.
+# The one example of README.md runs in tests/test_readme.py, in a separate process.
 @pytest.mark.parametrize("page", [page for page in PAGES if page.name != "README.md"], ids=_id)
 @pytest.mark.usefixtures("our_checks")
 def test_python_runs(page, tmp_path, monkeypatch):

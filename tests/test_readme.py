@@ -1,4 +1,4 @@
-"""What the README says is so."""
+"""Tests of the README: its example, its links and its table of rules."""
 
 import os
 import re

@@ -52,7 +52,7 @@ def blocks(page):
 
 
 def _in_list(before):
-    """Whether an indented line after these continues an item of a list."""
+    """Return True if an indented line after these continues an item of a list."""
     last = next((line for line in reversed(before) if line and not line.startswith(" ")), "")
     return re.match(r"([-*]|\d+\.) ", last) is not None
 
