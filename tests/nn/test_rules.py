@@ -95,9 +95,7 @@ def test_gradients_in_chunks_are_slopes_and_reach_every_parameter(rule):
         return jnp.vdot(logits, cotangent), logits
 
     gradient, logits = jit(jax.grad(loss, has_aux=True))(parameters)
-    assert (
-        relative_error(logits, forward(parameters, x, ids)[0]) < 1e-5
-    )  # forward uses the scan here, or one chunk
+    assert relative_error(logits, forward(parameters, x, ids)[0]) < 1e-5  # forward uses the scan here, or one chunk
     assert [name for name, g in gradient.items() if not np.isfinite(g).all() or np.abs(g).max() < 1e-6] == []
     # Along the unit gradients of all parameters together the slope is the sum of their norms.
     wide = {name: np.asarray(g, np.float64) for name, g in gradient.items()}
