@@ -121,8 +121,7 @@ class CausalLM(nnx.Module):
 
         >>> import optax
         >>> apply, parameters = nn.split_model(model)
-        >>> decay = optax.add_decayed_weights(1e-4, mask=nn.weight_decay_mask(model))
-        >>> optimizer = optax.chain(decay, optax.sgd(0.1))
+        >>> optimizer = optax.adamw(1e-2, weight_decay=0.1, mask=nn.weight_decay_mask(model))
         >>> batch = {
         ...     "inputs": tokens[:, :-1],
         ...     "targets": tokens[:, 1:],

@@ -92,7 +92,7 @@ def chunk_size(value: Any) -> int | None:
 
 
 def flag(name: str, value: Any) -> bool:
-    """Return value as a bool, or raise TypeError: a string such as "no" would count as true."""
+    """Return value as a bool, or raise TypeError, since a string such as "no" would count as true."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name}: got {value!r}, expected True or False")
     return bool(value)

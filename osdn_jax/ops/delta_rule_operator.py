@@ -71,7 +71,7 @@ def delta_rule(
 
     Args:
         q, k: queries and read keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         beta: step size of each write, [B, T, H], usually in (0, 1).
         write_key: w, [B, T, Hk, K] or [B, T, H, K]; default k.
         log_decay: natural log of the factor on the state before each token, [B, T, H] or per channel [B, T, H, K];
@@ -88,8 +88,8 @@ def delta_rule(
             decay per channel.
         implementation: "scan" (one token at a time, the specification), "chunk" (matrix products), "mosaic_gpu"
             (kernels for Hopper GPUs: bfloat16 or float16, K and V of 64, 128 or 256), "mosaic_gpu_interpret" (the same
-            kernels on any machine, slowly), or None for the fastest of "scan" and "chunk" on this device: it does not
-            pick the kernels, which no GPU has run yet. Only "scan" supports forward-mode gradients.
+            kernels on any machine, slowly), or None for the faster of "scan" and "chunk" on this device (measured on
+            CPUs; the kernels, which no GPU has run yet, are not picked). Only "scan" supports forward-mode gradients.
         context_axis: inside `jax.shard_map`, the mesh axis that the sequence is split over in equal shards, in order.
             initial_state and the returned state are those before the first and after the last token of the whole
             sequence, the same on every device.

@@ -95,7 +95,7 @@ def hypergradient_preconditioner(
 
     Args:
         k: keys, [B, T, Hk, K], as the delta rule reads them (L2-normalised in the paper).
-        beta: b_t, one per key head, [B, T, Hk]; None means 1, the paper's first form.
+        beta: b_t, one per key head, [B, T, Hk]; default 1 at every token, as in `osdn`.
         eta: step size of the preconditioner.
         log_forget: natural log of g_t, [B, T, Hk], at most 0; -inf forgets everything. Default None, no forgetting.
         initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used unclipped, even outside the bounds.
@@ -175,7 +175,7 @@ def hypergradient_write_key(
 
     Args:
         k: keys, [B, T, Hk, K], as the delta rule reads them (L2-normalised in the paper).
-        beta: b_t, one per key head, [B, T, Hk]; None means 1, the paper's first form.
+        beta: b_t, one per key head, [B, T, Hk]; default 1 at every token, as in `osdn`.
         eta: step size of the preconditioner.
         log_forget: natural log of g_t, [B, T, Hk], at most 0; -inf forgets everything. Default None, no forgetting.
         initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used unclipped, even outside the bounds.
@@ -310,7 +310,7 @@ def _jitted_hypergradient(
 ) -> Results:
     if options.context_axis is None:
         return dispatch(registry, implementation, call, options)
-    # The context form reads d to see where it leaves the bounds, so write keys are formed after it.
+    # `split_over` reads d to check the bounds, so write keys are computed from its result.
     local = options._replace(write_key=False)
 
     def run(call: HypergradientCall, options: HypergradientOptions) -> Results:

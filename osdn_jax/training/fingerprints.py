@@ -11,7 +11,7 @@ from osdn_jax.data import Document, PreparedTokens, Tokenizer
 TEXT, HELD_OUT, TOKENIZER = "text", "held-out text", "tokenizer"
 
 _ALL = 1 << 22  # prepared data of at most this many tokens (16 MB) are read whole
-_SAMPLES, _SAMPLE = 256, 1 << 14  # number of samples that are read of more, and tokens of each
+_PIECES, _PIECE = 256, 1 << 14  # number of samples that are read of more, and tokens of each
 
 
 def of_tokenizer(tokenizer: Tokenizer) -> str:
@@ -33,10 +33,10 @@ def of_prepared(tokens: PreparedTokens) -> str:
     """
     total = len(tokens)
     numbers = (total, tokens.documents, tokens.text_tokens, tokens.text_bytes)
-    starts = list(range(0, total, _SAMPLE))
+    starts = list(range(0, total, _PIECE))
     if total > _ALL:
-        starts = [i * (total - _SAMPLE) // (_SAMPLES - 1) for i in range(_SAMPLES)]
-    samples = (tokens.read(start, start + _SAMPLE).astype(np.int32).tobytes() for start in starts)
+        starts = [i * (total - _PIECE) // (_PIECES - 1) for i in range(_PIECES)]
+    samples = (tokens.read(start, start + _PIECE).astype(np.int32).tobytes() for start in starts)
     return _digest([repr(numbers).encode(), *samples])
 
 

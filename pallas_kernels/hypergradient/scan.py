@@ -108,7 +108,7 @@ def scan(
             return jnp.sum(inverse * column_scale(shared.per_token, inverse), axis=1)
 
         def advance(slot: Any) -> Any:
-            """Write d after the chunk; return a value above 0 if a d inside of the chunk may be out of bounds.
+            """Write d after the chunk; return a value above 0 if a d inside the chunk may be out of bounds.
 
             The contribution of a token never grows after it. So every d of a channel is at least the smaller of d
             before the chunk and its decayed value at the end, plus all negative contributions; and at most the larger

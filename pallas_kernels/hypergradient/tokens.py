@@ -34,7 +34,7 @@ def _row_layout(size: int) -> Any:
 
 
 def out_of_bounds(d: jax.Array, options: HypergradientOptions) -> jax.Array:
-    """Return 1 where a value is outside of the bounds or NaN, else 0."""
+    """Return 1 where a value is outside the bounds or NaN, else 0."""
     lo, hi = options.bounds or (-jnp.inf, jnp.inf)
     return jnp.where((d >= lo) & (d <= hi), 0.0, 1.0)
 

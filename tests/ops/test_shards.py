@@ -69,7 +69,7 @@ def test_rows_and_heads(rule, axis_type):
     assert_close(got, want, 1e-5)
     if axis_type == "Explicit":
         assert jax.typeof(got[0]["o"]).sharding.spec == P("rows", None, "heads", None)
-        assert jax.typeof(got[0]["state"]).sharding.spec == P("rows", "heads", None, None)
+        assert jax.typeof(got[0]["recurrent"]).sharding.spec == P("rows", "heads", None, None)
         text = jax.jit(both).lower(split, cotangents).compile().as_text()
         assert not any(f"{collective}(" in text for collective in ("all-gather", "all-to-all", "collective-permute"))
         assert_close(call(split), want[0], 1e-5)  # not under jit

@@ -89,7 +89,7 @@ def test_nothing(empty):
     np.testing.assert_array_equal(d_state, final)
 
 
-def test_what_the_kernels_do_not_serve(monkeypatch):
+def test_unsupported_arguments(monkeypatch):
     k, rows = jnp.full((1, 8, 1, 96), 0.1), jnp.zeros((1, 8, 1))
     with pytest.raises(NotImplementedError, match=f"implementation '{KERNEL}': k: got 96 channels"):
         ops.gram_preconditioner(k, rows, rows + 1, center=0.0, implementation=KERNEL)

@@ -30,14 +30,14 @@ def delta_net(
 
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         beta: step size of each write, [B, T, H], usually in (0, 1).
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V]; default zeros.
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -94,15 +94,15 @@ def gated_delta_net(
 
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         beta: step size of each write, [B, T, H], usually in (0, 1).
         log_decay: natural log of the decay before each token, [B, T, H], at most 0; -inf resets the state.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V]; default zeros.
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -162,15 +162,15 @@ def kda(
 
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         beta: step size of each write, [B, T, H], usually in (0, 1).
         log_decay: natural log of the decay before each token, [B, T, H, K], at most 0; -inf resets the channel.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V]; default zeros.
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -231,7 +231,7 @@ def gdn2(
 
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         erase_gate: factor on the key that the correction reads the state with, [B, T, Hk or H, K].
         write_gate: factor on v, [B, T, H, V].
         log_decay: natural log of the decay before each token, [B, T, H, K], at most 0; -inf resets the channel.
@@ -239,8 +239,8 @@ def gdn2(
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:

@@ -38,7 +38,7 @@ def pdn(
 
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         beta: step size of each write, [B, T, H], usually in (0, 1).
         gram_log_decay: natural log of the decay of A, [B, T, Hk], at most 0.
         gram_gain: weight of each token in A, [B, T, Hk], at least 0.
@@ -49,8 +49,8 @@ def pdn(
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -115,7 +115,7 @@ def pgdn(
 
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         beta: step size of each write, [B, T, H], usually in (0, 1).
         log_decay: natural log of the decay before each token, [B, T, H], at most 0; -inf resets the state.
         gram_log_decay: natural log of the decay of A, [B, T, Hk], at most 0.
@@ -127,8 +127,8 @@ def pgdn(
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -194,7 +194,7 @@ def pkda(
 
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         beta: step size of each write, [B, T, H], usually in (0, 1).
         log_decay: natural log of the decay before each token, [B, T, H, K], at most 0; -inf resets the channel.
         gram_log_decay: natural log of the decay of A, [B, T, Hk], at most 0.
@@ -206,8 +206,8 @@ def pkda(
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -268,14 +268,14 @@ def exact_pdn(
 
     Args:
         q, k: queries and keys, [B, T, Hk, K] float64. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         ridge: weight of the identity, positive; default 1.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V]; default zeros.
         scale: factor on the output; default K^-1/2.
         segment_ids: must be None; the exact rule has no form for packed sequences.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: must be None; the exact rule is a reference for one device.
 
     Returns:

@@ -34,10 +34,11 @@ def osdn(
 
     with g_t = exp(log_forget_t) and b_t = 1 (beta_t if beta_aware); w_t is the write key of the delta rule. The two
     published settings of eta, bounds and initial are in `hypergradient_preset`; the defaults here are "paper".
+    There are P preconditioners per sequence: one per value head (P = H) if beta_aware, else one per key head (P = Hk).
 
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         beta: step size of each write, [B, T, H], usually in (0, 1).
         eta: step size of the preconditioner; default 1, as in the preset "paper".
         log_forget: natural log of the forgetting of d, [B, T, P], at most 0; default none.
@@ -46,15 +47,15 @@ def osdn(
         anchor: the value that forgetting moves d toward, [P, K] or a number; default 0.
         bounds: (lo, hi) that d is clipped to after every update, or None; default (0, 1e9), the preset "paper".
         normalize: True divides the update of d by sum(k^2) + 1e-5; default False.
-        beta_aware: True if d follows beta and has one row per value head (P = H), False for beta = 1 in its update and
-            one row per key head (P = Hk); default False.
+        beta_aware: True updates d with b_t = beta_t, per value head (P = H); False with b_t = 1, per key head (P = Hk).
+            Default False.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V] (d then starts from initial);
             default zeros.
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -117,12 +118,13 @@ def os_gdn(
 
         w_t = d_t * k_t,    d_{t+1} = clip(g_t d_t + (1 - g_t) anchor + eta b_t (1 - b_t <d_t, k_t^2>) k_t^2)
 
-    with g_t = exp(log_forget_t) and b_t = beta_t; w_t is the write key of `gated_delta_net`. The two published settings
-    of eta, bounds and initial are in `hypergradient_preset`; the defaults here are "paper".
+    with g_t = exp(log_forget_t) and b_t = beta_t (1 if not beta_aware); w_t is the write key of `gated_delta_net`. The
+    two published settings of eta, bounds and initial are in `hypergradient_preset`; the defaults here are "paper".
+    There are P preconditioners per sequence: one per value head (P = H) if beta_aware, else one per key head (P = Hk).
 
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         beta: step size of each write, [B, T, H], usually in (0, 1).
         log_decay: natural log of the decay before each token, [B, T, H], at most 0; -inf resets the state.
         eta: step size of the preconditioner; default 1, as in the preset "paper".
@@ -132,15 +134,15 @@ def os_gdn(
         anchor: the value that forgetting moves d toward, [P, K] or a number; default 0.
         bounds: (lo, hi) that d is clipped to after every update, or None; default (0, 1e9), the preset "paper".
         normalize: True divides the update of d by sum(k^2) + 1e-5; default False.
-        beta_aware: True if d follows beta and has one row per value head (P = H), False for beta = 1 in its update and
-            one row per key head (P = Hk); default True.
+        beta_aware: True updates d with b_t = beta_t, per value head (P = H); False with b_t = 1, per key head (P = Hk).
+            Default True.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V] (d then starts from initial);
             default zeros.
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -204,12 +206,13 @@ def os_kda(
 
         w_t = d_t * k_t,    d_{t+1} = clip(g_t d_t + (1 - g_t) anchor + eta b_t (1 - b_t <d_t, k_t^2>) k_t^2)
 
-    with g_t = exp(log_forget_t) and b_t = beta_t; w_t is the write key of `kda`. The two published settings
-    of eta, bounds and initial are in `hypergradient_preset`; the defaults here are "paper".
+    with g_t = exp(log_forget_t) and b_t = beta_t (1 if not beta_aware); w_t is the write key of `kda`. The two
+    published settings of eta, bounds and initial are in `hypergradient_preset`; the defaults here are "paper".
+    There are P preconditioners per sequence: one per value head (P = H) if beta_aware, else one per key head (P = Hk).
 
     Args:
         q, k: queries and keys, [B, T, Hk, K]. They are not normalised here; `osdn_jax.nn.unit_norm` does that.
-        v: values, [B, T, H, V]; H is a multiple of Hk, and key head h serves value heads h H / Hk and following.
+        v: values, [B, T, H, V]; H is a multiple of Hk, and value head h uses key head h // (H / Hk).
         beta: step size of each write, [B, T, H], usually in (0, 1).
         log_decay: natural log of the decay before each token, [B, T, H, K], at most 0; -inf resets the channel.
         eta: step size of the preconditioner; default 1, as in the preset "paper".
@@ -219,15 +222,15 @@ def os_kda(
         anchor: the value that forgetting moves d toward, [P, K] or a number; default 0.
         bounds: (lo, hi) that d is clipped to after every update, or None; default (0, 1e9), the preset "paper".
         normalize: True divides the update of d by sum(k^2) + 1e-5; default False.
-        beta_aware: True if d follows beta and has one row per value head (P = H), False for beta = 1 in its update and
-            one row per key head (P = Hk); default True.
+        beta_aware: True updates d with b_t = beta_t, per value head (P = H); False with b_t = 1, per key head (P = Hk).
+            Default True.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V] (d then starts from initial);
             default zeros.
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest measured one; see
-            `delta_rule`.
+        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
+            see `delta_rule`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:

@@ -61,33 +61,34 @@ InitialState = State | Float[Array, "B H K V"] | None  # of every named rule
 
 
 def check_state(
-    initial_state: Any, kind: type[State] = State, shape: tuple[int, ...] | None = None, layout: str = ""
+    initial_state: Any, state_class: type[State] = State, shape: tuple[int, ...] | None = None, layout: str = ""
 ) -> tuple[State | None, type[State]]:
     """Check the initial state of a rule.
 
     Args:
         initial_state: a State of this rule, one created by hand, an array of the recurrent state alone, or None.
-        kind: the class of the rule's state.
-        shape: of the preconditioner; None for rules without one.
-        layout: names of those axes, for messages.
+        state_class: class of the rule's state.
+        shape: shape of the preconditioner; None for rules without one.
+        layout: names of its axes, for error messages.
 
     Returns:
-        (the state or None, the class of the state to return: that of initial_state, as `lax.scan` requires of a carry).
+        (the state or None, the class of the state to return: that of initial_state, since the carry of `lax.scan` must
+        keep its type).
 
     Raises:
         TypeError: initial_state is of another type.
         ValueError: it is the state of another rule, or its preconditioner has another shape.
     """
     if initial_state is None:
-        return None, kind
+        return None, state_class
     if isinstance(initial_state, (jax.Array, np.ndarray)):
-        return State(initial_state), kind  # type: ignore[arg-type]  # NumPy arrays are accepted, too
+        return State(initial_state), state_class  # type: ignore[arg-type]  # NumPy arrays are accepted, too
     if not isinstance(initial_state, State):
         got = type(initial_state).__name__
         raise TypeError(f"initial_state: got {got}, expected an ops.State, an array [B, H, K, V] or None")
-    if type(initial_state) not in (State, kind):
+    if type(initial_state) not in (State, state_class):
         got = type(initial_state).__name__
-        raise ValueError(f"initial_state: got the {got} of another rule, expected a {kind.__name__}")
+        raise ValueError(f"initial_state: got the {got} of another rule, expected a {state_class.__name__}")
     if initial_state.preconditioner is not None:
         if shape is None:
             raise ValueError("initial_state: got a preconditioner, expected the state of a rule without one")
