@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 from osdn_jax import ops
 from support import assert_close, random_like
 
+pytestmark = pytest.mark.slow
+
 B, T, H, K = 4, 10, 4, 8
 AXIS_TYPES = {"Explicit": AxisType.Explicit, "Auto": AxisType.Auto}
 
