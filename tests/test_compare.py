@@ -36,6 +36,8 @@ from osdn_jax.ops.selection import Implementation
 from support import assert_close, jit
 from support.runs import ROOT
 
+pytestmark = pytest.mark.slow
+
 SMALL = "B1T5H2Hk1K3V2"
 
 

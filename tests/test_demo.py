@@ -10,6 +10,8 @@ from examples import demo
 from osdn_jax.training import ConfigError, Result, load_config
 from support.runs import text
 
+pytestmark = pytest.mark.slow
+
 CONFIG = """
 from osdn_jax.training import parse_arg
 from support.runs import tiny_config

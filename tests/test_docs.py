@@ -25,6 +25,8 @@ import pytest
 from support.forks import Forks
 from support.pages import LANGUAGES, PAGES, ROOT, blocks, commands
 
+pytestmark = pytest.mark.slow
+
 # The programs of the repository whose argument parsers read the lines that start them.
 MODULES = (
     "benchmarks.gpu_suite",

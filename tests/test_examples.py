@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import pytest
 
+pytestmark = pytest.mark.slow
+
 _ROOT = Path(__file__).parent.parent
 _EXAMPLES = sorted(path for path in (_ROOT / "examples").glob("*.py") if path.name != "demo.py")  # tests/test_demo.py
 

@@ -16,6 +16,8 @@ from support import runs
 from support.forks import Forks
 from support.runs import finished
 
+pytestmark = pytest.mark.slow
+
 OPTIONS = {"tokens": 30, "seed": 1}
 
 

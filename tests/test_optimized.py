@@ -11,6 +11,8 @@ from osdn_jax import compare
 from osdn_jax.compare import Shape
 from support import relative_error
 
+pytestmark = pytest.mark.slow
+
 SHAPE = Shape(batch=2, length=70, key_heads=2, heads=4, key_dim=8, value_dim=6)
 
 

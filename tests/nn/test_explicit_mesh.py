@@ -34,6 +34,7 @@ def whole(tree):
     return jax.tree.map(np.asarray, tree)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["os_gdn", "transformer"])
 def test_under_a_mesh_with_the_axes_of_the_model(rule):
     apply, step, parameters = model(rule)
@@ -46,6 +47,7 @@ def test_under_a_mesh_with_the_axes_of_the_model(rule):
     assert set(states) == {None}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["os_gdn", "transformer"])
 def test_tokens_split_by_rows(rule):
     """Plain data parallelism: only the tokens are on the mesh."""
@@ -88,6 +90,7 @@ def test_statistics_of_preconditioners():
     assert_close(whole(call(parameters, tokens)), whole(want), 1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["gdn2", "pkda", "transformer"])
 def test_a_mixer_in_a_model_of_ones_own(rule):
     """Values, states and gradients, under jax.set_mesh, and with a mesh that only x has."""

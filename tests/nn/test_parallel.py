@@ -51,6 +51,7 @@ def pure(module):
     return (lambda parameters: nnx.merge(graph, parameters)), parameters
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize(
     ("rule", "mesh"),

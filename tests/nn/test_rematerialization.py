@@ -31,6 +31,7 @@ def kept(function, parameters):
     return count - sum(x.nbytes for x in parameters.values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", every_rule)
 def test_less_is_kept_of_every_rule(rule):
     made, parameters = functions(rule)
@@ -40,6 +41,7 @@ def test_less_is_kept_of_every_rule(rule):
 
 
 # Together they cover every option of a rule: decay and gates per channel, both preconditioners, and none of these.
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["linear_attention", "gdn2", "osdn", "pdn"])
 def test_numbers_are_the_same(rule):
     made, parameters = functions(rule)

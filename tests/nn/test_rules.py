@@ -37,6 +37,7 @@ def test_is_what_numpy_makes_of_the_definitions(rule):
     assert relative_error(logits, reference_logits(config, parameters, tokens(), SEGMENTS)) < 1e-5
 
 
+@pytest.mark.slow
 def test_token_by_token_is_the_whole(rule):
     _, apply, parameters, forward = small_model(rule)
     whole, after = forward(parameters, tokens(), ONE_DOCUMENT)
@@ -84,6 +85,7 @@ def test_a_token_changes_nothing_before_it(rule):
         assert (np.abs(after[:, t] - before[:, t]).max(axis=-1) > 1e-3).all()
 
 
+@pytest.mark.slow
 def test_gradients_in_chunks_are_slopes_and_reach_every_parameter(rule):
     config, _, parameters, forward = small_model(rule)
     cotangent = random_like(jax.ShapeDtypeStruct((2, LENGTH, VOCABULARY), jnp.float32), seed=3)
@@ -108,6 +110,7 @@ def test_gradients_in_chunks_are_slopes_and_reach_every_parameter(rule):
     np.testing.assert_allclose(np.vdot(change, cotangent) / 2e-6, sum(norms.values()), rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_computing_in_16_bits_stays_near(rule):
     config, _, parameters, forward = small_model(rule)
     apply, fresh = parameters_of(model_config(rule, dtype="bfloat16"))

@@ -11,6 +11,7 @@ pytestmark = pytest.mark.usefixtures("float64")
 TOLERANCE = 1e-12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values_and_gradients(case, implementation):

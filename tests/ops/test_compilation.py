@@ -47,6 +47,7 @@ def arrays(rule, length=3):
     return {"q": q, "k": k, "v": v} | more[rule]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["scan", "chunk", None])
 @pytest.mark.parametrize("rule", ["delta_net", "osdn", "os_gdn", "kda", "pkda", "gdn2", "linear_attention"])
 def test_rules(rule, implementation, compilations):

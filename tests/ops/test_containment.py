@@ -94,6 +94,7 @@ def test_cotangents_that_are_not_finite_stay_in_their_segment(case):
             assert not np.isfinite(np.asarray(gradient[name])).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["scan", "chunk"])
 @pytest.mark.parametrize("case", MIXED[:1] + MIXED[3:], ids=lambda case: case.name)
 def test_over_devices(case, implementation):

@@ -13,7 +13,7 @@ from osdn_jax import ops
 from support import assert_close, jit, value_and_gradient
 from support.cases import CASES, NAMED, TRUST, hypergradient
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
 TOLERANCE = 1e-11
 # Arrays with a time axis; the others are the same on every device.

@@ -13,7 +13,7 @@ from osdn_jax import ops
 from support import assert_close, jit
 from support.cases import NAMED
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
 B, T, H, K, V = 1, 12, 3, 4, 5
 TOLERANCE = 1e-11

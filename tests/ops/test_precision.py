@@ -10,6 +10,8 @@ import pytest
 from support import assert_close, jit, value_and_gradient
 from support.cases import DELTA, NAMED, delta, unit
 
+pytestmark = pytest.mark.slow
+
 TOKENS = {"q", "k", "v", "write_key"}  # computed in 16 bits by a model; gates, beta and states are float32
 
 

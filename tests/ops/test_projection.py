@@ -10,7 +10,7 @@ import pytest
 from osdn_jax import ops
 from support import assert_close, jit, oracle, random_like, value_and_gradient
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
 B, T, H, K, C = 2, 57, 3, 8, 16
 LO, HI = BOUNDS = (2 / 3, 3 / 2)

@@ -11,7 +11,7 @@ from osdn_jax import ops
 from support import assert_close, jit
 from support.cases import Case, delta, gram, hypergradient
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
 RESETS = (-np.inf, -1e9, float(np.finfo(np.float32).min))
 GATE = {"delta_rule": "log_decay", "hypergradient_preconditioner": "log_forget", "gram_preconditioner": "log_decay"}

@@ -10,6 +10,8 @@ from jax.sharding import PartitionSpec as P
 from osdn_jax import ops
 from support import assert_close, random_like
 
+pytestmark = pytest.mark.slow
+
 B, T, H, K = 4, 10, 4, 8
 AXIS_TYPES = {"Explicit": AxisType.Explicit, "Auto": AxisType.Auto}
 
@@ -113,3 +115,7 @@ def test_unsupported_shardings_are_refused_by_name():
         split = x | {"q": place(x["q"], "a"), name: place(x[name], *spec)}
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(lambda split=split: ops.delta_net(**split))
+    state = place(jnp.ones((B, H, K, K), jnp.float32), None, None, "a")
+    token = {name: y[:, 0] for name, y in x.items()}
+    with pytest.raises(ValueError, match="^state: got its axis 2 split"):
+        jax.eval_shape(lambda: ops.delta_rule_step(state, **token))

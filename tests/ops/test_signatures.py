@@ -1,4 +1,4 @@
-"""The named rules as help() and a caller see them."""
+"""Signatures and docstrings of the public functions, and initial states as a caller passes them."""
 
 import inspect
 import subprocess

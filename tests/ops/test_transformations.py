@@ -12,7 +12,7 @@ from osdn_jax import ops
 from support import assert_close, jit, oracle, random_like, value_and_gradient
 from support.cases import IMPLEMENTATIONS, NAMED
 
-pytestmark = pytest.mark.usefixtures("float64")
+pytestmark = [pytest.mark.usefixtures("float64"), pytest.mark.slow]
 
 B, T, HK, H, K, V = 4, 21, 2, 4, 8, 6
 TOLERANCE = 1e-12

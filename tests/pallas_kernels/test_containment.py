@@ -10,6 +10,8 @@ import pytest
 from osdn_jax import ops
 from support import assert_close, random_like, value_and_gradient
 
+pytestmark = pytest.mark.slow
+
 LENGTH, SIZE = 68, 64  # two chunks
 START, END = 20, 66  # of the bad segment, which spans both
 BAD = 40

@@ -95,11 +95,13 @@ def check(case, dtype, tolerance, gates_tolerance):
     assert_close(gates, {name: want_gradient[name] for name in gates}, gates_tolerance)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values_and_gradients_equal_the_scans(case):
     check(case, jnp.bfloat16, 1e-2, 2e-2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", ["scalar", "channel"])
 @pytest.mark.parametrize("kind", RESETS)
 def test_resets(kind, decay):
@@ -120,11 +122,13 @@ def test_a_nan_log_decay_makes_later_outputs_nan():
     assert np.isnan(state).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [None, "channel"])
 def test_float16(decay):
     check(kernel_case("float16", length=70, decay=decay, write_key="key"), jnp.float16, 2e-3, 4e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decay", [None, "scalar", "channel"])
 def test_near_parallel_keys(decay):
     """With a cotangent of the final state, gradients of gates are small differences of large terms."""
@@ -238,6 +242,7 @@ def transformed():
     return x, cotangents, value_and_gradient(program)(x, cotangents)
 
 
+@pytest.mark.slow
 def test_jit():
     x, cotangents, want = transformed()
     assert_close(jax.jit(value_and_gradient(program))(x, cotangents), floats(want), 1e-3)
@@ -257,6 +262,7 @@ def test_remat(monkeypatch):
     assert jax.tree.map(lambda a: (a.shape, a.dtype), got) == jax.tree.map(lambda a: (a.shape, a.dtype), want)
 
 
+@pytest.mark.slow
 def test_vmap():
     x, cotangents, want = transformed()
     x, cotangents = jax.tree.map(lambda array: array[:, None], (x, cotangents))

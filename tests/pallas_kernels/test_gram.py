@@ -34,6 +34,7 @@ def inputs(case, dtype):
     return {name: jnp.asarray(x, dtype if name == "k" else jnp.float32) for name, x in case.arrays.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_values_and_gradients_equal_the_scans(case, dtype):

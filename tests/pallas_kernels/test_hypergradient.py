@@ -165,6 +165,7 @@ def leaves(d, final, bounds):
     return padded.reshape(-1, CHUNK, on.shape[1]).any(axis=1).T
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_values_and_gradients(name):
     x, options, expected = CASES[name]
@@ -228,6 +229,7 @@ def test_a_chunk_is_sequential_if_and_only_if_a_value_leaves_the_bounds(falling,
     assert_close(got, jit(functools.partial(reference, bounds=bounds))(x), TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "return_write_key"), [(jnp.bfloat16, True), (jnp.float16, False)])
 def test_half_precision(dtype, return_write_key):
     x = as_arrays(base(57), dtype)
@@ -248,6 +250,7 @@ def test_write_keys_are_d_times_k_rounded_once():
     np.testing.assert_array_equal(written, scaled(x["k"], d))
 
 
+@pytest.mark.slow
 def test_vmap():
     pair = [as_arrays(base(57, seed=seed)) for seed in (3, 4)]
     pair[0]["k"] *= 10  # leaves the bounds

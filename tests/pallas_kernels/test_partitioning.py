@@ -91,6 +91,7 @@ def test_shards_with_parts_of_two_groups_are_gathered():
     assert_same(jax.jit(split)(placed), stand_in(arrays, 0.5))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("spec", [P("x"), P(None, "x"), P(None, None, None, "x")])
 def test_vmap(spec):
     """Shard along the mapped axis, the batch or the heads; one array is not mapped."""

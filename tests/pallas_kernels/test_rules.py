@@ -43,6 +43,7 @@ def program(rule, implementation, packed=True):
     return run
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", ["osdn", "os_gdn", "pgdn"])
 def test_rules_by_kernels(rule):
     x = inputs(rule)

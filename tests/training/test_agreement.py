@@ -6,6 +6,8 @@ import pytest
 from osdn_jax.training import ConfigError, WorkdirConfigError, agreement, distributed
 from support.runs import tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def two(monkeypatch):

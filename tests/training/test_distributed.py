@@ -16,6 +16,8 @@ from osdn_jax.training.profiling import parse_range
 from support.forks import Forks
 from support.runs import command, rows, scratch, text, tiny_config
 
+pytestmark = pytest.mark.slow
+
 SETTINGS = {
     "steps": 24,
     "batch_size": 8,

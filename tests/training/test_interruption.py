@@ -13,6 +13,8 @@ from osdn_jax.training import Interrupted, loop, read_metrics, train
 from osdn_jax.training.interruption import Stop, Watchdog
 from support.runs import CONFIG_FILE, ROOT, assert_same_run, command, finished, text, tiny_config
 
+pytestmark = pytest.mark.slow
+
 HANGS = """
 import time
 from osdn_jax.training.interruption import Watchdog

@@ -16,6 +16,8 @@ from osdn_jax.training import ConfigError, WorkdirInUseError, read_metrics, trai
 from osdn_jax.training.lock import LOCK_FILE, WorkdirLock
 from support.runs import command, text, tiny_config
 
+pytestmark = pytest.mark.slow
+
 
 def listing(folder):
     return {path: path.stat().st_mtime_ns for path in folder.rglob("*")}

@@ -29,6 +29,8 @@ from support import assert_close
 from support.models import reference_logits
 from support.runs import assert_same_run, finished, rows, text, tiny_config, write_text
 
+pytestmark = pytest.mark.slow
+
 # Files and rows
 
 

@@ -17,6 +17,8 @@ from osdn_jax.training import (
 from osdn_jax.training import events as event_files
 from support.runs import assert_same_run, finished, rows, text, tiny_config
 
+pytestmark = pytest.mark.slow
+
 # Numbers that are not finite
 
 

@@ -18,6 +18,8 @@ from osdn_jax.training.initial_state import build_start, shapes_at_start
 from osdn_jax.training.mesh import Layout, build_mesh, describe, mesh_sizes
 from support.runs import rows, text, tiny_config
 
+pytestmark = pytest.mark.slow
+
 MESHES = {
     "8": {"mesh__data": 8},
     "4x2": {"mesh__fsdp": 4, "mesh__tensor": 2},

@@ -11,6 +11,8 @@ from osdn_jax.training import rendezvous
 from osdn_jax.training.distributed import start
 from osdn_jax.training.rendezvous import Address, gather, parse_address
 
+pytestmark = pytest.mark.slow
+
 FACTS = {"jax": "0.12.0"}
 
 

@@ -28,6 +28,8 @@ from support.runs import (
     write_text,
 )
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def half(tmp_path_factory):

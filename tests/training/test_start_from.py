@@ -21,6 +21,8 @@ from osdn_jax.training.initial_state import build_start
 from osdn_jax.training.mesh import Layout, build_mesh
 from support.runs import assert_same_run, finished, rows, text, tiny_config, write_text
 
+pytestmark = pytest.mark.slow
+
 
 def parameters(workdir, **options):
     target = split_model(nnx.eval_shape(lambda: build_model(tiny_config(text()))))[1]

@@ -9,6 +9,8 @@ import pytest
 from osdn_jax.training import train
 from support.runs import command, run, scratch, text, tiny_config, write_text
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
