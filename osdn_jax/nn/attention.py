@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn import initializers
@@ -53,9 +54,9 @@ class SoftmaxAttention(nnx.Module):
         rngs: random streams for the parameters.
     """
 
-    def __init__(self, config: AttentionConfig, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: AttentionConfig, layers: int, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
         """Create the parameters."""
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype = config, checks.floating_dtype("dtype", dtype)
         width, results = config.width, config.heads * config.value_dim
         self.queries, self.keys = config.heads * config.key_dim, config.num_key_heads * config.key_dim
         outputs = self.queries + self.keys + config.num_key_heads * config.value_dim

@@ -6,6 +6,7 @@ All of them return float32.
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from osdn_jax.nn import initializers
@@ -28,7 +29,7 @@ class DecayGate(nnx.Module):
         rngs: random streams for the parameters.
     """
 
-    def __init__(self, width: int, heads: int, channels: int | None, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, heads: int, channels: int | None, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
         """Create the parameters."""
         self.heads, self.channels = heads, channels
         outputs = heads * (channels or 1)
@@ -60,7 +61,7 @@ class ChannelGate(nnx.Module):
         rngs: random streams for the parameters.
     """
 
-    def __init__(self, width: int, heads: int, channels: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, heads: int, channels: int, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
         """Create the parameters."""
         self.heads, self.channels = heads, channels
         self.project = linear(width, heads * channels, dtype, rngs=rngs)

@@ -3,6 +3,7 @@
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn import initializers
@@ -114,9 +115,9 @@ class SwiGLU(nnx.Module):
         rngs: random streams for the parameters.
     """
 
-    def __init__(self, width: int, hidden: int, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, width: int, hidden: int, layers: int, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
         """Create the parameters."""
-        self.width, self.hidden, self.dtype = width, hidden, dtype
+        self.width, self.hidden, self.dtype = width, hidden, checks.floating_dtype("dtype", dtype)
         self.gate_and_up = linear(width, 2 * hidden, dtype, rngs=rngs)
         self.down = linear(hidden, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
 
@@ -144,7 +145,7 @@ def embed(table: Float[Array, "Vocab D"], tokens: Int[Array, "B T"]) -> Float[Ar
 def linear(
     inputs: int,
     outputs: int,
-    dtype: jnp.dtype,
+    dtype: DTypeLike,
     *,
     kernel_init: nnx.Initializer = initializers.kernel,
     rngs: nnx.Rngs,

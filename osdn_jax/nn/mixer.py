@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from osdn_jax import ops
@@ -16,7 +17,7 @@ from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
 from osdn_jax.nn.layers import NoDecayParam, RMSNorm, ShortConvolution, linear, unit_norm
 from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
-from osdn_jax.ops import State
+from osdn_jax.ops import State, checks
 from osdn_jax.ops.rules.entry import Gram, Hypergradient, preconditioned_delta_rule
 
 
@@ -44,7 +45,7 @@ class DeltaMixer(nnx.Module):
         >>> from flax import nnx
         >>> from osdn_jax import nn
         >>> config = nn.mixer_config("os_gdn", width=16, heads=2, key_dim=4, value_dim=8)
-        >>> mixer = nn.DeltaMixer(config, layers=1, dtype=jnp.dtype("float32"), rngs=nnx.Rngs(0))
+        >>> mixer = nn.DeltaMixer(config, layers=1, dtype=jnp.float32, rngs=nnx.Rngs(0))
         >>> x = jnp.ones((1, 6, 16))
         >>> y, state = mixer(x)  # prefill
         >>> y, state = mixer(x[:, :1], state)  # decode one token
@@ -52,7 +53,7 @@ class DeltaMixer(nnx.Module):
         (1, 1, 16)
     """
 
-    def __init__(self, config: MixerConfig, layers: int, dtype: jnp.dtype, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: MixerConfig, layers: int, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
         """Create the parameters.
 
         Args:
@@ -61,7 +62,7 @@ class DeltaMixer(nnx.Module):
             dtype: of activations and matrix products; parameters are float32.
             rngs: source of the initial parameters.
         """
-        self.config, self.dtype = config, dtype
+        self.config, self.dtype = config, checks.floating_dtype("dtype", dtype)
         width, heads, key_heads = config.width, config.heads, config.num_key_heads
         self.keys, self.values = key_heads * config.key_dim, heads * config.value_dim
         self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v, fused

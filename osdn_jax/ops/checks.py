@@ -80,6 +80,17 @@ def indices(name: str, value: Any, shape: Shape, layout: str, size: int) -> jax.
     return jnp.where((array >= 0) & (array < size), array.astype(jnp.int32), -1)
 
 
+def floating_dtype(name: str, value: Any) -> jnp.dtype:
+    """Return a type, its name or a scalar class as a floating-point dtype, or raise TypeError."""
+    try:
+        dtype = jnp.dtype(value)
+    except TypeError:
+        dtype = None
+    if value is None or dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(f"{name}: got {value!r}, expected a floating-point type such as jnp.float32")
+    return dtype
+
+
 def chunk_size(value: Any) -> int | None:
     """Return a positive int or None, or raise TypeError or ValueError."""
     if value is None:

@@ -7,10 +7,9 @@ import pytest
 from flax import nnx
 
 from osdn_jax import ops
-from osdn_jax.nn import ChannelGate, DeltaMixer, mixer_config
+from osdn_jax.nn import ChannelGate, DeltaMixer, SoftmaxAttention, SwiGLU, mixer_config
 from osdn_jax.nn import mixer as module
-from osdn_jax.ops import State, delta_rule
-from osdn_jax.ops.rules import entry
+from osdn_jax.ops import State, delta_rule, delta_rule_operator
 from support import relative_error
 from support.models import SHAPES
 
@@ -140,7 +139,7 @@ def test_multipliers_are_those_of_the_write_keys(rule, monkeypatch):
         seen.update(k=k, write_key=options["write_key"])
         return delta_rule(q, k, *arguments, **options)
 
-    monkeypatch.setattr(entry, "delta_rule", spied)
+    monkeypatch.setattr(delta_rule_operator, "delta_rule", spied)
     mixer(x, None, ids)
     d = mixer.multipliers(x, ids)
     assert float(jnp.std(d)) > 1e-4
@@ -153,3 +152,25 @@ def test_multipliers_need_a_preconditioner():
     mixer = DeltaMixer(config, 1, jnp.dtype("float32"), rngs=nnx.Rngs(0))
     with pytest.raises(ValueError, match="multipliers: got a mixer with preconditioner='none'"):
         mixer.multipliers(jnp.ones((1, 2, 8)))
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, "float32", np.float32, jnp.dtype("float32")])
+def test_every_form_of_a_dtype_is_accepted(dtype):
+    config = mixer_config("delta_net", width=8, heads=2, key_dim=4, value_dim=4)
+    mixer = DeltaMixer(config, 1, dtype, rngs=nnx.Rngs(0))
+    assert mixer.dtype == jnp.dtype("float32")
+    assert mixer(jnp.ones((1, 2, 8), jnp.float32))[0].dtype == jnp.float32
+
+
+@pytest.mark.usefixtures("our_checks")
+@pytest.mark.parametrize("dtype", ["float31", jnp.int32, None])
+@pytest.mark.parametrize("module", ["mixer", "attention", "MLP"])
+def test_other_types_are_refused(module, dtype):
+    sizes = {"width": 8, "heads": 2, "key_dim": 4, "value_dim": 4}
+    make = {
+        "mixer": lambda: DeltaMixer(mixer_config("delta_net", **sizes), 1, dtype, rngs=nnx.Rngs(0)),
+        "attention": lambda: SoftmaxAttention(mixer_config("transformer", **sizes), 1, dtype, rngs=nnx.Rngs(0)),
+        "MLP": lambda: SwiGLU(8, 16, 1, dtype, rngs=nnx.Rngs(0)),
+    }
+    with pytest.raises(TypeError, match=r"dtype: got .*, expected a floating-point type such as jnp\.float32"):
+        make[module]()
