@@ -1,9 +1,9 @@
 """The training loop."""
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import grain
 import jax
@@ -15,11 +15,10 @@ from rich.console import Console
 
 from osdn_jax.data import ValidationBatches, Window, WindowSource, training_batches, validation_batches
 from osdn_jax.data.tokenizers import BYTES
-from osdn_jax.evaluation import make_evaluate
 from osdn_jax.hardware import peak_flops
 from osdn_jax.nn import count_parameters
 from osdn_jax.nn.flops import per_token
-from osdn_jax.nn.split import Parameters, split_model
+from osdn_jax.nn.split import split_model
 from osdn_jax.progress import ProgressBar, Stopwatch, say
 from osdn_jax.training import agreement, distributed, fingerprints
 from osdn_jax.training.build import build_schedule, build_step_config
@@ -35,11 +34,9 @@ from osdn_jax.training.metrics import MetricsWriter, read_metrics
 from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
 from osdn_jax.training.ranges import check_ranges
-from osdn_jax.training.step import StepConfig, TrainState, make_train_step
+from osdn_jax.training.step import TrainState, make_train_step
+from osdn_jax.training.validation import BITS_PER_BYTE, HeldOut, make_validate
 from osdn_jax.training.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir, checked_workdir, load_config
-
-_VALIDATION = "validation/bits_per_byte"  # key in metrics.jsonl
-_STATISTICS_TOKENS = 1024  # tokens that the preconditioners' statistics are computed over
 
 
 class DataError(RuntimeError):
@@ -193,7 +190,7 @@ def _train(
     ):
         # --- Create the state, or restore it.
         apply, _ = split_model(model)
-        validate = _make_validate(apply, model.config.mixer, step_config, data, held_out, layout, watchdog)
+        validate = make_validate(apply, model.config.mixer, step_config, data, held_out, layout, watchdog)
         parameters = count_parameters(model)
         state, shardings = create()
         train_step = make_train_step(apply, optimizer, step_config, shardings=shardings)
@@ -252,7 +249,9 @@ def _train(
                         row = validate(state.evaluated, last)
                         metrics.write(step, tokens | row)
                         part = "all" if last else "part"
-                        bar.print(f"step {step:,}: {row[_VALIDATION]:.4f} bits per byte on {part} of the held-out text")
+                        bar.print(
+                            f"step {step:,}: {row[BITS_PER_BYTE]:.4f} bits per byte on {part} of the held-out text"
+                        )
                     if saves:
                         checkpoints.save(step, state, batches)
                 if stopped and step < end:
@@ -264,7 +263,7 @@ def _train(
     rows = read_metrics(workdir) if primary else []
     if rows:
         plot_loss({config.model.rule: rows}, workdir / "loss.png")
-    finals = [row[_VALIDATION] for row in rows if row["step"] == config.steps and _VALIDATION in row]
+    finals = [row[BITS_PER_BYTE] for row in rows if row["step"] == config.steps and BITS_PER_BYTE in row]
     result = Result(
         step=int(state.step),
         parameters=parameters,
@@ -286,14 +285,7 @@ def _check(config: ConfigDict, stop_at: int | None) -> None:
         raise ValueError(f"stop_at: got {stop_at}, expected at least 1")
 
 
-class _HeldOut(NamedTuple):
-    """Batches of this process's share of the held-out windows."""
-
-    everything: ValidationBatches  # for the last step
-    some: ValidationBatches  # for the others
-
-
-def _batches(config: ConfigDict, data: Data, layout: Layout) -> tuple[grain.DatasetIterator, _HeldOut]:
+def _batches(config: ConfigDict, data: Data, layout: Layout) -> tuple[grain.DatasetIterator, HeldOut]:
     """Return this process's share of the training batches and of the held-out windows."""
     index, count = layout.share
     share = {"shard_index": index, "shard_count": count}
@@ -301,7 +293,7 @@ def _batches(config: ConfigDict, data: Data, layout: Layout) -> tuple[grain.Data
     rows_here = config.validation.batch_size // count
     everything = validation_batches(data.held_out, batch_size=rows_here, **share)
     some = _spread(data.held_out, config.validation.windows, rows_here, **share)
-    return batches, _HeldOut(everything, some)
+    return batches, HeldOut(everything, some)
 
 
 def _spread(source: WindowSource, count: int, batch_size: int, **share: int) -> ValidationBatches:
@@ -436,52 +428,3 @@ def _speed_row(speed: float | None, flops: float, devices: int) -> dict[str, flo
         return {}
     peak = peak_flops(jax.devices()[0].device_kind)
     return {"tokens_per_second": speed} | ({} if peak is None else {"mfu": speed * flops / (peak * devices)})
-
-
-def _make_validate(
-    apply: Callable[..., Any],
-    mixer: Any,
-    step_config: StepConfig,
-    data: Data,
-    held_out: _HeldOut,
-    layout: Layout,
-    watchdog: Watchdog,
-) -> Callable[[Parameters, bool], dict[str, float]]:
-    """Return the function (parameters, on all windows?) -> the metrics of a validation."""
-    evaluate = make_evaluate(apply, step_config.chunks)
-    statistics = _make_statistics(apply, mixer, layout)
-
-    def validate(parameters: Parameters, everything: bool) -> dict[str, float]:
-        batches = _placed(held_out.everything if everything else held_out.some, layout, watchdog)
-        with layout.active():
-            # With some windows only, this is an estimate: their tokens may be longer or shorter than the average.
-            bits = evaluate(parameters, batches) * data.held_out_tokens_per_byte
-        return {_VALIDATION: bits} | statistics(parameters, data.held_out[0])
-
-    return validate
-
-
-def _placed(batches: Iterable[Window], layout: Layout, watchdog: Watchdog) -> Iterator[Any]:
-    for batch in batches:
-        watchdog.beat()
-        yield layout.batch(batch)
-
-
-def _make_statistics(
-    apply: Callable[..., Any], mixer: Any, layout: Layout
-) -> Callable[[Parameters, Window], dict[str, float]]:
-    """Return the function (parameters, window) -> statistics of the preconditioners; {} for a rule without one."""
-    if getattr(mixer, "preconditioner", "none") == "none":
-        return lambda parameters, window: {}
-    call = jax.jit(
-        lambda parameters, tokens, ids: apply(parameters, tokens, ids, method="preconditioners"),
-        out_shardings=layout.sharding(),
-    )
-    across: dict[str, Any] = {"mean": np.mean, "min": np.min, "max": np.max, "clipped": np.mean}
-
-    def statistics(parameters: Parameters, window: Window) -> dict[str, float]:
-        tokens, ids = (window[name][None, :_STATISTICS_TOKENS] for name in ("inputs", "segment_ids"))
-        blocks = call(parameters, tokens, ids)
-        return {f"preconditioner/{name}": float(across[name](np.asarray(x))) for name, x in blocks.items()}
-
-    return statistics

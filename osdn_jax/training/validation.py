@@ -1,0 +1,74 @@
+"""Validation: bits per byte on the held-out text, and statistics of the preconditioners."""
+
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from osdn_jax.data import ValidationBatches, Window
+from osdn_jax.evaluation import make_evaluate
+from osdn_jax.nn.split import Parameters
+from osdn_jax.training.data import Data
+from osdn_jax.training.interruption import Watchdog
+from osdn_jax.training.mesh import Layout
+from osdn_jax.training.step import StepConfig
+
+BITS_PER_BYTE = "validation/bits_per_byte"  # key in metrics.jsonl
+_STATISTICS_TOKENS = 1024  # tokens that the preconditioners' statistics are computed over
+
+
+class HeldOut(NamedTuple):
+    """Batches of this process's share of the held-out windows."""
+
+    everything: ValidationBatches  # for the last step
+    some: ValidationBatches  # for the others
+
+
+def make_validate(
+    apply: Callable[..., Any],
+    mixer: Any,
+    step_config: StepConfig,
+    data: Data,
+    held_out: HeldOut,
+    layout: Layout,
+    watchdog: Watchdog,
+) -> Callable[[Parameters, bool], dict[str, float]]:
+    """Return the function (parameters, on all windows?) -> the metrics of a validation."""
+    evaluate = make_evaluate(apply, step_config.chunks)
+    statistics = _make_statistics(apply, mixer, layout)
+
+    def validate(parameters: Parameters, everything: bool) -> dict[str, float]:
+        batches = _placed(held_out.everything if everything else held_out.some, layout, watchdog)
+        with layout.active():
+            # With some windows only, this is an estimate: their tokens may be longer or shorter than the average.
+            bits = evaluate(parameters, batches) * data.held_out_tokens_per_byte
+        return {BITS_PER_BYTE: bits} | statistics(parameters, data.held_out[0])
+
+    return validate
+
+
+def _placed(batches: Iterable[Window], layout: Layout, watchdog: Watchdog) -> Iterator[Any]:
+    for batch in batches:
+        watchdog.beat()
+        yield layout.batch(batch)
+
+
+def _make_statistics(
+    apply: Callable[..., Any], mixer: Any, layout: Layout
+) -> Callable[[Parameters, Window], dict[str, float]]:
+    """Return the function (parameters, window) -> statistics of the preconditioners; {} for a rule without one."""
+    if getattr(mixer, "preconditioner", "none") == "none":
+        return lambda parameters, window: {}
+    call = jax.jit(
+        lambda parameters, tokens, ids: apply(parameters, tokens, ids, method="preconditioners"),
+        out_shardings=layout.sharding(),
+    )
+    across: dict[str, Any] = {"mean": np.mean, "min": np.min, "max": np.max, "clipped": np.mean}
+
+    def statistics(parameters: Parameters, window: Window) -> dict[str, float]:
+        tokens, ids = (window[name][None, :_STATISTICS_TOKENS] for name in ("inputs", "segment_ids"))
+        blocks = call(parameters, tokens, ids)
+        return {f"preconditioner/{name}": float(across[name](np.asarray(x))) for name, x in blocks.items()}
+
+    return statistics
