@@ -248,10 +248,8 @@ def _train(
                     if validates:
                         row = validate(state.evaluated, last)
                         metrics.write(step, tokens | row)
-                        part = "all" if last else "part"
-                        bar.print(
-                            f"step {step:,}: {row[BITS_PER_BYTE]:.4f} bits per byte on {part} of the held-out text"
-                        )
+                        bits_now, part = row[BITS_PER_BYTE], "all" if last else "part"
+                        bar.print(f"step {step:,}: {bits_now:.4f} bits per byte on {part} of the held-out text")
                     if saves:
                         checkpoints.save(step, state, batches)
                 if stopped and step < end:
