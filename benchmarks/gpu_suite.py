@@ -87,19 +87,27 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=about)
     add = parser.add_argument
     add("--stage", nargs="+", choices=plan.STAGES, default=list(plan.STAGES), help="stages to run (default all)")
-    add("--out", metavar="FOLDER", type=Path, help="for the results (default benchmarks/results, with --dry none)")
+    add(
+        "--out", metavar="FOLDER", type=Path, help="folder of the results (default benchmarks/results, with --dry none)"
+    )
     add("--from", dest="earlier", metavar="PATH", type=Path, help="results to continue (default those in --out)")
     add("--restart", action="store_true", help="rename the results in --out and begin a new file")
     add("--dry", action="store_true", help="use tiny shapes and the interpreter, to show that everything runs")
     add("--budget", metavar="SECONDS", type=_seconds, default=540.0, help="time for the whole call (default 540)")
     add("--cases", metavar="PATTERN", default="*", help="cases of smoke and check, e.g. 'scalar*' (default all)")
-    add("--rules", nargs="+", choices=plan.TIMED_RULES, default=list(plan.TIMED_RULES), help="to time (default all)")
+    add(
+        "--rules",
+        nargs="+",
+        choices=plan.TIMED_RULES,
+        default=list(plan.TIMED_RULES),
+        help="rules to time (default all)",
+    )
     add(
         "--implementation",
         metavar="NAME",
         help="what to check and time (default mosaic_gpu, with --dry mosaic_gpu_interpret); there is no fallback",
     )
-    modules = "to import first; they may register other implementations"
+    modules = "modules to import first; they may register other implementations"
     add("--import", dest="imports", metavar="MODULE", nargs="+", default=[], help=modules)
     silence = "kill a job without a sign of life for this long (default: depends on the stage)"
     add("--patience", metavar="SECONDS", type=_seconds, help=silence)

@@ -31,7 +31,7 @@ class HypergradientConfig:
         eta: step size of the preconditioner's update. Default: 1.
         bounds: (low, high) that each entry of d is clipped to, or None for no bounds. Default: (0, 1e9).
         initial: value that the learned initial preconditioner d_0 is initialised to. Default: 0.
-        anchor: value that forgetting decays d towards. Default: 0.
+        anchor: value that forgetting moves d toward. Default: 0.
         forget: use Adaptive Preconditioner Forgetting, a gate per token and head that starts near 0.999. Default: True.
         beta_aware: b_t = beta in the update instead of 1, with one preconditioner per value head. Default: False.
         normalize: divide the update by sum(k^2) + 1e-5. Default: False.
@@ -61,7 +61,7 @@ class HypergradientConfig:
     def preset(cls, name: str, **changes: Any) -> "HypergradientConfig":
         """Return a published setting, "paper" or "trust", with changes.
 
-        "trust" forgets towards 1: towards 0, as in the paper, forgetting would soon hold d on its lower bound of 2/3.
+        "trust" forgets toward 1: toward 0, as in the paper, forgetting would soon hold d on its lower bound of 2/3.
 
         Args:
             name: "paper" or "trust".

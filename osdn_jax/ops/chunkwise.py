@@ -140,25 +140,25 @@ def chunk_terms(inputs: ChunkInputs, options: ChunkOptions) -> ChunkTerms:
     return ChunkTerms(q, k, w, from_start, to_end, carry, inverse, scores, v, beta)
 
 
-def advance_chunk(state: jax.Array, p: ChunkTerms) -> tuple[jax.Array, jax.Array]:
+def advance_chunk(state: jax.Array, terms: ChunkTerms) -> tuple[jax.Array, jax.Array]:
     """Advance the state [..., G, R, K, V] over a chunk: (state after it, outputs [..., C, G, R, V])."""
-    residual = p.v
-    if p.inverse is not None:
-        recalled = jnp.einsum("...gik,...grkv->...griv", p.k, state)
-        if p.from_start is not None:
-            recalled = p.from_start[..., None] * recalled
+    residual = terms.v
+    if terms.inverse is not None:
+        recalled = jnp.einsum("...gik,...grkv->...griv", terms.k, state)
+        if terms.from_start is not None:
+            recalled = terms.from_start[..., None] * recalled
         residual = residual - recalled
-    write = p.beta[..., None] * residual
-    if p.inverse is not None:
-        write = p.inverse @ write
-    read = jnp.einsum("...gik,...grkv->...griv", p.q, state)
-    if p.from_start is not None:
-        read = p.from_start[..., None] * read
-    out = read + p.scores @ write
-    if p.to_end is not None:
-        write = p.to_end[..., None] * write
-    kept = state if p.carry is None else p.carry * state
-    state = kept + jnp.einsum("...gjk,...grjv->...grkv", p.w, write)
+    write = terms.beta[..., None] * residual
+    if terms.inverse is not None:
+        write = terms.inverse @ write
+    read = jnp.einsum("...gik,...grkv->...griv", terms.q, state)
+    if terms.from_start is not None:
+        read = terms.from_start[..., None] * read
+    out = read + terms.scores @ write
+    if terms.to_end is not None:
+        write = terms.to_end[..., None] * write
+    kept = state if terms.carry is None else terms.carry * state
+    state = kept + jnp.einsum("...gjk,...grjv->...grkv", terms.w, write)
     return state, jnp.moveaxis(out, -2, -4)
 
 

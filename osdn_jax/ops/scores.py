@@ -1,6 +1,6 @@
-"""Decayed scores inside a chunk: sum over K of x_i exp(G_i - G_j) w_j for i >= j, for scalar and channel decay.
+"""Decayed scores inside a chunk: sum over K of x_i exp(G_ij) w_j for i >= j, for scalar and channel decay.
 
-Every exponent is the sum of the log decays over (j, i], never a difference of two long cumulative sums. That keeps
+Every exponent G_ij is the sum of the log decays over (j, i], never a difference of two long cumulative sums. That keeps
 full precision next to strong decays, in values and in gradients (the adjoint is a sum over the pairs that straddle a
 token), and no exponent is positive unless a log decay is.
 """

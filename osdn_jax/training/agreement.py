@@ -1,6 +1,6 @@
 """Agreement of the processes of a job before they start: none has failed, and all are about to do the same.
 
-JAX aborts every process if one ends by itself; if their programs differ, they wait for each other for ever or train a
+JAX aborts every process if one ends by itself; if their programs differ, they wait for each other forever or train a
 model that the user did not ask for. So each process reports what it is about to do, or why it cannot, to all others.
 """
 

@@ -21,7 +21,7 @@ class EventFile:
     """An event file that training does not depend on: after a disk error it logs one warning and stops writing.
 
     The calling thread writes everything. A background thread would die of a full disk unnoticed, and the caller would
-    block for ever once its queue is full.
+    block forever once its queue is full.
     """
 
     def __init__(self, folder: Path, first_step: int) -> None:

@@ -101,7 +101,7 @@ def _count_interrupts(reading: int) -> None:
 class Watchdog:
     """Ends the process, with a traceback of every thread on stderr, if it makes no progress for too long.
 
-    A process that waits for another one that hangs would wait for ever. Use as a context manager.
+    A process that waits for another one that hangs would wait forever. Use as a context manager.
     """
 
     def __init__(self, seconds: float) -> None:

@@ -134,9 +134,8 @@ def _await_all(
     notice, end = _Notice(), time.monotonic() + seconds
     while (missing := sorted(set(range(count)) - set(reported))) and time.monotonic() < end:
         ready = _ready([server, *(peer.connection for peer in peers)])
-        for peer in [
-            peer for peer in peers if peer.connection in ready
-        ]:  # it has nothing more to send, so it has ended
+        for peer in [peer for peer in peers if peer.connection in ready]:
+            # It has nothing more to send, so it has ended.
             error = error or f"process {peer.process} ended before all {count} processes had come"
             peer.connection.close()
             peers.remove(peer)
