@@ -231,6 +231,7 @@ def source(corpus, kind):
 KINDS = ["bytes", "memory", "prepared", "stream", "shuffled stream", "mixture", "mixture with a stream"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_state_restores_the_following_batches_of_every_source(corpus, kind, tmp_path):
     batches = functools.partial(training_batches, batch_size=3, seed=1)

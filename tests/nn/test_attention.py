@@ -165,6 +165,7 @@ def test_packed_documents_are_separate_ones():
     assert relative_error(packed, run(parameters, x)[0]) > 1e-2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("segment_ids", [None, DOCUMENTS], ids=["one", "packed"])
 @pytest.mark.parametrize("lengths", [(1, 6, 10, 7), (0, 10, 0, 14)], ids=str)
 def test_pieces_with_states_are_the_whole(lengths, segment_ids):

@@ -82,6 +82,7 @@ def test_a_target_outside_the_vocabulary_has_no_nats():
     assert np.isfinite(normalizers).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tied", [True, False])
 def test_of_a_model_it_is_that_of_its_logits(tied):
     apply, parameters = parameters_of(model_config("linear_attention", tied_embeddings=tied))

@@ -64,6 +64,7 @@ def test_tokens_split_by_rows(rule):
     assert_close(np.concatenate([logits, rest], axis=1), np.asarray(plain), 1e-5)
 
 
+@pytest.mark.slow
 def test_parameters_split_too():
     """Sharded parameters are gathered on the devices of the tokens."""
     _, step, parameters = model("os_gdn")

@@ -61,6 +61,7 @@ def test_numbers_are_the_same(rule):
         assert_close(got[1], want[1], 1e-5)
 
 
+@pytest.mark.slow
 def test_the_compiled_program_needs_less_memory():
     made, parameters = functions("linear_attention", layers=3)
     needs = {}

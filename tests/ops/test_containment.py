@@ -58,6 +58,7 @@ def spoil(case, fault):
     return arrays
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fault", ["nan", "inf", "overflow"])
 @pytest.mark.parametrize("case", MIXED, ids=lambda case: case.name)
 def test_other_segments_keep_values_and_gradients(case, fault):
@@ -182,6 +183,7 @@ def test_one_predicate_for_all_rows_under_vmap():
     assert not np.isfinite(np.asarray(value["o"][1])).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", [MIXED[1], MIXED[5]], ids=lambda case: case.name)
 def test_second_derivatives(case):
     """Reverse mode over reverse mode differentiates through the choice between the fast form and the scan."""

@@ -173,6 +173,7 @@ def test_ids_of_any_integer_type_stay_apart(implementation, dtype):
                 assert_close(got[0], want[0], 1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["scan", "chunk", None])
 @pytest.mark.parametrize("rule", ["kda", "os_gdn", "pgdn"])
 def test_float64_state_stays_float64_with_float32_tokens(rule, implementation):

@@ -73,6 +73,7 @@ def _rule(rule, x, options, run):
             return ops.pkda(q, k, v, beta=x["beta"], log_decay=x["gk"], **gram, **run)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", _CASES, ids=lambda case: case["file"].removesuffix(".npz"))
 def test_rule_equals_golden(case):
     """Values and gradients of the scan, and values of the chunks on long inputs; test_cases.py compares the two."""

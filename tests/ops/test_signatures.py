@@ -89,6 +89,7 @@ def test_misspelt_keyword_is_refused_by_the_rule(rule):
         getattr(ops, rule)(**arrays(rule), chunk_sise=4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", [rule for rule in KEYWORDS if rule != "exact_pdn"])
 def test_array_as_initial_state(rule):
     """Values and gradient equal those for a State that holds the array."""

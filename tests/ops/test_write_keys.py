@@ -79,6 +79,7 @@ def over_devices(run):
 TRANSFORMATIONS = {"vmap": by_rows, "remat": jax.checkpoint, "context_axis": over_devices}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("implementation", ["scan", "chunk"])
 @pytest.mark.parametrize("transformation", TRANSFORMATIONS)
 @pytest.mark.parametrize("operator", OPERATORS)

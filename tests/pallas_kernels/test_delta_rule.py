@@ -135,6 +135,7 @@ def test_near_parallel_keys(decay):
     check(kernel_case("near-parallel", length=193, decay=decay, change=near_parallel), jnp.bfloat16, 1e-2, 1e-2)
 
 
+@pytest.mark.slow
 def test_near_parallel_keys_without_a_cotangent_of_the_state():
     """With one, the last beta has nearly all of the norm, and its gradient is a small difference itself."""
     case = kernel_case("near-parallel", length=193, initial=False, change=near_parallel)
@@ -188,6 +189,7 @@ def test_shared_key_heads_equal_repeated_ones():
     jax.tree.map(np.testing.assert_array_equal, ops.delta_rule(**repeated, implementation=KERNEL), shared)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("decay", "batch", "length"), [("scalar", 2, 130), ("channel", 1, 70)])
 def test_splits_that_run_in_parallel_equal_the_whole_sequence(decay, batch, length):
     case = delta("pieces", length=length, batch=batch, key_heads=1, heads=1, key_dim=64, value_dim=64, decay=decay)
@@ -248,6 +250,7 @@ def test_jit():
     assert_close(jax.jit(value_and_gradient(program))(x, cotangents), floats(want), 1e-3)
 
 
+@pytest.mark.slow
 def test_remat(monkeypatch):
     """Trace for a GPU: the interpreter's callbacks cannot be rematerialised."""
     monkeypatch.setattr(mosaic_gpu, "on_hopper", lambda: True)
@@ -270,6 +273,7 @@ def test_vmap():
     assert_close(jax.tree.map(lambda array: array[:, 0], got), floats(want), 1e-3)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("devices", [1, 4])
 def test_shard_map(devices):
     """Check values on one device, because the interpreter treats several as one; types on four."""

@@ -215,6 +215,7 @@ def one_chunk(x, bounds):
     return (expand(chunks, options=options, return_write_key=False), final), chunks.sequential[0, :, 0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("falling", "bound"), [(False, 0.956), (True, 0.535)])
 def test_a_chunk_is_sequential_if_and_only_if_a_value_leaves_the_bounds(falling, bound):
     x = as_arrays(toward_a_bound(falling))
@@ -241,6 +242,7 @@ def test_half_precision(dtype, return_write_key):
     assert_close((got[0][1], got[1]), (want[0][1], want[1]), TOLERANCE)
 
 
+@pytest.mark.slow
 def test_write_keys_are_d_times_k_rounded_once():
     x = base(70)
     x["k"][0, 66] *= 10

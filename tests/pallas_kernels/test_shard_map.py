@@ -29,6 +29,7 @@ RULES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("packed", [False, True], ids=["whole", "packed"])
 @pytest.mark.parametrize("rule", RULES)
 def test_gradients_can_be_traced(rule, packed):

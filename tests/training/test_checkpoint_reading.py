@@ -33,6 +33,7 @@ def _collect_unawaited_reads():
 # Damaged files
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", [half, flip, Path.unlink])
 def test_falls_back_over_a_damaged_checkpoint_and_says_so(tmp_path, caplog, damage):
     save(tmp_path, 1, 2, 3)
@@ -115,6 +116,7 @@ def with_params(state, **params):
     return state | {"params": state["params"] | params}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -220,6 +222,7 @@ def test_a_checkpoint_without_fingerprints_is_taken_with_a_warning(tmp_path, cap
 # Names like those of checkpoints
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "moved"),
     [

@@ -160,6 +160,7 @@ def writing(folder):
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "moment",
     [

@@ -178,6 +178,7 @@ def test_a_hub_out_of_reach_is_an_error_of_the_configuration(corpus, tmp_path, m
 # Runs
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prepared", "hub"])
 def test_a_run_with_a_tokenizer_resumes_exactly_and_generates(corpus, tmp_path, kind):
     data = f"hf:{corpus / 'set'}" if kind == "hub" else kind

@@ -62,6 +62,7 @@ def test_a_model_has_the_size_that_is_stated(name, rule):
     build_schedule(config)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rule", RULES)
 @every_size
 def test_a_model_holds_what_is_stated_and_can_be_traced(name, rule):
