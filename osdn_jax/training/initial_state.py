@@ -29,7 +29,7 @@ def build_start(
 def plan_start(
     config: ConfigDict, layout: Layout
 ) -> tuple[CausalLM, optax.GradientTransformation, Callable[[], tuple[TrainState, TrainState | None]]]:
-    """(model, optimiser, what makes the state and its shardings), as `build_start` returns them.
+    """Return (model, optimiser, function that creates the state and its shardings); see `build_start`.
 
     Only creating the state over a mesh needs the other processes. Raises as `build_model`, `build_optimizer` and
     `shapes_at_start`.

@@ -20,8 +20,8 @@ class State(NamedTuple):
 
     Attributes:
         recurrent: S, [B, H, K, V] float32 (float64 for float64 inputs).
-        preconditioner: d of the hypergradient preconditioner [B, P, K], A of the Gram preconditioner [B, Hk, K] or P of
-            the exact one [B, Hk, K, K]; None for rules without a preconditioner.
+        preconditioner: d of the hypergradient preconditioner [B, P, K], A of the Gram preconditioner [B, Hk, K] or the
+            matrix of the exact one [B, Hk, K, K]; None for rules without a preconditioner.
 
     Example:
         >>> import jax.numpy as jnp
