@@ -2,7 +2,8 @@
 
 `mixer_config` gives the configuration of a named rule's mixer, and `DeltaMixer` is that mixer as a module for your own
 model. `ModelConfig` and `CausalLM` are a whole language model; `split_model` turns it into a pure function of its
-parameters, and `likelihood_sums` gives its loss.
+parameters, and `likelihood_sums` gives its loss. `BlockState` is the state that one of its blocks carries from call to
+call: a `MixerState` or an `AttentionState`.
 """
 
 from osdn_jax.nn.attention import AttentionState, SoftmaxAttention

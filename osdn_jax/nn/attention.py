@@ -11,7 +11,7 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.nn import initializers
+from osdn_jax.nn import arguments, initializers
 from osdn_jax.nn.config import AttentionConfig
 from osdn_jax.nn.layers import RMSNorm, linear
 from osdn_jax.nn.parallel import shard_size
@@ -29,7 +29,7 @@ class AttentionState(NamedTuple):
         keys: [B, S, Hk, K], already rotated.
         values: [B, S, Hk, V].
         position: position of the next token; the last key is at the position before it.
-        start: [B], position at which the current document began; the next token sees nothing before it.
+        start: [B], position at which the current segment began; the next token sees nothing before it.
     """
 
     keys: Float[Array, "B S Hk K"]
@@ -52,10 +52,15 @@ class SoftmaxAttention(nnx.Module):
         layers: number of layers of the whole model, which scales the initial output projection.
         dtype: of activations and matrix products; the parameters are float32.
         rngs: random streams for the parameters.
+
+    Raises:
+        ValueError: layers is below 1.
+        TypeError: an argument is of another type.
     """
 
     def __init__(self, config: AttentionConfig, layers: int, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
         """Create the parameters."""
+        arguments.module(config, AttentionConfig, rngs, layers)
         self.config, self.dtype = config, checks.floating_dtype("dtype", dtype)
         width, results = config.width, config.heads * config.value_dim
         self.queries, self.keys = config.heads * config.key_dim, config.num_key_heads * config.key_dim
@@ -92,23 +97,26 @@ class SoftmaxAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         """Mix a sequence, or its continuation from a state; one token at a time is decoding.
 
-        Positions continue through packed documents: only their differences matter, and no token sees another document.
-        A token that is not finite (NaN or inf) reaches no token before it and no other document.
+        Positions continue through packed segments: only their differences matter, and no token sees another segment.
+        A token that is not finite (NaN or inf) reaches no token before it and no other segment.
 
         Args:
-            x: [B, T, D].
+            x: tokens, [B, T, width].
             state: as returned by an earlier call; None at the start of a sequence.
-            segment_ids: [B, T] integers that tell packed documents apart; None for one document per row.
+            segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
             context_axis: mesh axis that splits the sequence, as in `ops.delta_rule`: every device gathers the keys and
                 values of all tokens for its queries.
 
         Returns:
-            The output [B, T, D], and the state after the last token.
+            The output [B, T, width], and the state after the last token.
 
         Raises:
-            ValueError: a state of another batch size or config; segment_ids of another shape than x.
-            TypeError: a state of another mixer; segment_ids that are not integers.
+            ValueError: x is not [B, T, width], state is of another batch size or config, or segment_ids has another
+                shape than x.
+            TypeError: x is not a floating-point array, state is of another type of mixer, or segment_ids are not
+                integers.
         """
+        x = arguments.mixer_inputs(x, self.config.width, state, AttentionState)
         mix = functools.partial(SoftmaxAttention._mix, context_axis=context_axis)
         return module_with_auto_axes(mix, self, x, state, segment_ids)
 
@@ -139,7 +147,7 @@ class SoftmaxAttention(nnx.Module):
         q, k = (rotate(y, positions, config.rotary_base) for y in (q, k))
         if context_axis is not None:
             k, v = (jax.lax.all_gather(y, context_axis, axis=1, tiled=True) for y in (k, v))
-        all_starts = _document_starts(position + jnp.arange(total, dtype=jnp.int32), start, segment_ids)
+        all_starts = _segment_starts(position + jnp.arange(total, dtype=jnp.int32), start, segment_ids)
         starts = jax.lax.dynamic_slice_in_dim(all_starts, offset, length, axis=1)
 
         if state is None:
@@ -166,8 +174,6 @@ class SoftmaxAttention(nnx.Module):
 
 
 def _check_state(state: AttentionState, batch: int, config: AttentionConfig) -> None:
-    if not isinstance(state, AttentionState):
-        raise TypeError(f"state: got a {type(state).__name__}, expected the AttentionState of an earlier call or None")
     lead = (batch, config.max_length, config.num_key_heads)
     for name, x, shape in (
         ("keys", state.keys, (*lead, config.key_dim)),
@@ -303,8 +309,8 @@ def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | N
     )
 
 
-def _document_starts(positions: jax.Array, start: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """Return the position at which each token's document began, [B, T]; the first token continues the document."""
+def _segment_starts(positions: jax.Array, start: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    """Return the position at which each token's segment began, [B, T]; the first token continues the segment."""
     shape = (start.shape[0], positions.shape[0])
     if segment_ids is None:
         return jnp.broadcast_to(start[:, None], shape)

@@ -8,7 +8,7 @@ recomputes. A gradient costs two forward passes. The forward pass, per token and
     head         2 per weight of the head, or of the embedding tied to it
     delta rule   6 H K V, for S^T k, w e^T and S^T q (2102.11174); 4 H K V without the erase term
       in chunks  plus 4 H C (K + V) for chunks of C tokens (2406.06484): k w^T, q w^T, and two products with R
-    attention    2 (T + 1) / 2 H (K + V), for q k^T and p v: causal, one document per sequence (2205.14135)
+    attention    2 (T + 1) / 2 H (K + V), for q k^T and p v: causal, one segment per sequence (2205.14135)
 
 Elementwise work is not counted, and so neither are the preconditioners, whose states are vectors.
 """

@@ -28,7 +28,7 @@ class RMSNorm(nnx.RMSNorm):
 
 
 class ShortConvolution(nnx.Module):
-    """Causal depthwise convolution along the sequence, without bias, that stays inside packed documents.
+    """Causal depthwise convolution along the sequence, without bias, that stays inside packed segments.
 
     Args:
         channels: C, number of features; each has its own taps.
@@ -55,7 +55,7 @@ class ShortConvolution(nnx.Module):
             x: [B, T, C].
             window: [B, size - 1, C], the inputs before x, as returned by an earlier call. Default: zeros, the start of
                 a sequence.
-            segment_ids: [B, T] integers that tell packed documents apart. Default: one document per row.
+            segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
             context_axis: mesh axis that splits the sequence, as in `ops.delta_rule`. The windows are then those before
                 the first token and after the last token of the whole sequence.
 
@@ -89,7 +89,7 @@ class ShortConvolution(nnx.Module):
         padded = jnp.concatenate([window, x], axis=1)
         ids = None
         if segment_ids is not None:
-            # The window belongs to the document of the first token.
+            # The window belongs to the segment of the first token.
             earlier = jnp.repeat(segment_ids[:, :1], size - 1, axis=1)
             if context_axis is not None:
                 earlier = sequence_parallel.ids_before(segment_ids, context_axis, size - 1)

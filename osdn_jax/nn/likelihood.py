@@ -7,10 +7,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from osdn_jax.nn.arguments import type_name
 from osdn_jax.nn.chunked_loss import DEFAULT_CHUNKS, Chunks, cross_entropy
 from osdn_jax.nn.parallel import cross_entropy_over_mesh
 from osdn_jax.nn.sharding import ambient_mesh
 from osdn_jax.nn.split import Parameters
+
+_BATCH = ("inputs", "targets", "segment_ids", "weights")
 
 
 class LikelihoodSums(NamedTuple):
@@ -43,11 +46,17 @@ def likelihood_sums(
         apply: (parameters, ...) -> ..., as `nn.split_model` returns it for a model with the methods `features` and
             `unembedding`.
         parameters: the model's parameters.
-        batch: {"inputs": tokens, "targets": the tokens after them, "segment_ids": integers that tell packed documents
-            apart, "weights": floats}, [B, T] each. A target with weight 0 may be anything.
+        batch: arrays [B, T] by name. inputs: tokens. targets: the tokens after them; with weight 0, any integers.
+            segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes. weights: of
+            the targets, floats.
         chunks: sizes of the logits that exist at a time, as in `nn.cross_entropy`.
         dropout_key: random key of the model's dropout. Default: None, no dropout.
+
+    Raises:
+        ValueError: batch lacks an array, or targets or weights have another shape than inputs.
+        TypeError: batch is not a mapping.
     """
+    _check_batch(batch)
     hidden, _ = apply(
         parameters, batch["inputs"], segment_ids=batch["segment_ids"], dropout_key=dropout_key, method="features"
     )
@@ -60,3 +69,15 @@ def likelihood_sums(
         return jnp.sum(jnp.where(weights == 0, 0.0, x) * weights)
 
     return LikelihoodSums(weighted(nats), weighted(jnp.square(normalizers)), jnp.sum(weights))
+
+
+def _check_batch(batch: Mapping[str, Any]) -> None:
+    if not isinstance(batch, Mapping):
+        raise TypeError(f"batch: got {type_name(batch)}, expected a dict with the keys {', '.join(_BATCH)}")
+    if not set(_BATCH) <= set(batch):
+        given = ", ".join(map(str, batch)) or "none"
+        raise ValueError(f"batch: got the keys {given}, expected {', '.join(_BATCH)}")
+    shape = jnp.shape(batch["inputs"])
+    for name in ("targets", "weights"):
+        if jnp.shape(batch[name]) != shape:
+            raise ValueError(f"batch: got {name} of shape {jnp.shape(batch[name])}, expected {shape} like the inputs")

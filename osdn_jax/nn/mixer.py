@@ -11,7 +11,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
 from osdn_jax import ops
-from osdn_jax.nn import initializers
+from osdn_jax.nn import arguments, initializers
 from osdn_jax.nn.config import MixerConfig
 from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
 from osdn_jax.nn.layers import NoDecayParam, RMSNorm, ShortConvolution, linear, unit_norm
@@ -40,6 +40,16 @@ class DeltaMixer(nnx.Module):
     unit length. beta is a logistic gate, as are the erase gate (per key head) and the write gate that replace it in
     GDN-2. The output is normalised per head, gated if config.output_gate is True, and projected back.
 
+    Args:
+        config: sizes and rule, as `mixer_config` returns them.
+        layers: number of layers of the whole model, which scales the initial output projection.
+        dtype: of activations and matrix products; the parameters are float32.
+        rngs: random streams for the parameters.
+
+    Raises:
+        ValueError: layers is below 1.
+        TypeError: an argument is of another type.
+
     Example:
         >>> import jax.numpy as jnp
         >>> from flax import nnx
@@ -54,14 +64,8 @@ class DeltaMixer(nnx.Module):
     """
 
     def __init__(self, config: MixerConfig, layers: int, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
-        """Create the parameters.
-
-        Args:
-            config: sizes and rule.
-            layers: number of layers in the model, which sets the initial scale of the output projection.
-            dtype: of activations and matrix products; parameters are float32.
-            rngs: source of the initial parameters.
-        """
+        """Create the parameters."""
+        arguments.module(config, MixerConfig, rngs, layers)
         self.config, self.dtype = config, checks.floating_dtype("dtype", dtype)
         width, heads, key_heads = config.width, config.heads, config.num_key_heads
         self.keys, self.values = key_heads * config.key_dim, heads * config.value_dim
@@ -114,18 +118,19 @@ class DeltaMixer(nnx.Module):
         Args:
             x: tokens, [B, T, width].
             state: the state that an earlier call returned; default zeros.
-            segment_ids: [B, T] integers, for packed sequences; see `ops.delta_rule`.
+            segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
             context_axis: mesh axis that the sequence is split over; see `ops.delta_rule`.
 
         Returns:
             (output [B, T, width], state after the last token).
 
         Raises:
-            ValueError: state is of another batch size or config, or segment_ids has another shape than x.
-            TypeError: state is of another kind of mixer, or segment_ids are not integers.
+            ValueError: x is not [B, T, width], state is of another batch size or config, or segment_ids has another
+                shape than x.
+            TypeError: x is not a floating-point array, state is of another type of mixer, or segment_ids are not
+                integers.
         """
-        if not isinstance(state, MixerState | None):
-            raise TypeError(f"state: got a {type(state).__name__}, expected the MixerState of such a mixer or None")
+        x = arguments.mixer_inputs(x, self.config.width, state, MixerState)
         mix = functools.partial(DeltaMixer._mix, context_axis=context_axis)
         return module_with_auto_axes(mix, self, x, state, segment_ids)
 
@@ -146,27 +151,28 @@ class DeltaMixer(nnx.Module):
         """Return the factor of the preconditioner on each key that is written.
 
         Args:
-            x: tokens, [B, T, D].
-            segment_ids: [B, T] integers, for packed sequences.
+            x: tokens, [B, T, width].
+            segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
 
         Returns:
             [B, T, P, K], P preconditioners; the write key is this factor times k.
 
         Raises:
-            ValueError: the mixer has no preconditioner.
+            ValueError: the mixer has no preconditioner, or x is not [B, T, width].
+            TypeError: x is not a floating-point array.
         """
-        config = self.config
+        config, x = self.config, arguments.mixer_inputs(x, self.config.width)
         _, k, _, _ = self._heads(x, None, segment_ids, None)
         shared: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": config.chunk_size}
         if config.preconditioner == "none":
             raise ValueError("multipliers: got a mixer with preconditioner='none', expected 'hypergradient' or 'gram'")
         if config.preconditioner == "gram":
             return ops.gram_preconditioner(k, **self._gram(x)._asdict(), **shared)[0]
-        arguments = self._hypergradient(x)._asdict()
+        settings = self._hypergradient(x)._asdict()
         beta = None
-        if arguments.pop("beta_aware"):
+        if settings.pop("beta_aware"):
             beta, k = self._beta(x), jnp.repeat(k, config.heads // config.num_key_heads, axis=2)
-        return ops.hypergradient_preconditioner(k, beta, **arguments, **shared)[0]
+        return ops.hypergradient_preconditioner(k, beta, **settings, **shared)[0]
 
     def _heads(
         self, x: jax.Array, window: jax.Array | None, segment_ids: jax.Array | None, context_axis: str | None

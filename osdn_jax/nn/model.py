@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.nn import initializers
+from osdn_jax.nn import arguments, initializers
 from osdn_jax.nn.attention import AttentionState, SoftmaxAttention
 from osdn_jax.nn.config import AttentionConfig, ModelConfig
 from osdn_jax.nn.layers import RMSNorm, SwiGLU, dropout, embed, linear
@@ -18,7 +18,7 @@ from osdn_jax.nn.sharding import ambient_mesh, constrain, module_with_auto_axes
 from osdn_jax.ops import checks
 
 BlockState = MixerState | AttentionState
-"""State that a block carries from one call to the next."""
+"""State of a block between calls, that of its mixer: the type of the elements of a model's states."""
 
 
 class Block(nnx.Module):
@@ -31,6 +31,7 @@ class Block(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Create the parameters."""
+        arguments.module(config, ModelConfig, rngs)
         width, dtype = config.mixer.width, jnp.dtype(config.dtype)
         self.dropout = config.dropout
         self.mixer_norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
@@ -51,7 +52,7 @@ class Block(nnx.Module):
         Args:
             x: the residual stream, [B, T, D].
             state: the mixer's state before the first token; None at the start of a sequence.
-            segment_ids: [B, T] integers that tell packed documents apart; None for one document per row.
+            segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
             dropout_key: random key of the config's dropout; None for no dropout.
 
         Returns:
@@ -145,6 +146,7 @@ class CausalLM(nnx.Module):
 
     def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
         """Create the parameters."""
+        arguments.module(config, ModelConfig, rngs)
         self.config = config
         width, dtype = config.mixer.width, jnp.dtype(config.dtype)
         self.embedding = nnx.Embed(
@@ -169,8 +171,7 @@ class CausalLM(nnx.Module):
             tokens: [B, T] integers: a whole sequence, or its continuation from `states`, down to one token at a time.
                 A token outside the vocabulary has an embedding of NaN.
             states: one per block, as returned by an earlier call; None at the start of a sequence.
-            segment_ids: [B, T] integers that tell packed documents apart: nothing passes from one to the next. Default:
-                one document per row.
+            segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
             dropout_key: random key of the config's dropout; None (the default) for no dropout, as in evaluation.
 
         Returns:
@@ -227,7 +228,7 @@ class CausalLM(nnx.Module):
 
         Args:
             tokens: [B, T] integers.
-            segment_ids: [B, T] integers that tell packed documents apart.
+            segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
 
         Returns:
             {"mean", "min", "max": [L]} over all tokens, heads and channels; for bounded preconditioners also "clipped",
@@ -263,7 +264,7 @@ class CausalLM(nnx.Module):
     def _check_states(self, states: Any) -> None:
         several = isinstance(states, (tuple, list)) and not isinstance(states, BlockState)
         if not several or len(states) != self.config.layers:
-            got = f"{len(states)} of them" if several else f"a {type(states).__name__}"
+            got = f"{len(states)} of them" if several else arguments.described(states)
             raise ValueError(f"states: got {got}, expected a tuple of {self.config.layers}, one per block, or None")
 
 

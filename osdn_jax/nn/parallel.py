@@ -49,7 +49,7 @@ def over_mesh(
         call: (shard of the module, x, segment_ids) -> output, on each device's shards of the arrays.
         mesh: the mesh of `jax.set_mesh`.
         x: the residual stream, [B, T, D].
-        segment_ids: [B, T] integers that tell packed documents apart; None for one document per row.
+        segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
 
     Raises:
         ValueError: the axis tensor has a size that does not divide the heads or hidden units.
