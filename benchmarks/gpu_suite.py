@@ -32,7 +32,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from benchmarks.gpu import cases, plan, record
 from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
@@ -82,9 +82,15 @@ def _slots(text: str) -> int:
     return int(text)
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong command line in one line, without the usage text."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     about = (__doc__ or "").split(":  ")[0] + "."
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu_suite", description=about)
+    parser = _Parser(prog="python -m benchmarks.gpu_suite", description=about)
     add = parser.add_argument
     add("--stage", nargs="+", choices=plan.STAGES, default=list(plan.STAGES), help="stages to run (default all)")
     add(

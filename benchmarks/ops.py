@@ -7,7 +7,6 @@ It takes about 15 minutes on two CPU cores; --sections repeats some sections and
 come from the sections "forward" and "chunks".
 """
 
-import argparse
 import contextlib
 import dataclasses
 import json
@@ -23,6 +22,7 @@ import numpy as np
 from flax import nnx
 
 from osdn_jax import nn
+from osdn_jax.command import Parser
 from osdn_jax.compare import (
     Contender,
     Shape,
@@ -352,7 +352,7 @@ def markdown(record: dict) -> Iterator[str]:
 def main(argv: Sequence[str] | None = None) -> dict:
     """Run the command line; return the record of the sections measured."""
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.ops", description=(__doc__ or "").split(":  ")[0] + ".")
+    parser = Parser(prog="python -m benchmarks.ops", description=(__doc__ or "").split(":  ")[0] + ".")
     parser.add_argument(
         "--sections",
         nargs="+",

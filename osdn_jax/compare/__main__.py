@@ -30,7 +30,7 @@ from osdn_jax.compare.report import console, failures, refusals, result_table
 from osdn_jax.compare.tolerances import CANCELLING, CANCELLING_FACTOR, TOLERANCES
 
 _PROGRAM = "python -m osdn_jax.compare"
-_DEFAULT_RULES = "delta_net,gated_delta_net,kda,osdn"
+_DEFAULT_RULES = ["delta_net", "gated_delta_net", "kda", "osdn"]
 _DEFAULT_SHAPE = "B1T1024H4D64"
 _MAX_INPUT_BYTES = 2**46  # if the system does not say how much memory is free
 _TOLERANCES = ", ".join(f"{name} {value:g}" for name, value in TOLERANCES.items())
@@ -215,8 +215,8 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
         "--rules",
         "RULE",
         _names(COMPARED_RULES),
-        _DEFAULT_RULES.split(","),
-        f"rules to compare, any of {', '.join(COMPARED_RULES)} (default {_DEFAULT_RULES})",
+        _DEFAULT_RULES,
+        f"rules to compare, any of {', '.join(COMPARED_RULES)} (default {', '.join(_DEFAULT_RULES)})",
     )
     add_list(
         "--implementations",

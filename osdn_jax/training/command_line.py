@@ -246,7 +246,10 @@ def parse_flags(
         given = flags.FLAGS.read_flags_from_files(list(argv[1:]), force_gnu=False)
         check_overrides(given, name)
         given, none = _without_none(given, name)
-        rest = flags.FLAGS([argv[0], *given])
+        try:
+            rest = flags.FLAGS([argv[0], *given])
+        except SystemExit:  # --help; absl's status for it is 1
+            raise SystemExit(0) from None
         if flags.FLAGS[name].value is None:
             raise ConfigError(f"give a configuration: --{name}=configs/NAME.py")
         if len(rest) > 1:

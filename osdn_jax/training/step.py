@@ -76,8 +76,8 @@ def make_train_step(
         shardings: of each array of the state, over a mesh; default: one device.
 
     Returns:
-        step(state, batch) -> (state, metrics), which donates the old state. The batch has inputs, targets, segment_ids
-        and weights, [B, T] each. Metrics are scalars: loss (nats per target token), gradient_norm (before clipping),
+        step(state, batch) -> (state, metrics), which donates the old state. The batch is as in
+        `nn.likelihood_sums`. Metrics are scalars: loss (nats per target token), gradient_norm (before clipping),
         update_norm (also of a skipped update) and parameter_norm in float32; skipped_steps and skipped_in_a_row in
         int32. When it is traced, the step raises ValueError for a batch whose rows config.accumulate does not divide.
 

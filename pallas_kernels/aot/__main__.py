@@ -18,6 +18,7 @@ import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import Progress
@@ -98,9 +99,15 @@ def _compile(cases: Sequence[Case], gpu: str, jobs: int) -> list[compiler.Outcom
     return outcomes
 
 
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        """Report a wrong command line in one line, without the usage text."""
+        self.exit(2, f"{self.prog}: error: {message}\n")
+
+
 def _parser() -> argparse.ArgumentParser:
     description, *epilog = (__doc__ or "").split("\n", 1)
-    parser = argparse.ArgumentParser(
+    parser = _Parser(
         prog=_PROGRAM,
         description=description,
         epilog="".join(epilog).strip("\n"),

@@ -124,7 +124,9 @@ def test_options_have_ranges(option, capsys):
     with pytest.raises(SystemExit) as error:
         gpu_suite.main(["--dry", *option])
     assert error.value.code == 2
-    assert f"argument {option[0]}" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert f"argument {option[0]}" in err
+    assert err.count("\n") == 1
 
 
 def test_the_file_is_named_after_the_device():

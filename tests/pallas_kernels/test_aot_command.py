@@ -152,4 +152,6 @@ def test_a_wrong_command_line_names_the_flag(flags, capsys):
     with pytest.raises(SystemExit) as error:
         command.main(flags)
     assert error.value.code == 2
-    assert flags[0] in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert flags[0] in err
+    assert err.count("\n") == 1

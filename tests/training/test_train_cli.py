@@ -128,6 +128,13 @@ def test_the_help_into_a_full_disk_is_one_line(forks, tmp_path):
     assert (tmp_path / "err").read_text() == said
 
 
+def test_the_help_ends_with_status_0(forks, tmp_path):
+    forks.start([command(None)[0][1], "--help"], out=tmp_path / "out", err=tmp_path / "err")
+    assert forks.wait() == 0
+    assert "--workdir" in (tmp_path / "out").read_text()
+    assert (tmp_path / "err").read_text() == ""
+
+
 def test_a_log_on_a_full_disk_does_not_stop_training(forks, tmp_path):
     forks.start(command(tmp_path / "run", "--stop_at=4")[0][1:], out="/dev/full", err=tmp_path / "err")
     assert forks.wait() == 0
