@@ -160,12 +160,16 @@ def unit_norm(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     The mixers normalise queries and keys with it.
 
     Args:
-        x: [..., D].
+        x: [..., D], floating-point.
+
+    Raises:
+        TypeError: x is not a floating-point array.
 
     Example:
         >>> [f"{x:.3f}" for x in unit_norm(jnp.asarray([3.0, 4.0]))]
         ['0.600', '0.800']
     """
+    x = checks.floating_array("x", x, range(1, 32), "[..., D]")
     wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
     return (wide * jax.lax.rsqrt(jnp.sum(jnp.square(wide), axis=-1, keepdims=True) + 1e-6)).astype(x.dtype)
 

@@ -54,21 +54,9 @@ def check_call(
         ValueError: a shape does not fit the others.
         TypeError: an argument is not an array of the expected type.
     """
-    lead = "B, T, " if time else "B, "
-    axes = 2 if time else 1
-    q = checks.floating_array("q", q, axes + 2, f"[{lead}Hk, K]")
-    *batch_time, key_heads, key_dim = q.shape
-    leading = tuple(batch_time)
-    k = checks.shaped_array("k", k, q.shape, f"[{lead}Hk, K] like q")
-    v = checks.floating_array("v", v, axes + 2, f"[{lead}H, V]")
-    if v.shape[:axes] != leading:
-        raise ValueError(f"v: got shape {v.shape}, expected [{lead}H, V] with the leading axes {leading} of q")
-    heads, value_dim = v.shape[axes:]
-    if not key_heads or heads % key_heads:
-        raise ValueError(f"v: got {heads} value heads, expected a multiple of the {key_heads} key heads of q")
-    for name, size in (("q", key_dim), ("v", value_dim)):
-        if size < 1:
-            raise ValueError(f"{name}: got a head dimension of {size}, expected at least 1")
+    lead, axes = ("B, T, ", 2) if time else ("B, ", 1)
+    q, k, v = checks.tokens(q, k, v, time=time)
+    leading, (key_heads, key_dim), (heads, value_dim) = q.shape[:axes], q.shape[axes:], v.shape[axes:]
     beta = checks.shaped_array("beta", beta, (*leading, heads), f"[{lead}H]")
     if write_key is not None:
         shapes = [(*leading, n, key_dim) for n in (key_heads, heads)]

@@ -35,11 +35,24 @@ def shaped_array(name: str, value: Any, shapes: Shape | Sequence[Shape], layout:
     return array
 
 
-def tokens(q: Any, k: Any, v: Any) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return q, k [B, T, Hk, K] and v [B, T, H, V] as floating-point arrays, or raise TypeError or ValueError."""
-    q = floating_array("q", q, 4, "[B, T, Hk, K]")
-    k = shaped_array("k", k, q.shape, "[B, T, Hk, K] like q")
-    return q, k, floating_array("v", v, 4, "[B, T, H, V]")
+def tokens(q: Any, k: Any, v: Any, *, time: bool = True) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Return q, k [B, T, Hk, K] and v [B, T, H, V] as arrays whose shapes fit, or raise TypeError or ValueError.
+
+    With time=False they are one token, without the axis T.
+    """
+    lead, axes = ("B, T, ", 2) if time else ("B, ", 1)
+    q = floating_array("q", q, axes + 2, f"[{lead}Hk, K]")
+    k = shaped_array("k", k, q.shape, f"[{lead}Hk, K] like q")
+    v = floating_array("v", v, axes + 2, f"[{lead}H, V]")
+    leading, (key_heads, key_dim), (heads, value_dim) = q.shape[:axes], q.shape[axes:], v.shape[axes:]
+    if v.shape[:axes] != leading:
+        raise ValueError(f"v: got shape {v.shape}, expected [{lead}H, V] with the leading axes {leading} of q")
+    if not key_heads or heads % key_heads:
+        raise ValueError(f"v: got {heads} value heads, expected a multiple of the {key_heads} key heads of q")
+    for name, size in (("q", key_dim), ("v", value_dim)):
+        if size < 1:
+            raise ValueError(f"{name}: got a head dimension of {size}, expected at least 1")
+    return q, k, v
 
 
 def segment_ids(value: Any, shape: Shape) -> jax.Array:

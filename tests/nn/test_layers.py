@@ -141,3 +141,12 @@ def test_dropout_differs_by_key():
     a, same, b = (dropout(x, 0.5, jax.random.key(seed)) for seed in (0, 0, 1))
     np.testing.assert_array_equal(a, same)
     assert 0.4 < np.mean(np.asarray(a) != np.asarray(b)) < 0.6
+
+
+@pytest.mark.usefixtures("our_checks")
+def test_unit_norm_takes_floating_point_numbers():
+    """In integers every component would be rounded to 0 or 1."""
+    with pytest.raises(TypeError, match=r"x: got dtype int32, expected a floating-point \[..., D\]"):
+        unit_norm(jnp.asarray([3, 4]))
+    with pytest.raises(TypeError, match=r"x: got list, expected an array \[..., D\]"):
+        unit_norm([3.0, 4.0])

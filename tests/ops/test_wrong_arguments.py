@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from osdn_jax import ops
+from osdn_jax.ops.rules.state import HypergradientState
 
 pytestmark = pytest.mark.usefixtures("our_checks")
 
@@ -334,3 +335,43 @@ def test_misspelt_options_of_preconditioners():
     fails("osdn", TypeError, "log_forgot", log_forgot=SCALAR)
     fails("pdn", TypeError, "centre", centre=0.1)
     fails("hypergradient", TypeError, "bound", bound=(0.0, 1.0))
+
+
+@pytest.mark.parametrize("function", [name for name in RULES if name != "exact_pdn"])
+def test_wrong_tokens_are_not_reported_as_wrong_gates(function):
+    """The arrays that all others are measured by come first."""
+    fails(function, ValueError, r"^k: got shape \(2, 3, ", k=Z((B, 3, HK, K)))
+    fails(function, ValueError, r"^v: got shape .* with the leading axes", v=Z((B, 3, H, V)))
+    fails(function, ValueError, "^v: got 3 value heads, expected a multiple of the 2 key heads of q",
+          q=Z((B, T, 2, K)), k=Z((B, T, 2, K)), v=Z((B, T, 3, V)))  # fmt: skip
+
+
+@pytest.mark.parametrize("function", [name for name in RULES if "beta" in FUNCTIONS[name][1]])
+def test_beta_is_required(function):
+    fails(function, TypeError, r"^beta: got NoneType, expected an array \[B, T, H\]", beta=None)
+
+
+@pytest.mark.parametrize("function", ["gated_delta_net", "os_gdn", "pgdn", "mamba2"])
+def test_a_scalar_decay_has_one_shape(function):
+    fails(function, ValueError, r"^log_decay: got shape \(2, 3, .*, expected \[B, T, H\] = ", log_decay=Z((B, 3, H)))
+
+
+@pytest.mark.parametrize("function", ["kda", "os_kda", "pkda", "gla"])
+def test_a_decay_per_channel_has_one_shape(function):
+    wrong = Z((B, T, H, K + 1))
+    fails(function, ValueError, r"^log_decay: got shape .*, expected \[B, T, H, K\] = ", log_decay=wrong)
+
+
+def test_log_forget_has_a_row_per_preconditioner():
+    fails("osdn", ValueError, r"^log_forget: got shape .*, expected \[B, T, P\] = ", log_forget=Z((B, T, H + 1)))
+    fails("os_gdn", ValueError, r"^log_forget: got shape .*, expected \[B, T, P\] = ", log_forget=Z((B, T, H + 1)))
+
+
+def test_a_state_with_a_preconditioner_is_refused_by_rules_without():
+    zeros = HypergradientState(Z((B, H, K, V)), Z((B, HK, K)))
+    fails(
+        "kda",
+        ValueError,
+        "^initial_state: got the HypergradientState of another rule, expected the state of a rule without a precond",
+        initial_state=zeros,
+    )

@@ -2,8 +2,8 @@
 
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops.rules.decay import channel_decay, scalar_decay
 from osdn_jax.ops.rules.entry import preconditioned_delta_rule
+from osdn_jax.ops.rules.gates import beta_per_head, channel_decay, scalar_decay
 from osdn_jax.ops.rules.state import InitialState, State
 
 
@@ -124,7 +124,7 @@ def mamba2(
         q,
         k,
         v,
-        beta=beta,
+        beta=beta_per_head(beta),
         log_decay=scalar_decay(log_decay),
         erase=False,
         initial_state=initial_state,

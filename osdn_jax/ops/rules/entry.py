@@ -70,8 +70,14 @@ def preconditioned_delta_rule(
         ValueError, TypeError, NotImplementedError: as `delta_rule` and the preconditioners.
     """
     checks.implementation(implementation, delta_rule_operator.IMPLEMENTATIONS)
+    q, k, v = checks.tokens(q, k, v)  # first: a wrong key or value is not to be reported as a wrong gate
+    rows = v.shape[:3]
     if beta is None:
-        beta = _ones(q, k, v)
+        beta = jnp.ones(rows, checks.accumulator_dtype(q, k, v))
+    if log_decay is not None and log_decay.ndim == 3:
+        log_decay = checks.shaped_array("log_decay", log_decay, rows, "[B, T, H]")
+    elif log_decay is not None:
+        log_decay = checks.shaped_array("log_decay", log_decay, (*rows, k.shape[3]), "[B, T, H, K]")
     shared: dict[str, Any] = {
         "segment_ids": segment_ids,
         "chunk_size": chunk_size,
@@ -109,12 +115,10 @@ def _by_hypergradient(
 ) -> Keys:
     options = arguments._asdict()
     beta_aware = checks.flag("beta_aware", options.pop("beta_aware"))
-    keys = k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
-    if beta_aware:
-        v = checks.floating_array("v", v, 4, "[B, T, H, V]")
-        if k.shape[2] and v.shape[2] % k.shape[2] == 0:
-            keys = per_value_head(k, v.shape[2], axis=2)
+    keys = per_value_head(k, v.shape[2], axis=2) if beta_aware else k
     batch, _, heads, key_dim = keys.shape
+    if arguments.log_forget is not None:
+        options["log_forget"] = checks.shaped_array("log_forget", arguments.log_forget, keys.shape[:3], "[B, T, P]")
     if beta_aware:
         beta = checks.shaped_array("beta", beta, keys.shape[:3], "[B, T, H]")
     state, state_class = check_state(initial_state, HypergradientState, (batch, heads, key_dim), "[B, P, K]")
@@ -127,7 +131,6 @@ def _by_hypergradient(
 
 
 def _by_gram(k: jax.Array, arguments: Gram, initial_state: Any, shared: dict[str, Any]) -> Keys:
-    k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
     batch, length, heads, key_dim = k.shape
     rows = (batch, length, heads)
     arguments = arguments._replace(
@@ -145,9 +148,3 @@ def _supported(shared: dict[str, Any], implementations: dict[str, Any]) -> dict[
     """Return the shared options, with the default in place of an implementation that the preconditioner lacks."""
     known = shared["implementation"] in implementations
     return shared if known else shared | {"implementation": None}
-
-
-def _ones(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Return a beta of 1 at every token, [B, T, H]."""
-    q, k, v = checks.tokens(q, k, v)
-    return jnp.ones(v.shape[:3], checks.accumulator_dtype(q, k, v))

@@ -6,8 +6,8 @@ from jaxtyping import Array, Float, Int
 from osdn_jax.ops import checks
 from osdn_jax.ops.arguments import per_value_head, scaled
 from osdn_jax.ops.delta_rule_operator import delta_rule
-from osdn_jax.ops.rules.decay import channel_decay, scalar_decay
 from osdn_jax.ops.rules.entry import preconditioned_delta_rule
+from osdn_jax.ops.rules.gates import beta_per_head, channel_decay, scalar_decay
 from osdn_jax.ops.rules.state import InitialState, State, check_state
 
 
@@ -64,7 +64,7 @@ def delta_net(
         q,
         k,
         v,
-        beta=beta,
+        beta=beta_per_head(beta),
         initial_state=initial_state,
         scale=scale,
         segment_ids=segment_ids,
@@ -129,7 +129,7 @@ def gated_delta_net(
         q,
         k,
         v,
-        beta=beta,
+        beta=beta_per_head(beta),
         log_decay=scalar_decay(log_decay),
         initial_state=initial_state,
         scale=scale,
@@ -197,7 +197,7 @@ def kda(
         q,
         k,
         v,
-        beta=beta,
+        beta=beta_per_head(beta),
         log_decay=channel_decay(log_decay),
         initial_state=initial_state,
         scale=scale,
@@ -263,9 +263,9 @@ def gdn2(
         >>> o.shape, state.recurrent.shape
         ((1, 6, 2, 4), (1, 2, 4, 4))
     """
-    erase_gate = checks.floating_array("erase_gate", erase_gate, 4, "[B, T, Hk or H, K]")
     q, k, v = checks.tokens(q, k, v)
-    if erase_gate.shape[2] == v.shape[2] != k.shape[2] and k.shape[2] and v.shape[2] % k.shape[2] == 0:
+    erase_gate = checks.floating_array("erase_gate", erase_gate, 4, "[B, T, Hk or H, K]")
+    if erase_gate.shape[2] == v.shape[2] != k.shape[2]:
         q, k = (per_value_head(x, v.shape[2], axis=2) for x in (q, k))
     erase_gate = checks.shaped_array("erase_gate", erase_gate, k.shape, "[B, T, Hk or H, K]")
     write_gate = checks.shaped_array("write_gate", write_gate, v.shape, "[B, T, H, V] like v")

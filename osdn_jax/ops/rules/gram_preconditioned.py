@@ -7,8 +7,8 @@ from osdn_jax.ops import checks
 from osdn_jax.ops.delta_rule_operator import delta_rule
 from osdn_jax.ops.exact_gram import exact_gram_write_key
 from osdn_jax.ops.gram import CENTER, SQUASH
-from osdn_jax.ops.rules.decay import channel_decay, scalar_decay
 from osdn_jax.ops.rules.entry import Gram, preconditioned_delta_rule
+from osdn_jax.ops.rules.gates import beta_per_head, channel_decay, scalar_decay
 from osdn_jax.ops.rules.state import ExactGramState, InitialState, State, check_state
 
 
@@ -77,7 +77,7 @@ def pdn(
         q,
         k,
         v,
-        beta=beta,
+        beta=beta_per_head(beta),
         preconditioner=Gram(gram_log_decay, gram_gain, center, squash),
         initial_state=initial_state,
         scale=scale,
@@ -155,7 +155,7 @@ def pgdn(
         q,
         k,
         v,
-        beta=beta,
+        beta=beta_per_head(beta),
         log_decay=scalar_decay(log_decay),
         preconditioner=Gram(gram_log_decay, gram_gain, center, squash),
         initial_state=initial_state,
@@ -234,7 +234,7 @@ def pkda(
         q,
         k,
         v,
-        beta=beta,
+        beta=beta_per_head(beta),
         log_decay=channel_decay(log_decay),
         preconditioner=Gram(gram_log_decay, gram_gain, center, squash),
         initial_state=initial_state,

@@ -3,8 +3,8 @@
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.ops.hypergradient import PAPER
-from osdn_jax.ops.rules.decay import channel_decay, scalar_decay
 from osdn_jax.ops.rules.entry import Hypergradient, preconditioned_delta_rule
+from osdn_jax.ops.rules.gates import beta_per_head, channel_decay, scalar_decay
 from osdn_jax.ops.rules.state import InitialState, State
 
 
@@ -82,7 +82,7 @@ def osdn(
         q,
         k,
         v,
-        beta=beta,
+        beta=beta_per_head(beta),
         preconditioner=Hypergradient(eta, log_forget, initial, anchor, bounds, normalize, beta_aware),
         initial_state=initial_state,
         scale=scale,
@@ -169,7 +169,7 @@ def os_gdn(
         q,
         k,
         v,
-        beta=beta,
+        beta=beta_per_head(beta),
         log_decay=scalar_decay(log_decay),
         preconditioner=Hypergradient(eta, log_forget, initial, anchor, bounds, normalize, beta_aware),
         initial_state=initial_state,
@@ -257,7 +257,7 @@ def os_kda(
         q,
         k,
         v,
-        beta=beta,
+        beta=beta_per_head(beta),
         log_decay=channel_decay(log_decay),
         preconditioner=Hypergradient(eta, log_forget, initial, anchor, bounds, normalize, beta_aware),
         initial_state=initial_state,

@@ -88,7 +88,8 @@ def check_state(
         raise TypeError(f"initial_state: got {got}, expected an ops.State, an array [B, H, K, V] or None")
     if type(initial_state) not in (State, state_class):
         got = type(initial_state).__name__
-        raise ValueError(f"initial_state: got the {got} of another rule, expected a {state_class.__name__}")
+        expected = f"a {state_class.__name__}" if shape else "the state of a rule without a preconditioner"
+        raise ValueError(f"initial_state: got the {got} of another rule, expected {expected}")
     if initial_state.preconditioner is not None:
         if shape is None:
             raise ValueError("initial_state: got a preconditioner, expected the state of a rule without one")
