@@ -86,7 +86,8 @@ class GramConfig:
 
     Args:
         center: value that the learned center, one per preconditioner, is initialised to. Default: -0.2.
-        squash: x, so that the factors on the keys lie in [1/x, x]; 1 for no preconditioning. Default: 1.5.
+        squash: x, at least 1 in the paper, so that the factors on the keys lie in [1/x, x]; 1 for no preconditioning.
+            Default: 1.5.
 
     Raises:
         ValueError: a field is out of range.

@@ -48,7 +48,10 @@ class HypergradientTokens(NamedTuple):
 
 
 class HypergradientStart(NamedTuple):
-    """Initial values of the hypergradient recurrence and the anchor of its forgetting."""
+    """Initial values of the hypergradient recurrence and the anchor of its forgetting.
+
+    `after_reset` is the public argument `restart`.
+    """
 
     initial: jax.Array  # state before the first token [B, P, K]
     after_reset: jax.Array  # state at the start of every later segment [B, P, K]

@@ -58,7 +58,8 @@ def gram_preconditioner(
         gain: weight of each token in A, [B, T, Hk], at least 0.
         center: value of log A at which the multiplier is 1, per key head [Hk] or a number. The paper learns it, from
             -0.2.
-        squash: x > 0; the multiplier stays within [1/x, x], so 1 disables the preconditioner. Default 1.5.
+        squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and 1 disables the preconditioner.
+            Below 1 the multiplier is inverted. Default 1.5.
         initial: A before the first token, [B, Hk, K]; default zeros.
         segment_ids: [B, T] integers, for packed sequences: A is reset to zeros where the id changes.
         chunk_size: tokens per chunk of "chunk"; default 64.
@@ -117,7 +118,8 @@ def gram_write_key(
         gain: weight of each token in A, [B, T, Hk], at least 0.
         center: value of log A at which the multiplier is 1, per key head [Hk] or a number. The paper learns it, from
             -0.2.
-        squash: x > 0; the multiplier stays within [1/x, x], so 1 disables the preconditioner. Default 1.5.
+        squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and 1 disables the preconditioner.
+            Below 1 the multiplier is inverted. Default 1.5.
         initial: A before the first token, [B, Hk, K]; default zeros.
         segment_ids: [B, T] integers, for packed sequences: A is reset to zeros where the id changes.
         chunk_size: tokens per chunk of "chunk"; default 64.

@@ -75,7 +75,7 @@ def hypergradient_preconditioner(
     eta: float,
     log_forget: Float[Array, "B T Hk"] | None = None,
     initial: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float | None = None,
-    anchor: Float[Array, "Hk K"] | float = 0.0,
+    anchor: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float = 0.0,
     bounds: tuple[float, float] | None = None,
     normalize: bool = False,
     restart: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float | None = None,
@@ -99,8 +99,8 @@ def hypergradient_preconditioner(
         eta: step size of the preconditioner.
         log_forget: natural log of g_t, [B, T, Hk], at most 0; -inf forgets everything. Default None, no forgetting.
         initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used unclipped, even outside the bounds.
-        anchor: the value that forgetting moves d toward, [Hk, K] or a number; default 0, as in the paper. 1 moves
-            toward plain DeltaNet.
+        anchor: the value that forgetting moves d toward, [B, Hk, K], [Hk, K] or a number; default 0, as in the paper.
+            1 moves toward plain DeltaNet.
         bounds: (lo, hi) of the projection after every update; either may be infinite. Default None, no projection. The
             projection is exact at every token, in every implementation.
         normalize: True divides the update by sum(u_t) + 1e-5; default False.
@@ -157,7 +157,7 @@ def hypergradient_write_key(
     eta: float,
     log_forget: Float[Array, "B T Hk"] | None = None,
     initial: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float | None = None,
-    anchor: Float[Array, "Hk K"] | float = 0.0,
+    anchor: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float = 0.0,
     bounds: tuple[float, float] | None = None,
     normalize: bool = False,
     restart: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float | None = None,
@@ -179,8 +179,8 @@ def hypergradient_write_key(
         eta: step size of the preconditioner.
         log_forget: natural log of g_t, [B, T, Hk], at most 0; -inf forgets everything. Default None, no forgetting.
         initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used unclipped, even outside the bounds.
-        anchor: the value that forgetting moves d toward, [Hk, K] or a number; default 0, as in the paper. 1 moves
-            toward plain DeltaNet.
+        anchor: the value that forgetting moves d toward, [B, Hk, K], [Hk, K] or a number; default 0, as in the paper.
+            1 moves toward plain DeltaNet.
         bounds: (lo, hi) of the projection after every update; either may be infinite. Default None, no projection.
         normalize: True divides the update by sum(u_t) + 1e-5; default False.
         restart: d at the start of every segment but the first, of the shapes of `initial`; default `initial`. Pass it

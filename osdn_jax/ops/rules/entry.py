@@ -20,7 +20,7 @@ class Hypergradient(NamedTuple):
     eta: float = hypergradient.PAPER["eta"]
     log_forget: jax.Array | None = None  # [B, T, P]
     initial: jax.Array | float | None = None  # [B, P, K], [P, K] or a number
-    anchor: jax.Array | float = 0.0  # [P, K] or a number
+    anchor: jax.Array | float = 0.0  # [B, P, K], [P, K] or a number
     bounds: tuple[float, float] | None = hypergradient.PAPER["bounds"]
     normalize: bool = False
     beta_aware: bool = False

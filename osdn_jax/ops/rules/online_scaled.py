@@ -17,7 +17,7 @@ def osdn(
     eta: float = PAPER["eta"],
     log_forget: Float[Array, "B T P"] | None = None,
     initial: Float[Array, "P K"] | Float[Array, "B P K"] | float | None = None,
-    anchor: Float[Array, "P K"] | float = 0.0,
+    anchor: Float[Array, "P K"] | Float[Array, "B P K"] | float = 0.0,
     bounds: tuple[float, float] | None = PAPER["bounds"],
     normalize: bool = False,
     beta_aware: bool = False,
@@ -44,7 +44,7 @@ def osdn(
         log_forget: natural log of the forgetting of d, [B, T, P], at most 0; default none.
         initial: d at the start of every segment, [P, K], [B, P, K] or a number; default 0, the preset "paper". For the
             first segment, the d of initial_state takes precedence.
-        anchor: the value that forgetting moves d toward, [P, K] or a number; default 0.
+        anchor: the value that forgetting moves d toward, [P, K], [B, P, K] or a number; default 0.
         bounds: (lo, hi) that d is clipped to after every update, or None; default (0, 1e9), the preset "paper".
         normalize: True divides the update of d by sum(k^2) + 1e-5; default False.
         beta_aware: True updates d with b_t = beta_t, per value head (P = H); False with b_t = 1, per key head (P = Hk).
@@ -103,7 +103,7 @@ def os_gdn(
     eta: float = PAPER["eta"],
     log_forget: Float[Array, "B T P"] | None = None,
     initial: Float[Array, "P K"] | Float[Array, "B P K"] | float | None = None,
-    anchor: Float[Array, "P K"] | float = 0.0,
+    anchor: Float[Array, "P K"] | Float[Array, "B P K"] | float = 0.0,
     bounds: tuple[float, float] | None = PAPER["bounds"],
     normalize: bool = False,
     beta_aware: bool = True,
@@ -131,7 +131,7 @@ def os_gdn(
         log_forget: natural log of the forgetting of d, [B, T, P], at most 0; default none.
         initial: d at the start of every segment, [P, K], [B, P, K] or a number; default 0, the preset "paper". For the
             first segment, the d of initial_state takes precedence.
-        anchor: the value that forgetting moves d toward, [P, K] or a number; default 0.
+        anchor: the value that forgetting moves d toward, [P, K], [B, P, K] or a number; default 0.
         bounds: (lo, hi) that d is clipped to after every update, or None; default (0, 1e9), the preset "paper".
         normalize: True divides the update of d by sum(k^2) + 1e-5; default False.
         beta_aware: True updates d with b_t = beta_t, per value head (P = H); False with b_t = 1, per key head (P = Hk).
@@ -191,7 +191,7 @@ def os_kda(
     eta: float = PAPER["eta"],
     log_forget: Float[Array, "B T P"] | None = None,
     initial: Float[Array, "P K"] | Float[Array, "B P K"] | float | None = None,
-    anchor: Float[Array, "P K"] | float = 0.0,
+    anchor: Float[Array, "P K"] | Float[Array, "B P K"] | float = 0.0,
     bounds: tuple[float, float] | None = PAPER["bounds"],
     normalize: bool = False,
     beta_aware: bool = True,
@@ -219,7 +219,7 @@ def os_kda(
         log_forget: natural log of the forgetting of d, [B, T, P], at most 0; default none.
         initial: d at the start of every segment, [P, K], [B, P, K] or a number; default 0, the preset "paper". For the
             first segment, the d of initial_state takes precedence.
-        anchor: the value that forgetting moves d toward, [P, K] or a number; default 0.
+        anchor: the value that forgetting moves d toward, [P, K], [B, P, K] or a number; default 0.
         bounds: (lo, hi) that d is clipped to after every update, or None; default (0, 1e9), the preset "paper".
         normalize: True divides the update of d by sum(k^2) + 1e-5; default False.
         beta_aware: True updates d with b_t = beta_t, per value head (P = H); False with b_t = 1, per key head (P = Hk).
