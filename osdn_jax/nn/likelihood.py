@@ -5,6 +5,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from osdn_jax.nn.arguments import type_name
@@ -77,7 +78,7 @@ def _check_batch(batch: Mapping[str, Any]) -> None:
     if not set(_BATCH) <= set(batch):
         given = ", ".join(map(str, batch)) or "none"
         raise ValueError(f"batch: got the keys {given}, expected {', '.join(_BATCH)}")
-    shape = jnp.shape(batch["inputs"])
+    shape = np.shape(batch["inputs"])
     for name in ("targets", "weights"):
-        if jnp.shape(batch[name]) != shape:
-            raise ValueError(f"batch: got {name} of shape {jnp.shape(batch[name])}, expected {shape} like the inputs")
+        if np.shape(batch[name]) != shape:
+            raise ValueError(f"batch: got {name} of shape {np.shape(batch[name])}, expected {shape} like the inputs")

@@ -101,6 +101,8 @@ def test_batches_that_do_not_fit():
     def refused(error, batch):
         return message(error, likelihood_sums, apply, parameters, batch)
 
+    lists = batch | {"targets": [[0] * 4] * 2, "weights": [[1.0] * 4] * 2}
+    assert likelihood_sums(apply, parameters, lists).targets == 8
     without = {name: x for name, x in batch.items() if name != "weights"}
     expected = "inputs, targets, segment_ids, weights"
     assert refused(ValueError, without) == f"batch: got the keys inputs, targets, segment_ids, expected {expected}"
