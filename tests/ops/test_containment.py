@@ -82,6 +82,7 @@ def test_other_segments_keep_values_and_gradients(case, fault):
         np.testing.assert_allclose(outside(gradient[name]), outside(clean_gradient[name]), rtol=1e-9, atol=1e-11)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", MIXED[:1] + MIXED[3:], ids=lambda case: case.name)
 def test_cotangents_that_are_not_finite_stay_in_their_segment(case):
     tokens = case.operator.outputs[0]

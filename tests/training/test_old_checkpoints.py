@@ -33,6 +33,7 @@ def test_it_loads_and_generates(old):
     assert "".join(generate(old, "ROMEO:", tokens=24, temperature=0.0)) == EXPECTED["likeliest"]
 
 
+@pytest.mark.slow
 def test_it_resumes(old):
     config = default_config()  # of this version, as the same command has it
     config.update_from_flattened_dict(flatten(load_config(old)))

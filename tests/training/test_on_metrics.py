@@ -23,6 +23,7 @@ def collector():
     return on_metrics, seen
 
 
+@pytest.mark.slow
 def test_it_gets_exactly_the_rows_that_are_written_after_resuming_too(tmp_path):
     config = tiny_config(text(), validation__every=10)
     on_metrics, seen = collector()
