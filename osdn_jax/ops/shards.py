@@ -9,11 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from osdn_jax.ops import sequence_parallel
+from osdn_jax.ops.arguments import per_value_head
 
 PyTree = Any
 MeshAxes = tuple[str, ...]
@@ -56,7 +56,10 @@ def over_shards(
     sizes = {letter: x.shape[i] for x, axes in zip(leaves, letters, strict=True) for i, letter in enumerate(axes)}
     if sizes.get("g", 0) % _size(mesh, split["heads"]):
         # Fewer key heads than devices: repeat them, one per value head.
-        leaves = [_per_value_head(x, axes, sizes["h"]) for x, axes in zip(leaves, letters, strict=True)]
+        leaves = [
+            per_value_head(x, sizes["h"], axes.index("g")) if "g" in axes else x
+            for x, axes in zip(leaves, letters, strict=True)
+        ]
 
     def spec(axes: str) -> P:
         return P(*(split[_NAMES[letter]] or None if letter in _NAMES else None for letter in axes))
@@ -139,10 +142,3 @@ def _size(mesh: jax.sharding.AbstractMesh, axes: MeshAxes) -> int:
     for axis in axes:
         size *= mesh.shape[axis]
     return size
-
-
-def _per_value_head(x: jax.Array, axes: str, heads: int) -> jax.Array:
-    if "g" not in axes:
-        return x
-    axis = axes.index("g")
-    return jnp.repeat(x, heads // x.shape[axis], axis=axis)

@@ -116,11 +116,6 @@ def zero_rows(size: int) -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((size,), jnp.float32), _ROWS)
 
 
-def zero_columns(size: int) -> jax.Array:
-    """Return float32 zeros, one per column of an accumulator."""
-    return plgpu.layout_cast(jnp.zeros((size,), jnp.float32), _COLUMNS)
-
-
 def row_scale(vector: Any, like: jax.Array) -> jax.Array:
     """Load a vector [rows] from shared memory and broadcast it along the columns of an accumulator."""
     return along_columns(read_rows(vector), like)
