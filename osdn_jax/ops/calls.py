@@ -7,6 +7,7 @@ Every implementation of an operator is a function of one such pair. Each call ha
 from typing import NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 Bounds = tuple[float, float] | None  # (lo, hi) of the projection, or None for no projection
 
@@ -38,7 +39,7 @@ class DeltaRuleOptions(NamedTuple):
 
 
 class HypergradientTokens(NamedTuple):
-    """Inputs of the hypergradient recurrence; the leading axes are [B] for one token, [B, C] for a chunk."""
+    """Tokens as the hypergradient recurrence reads them; the leading axes are [B] for one, [B, C] for a chunk."""
 
     u: jax.Array  # squared keys [..., P, K]
     beta: jax.Array | None  # [..., P]; None means 1
@@ -62,13 +63,16 @@ class HypergradientCall(NamedTuple):
     """Arrays of the hypergradient preconditioner. P is the number of preconditioners per sequence."""
 
     k: jax.Array  # [B, T, P, K]
-    tokens: HypergradientTokens  # [B, T, ...]; its `reset` is None, see `tokens_with_resets`
+    beta: jax.Array | None  # [B, T, P]; None means 1
+    step: jax.Array  # [B, T, P]
+    log_forget: jax.Array | None  # [B, T, P]
     start: HypergradientStart
     resets: jax.Array | None  # [B, T] bool
 
-    def tokens_with_resets(self) -> HypergradientTokens:
-        """Return the tokens as the recurrence reads them."""
-        return self.tokens._replace(reset=self.resets)
+    def tokens(self) -> HypergradientTokens:
+        """Return the tokens as the recurrence reads them; of one token if the call is."""
+        u = jnp.square(self.k.astype(self.step.dtype))
+        return HypergradientTokens(u, self.beta, self.step, self.log_forget, self.resets)
 
 
 class HypergradientOptions(NamedTuple):

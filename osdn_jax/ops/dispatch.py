@@ -26,30 +26,31 @@ def dispatch(registry: Items, name: str | None, call: Any, options: Any) -> Resu
         return _run(implementations, name, call, options)
     forward, backward = (choose(implementations, call, options, gradient=gradient) for gradient in (False, True))
     if forward == backward:
-        return _run(implementations, forward, call, options)
+        return _run(implementations, forward, call, options, by_default=True)
 
     @jax.custom_vjp
     def forward_only(call: Any) -> Results:
-        return _run(implementations, forward, call, options)
+        return _run(implementations, forward, call, options, by_default=True)
 
     def with_gradient(call: Any) -> tuple[Results, Any]:
-        return jax.vjp(lambda call: _run(implementations, backward, call, options), call)
+        return jax.vjp(lambda call: _run(implementations, backward, call, options, by_default=True), call)
 
     forward_only.defvjp(with_gradient, lambda pull, cotangents: pull(cotangents))
     return forward_only(call)
 
 
-def _run(implementations: Registry, name: str, call: Any, options: Any) -> Results:
+def _run(implementations: Registry, name: str, call: Any, options: Any, *, by_default: bool = False) -> Results:
     """Run one implementation; recompute a packed sequence with the scan if the result is not finite."""
     entry = implementations[name]
     limitation = entry.limitation(call, options)
     if limitation is not None:
         raise NotImplementedError(f"implementation {name!r}: {limitation}")
+    run = entry.by_default if by_default and entry.by_default else entry.run
     if not entry.mixes_segments:
-        return entry.run(call, options)
+        return run(call, options)
 
     def fast(call: Any, resets: jax.Array | None) -> Results:
-        return entry.run(call._replace(resets=resets), options)
+        return run(call._replace(resets=resets), options)
 
     def exact(call: Any, resets: jax.Array | None) -> Results:
         return implementations["scan"].run(call._replace(resets=resets), options, loop=scan_in_blocks)

@@ -26,7 +26,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
         functools.partial(mosaic_gpu.gram_limitation, interpret=True),
     ),
     "scan": Implementation(
-        gram_recurrence.by_scan, preferred=lambda call, gradient: selection.on_cpu(), mixes_segments=False
+        gram_recurrence.by_scan,
+        preferred=lambda call, gradient: selection.on_cpu(),
+        mixes_segments=False,
+        by_default=gram_recurrence.by_loop,
     ),
     "chunk": Implementation(gram_recurrence.by_chunks, preferred=lambda call, gradient: True),
 }

@@ -1,5 +1,6 @@
 """The recurrence of the Gram preconditioner: as a scan, in chunks, and for a sequence that is split over devices."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -11,9 +12,11 @@ from jax import lax
 from osdn_jax.ops import sequence_parallel
 from osdn_jax.ops.arguments import scaled
 from osdn_jax.ops.calls import GramCall, GramOptions
+from osdn_jax.ops.channels import over_channels
 from osdn_jax.ops.chunks import fitting_chunk, from_chunks, segment_index, to_chunks
 from osdn_jax.ops.scores import pair_decay
 from osdn_jax.ops.selection import DEFAULT_PRECONDITIONER_CHUNK
+from osdn_jax.ops.token_loop import loop_tokens
 
 _EPSILON = 1e-6
 
@@ -31,15 +34,25 @@ def by_scan(call: GramCall, options: GramOptions, loop: Callable[..., Any] = lax
     """
 
     def step(a: jax.Array, token: tuple[jax.Array, jax.Array, jax.Array | None]) -> tuple[jax.Array, jax.Array]:
-        update, log_decay, reset = token
-        if reset is not None:
-            a = jnp.where(reset[:, None, None], 0.0, a)
-        a = jnp.exp(log_decay)[..., None] * a + update
+        a = _advance(a, *token)
         return a, a
 
     tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), (_update(call), call.log_decay, call.resets))
     final, running = loop(step, call.initial, tokens)
     return _output(jnp.moveaxis(running, 0, 1), call, options), final
+
+
+def by_loop(call: GramCall, options: GramOptions) -> tuple[jax.Array, jax.Array]:
+    """Run one token at a time with `loop_tokens`; arguments and results as `by_scan`."""
+    if call.k.size == 0:
+        return by_scan(call, options)
+
+    def step(a: jax.Array, token: GramCall, center: jax.Array, reset: jax.Array | None) -> Any:
+        a = _advance(a, _update(token), token.log_decay, reset)
+        return a, _output(a, token._replace(center=center), options)
+
+    tokens = call._replace(center=None, initial=None, resets=None)  # type: ignore[arg-type]  # what a token reads
+    return loop_tokens(step, call.initial, tokens, call.center, call.resets)
 
 
 def by_chunks(call: GramCall, options: GramOptions) -> tuple[jax.Array, jax.Array]:
@@ -65,14 +78,34 @@ def by_chunks(call: GramCall, options: GramOptions) -> tuple[jax.Array, jax.Arra
     return _output(from_chunks(running, length), call, options), final
 
 
+def _advance(a: jax.Array, update: jax.Array, log_decay: jax.Array, reset: jax.Array | None) -> jax.Array:
+    if reset is not None:
+        a = jnp.where(reset[:, None, None], 0.0, a)
+    return over_channels(jnp.exp(log_decay), a.shape[-1]) * a + update
+
+
 def _update(call: GramCall) -> jax.Array:
-    return call.gain[..., None] * jnp.square(call.k.astype(call.gain.dtype))
+    return over_channels(call.gain, call.k.shape[-1]) * jnp.square(call.k.astype(call.gain.dtype))
 
 
 def _output(running: jax.Array, call: GramCall, options: GramOptions) -> jax.Array:
-    r = jnp.log(running + _EPSILON) - call.center[None, None, :, None]
-    multiplier = jnp.exp(-float(np.log(options.squash)) * r / (1.0 + jnp.abs(r)))
+    center = over_channels(call.center, running.shape[-1])
+    r = jnp.log(running + _EPSILON) - center.reshape((1,) * (running.ndim - 2) + center.shape)
+    multiplier = _multiplier(r, float(np.log(options.squash)))
     return scaled(call.k, multiplier) if options.write_key else multiplier
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def _multiplier(r: jax.Array, log_squash: float) -> jax.Array:
+    return jnp.exp(-log_squash * r / (1.0 + jnp.abs(r)))
+
+
+@_multiplier.defjvp
+def _multiplier_jvp(log_squash: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
+    """Differentiate in closed form: that of the quotient has four more divisions."""
+    (r,), (d_r,) = primals, tangents
+    multiplier = _multiplier(r, log_squash)
+    return multiplier, -log_squash * multiplier / jnp.square(1.0 + jnp.abs(r)) * d_r
 
 
 def state_before(call: GramCall, axis: str) -> jax.Array:

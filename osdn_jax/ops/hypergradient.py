@@ -16,7 +16,7 @@ from osdn_jax.ops import (
     sequence_parallel,
 )
 from osdn_jax.ops.arguments import scaled
-from osdn_jax.ops.calls import HypergradientCall, HypergradientOptions, HypergradientStart, HypergradientTokens
+from osdn_jax.ops.calls import HypergradientCall, HypergradientOptions, HypergradientStart
 from osdn_jax.ops.dispatch import dispatch
 from osdn_jax.ops.selection import Implementation, Items, Results
 from osdn_jax.ops.shards import over_shards
@@ -37,7 +37,10 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     ),
     # One token costs a CPU a few hundred nanoseconds, less than its share of a chunk's small products.
     "scan": Implementation(
-        hypergradient_recurrence.by_scan, preferred=lambda call, gradient: selection.on_cpu(), mixes_segments=False
+        hypergradient_recurrence.by_scan,
+        preferred=lambda call, gradient: selection.on_cpu(),
+        mixes_segments=False,
+        by_default=hypergradient_recurrence.by_loop,
     ),
     "chunk": Implementation(hypergradient_recurrence.by_chunks, preferred=lambda call, gradient: True),
 }
@@ -268,17 +271,15 @@ def _checked(
         resets = checks.resets(checks.segment_ids(segment_ids, (batch, length)), context_axis)
     if log_forget is not None:
         log_forget = checks.bounded_log(log_forget.astype(dtype))
-    u = jnp.square(k.astype(dtype))
-    b = None if beta is None else beta.astype(dtype)
-    step = jnp.full(u.shape[:-1], eta, dtype) if b is None else eta * b
+    beta = None if beta is None else beta.astype(dtype)
+    step = jnp.full(k.shape[:-1], eta, dtype) if beta is None else eta * beta
     if normalize:
-        step = step / (jnp.sum(u, axis=-1) + _EPSILON)
-    tokens = HypergradientTokens(u=u, beta=b, step=step, log_forget=log_forget, reset=None)
+        step = step / (jnp.sum(jnp.square(k.astype(dtype)), axis=-1) + _EPSILON)
 
     def full(x: jax.Array | float | None) -> jax.Array:
         if not isinstance(x, jax.Array):
             x = jnp.full((), 0.0 if x is None else x, dtype)
-        return checks.varying_like(jnp.broadcast_to(x.astype(dtype), shapes[0]), *tokens, resets)
+        return checks.varying_like(jnp.broadcast_to(x.astype(dtype), shapes[0]), k, beta, step, log_forget, resets)
 
     # Without forgetting the anchor has no effect, and an anchor of 0 needs no separate term.
     anchored = log_forget is not None and not (checks.is_number(anchor) and anchor == 0)
@@ -288,7 +289,7 @@ def _checked(
         anchor=full(values["anchor"]) if anchored else None,
     )
     options = HypergradientOptions(bounds, chunk_size, context_axis, write_key=False)
-    return HypergradientCall(k, tokens, start, resets), options
+    return HypergradientCall(k, beta, step, log_forget, start, resets), options
 
 
 def _array_or_number(name: str, value: object, shapes: list[tuple[int, ...]]) -> jax.Array | float | None:
@@ -322,16 +323,15 @@ def _jitted_hypergradient(
 
 def _axes(call: HypergradientCall) -> HypergradientCall:
     """Return a letter for each axis of each array, as `over_shards` reads them."""
-    letters: Any = HypergradientTokens(u="bthk", beta="bth", step="bth", log_forget="bth", reset=None)  # type: ignore[arg-type]
-    tokens = [axes if x is not None else None for axes, x in zip(letters, call.tokens, strict=True)]
-    start = [None if x is None else "bhk" for x in call.start]
-    resets: Any = None if call.resets is None else "bt"
-    return HypergradientCall("bthk", HypergradientTokens(*tokens), HypergradientStart(*start), resets)  # type: ignore[arg-type]
+    letters = {"k": "bthk", "beta": "bth", "step": "bth", "log_forget": "bth", "resets": "bt"}
+    present: dict[str, Any] = {name: None if getattr(call, name) is None else axes for name, axes in letters.items()}
+    start: list[Any] = [None if x is None else "bhk" for x in call.start]
+    return HypergradientCall(start=HypergradientStart(*start), **present)
 
 
 def _names(call: HypergradientCall) -> list[str]:
     """Return the public names of the arguments that the arrays come from."""
-    tokens = zip(("k", "beta", "beta", "log_forget", "segment_ids"), call.tokens, strict=True)
+    tokens = (("k", call.k), ("beta", call.beta), ("beta", call.step), ("log_forget", call.log_forget))
     start = zip(("initial", "restart", "anchor"), call.start, strict=True)
-    resets = [] if call.resets is None else ["segment_ids"]
-    return ["k", *(name for name, x in (*tokens, *start) if x is not None), *resets]
+    named = (*tokens, *start, ("segment_ids", call.resets))
+    return [name for name, x in named if x is not None]

@@ -49,7 +49,7 @@ def _forward(call: HypergradientCall, resets: jax.Array | None, run: Run, option
         return run(call._replace(start=call.start._replace(initial=d), resets=resets), options)
 
     first = call.start.initial
-    tokens = call._replace(resets=resets).tokens_with_resets()
+    tokens = call._replace(resets=resets).tokens()
     matrix = transition(tokens)
     _, added = local(jnp.zeros_like(first), unbounded)
     any_reset = None if resets is None else jnp.any(resets, axis=1)

@@ -23,9 +23,11 @@ from osdn_jax.ops.calls import (
     HypergradientStart,
     HypergradientTokens,
 )
+from osdn_jax.ops.channels import channel_sum, over_channels
 from osdn_jax.ops.chunks import fitting_chunk, from_chunks, to_chunks
 from osdn_jax.ops.scores import pair_decay
 from osdn_jax.ops.selection import DEFAULT_PRECONDITIONER_CHUNK
+from osdn_jax.ops.token_loop import loop_tokens
 from osdn_jax.ops.triangular import unit_lower_inverse
 
 
@@ -42,15 +44,31 @@ def by_scan(
     Returns:
         (d before each token, or write keys if options.write_key, [B, T, P, K]; d after the last token [B, P, K]).
     """
-    final, d = scan_tokens(call.start.initial, call.tokens_with_resets(), call.start, options.bounds, loop)
+    final, d = scan_tokens(call.start.initial, call.tokens(), call.start, options.bounds, loop)
     return scaled(call.k, d) if options.write_key else d, final
+
+
+def by_loop(call: HypergradientCall, options: HypergradientOptions) -> tuple[jax.Array, jax.Array]:
+    """Run one token at a time with `loop_tokens`; arguments and results as `by_scan`."""
+    if call.k.size == 0:
+        return by_scan(call, options)
+
+    def step(d: jax.Array, token: HypergradientCall, start: HypergradientStart, reset: jax.Array | None) -> Any:
+        d, used = advance_token(d, token._replace(resets=reset).tokens(), start, options.bounds)
+        return d, scaled(token.k, used) if options.write_key else used
+
+    # Only what tokens read: the gradient of a constant is a sum over all of them.
+    after_reset: Any = None if call.resets is None else call.start.after_reset
+    constants = HypergradientStart(initial=None, after_reset=after_reset, anchor=call.start.anchor)  # type: ignore[arg-type]
+    tokens = call._replace(start=None, resets=None)  # type: ignore[arg-type]
+    return loop_tokens(step, call.start.initial, tokens, constants, call.resets)
 
 
 def by_chunks(call: HypergradientCall, options: HypergradientOptions) -> tuple[jax.Array, jax.Array]:
     """Run in chunks; arguments and results as `by_scan`."""
     length = call.k.shape[1]
     size = fitting_chunk(options.chunk_size or DEFAULT_PRECONDITIONER_CHUNK, length)
-    chunks = jax.tree.map(lambda x: to_chunks(x, size), call.tokens_with_resets())
+    chunks = jax.tree.map(lambda x: to_chunks(x, size), call.tokens())
     final, d = scan_projected_chunks(call.start.initial, chunks, call.start, options.bounds)
     d = from_chunks(d, length)
     return scaled(call.k, d) if options.write_key else d, final
@@ -62,15 +80,15 @@ def advance_token(
     """Compute one token of the specification: d [B, P, K] -> (d after the token, d that the token uses)."""
     if token.reset is not None:
         d = jnp.where(token.reset[:, None, None], start.after_reset, d)
-    predicted = jnp.sum(d * token.u, axis=-1)
+    predicted = channel_sum(d * token.u)
     feedback = 1.0 - (predicted if token.beta is None else token.beta * predicted)
     after = d
     if token.log_forget is not None:
-        forget = jnp.exp(token.log_forget)[..., None]
+        forget = over_channels(jnp.exp(token.log_forget), d.shape[-1])
         after = forget * after
         if start.anchor is not None:
-            after = after - jnp.expm1(token.log_forget)[..., None] * start.anchor
-    after = after + (token.step * feedback)[..., None] * token.u
+            after = after - over_channels(jnp.expm1(token.log_forget), d.shape[-1]) * start.anchor
+    after = after + over_channels(token.step * feedback, token.u.shape[-1]) * token.u
     return project(after, bounds), d
 
 

@@ -60,7 +60,7 @@ def hypergradient_limitation(
     call: HypergradientCall, options: HypergradientOptions, *, interpret: bool = False
 ) -> str | None:
     """Return why the kernels cannot serve the call, beginning with the argument's name; None if they can."""
-    dtype = call.tokens.u.dtype
+    dtype = call.step.dtype
     if dtype != jnp.float32:
         return f"k: got a state of {dtype}, the kernels keep float32"
     return (
@@ -76,9 +76,9 @@ def hypergradient(
     """Run the hypergradient preconditioner: (d, or write keys if options.write_key; final d)."""
     return hypergradient_kernels.hypergradient(
         call.k,
-        call.tokens.step,
-        call.tokens.beta,
-        call.tokens.log_forget,
+        call.step,
+        call.beta,
+        call.log_forget,
         call.resets,
         call.start.initial,
         call.start.after_reset,

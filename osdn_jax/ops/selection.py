@@ -36,12 +36,15 @@ class Implementation(NamedTuple):
             that is differentiated. The first preferred entry without a limitation is picked.
         mixes_segments: True if a non-finite value may leave its packed segment, as in masked matrix products (0 * NaN
             is NaN). `dispatch` then recomputes such calls with the scan.
+        by_default: what None runs in place of run, if not None: the same results, faster, but without forward-mode
+            differentiation.
     """
 
     run: Callable[..., Results]
     limitation: Callable[[Any, Any], str | None] = lambda call, options: None
     preferred: Callable[[Any, bool], bool] = lambda call, gradient: False
     mixes_segments: bool = True
+    by_default: Callable[..., Results] | None = None
 
 
 Registry = Mapping[str, Implementation]
