@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from osdn_jax.ops import chunkwise_cpu
 from osdn_jax.ops.arguments import per_value_head
 from osdn_jax.ops.calls import DeltaRuleCall
 from osdn_jax.ops.checks import bounded_log
@@ -21,8 +22,13 @@ from osdn_jax.ops.selection import default_chunk, on_cpu
 from osdn_jax.ops.triangular import unit_lower_inverse
 
 
+HOIST = False
+
+
 def chunk(call: DeltaRuleCall, *, erase: bool, scale: float, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
     """Run the whole sequence in chunks: (outputs [B, T, H, V], final state), both in the accumulator type."""
+    if on_cpu() and not HOIST:
+        return chunkwise_cpu.chunk(call, erase=erase, scale=scale, chunk_size=chunk_size)
     batch, length, heads, _ = call.v.shape
     channel_decay = call.log_decay is not None and call.log_decay.ndim == 4
     size = fitting_chunk(chunk_size or default_chunk(channel_decay), length)
