@@ -42,7 +42,7 @@ class Terms(NamedTuple):
 
 
 class Residuals(NamedTuple):
-    """Values of the forward computation that the adjoint reads."""
+    """Values of `advance` that its adjoint reads."""
 
     state: jax.Array  # before the chunk [X, K, V]
     terms: Terms
@@ -70,51 +70,49 @@ def terms_of(chunk: Chunk, erase: bool) -> Terms:
         return Terms(reads * before[:, None], w * after, scores, None, first, last, carry)
 
     size = q.shape[1]
-    scores = _rows_by_rows(_merged(reads), w).reshape(*reads.shape[:3], size)
-    if log_decay is None:
-        decay = jnp.broadcast_to(_lower(size, v.dtype), (1, size, size))
-        from_start, to_end = first, last
-    else:
-        decay = jnp.exp(_pair_exponent(bounded_log(log_decay))) * _lower(size, v.dtype)
-        from_start = decay[:, :, 0] * jnp.exp(bounded_log(log_decay[:, :1]))
-        to_end = decay[:, -1]
+    decay: jax.Array = jnp.asarray(_lower(size, v.dtype))
+    from_start, to_end = first, last
+    if log_decay is not None:
+        log_decay = bounded_log(log_decay)
+        decay = jnp.exp(_pair_exponent(log_decay)) * decay
+        from_start, to_end = decay[:, :, 0] * jnp.exp(log_decay[:, :1]), decay[:, -1]
         if first is not None and last is not None:
             from_start, to_end = from_start * first, to_end * last
     decay = decay if same is None else decay * same
-    carry = None if from_start is None else from_start[:, -1:, None]
-    return Terms(reads, w, scores * decay[:, None], decay, from_start, to_end, carry)
+    scores = _rows_by_rows(_merged(reads), w).reshape(*reads.shape[:3], size) * decay[:, None]
+    whole = None if from_start is None else from_start[:, -1:, None]
+    return Terms(reads, w, scores, decay, from_start, to_end, whole)
 
 
-def advance(
-    state: jax.Array, chunk: Chunk, erase: bool
-) -> tuple[jax.Array, jax.Array, Residuals]:
-    """Advance the state [X, K, V] over a chunk: (state after it, outputs [X, C, V], residuals of the adjoint)."""
-    residuals, read = _write(state, chunk, erase)
-    terms, write = residuals.terms, residuals.write
-    out = read + terms.scores[:, -1] @ write
-    write = _scaled(write, terms.to_end)
+def advance(state: jax.Array, chunk: Chunk, erase: bool) -> tuple[jax.Array, jax.Array]:
+    """Advance the state [X, K, V] over a chunk: (state after it, outputs [X, C, V])."""
+    terms = terms_of(chunk, erase)
+    read = _read(state, terms, terms.reads)
+    write = _residuals(state, chunk, terms, read[:, 0], erase).write
+    out = read[:, -1] + terms.scores[:, -1] @ write
     kept = state if terms.carry is None else terms.carry * state
-    return kept + _columns_by_columns(terms.writes, write), out, residuals
+    return kept + _columns_by_columns(terms.writes, _scaled(write, terms.to_end)), out
 
 
 def recompute(state: jax.Array, chunk: Chunk, erase: bool) -> Residuals:
-    """Return the residuals of `advance`."""
-    return _write(state, chunk, erase)[0]
-
-
-def _write(state: jax.Array, chunk: Chunk, erase: bool) -> tuple[Residuals, jax.Array]:
-    """Return (residuals, what the queries read from the state [X, C, V])."""
+    """Return the values of `advance` that its adjoint reads."""
     terms = terms_of(chunk, erase)
-    size, value_dim = chunk.v.shape[1:]
-    read = (_merged(terms.reads) @ state).reshape(len(state), -1, size, value_dim)
-    if terms.from_start is not None:
-        read = terms.from_start[:, None, :, None] * read
+    return _residuals(state, chunk, terms, _read(state, terms, terms.reads[:, :1])[:, 0], erase)
+
+
+def _read(state: jax.Array, terms: Terms, reads: jax.Array) -> jax.Array:
+    """Return what reads [X, M, C, K] recall from the state before the chunk, [X, M, C, V]."""
+    read = (_merged(reads) @ state).reshape(*reads.shape[:3], state.shape[-1])
+    return read if terms.from_start is None else terms.from_start[:, None, :, None] * read
+
+
+def _residuals(state: jax.Array, chunk: Chunk, terms: Terms, recalled: jax.Array, erase: bool) -> Residuals:
+    beta = chunk.beta[..., None]
     if not erase:
-        return Residuals(state, terms, None, chunk.v, chunk.beta[..., None] * chunk.v), read[:, -1]
-    error = chunk.v - read[:, 0]
-    inverse = unit_lower_inverse(chunk.beta[..., None] * terms.scores[:, 0] * _lower(size, error.dtype, -1))
-    write = inverse @ (chunk.beta[..., None] * error)
-    return Residuals(state, terms, inverse, error, write), read[:, -1]
+        return Residuals(state, terms, None, chunk.v, beta * chunk.v)
+    error = chunk.v - recalled
+    inverse = unit_lower_inverse(beta * terms.scores[:, 0] * _lower(error.shape[1], error.dtype, -1))
+    return Residuals(state, terms, inverse, error, inverse @ (beta * error))
 
 
 def adjoint(
@@ -126,7 +124,7 @@ def adjoint(
         d_state: cotangent of the state after the chunk, [X, K, V].
         d_out: cotangent of the outputs, [X, C, V].
         chunk, erase: inputs of `advance`.
-        residuals: its residuals.
+        residuals: those of `recompute`.
 
     Returns:
         (cotangent of the state before the chunk, cotangents of the chunk).
@@ -140,7 +138,7 @@ def adjoint(
         d_read = d_out
         d_scores = _rows_by_rows(d_read, write)[:, None]
     else:
-        # write = (I + L)^-1 target, so the cotangent of target is (I + L)^-T d_write and that of L is -d_target write^T.
+        # write = (I + L)^-1 target: the cotangent of target is (I + L)^-T d_write, and that of L is -d_target write^T.
         d_target = _columns_by_columns(inverse, d_write)
         d_v = beta * d_target
         d_read = jnp.concatenate([-d_target, d_out], axis=1)
@@ -158,50 +156,58 @@ def adjoint(
     d_carried = d_state if terms.carry is None else terms.carry * d_state
     d_before = d_carried + _columns_by_columns(reads, d_read)
 
-    if terms.pair_decay is None:
-        d_x, d_w, d_log = _adjoint_of_channel_decay(chunk, terms, d_scores, d_reads, d_writes, d_carried * state)
+    cotangents = (d_scores, d_reads, d_writes, d_carried * state)
+    if chunk.log_decay is None or terms.pair_decay is not None:
+        d_x, d_w, d_log = _adjoint_of_scores(chunk, terms, *cotangents)
     else:
-        d_x, d_w, d_log = _adjoint_of_pair_decay(chunk, terms, d_scores, d_reads, d_writes, d_carried * state)
+        d_x, d_w, d_log = _adjoint_of_channel_scores(chunk, chunk.log_decay, terms, *cotangents)
     d_k = d_x[:, 0] if erase else jnp.zeros_like(chunk.k)
     if chunk.w is None:
-        d_k, d_w = d_k + d_w, None
+        return d_before, Chunk(d_x[:, -1], d_k + d_w, None, d_v, d_beta, d_log, None)
     return d_before, Chunk(d_x[:, -1], d_k, d_w, d_v, d_beta, d_log, None)
 
 
-def _adjoint_of_pair_decay(
+def _adjoint_of_scores(
     chunk: Chunk, terms: Terms, d_scores: jax.Array, d_reads: jax.Array, d_writes: jax.Array, d_log_carry: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array | None]:
     """Return the cotangents of the reads, of the write key and of the log decay (no decay, or a scalar one)."""
     d_log = None
     if chunk.log_decay is not None:
         # Every factor is the exponential of a sum of log decays; the cotangent of that sum is factor times cotangent.
-        d_log = _pair_exponent_adjoint(jnp.sum(d_scores * terms.scores, axis=1))
-        d_log += _token_sums(_upper(d_log.shape[1], d_log.dtype), jnp.sum(d_reads * terms.reads, axis=(1, 3)))
-        d_log += _token_sums(_lower(d_log.shape[1], d_log.dtype, -1), jnp.sum(d_writes * terms.writes, axis=-1))
-        d_log += jnp.sum(d_log_carry, axis=(1, 2))[:, None]
-        d_log = _bounded_log_adjoint(chunk.log_decay, d_log)
-    d_scores = _merged(d_scores * terms.pair_decay[:, None])
+        sums = _pair_exponent_adjoint(jnp.sum(d_scores * terms.scores, axis=1))
+        size, dtype = sums.shape[1], sums.dtype
+        sums += _token_sums(_upper(size, dtype), jnp.sum(d_reads * terms.reads, axis=(1, 3)))
+        sums += _token_sums(_lower(size, dtype, -1), jnp.sum(d_writes * terms.writes, axis=-1))
+        sums += _for_all_tokens(jnp.sum(d_log_carry, axis=(1, 2)))
+        d_log = _bounded_log_adjoint(chunk.log_decay, sums)
+    if terms.pair_decay is not None:
+        d_scores = d_scores * terms.pair_decay[:, None]
+    d_scores = _merged(d_scores)
     d_x = (d_scores @ terms.writes).reshape(d_reads.shape) + d_reads
     return d_x, _columns_by_columns(d_scores, _merged(terms.reads)) + d_writes, d_log
 
 
-def _adjoint_of_channel_decay(
-    chunk: Chunk, terms: Terms, d_scores: jax.Array, d_reads: jax.Array, d_writes: jax.Array, d_log_carry: jax.Array
+def _adjoint_of_channel_scores(
+    chunk: Chunk,
+    log_decay: jax.Array,
+    terms: Terms,
+    d_scores: jax.Array,
+    d_reads: jax.Array,
+    d_writes: jax.Array,
+    d_log_carry: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Return the cotangents of the reads, of the write key and of the log decay (a decay per channel)."""
+    """Return the cotangents of the reads, of the write key and of the log decay (one per channel)."""
     if chunk.segment is not None:
         d_scores = d_scores * (chunk.segment[:, None, :, None] == chunk.segment[:, None, None, :])
     x = jnp.stack([chunk.k, chunk.q], axis=1) if terms.reads.shape[1] == 2 else chunk.q[:, None]
     w = chunk.k if chunk.w is None else chunk.w
-    log_decay = bounded_log(chunk.log_decay)
-    d_x, d_w, d_log = jax.vjp(channel_scores, x, w, log_decay)[1](d_scores)
+    d_x, d_w, sums = jax.vjp(channel_scores, x, w, bounded_log(log_decay))[1](d_scores)
+    size, dtype = sums.shape[1], sums.dtype
+    sums += _token_sums(_upper(size, dtype), jnp.sum(d_reads * terms.reads, axis=1))
+    sums += _token_sums(_lower(size, dtype, -1), d_writes * terms.writes)
+    sums += _for_all_tokens(jnp.sum(d_log_carry, axis=-1))
     before, after = _channel_decay(log_decay)
-    size, dtype = d_log.shape[1], d_log.dtype
-    d_log += _token_sums(_upper(size, dtype), jnp.sum(d_reads * terms.reads, axis=1))
-    d_log += _token_sums(_lower(size, dtype, -1), d_writes * terms.writes)
-    d_log += jnp.sum(d_log_carry, axis=-1)[:, None]
-    d_log = _bounded_log_adjoint(chunk.log_decay, d_log)
-    return d_x + d_reads * before[:, None], d_w + d_writes * after, d_log
+    return d_x + d_reads * before[:, None], d_w + d_writes * after, _bounded_log_adjoint(log_decay, sums)
 
 
 def _pair_exponent(log_decay: jax.Array) -> jax.Array:
@@ -220,7 +226,8 @@ def _channel_decay(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the decays from the start of the chunk to each token and from each token to its end, twice [X, C, K]."""
     size, dtype = log_decay.shape[1], log_decay.dtype
     log_decay = bounded_log(log_decay)
-    return tuple(jnp.exp(_token_sums(m, log_decay)) for m in (_lower(size, dtype), _upper(size, dtype, 1)))
+    before, after = (_token_sums(weights, log_decay) for weights in (_lower(size, dtype), _upper(size, dtype, 1)))
+    return jnp.exp(before), jnp.exp(after)
 
 
 def _token_sums(weights: np.ndarray, x: jax.Array) -> jax.Array:
@@ -228,6 +235,11 @@ def _token_sums(weights: np.ndarray, x: jax.Array) -> jax.Array:
     if x.ndim == 2:
         return _matmul(x, weights[0].T)
     return _matmul(jnp.broadcast_to(weights, (len(x), *weights.shape[1:])), x)
+
+
+def _for_all_tokens(x: jax.Array) -> jax.Array:
+    """Add an axis of tokens, [X, ...] -> [X, 1, ...]; the barrier keeps XLA from computing x again for every token."""
+    return lax.optimization_barrier(x)[:, None]
 
 
 def _bounded_log_adjoint(log_decay: jax.Array, cotangent: jax.Array) -> jax.Array:

@@ -14,9 +14,11 @@ from jax import lax
 from osdn_jax.ops import chunk_step, sequence_parallel
 from osdn_jax.ops.calls import DeltaRuleCall
 from osdn_jax.ops.chunk_step import Chunk
-from osdn_jax.ops.chunks import fitting_chunk
 
 _BLOCK_ELEMENTS = 2**16  # of one array of a chunk: some twenty of them have to fit in the caches of the cores
+
+
+_INPUTS = ("q", "k", "w", "v", "beta", "log_decay")  # fields that a call and a chunk have in common
 
 
 class Blocks(NamedTuple):
@@ -29,27 +31,26 @@ class Blocks(NamedTuple):
     erase: bool
 
 
-def chunk(call: DeltaRuleCall, *, erase: bool, scale: float, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
-    """Run the whole sequence in chunks: (outputs [B, T, H, V], final state), both in the accumulator type."""
+def chunk(call: DeltaRuleCall, *, erase: bool, scale: float, size: int) -> tuple[jax.Array, jax.Array]:
+    """Run the whole sequence in chunks of `size` tokens.
+
+    Returns:
+        (outputs [B, T, H, V], final state), both in the accumulator type.
+    """
     batch, length, heads, value_dim = call.v.shape
     key_dim = call.k.shape[-1]
-    if length == 0:
+    if call.v.size == 0:
         return call.v.astype(call.state.dtype), call.state
-    size = fitting_chunk(chunk_size or default_chunk(batch, heads, key_dim, value_dim), length)
     rows, per_row = _split(batch, call.k.shape[2], heads, size * max(key_dim, value_dim))
     padding = -length % size
     if padding:
-        padded = {name: _pad(x, padding) for name, x in call._asdict().items() if name != "state"}
-        call = DeltaRuleCall(state=call.state, **padded)
+        tokens = jax.tree.map(lambda x: _pad(x, padding), _tokens(call))
+        call = tokens._replace(state=call.state)
     axes = sequence_parallel.axes_of(call)
     call = sequence_parallel.vary(call, axes)  # the carries of the loops depend on all of them
     resets = None if call.resets is None else call.resets.astype(jnp.int32)
     out, state = _chunks(call._replace(resets=None), resets, Blocks(rows, per_row, size, scale, erase))
     return out[:, :length], state
-
-
-def default_chunk(batch: int, heads: int, key_dim: int, value_dim: int) -> int:
-    return 32 if batch > 1 and max(key_dim, value_dim) <= 64 else 64
 
 
 def _split(batch: int, key_heads: int, heads: int, elements: int) -> tuple[int, int]:
@@ -60,8 +61,13 @@ def _split(batch: int, key_heads: int, heads: int, elements: int) -> tuple[int, 
     return 1, min(n for n in range(1, key_heads + 1) if key_heads % n == 0 and (heads // n <= most or n == key_heads))
 
 
-def _pad(x: jax.Array | None, tokens: int) -> jax.Array | None:
-    return x if x is None else jnp.pad(x, [(0, 0), (0, tokens)] + [(0, 0)] * (x.ndim - 2))
+def _pad(x: jax.Array, tokens: int) -> jax.Array:
+    return jnp.pad(x, [(0, 0), (0, tokens)] + [(0, 0)] * (x.ndim - 2))
+
+
+def _tokens(call: DeltaRuleCall) -> DeltaRuleCall:
+    """Return the call without its state: arrays with an axis of tokens."""
+    return call._replace(state=None)  # type: ignore[arg-type]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -89,7 +95,7 @@ def _forward(
     def over_block(block: jax.Array, results: dict[str, jax.Array]) -> dict[str, jax.Array]:
         def over_chunk(step: jax.Array, carry: Any) -> Any:
             state, results = carry
-            state_after, out, _ = chunk_step.advance(state, _read(call, resets, block, step, blocks), blocks.erase)
+            state_after, out = chunk_step.advance(state, _read(call, resets, block, step, blocks), blocks.erase)
             results = results | {"out": _write(results["out"], out, block, step, blocks)}
             if save:
                 results["saved"] = lax.dynamic_update_slice(results["saved"], state[None, None], (block, step, 0, 0, 0))
@@ -119,13 +125,10 @@ def _chunks_bwd(blocks: Blocks, saved: Any, cotangents: Any) -> tuple[DeltaRuleC
             residuals = chunk_step.recompute(state, chunk, blocks.erase)
             d_o = _slice(d_out, block, step, blocks)
             d_state, d_chunk = chunk_step.adjoint(d_state, d_o, chunk, residuals, blocks.erase)
-            d_chunk = d_chunk._replace(q=blocks.scale * d_chunk.q)._asdict()
-            written = {
-                name: _write(x, d_chunk[name], block, step, blocks)
-                for name, x in gradients._asdict().items()
-                if x is not None and name != "state"
-            }
-            return d_state, gradients._replace(**written)
+            d_chunk = d_chunk._replace(q=blocks.scale * d_chunk.q)
+            d_tokens = _tokens(call)._replace(**{name: getattr(d_chunk, name) for name in _INPUTS})
+            written = jax.tree.map(lambda x, d: _write(x, d, block, step, blocks), _tokens(gradients), d_tokens)
+            return d_state, written._replace(state=gradients.state)
 
         d_state, gradients = lax.fori_loop(0, steps, over_chunk, (_read_state(d_final, block, blocks), gradients))
         return gradients._replace(state=_write_state(gradients.state, d_state, block, blocks))
@@ -147,17 +150,18 @@ def _read(call: DeltaRuleCall, resets: jax.Array | None, block: jax.Array, step:
     """Read a chunk of a block from the arguments; key heads are repeated, one for each value head."""
     dtype, heads = call.state.dtype, call.v.shape[2]
 
-    def read(x: jax.Array | None) -> jax.Array | None:
-        if x is None:
-            return None
+    def read(x: jax.Array) -> jax.Array:
         return jnp.repeat(_slice(x, block, step, blocks).astype(dtype), heads // x.shape[2], axis=0)
 
+    tokens = jax.tree.map(read, _tokens(call))
     segment = None
     if resets is not None:
-        segment = jnp.cumsum(_slice(resets[:, :, None], block, step, blocks._replace(per_row=1)), axis=1)
-        segment = jnp.repeat(segment, heads // blocks.per_row, axis=0)
-    q, k, w, v, beta, log_decay = (read(x) for x in (call.q, call.k, call.w, call.v, call.beta, call.log_decay))
-    return Chunk(blocks.scale * q, k, w, v, beta, log_decay, segment)
+        row, _ = _start(block, heads, blocks)
+        segment = lax.dynamic_slice(resets, (row, step * blocks.size), (blocks.rows, blocks.size))
+        segment = jnp.repeat(jnp.cumsum(segment, axis=1), heads // blocks.per_row, axis=0)
+    return Chunk(**{name: getattr(tokens, name) for name in _INPUTS}, segment=segment)._replace(
+        q=blocks.scale * tokens.q
+    )
 
 
 def _start(block: jax.Array, heads: int, blocks: Blocks) -> tuple[jax.Array, jax.Array]:
