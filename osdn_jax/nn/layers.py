@@ -104,7 +104,8 @@ class ShortConvolution(nnx.Module):
 @jax.checkpoint  # without it, the gradient would keep a masked copy of the inputs for each tap
 def _convolve(kernel: jax.Array, padded: jax.Array, ids: jax.Array | None) -> jax.Array:
     """Convolve [B, W + T, C] inside the segments of ids, [B, W + T]; return [B, T, C]."""
-    window, wide = kernel.shape[0] - 1, jnp.promote_types(kernel.dtype, padded.dtype)
+    wide = jnp.float64 if padded.dtype == jnp.float64 else jnp.float32
+    window = kernel.shape[0] - 1
     length = padded.shape[1] - window
     # In bfloat16, the sums over taps and, in the gradient, tokens would round and be slow on a CPU.
     out = jnp.zeros((padded.shape[0], length, padded.shape[2]), wide)
