@@ -192,7 +192,7 @@ def _train(
     ):
         # --- Create the state, or restore it.
         apply, _ = split_model(model)
-        validate = make_validate(apply, model.config.mixer, step_config, data, held_out, layout, watchdog)
+        validate = make_validate(apply, model.config, step_config, data, held_out, layout, watchdog)
         parameters = count_parameters(model)
         state, shardings = create()
         train_step = make_train_step(apply, optimizer, step_config, shardings=shardings)
