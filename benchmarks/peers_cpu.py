@@ -3,7 +3,7 @@
 KDA against tokamax's, Gated DeltaNet against MaxText's, and DeltaNet's arithmetic rate against that of batched
 products; float32, forward alone and with the gradients of all arguments. All programs of a shape and pass run in turn
 in one process. It writes benchmarks/results/peers-cpu.json and .md and prints the latter. A library that is not here
-is left out, with a line that says how to get it: tokamax goes into an environment of its own. The exit status is 1 if
+is left out, with a line that says how to get it: tokamax goes into a separate environment. The exit status is 1 if
 outputs or gradients differ by more than 1e-5. It takes about 10 minutes on two CPU cores.
 """
 

@@ -56,7 +56,7 @@ def tokamax() -> Side:
         function = importlib.import_module(MODULE).kimi_delta_attention
         name = f"tokamax {version('tokamax')}"
     except (ImportError, AttributeError) as error:
-        raise NoPeer(f"tokamax is left out ({error}). In an environment of its own: {INSTALL}") from error
+        raise NoPeer(f"tokamax is left out ({error}). In a separate environment: {INSTALL}") from error
     kda = functools.partial(
         function, use_gate_in_kernel=True, lower_bound=_LOWEST, output_final_state=True, implementation="xla_chunked"
     )
