@@ -198,7 +198,8 @@ def _adjoint_of_channel_scores(
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the cotangents of the reads, of the write key and of the log decay (one per channel)."""
     if chunk.segment is not None:
-        d_scores = d_scores * (chunk.segment[:, None, :, None] == chunk.segment[:, None, None, :])
+        same = chunk.segment[:, None, :, None] == chunk.segment[:, None, None, :]
+        d_scores = d_scores * same.astype(d_scores.dtype)
     x = jnp.stack([chunk.k, chunk.q], axis=1) if terms.reads.shape[1] == 2 else chunk.q[:, None]
     w = chunk.k if chunk.w is None else chunk.w
     d_x, d_w, sums = jax.vjp(channel_scores, x, w, bounded_log(log_decay))[1](d_scores)

@@ -29,10 +29,14 @@ def arguments(batch, length, key_heads, heads, size, decay, write_heads, seed=0)
     return {name: jnp.asarray(x) for name, x in given.items()}
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["", "packed"])
 @pytest.mark.parametrize(
-    ("heads", "decay", "erase", "write_heads"),
-    [(2, None, True, 0), (4, "scalar", True, 2), (4, "channel", True, 4), (4, "scalar", False, 0)],
+    ("heads", "decay", "erase", "write_heads", "packed"),
+    [
+        (2, None, True, 0, True),
+        (4, "scalar", True, 2, False),
+        (4, "channel", True, 4, True),
+        (4, "scalar", False, 0, True),
+    ],
 )
 def test_blocks_agree_with_the_scan(monkeypatch, heads, decay, erase, write_heads, packed):
     """Two rows, split into blocks of one row, and its heads into blocks of one key head: values and gradients."""
