@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import importlib.util
 from collections.abc import Iterator
 from types import ModuleType
 
@@ -39,6 +40,12 @@ def needs_extra(extra: str, purpose: str) -> Iterator[None]:
         if library in ("", "osdn_jax", "pallas_kernels"):  # a fault of the package itself
             raise
         raise ImportError(_message(purpose, library, extra)) from error
+
+
+def check_installed(library: str) -> None:
+    """Raise ModuleNotFoundError if a library is not installed, without importing it."""
+    if importlib.util.find_spec(library) is None:
+        raise ModuleNotFoundError(f"No module named {library!r}", name=library)
 
 
 def _message(purpose: str, library: str, extra: str) -> str:

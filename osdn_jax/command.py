@@ -2,6 +2,7 @@
 
 import argparse
 import errno
+import gc
 import os
 import re
 import signal
@@ -83,7 +84,12 @@ def directory(flag: str, value: str) -> Path:
 
 
 def start() -> None:
-    """Let Ctrl-C end the process without a traceback until `run` is called: importing modules takes seconds."""
+    """Prepare for the imports of a command, which take seconds; `run` ends what this begins.
+
+    Ctrl-C ends the process without a traceback. Garbage is not collected: the imports create 300,000 objects that stay,
+    and looking through them again and again takes a fifth of the time.
+    """
+    gc.disable()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
 
@@ -97,6 +103,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     Args:
         main: the command.
     """
+    if not gc.isenabled():  # since `start`
+        gc.freeze()  # what is imported stays: no collection has to look at it
+        gc.enable()
     if signal.getsignal(signal.SIGINT) not in (signal.SIG_IGN, None):
         signal.signal(signal.SIGINT, signal.default_int_handler)
     status: int | str | None

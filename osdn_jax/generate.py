@@ -9,6 +9,7 @@ import contextlib
 import io
 import sys
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from osdn_jax import command
@@ -16,9 +17,12 @@ from osdn_jax import command
 if __name__ == "__main__":
     command.start()
 
-from osdn_jax.sampling import sample
-from osdn_jax.training import CheckpointError, CheckpointMismatchError, load_trained
+from osdn_jax.sampling import Sampler
+from osdn_jax.training import CheckpointError, CheckpointMismatchError
 from osdn_jax.training.command_line import fail
+from osdn_jax.training.trained import open_trained
+
+_TOKEN_BY_TOKEN = 64  # tokens; reading a longer prompt at once is worth compiling another program
 
 
 def generate(
@@ -56,20 +60,25 @@ def generate(
         for text in generate("runs/osdn", "ROMEO:", tokens=100):
             print(text, end="", flush=True)
     """
-    run = load_trained(workdir)
+    run = open_trained(workdir)
     tokenizer = run.tokenizer
     ids = tokenizer.encode(prompt, bos=True)
-    sampled = sample(
-        run.apply,
-        run.parameters,
-        ids,
-        tokens=tokens,
-        seed=seed,
-        temperature=temperature,
-        top_p=top_p,
-        # The start of a document, and the entries of a padded vocabulary that the tokenizer does not have.
-        forbidden=(tokenizer.bos_id, *range(tokenizer.vocab_size, run.model.vocab_size)),
-    )
+    with ThreadPoolExecutor(1) as reader:
+        reading = reader.submit(run.load)
+        sampler = Sampler(
+            run.apply,
+            run.shapes,
+            ids,
+            tokens=tokens,
+            seed=seed,
+            temperature=temperature,
+            top_p=top_p,
+            # The start of a document, and the entries of a padded vocabulary that the tokenizer does not have.
+            forbidden=(tokenizer.bos_id, *range(tokenizer.vocab_size, run.model.vocab_size)),
+            token_by_token=_TOKEN_BY_TOKEN,
+        )
+        sampler.compile(run.shapes)  # while the checkpoint is read
+        sampled = sampler.draw(reading.result().parameters)
 
     def decoded() -> Iterator[str]:
         decoder = tokenizer.stream_decoder(ids)

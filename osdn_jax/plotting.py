@@ -2,37 +2,43 @@
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 
-from osdn_jax._optional import needs_extra
+from osdn_jax._optional import check_installed, needs_extra
 
-with needs_extra("train", "osdn_jax.plotting"):
+if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
+
+with needs_extra("train", "osdn_jax.plotting"):
+    check_installed("matplotlib")  # which `new_canvas` imports: it takes 0.3 s
 
 # The Okabe-Ito palette, which colour-blind readers can tell apart; its yellow is too pale for a line on white.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 INK, GREY, PALE = "#222222", "#767676", "#E4E4E4"
 
 
-def new_canvas(width: float, height: float) -> FigureCanvasAgg:
+def new_canvas(width: float, height: float) -> "FigureCanvasAgg":
     """Return the canvas of an empty white figure, `width` by `height` in hundreds of pixels.
 
     It belongs to no window and no global state of pyplot; `canvas.figure` is the figure.
     """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     return FigureCanvasAgg(Figure(figsize=(width, height), dpi=100, facecolor="white"))
 
 
-def png(canvas: FigureCanvasAgg) -> bytes:
+def png(canvas: "FigureCanvasAgg") -> bytes:
     """Return the figure as a PNG file."""
     buffer = io.BytesIO()
     canvas.print_png(buffer)
     return buffer.getvalue()
 
 
-def style_axes(axes: Axes, *, xlabel: str) -> None:
+def style_axes(axes: "Axes", *, xlabel: str) -> None:
     """Apply the common style: a grid of horizontal lines, no frame but the axis below."""
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
@@ -44,7 +50,7 @@ def style_axes(axes: Axes, *, xlabel: str) -> None:
     axes.set_xlabel(xlabel, fontsize=13, color=INK, labelpad=8)
 
 
-def label_ends(axes: Axes, ends: Sequence[tuple[float, str, str]], *, gap: float, fontsize: float = 12.5) -> None:
+def label_ends(axes: "Axes", ends: Sequence[tuple[float, str, str]], *, gap: float, fontsize: float = 12.5) -> None:
     """Write each curve's label in the right margin, at the height of the curve's end, so that no two overlap.
 
     Call it when the limits and scale of the vertical axis are final.
@@ -95,6 +101,6 @@ def spread(places: Sequence[float], gap: float, low: float = 0.0, high: float = 
     return [place + i * gap for i, place in enumerate(level)]
 
 
-def widest_label(axes: Axes, canvas: FigureCanvasAgg) -> float:
+def widest_label(axes: "Axes", canvas: "FigureCanvasAgg") -> float:
     """Return the width in pixels of the widest text written into the axes; 0 without any."""
     return max((text.get_window_extent(canvas.get_renderer()).width for text in axes.texts), default=0.0)

@@ -45,12 +45,15 @@ def sample_token(
         return jnp.argmax(logits)
     logits = _tempered(logits, temperature)
     if top_p < 1:
-        order = jnp.argsort(-logits)
-        likely = jax.nn.softmax(logits[order])
+        index = jnp.arange(len(logits), dtype=jnp.int32)
+        below, order = jax.lax.sort((-logits, index), num_keys=1, is_stable=True)
+        likely = jax.nn.softmax(-below)
         # A token stays if the more likely ones sum to less than top_p. The most likely one always stays, even if
         # float32 rounds top_p to 0.
-        kept = (jnp.cumsum(likely) - likely < top_p).at[0].set(True)
-        logits = logits.at[order].set(jnp.where(kept, logits[order], -jnp.inf))
+        last = jnp.maximum(jnp.sum(jnp.cumsum(likely) - likely < top_p, dtype=jnp.int32), 1) - 1
+        least = -below[last]
+        kept = (logits > least) | ((logits == least) & (index <= order[last]))
+        logits = jnp.where(kept, logits, -jnp.inf)
     return jax.random.categorical(key, logits)
 
 
@@ -116,40 +119,106 @@ def sample(
         >>> len(generated), all(0 <= token < 16 for token in generated)
         (4, True)
     """
-    text = np.asarray(prompt)
-    if not text.size:
-        raise ValueError("prompt: got no tokens, expected at least one (such as the start of a document)")
-    if text.ndim != 1 or not np.issubdtype(text.dtype, np.integer):
-        raise TypeError(f"prompt: got {text.dtype} of shape {list(text.shape)}, expected integers [T]")
-    if (tokens := _integer("tokens", tokens)) < 0:
-        raise ValueError(f"tokens: got {tokens}, expected at least 0")
-    root, banned = _key(seed), np.asarray([_integer("forbidden", token) for token in forbidden], np.int64)
+    sampler = Sampler(
+        apply,
+        parameters,
+        prompt,
+        tokens=tokens,
+        seed=seed,
+        temperature=temperature,
+        top_p=top_p,
+        forbidden=forbidden,
+    )
+    return sampler.draw(parameters)
 
-    @jax.jit
-    def step(parameters: Parameters, ids: jax.Array, states: Any, key: jax.Array) -> tuple[jax.Array, Any]:
-        logits, states = apply(parameters, ids, states)
-        last = logits[0, -1]
-        _check_tokens(text, banned, len(last))
-        if banned.size:
-            last = last.at[banned].set(-jnp.inf)
-        token = sample_token(last, key, temperature=temperature, top_p=top_p)
-        return jnp.where(jnp.max(last) > -jnp.inf, token, -1), states
 
-    ids = jnp.asarray(text, jnp.int32)[None]
-    jax.eval_shape(step, parameters, ids, None, root)  # raises errors of the arguments now, not during iteration
+class Sampler:
+    """The programs of `sample`, which can be compiled while the parameters are still being read.
 
-    def generated() -> Iterator[int]:
-        states, current = None, ids
-        for i in range(tokens):
-            token, states = step(parameters, current, states, jax.random.fold_in(root, i))
-            if int(token) < 0:
+    Args:
+        apply: as in `sample`, and so are `prompt`, `tokens`, `seed`, `temperature`, `top_p` and `forbidden`.
+        parameters: the model's parameters, or their shapes.
+        token_by_token: the longest prompt to be read token by token: the program that draws does it, and no other has
+            to be compiled. Default: 0, every prompt is read at once.
+
+    Raises:
+        ValueError, TypeError: as `sample`.
+    """
+
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        parameters: Any,
+        prompt: Int[np.ndarray, " T"],
+        *,
+        tokens: int,
+        seed: int,
+        temperature: float = 1.0,
+        top_p: float = 1.0,
+        forbidden: Sequence[int] = (),
+        token_by_token: int = 0,
+    ) -> None:
+        """Check the arguments. Nothing is compiled yet."""
+        text = np.asarray(prompt)
+        if not text.size:
+            raise ValueError("prompt: got no tokens, expected at least one (such as the start of a document)")
+        if text.ndim != 1 or not np.issubdtype(text.dtype, np.integer):
+            raise TypeError(f"prompt: got {text.dtype} of shape {list(text.shape)}, expected integers [T]")
+        if (tokens := _integer("tokens", tokens)) < 0:
+            raise ValueError(f"tokens: got {tokens}, expected at least 0")
+        words, banned = _words(seed), np.asarray([_integer("forbidden", token) for token in forbidden], np.int64)
+
+        def step(parameters: Parameters, ids: jax.Array, states: Any, index: jax.Array) -> tuple[Any, ...]:
+            logits, states = apply(parameters, ids, states)
+            last = logits[0, -1]
+            _check_tokens(text, banned, len(last))
+            if banned.size:
+                last = last.at[banned].set(-jnp.inf)
+            key = jax.random.fold_in(_key(*words), index)
+            token = sample_token(last, key, temperature=temperature, top_p=top_p)
+            token = jnp.where(jnp.max(last) > -jnp.inf, token, -1).astype(jnp.int32)
+            return token[None, None], states, index + 1
+
+        self._tokens, size = tokens, len(text)
+        self._read: Any = jax.jit(step)  # reads a part of the prompt
+        self._step: Any = self._read  # reads a token that was drawn
+        self._start: Any = None  # gives the states before a prompt that is read token by token
+        if size <= token_by_token:
+            size, self._start = 1, jax.jit(lambda parameters: apply(parameters, jnp.zeros((1, 0), jnp.int32), None)[1])
+        self._parts = [text[None, i : i + size].astype(np.int32) for i in range(0, len(text), size)]
+        self._index = np.int32(1 - len(self._parts))  # of the draw after the first part, so that the last one's is 0
+        jax.eval_shape(self._read, *self._first(parameters))  # raises errors of the arguments now, not during iteration
+
+    def _first(self, parameters: Any) -> tuple[Any, ...]:
+        """Return the arguments of the first call of a program, the states as shapes."""
+        states = None if self._start is None else jax.eval_shape(self._start, parameters)
+        return parameters, self._parts[0], states, self._index
+
+    def compile(self, parameters: Any) -> None:
+        """Compile what the first token needs, for parameters of these shapes on one device; `draw` compiles the rest.
+
+        For a prompt that is read token by token there is no rest.
+        """
+        self._read = self._read.lower(*self._first(parameters)).compile()
+        if self._start is not None:
+            self._step, self._start = self._read, self._start.lower(parameters).compile()
+
+    def draw(self, parameters: Parameters) -> Iterator[int]:
+        """Yield the tokens, each as soon as it is sampled."""
+        states, index, token = None, self._index, None
+        for i in range(self._tokens):
+            if token is not None:
+                token, states, index = self._step(parameters, token, states, index)
+            else:
+                states = None if self._start is None else self._start(parameters)
+                for part in self._parts:
+                    token, states, index = self._read(parameters, part, states, index)
+            drawn = int(np.asarray(token)[0, 0])
+            if drawn < 0:
                 raise ValueError(
                     f"token {i} cannot be drawn: the model's logits are NaN, or -inf for all allowed tokens"
                 )
-            yield int(token)
-            current = token.astype(jnp.int32)[None, None]
-
-    return generated()
+            yield drawn
 
 
 def _integer(name: str, value: SupportsIndex) -> int:
@@ -159,12 +228,16 @@ def _integer(name: str, value: SupportsIndex) -> int:
         raise TypeError(f"{name}: got {value!r}, expected an integer") from error
 
 
-def _key(seed: SupportsIndex) -> jax.Array:
-    """Return the random key of a 64-bit seed; `jax.random.key` alone would use 32 bits of it."""
+def _words(seed: SupportsIndex) -> tuple[int, int]:
+    """Return the (high, low) 32 bits of a seed."""
     number = _integer("seed", seed)
     if not 0 <= number < 2**64:
         raise ValueError(f"seed: got {number}, expected an integer from 0 to 2**64 - 1")
-    high, low = divmod(number, 2**32)
+    return divmod(number, 2**32)
+
+
+def _key(high: int, low: int) -> jax.Array:
+    """Return the random key of a 64-bit seed; `jax.random.key` alone would use 32 bits of it."""
     key = jax.random.key(low)
     return jax.random.fold_in(key, np.uint32(high)) if high else key
 

@@ -59,6 +59,8 @@ def no_reader():
         ("command.run(lambda: 1)", 1, "", ""),
         ("command.run(lambda: sys.exit(2))", 2, "", ""),
         ("command.start(); interrupt()", 130, "", ""),
+        ("import gc; command.start(); print(gc.isenabled())", 0, "False\n", ""),
+        ("import gc; command.start(); command.run(lambda: print(gc.isenabled()))", 0, "True\n", ""),
         ("command.start(); command.run(lambda: [print('some'), interrupt()])", 130, "some\n", ""),
         ("command.run(refuse)", 2, "", "it: error: unrecognized arguments: --no\n"),
         (

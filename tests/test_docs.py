@@ -31,6 +31,7 @@ pytestmark = pytest.mark.slow
 MODULES = (
     "benchmarks.gpu_suite",
     "benchmarks.ops",
+    "benchmarks.peers_cpu",
     "osdn_jax.compare",
     "osdn_jax.data.prepare",
     "osdn_jax.generate",

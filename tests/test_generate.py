@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -38,6 +39,22 @@ def command(monkeypatch, capsys):
         return status, *capsys.readouterr()
 
     return call
+
+
+def test_importing_it_imports_nothing_that_only_training_needs():
+    """These take longer to import than JAX; Orbax is imported while the model is compiled."""
+    heavy = ("grain", "jax.experimental.pallas", "matplotlib", "orbax", "tensorstore")
+    script = f"import sys, osdn_jax.generate; print([name for name in {heavy} if name in sys.modules])"
+    _, keywords = runs.command(None)
+    done = subprocess.run(
+        [sys.executable, "-c", script],
+        env=keywords["env"],
+        cwd=keywords["cwd"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert done.stdout == "[]\n"
 
 
 def test_text_is_that_of_the_newest_checkpoint(run):

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from osdn_jax.sampling import sample, sample_token
+from osdn_jax.sampling import Sampler, sample, sample_token
 from support import jit
 from support.models import VOCABULARY, small_model
 
@@ -237,6 +237,33 @@ def test_tokens_come_one_by_one_at_a_constant_cost():
     assert list(stream) == [4, 5, 0, 1]  # the state after the prompt and one token each
     jax.effects_barrier()
     assert calls == [(1, 4)] + [(1, 1)] * 4
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), tree)
+
+
+@pytest.mark.parametrize("rule", ["osdn", "transformer"])
+def test_a_prompt_may_be_read_token_by_token(rule):
+    """One program then reads and draws, and it is compiled without parameters."""
+    _, apply, parameters, _ = small_model(rule)
+    traced = []
+
+    def counting(parameters, ids, states):
+        traced.append((ids.shape[1], states is not None))
+        return apply(parameters, ids, states)
+
+    for length in (1, 5):
+        prompt, options = PROMPT[:length], {"tokens": 6, "seed": 3, "temperature": 0.7, "top_p": 0.9}
+        sampler = Sampler(counting, shapes(parameters), prompt, **options, token_by_token=5)
+        sampler.compile(shapes(parameters))
+        drawn = list(sampler.draw(parameters))
+        assert drawn == list(sample(apply, parameters, prompt, **options)) == list(sampler.draw(parameters))
+        assert set(traced) == {(0, False), (1, True)}
+    longer = Sampler(counting, shapes(parameters), PROMPT, **options, token_by_token=4)
+    longer.compile(shapes(parameters))
+    assert traced[-1] == (5, False)
+    assert list(longer.draw(parameters)) == drawn
 
 
 def test_no_tokens_are_no_tokens(model):

@@ -1,8 +1,9 @@
 """Text as tokens, packed into windows, in batches that can be resumed. Everything is NumPy arrays on the host."""
 
-from osdn_jax._optional import needs_extra
+from osdn_jax._optional import check_installed, needs_extra
 
 with needs_extra("train", "osdn_jax.data"):
+    check_installed("grain")  # which is imported on first use
     from osdn_jax.data.batches import (
         JoinedWindows,
         Mixture,

@@ -1,18 +1,22 @@
-"""Batches of windows: endless and shuffled for training, finite and in order for validation."""
+"""Batches of windows: endless and shuffled for training, finite and in order for validation.
+
+Grain takes 0.2 s to import. Only training needs it, so the functions that do import it.
+"""
 
 import dataclasses
 import itertools
 import math
 import operator
 from collections.abc import Iterator, Sequence
-from typing import Any, SupportsIndex, cast
+from typing import TYPE_CHECKING, Any, SupportsIndex, cast
 
-import grain
-import grain.experimental
 import numpy as np
 
 from osdn_jax.data.streamed_windows import StreamedWindows
 from osdn_jax.data.windows import TokenWindows, Window, WindowSource, checked_count
+
+if TYPE_CHECKING:
+    import grain
 
 _MIN_WEIGHT = 1e-300  # grain divides weights by the smallest
 _MIN_RELATIVE_WEIGHT = 1e-12  # of the largest weight; a smaller one would sample no window in any training run
@@ -125,7 +129,7 @@ def training_batches(
     seed: int,
     shard_index: int = 0,
     shard_count: int = 1,
-) -> grain.DatasetIterator[Window]:
+) -> "grain.DatasetIterator[Window]":
     """Return endless shuffled batches of shape [batch_size, T], the same for the same arguments, bit for bit.
 
     Every epoch visits each window once, in a new order. A batch may cross from one epoch into the next, so a source
@@ -164,6 +168,9 @@ def training_batches(
         >>> (next(resumed)["inputs"] == next(batches)["inputs"]).all().item()
         True
     """
+    import grain
+    import grain.experimental
+
     checked_count("batch_size", batch_size)
     _check_shard(shard_index, shard_count)
     if isinstance(seed, bool) or not 0 <= operator.index(seed) < 2**32:
@@ -203,7 +210,9 @@ def _add_batch_axis(window: Window) -> Window:
     return cast(Window, {name: x[None] for name, x in cast(dict[str, Any], window).items()})
 
 
-def _read_options(sources: Sequence[WindowSource]) -> grain.ReadOptions:
+def _read_options(sources: Sequence[WindowSource]) -> "grain.ReadOptions":
+    import grain
+
     if any(isinstance(source, TokenWindows) and source.on_disk for source in sources):
         return grain.ReadOptions(num_threads=4, prefetch_buffer_size=8)
     # No reader threads: the windows are slices of memory, and threads would only compete for the interpreter.
@@ -212,15 +221,17 @@ def _read_options(sources: Sequence[WindowSource]) -> grain.ReadOptions:
 
 def _process_share(
     source: WindowSource | StreamedWindows, seed: int, shard_index: int, shard_count: int
-) -> grain.IterDataset[Window]:
+) -> "grain.IterDataset[Window]":
     """Return the windows of one process."""
     if isinstance(source, StreamedWindows):
         return source.dataset(seed=seed % 2**31, shard_index=shard_index, shard_count=shard_count)
     return _shuffled(source, seed)[shard_index::shard_count].to_iter_dataset(_read_options([source]))
 
 
-def _shuffled(source: WindowSource, seed: int) -> grain.MapDataset[Window]:
+def _shuffled(source: WindowSource, seed: int) -> "grain.MapDataset[Window]":
     """Return the windows repeated without end, each epoch in a new order."""
+    import grain
+
     _check_source(source)
     return grain.MapDataset.source(source).seed(seed % 2**32).shuffle().repeat()
 

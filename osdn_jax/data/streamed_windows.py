@@ -2,16 +2,15 @@
 
 import hashlib
 from collections.abc import Callable, Collection
-from typing import Any
-
-import grain
-import grain.experimental
-import numpy as np
+from typing import TYPE_CHECKING
 
 from osdn_jax.data.documents import Document
 from osdn_jax.data.streams import DocumentStream
-from osdn_jax.data.tokenizers import Tokenizer, encode_document
-from osdn_jax.data.windows import Window, checked_count, cut_window
+from osdn_jax.data.tokenizers import Tokenizer
+from osdn_jax.data.windows import Window, checked_count
+
+if TYPE_CHECKING:
+    import grain
 
 
 def digest(document: Document) -> bytes:
@@ -57,80 +56,8 @@ class StreamedWindows:
         self.held_out = frozenset(held_out)
         self._open, self._shuffle = open, checked_count("shuffle", shuffle)
 
-    def dataset(self, *, seed: int, shard_index: int = 0, shard_count: int = 1) -> grain.IterDataset[Window]:
+    def dataset(self, *, seed: int, shard_index: int = 0, shard_count: int = 1) -> "grain.IterDataset[Window]":
         """Return the windows of one process, shuffled by `seed`."""
-        windows: grain.IterDataset[Window] = _WindowDataset(self, self._open(shard_index, shard_count))
-        if self._shuffle > 1:
-            windows = grain.experimental.WindowShuffleIterDataset(windows, window_size=self._shuffle, seed=seed)
-        return windows
+        from osdn_jax.data.stream_dataset import shuffled_windows
 
-
-class _WindowDataset(grain.IterDataset[Window]):
-    def __init__(self, source: StreamedWindows, stream: DocumentStream) -> None:
-        super().__init__()
-        self._source, self._stream = source, stream
-
-    def __iter__(self) -> "_WindowIterator":
-        self._stream.set_state(None)
-        return _WindowIterator(self._source, self._stream)
-
-
-class _WindowIterator(grain.DatasetIterator[Window]):
-    """Cuts windows from the stream.
-
-    A window uses the first tokens of its last document; the next window starts with the remaining ones. The state is
-    the stream's position before that document and the number of its tokens that are used.
-    """
-
-    def __init__(self, source: StreamedWindows, stream: DocumentStream) -> None:
-        super().__init__()
-        self._source, self._stream = source, stream
-        self._restart()
-
-    def _restart(self) -> None:
-        self._remaining = np.empty(0, np.int32)  # tokens of the last document read that are in no window yet
-        self._document_position = self._stream.get_state()  # where that document starts
-        self._used = 0  # its tokens, start token included, that are in a window
-
-    def __next__(self) -> Window:
-        length = self._source.sequence_length
-        parts, missing = [self._remaining], length + 1 - len(self._remaining)
-        used = self._used
-        document = self._remaining
-        while missing > 0:
-            self._document_position, document = self._next_document()
-            used = 0
-            parts.append(document)
-            missing -= len(document)
-        # The last token of this window's targets is the first of the next one's inputs.
-        left_over = 1 - missing
-        self._used = used + len(document) - left_over
-        self._remaining = document[len(document) - left_over :]
-        tokens = np.concatenate(parts)[: length + 1]
-        return cut_window(tokens, length, self._source.tokenizer.bos_id)
-
-    def _next_document(self) -> tuple[dict[str, Any], np.ndarray]:
-        """Return (the stream's position before the next document, its start token and tokens)."""
-        source, restarted = self._source, False
-        while True:
-            position = self._stream.get_state()
-            document = next(self._stream, None)
-            if document is None:
-                if restarted:
-                    raise ValueError("the stream holds no documents to train on")
-                restarted = True
-                self._stream.set_state(None)
-            elif digest(document) not in source.held_out:
-                ids = encode_document(document, source.tokenizer).astype(np.int32)
-                return position, np.concatenate([np.full(1, source.tokenizer.bos_id, np.int32), ids])
-
-    def get_state(self) -> dict[str, Any]:
-        return {"before": self._document_position, "used": self._used}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._stream.set_state(state["before"])
-        self._restart()
-        if state["used"]:
-            self._document_position, document = self._next_document()
-            self._used = state["used"]
-            self._remaining = document[self._used :]
+        return shuffled_windows(self, self._open(shard_index, shard_count), window_size=self._shuffle, seed=seed)

@@ -10,7 +10,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float
 
 from osdn_jax.nn import initializers
-from osdn_jax.nn.layers import NoDecayParam, linear
+from osdn_jax.nn.layers import NoDecayParam, linear, project
 
 _FORGET_BIAS = 6.9  # logistic(6.9) = 0.9990
 
@@ -89,4 +89,4 @@ class ForgetGate(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T P"]:
         """Return the log of the fraction of the preconditioner that each token keeps."""
-        return jax.nn.log_sigmoid(x.astype(jnp.float32) @ self.kernel[...] + self.bias[...][None, None])
+        return jax.nn.log_sigmoid(project(x.astype(jnp.float32), self.kernel[...]) + self.bias[...][None, None])

@@ -25,6 +25,8 @@ def delta_rule(
     Returns:
         (outputs of this device's tokens, state after the last token of the whole sequence).
     """
+    if call.k.shape[1] == 0:
+        return sequence_parallel.without_tokens(call.v, call.state, axis)
     axes = sequence_parallel.axes_of(call)
     call = sequence_parallel.vary(call, axes)
     batch, heads, key_dim, _ = call.state.shape

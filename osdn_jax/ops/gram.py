@@ -209,6 +209,9 @@ def _jitted_gram(registry: Items, implementation: str | None, options: GramOptio
     axis = options.context_axis
     if axis is None:
         return dispatch(registry, implementation, call, options)
+    if call.k.shape[1] == 0:
+        like = call.k if options.write_key else call.k.astype(call.initial.dtype)
+        return sequence_parallel.without_tokens(like, call.initial, axis)
     call = call._replace(initial=gram_recurrence.state_before(call, axis))
     out, final = dispatch(registry, implementation, call, options)
     return out, sequence_parallel.from_last(final, axis)

@@ -1,7 +1,8 @@
 """The Pallas kernels for Hopper GPUs as implementations of the three operators.
 
 Each operator has a function (call, options) that runs the kernels, and one that returns why they cannot serve a call.
-With interpret=True the kernels run in their interpreter, on any machine.
+With interpret=True the kernels run in their interpreter, on any machine. The kernels are imported by the first function
+that needs them: that takes 0.2 s, for Pallas and its GPU lowering, which nothing else on a CPU needs.
 """
 
 import jax
@@ -17,10 +18,6 @@ from osdn_jax.ops.calls import (
     HypergradientOptions,
 )
 from osdn_jax.ops.selection import on_hopper
-from pallas_kernels import delta_rule as delta_rule_kernels
-from pallas_kernels import gram as gram_kernels
-from pallas_kernels import hypergradient as hypergradient_kernels
-from pallas_kernels.common.tiles import CHUNK
 
 
 def by_default() -> bool:
@@ -30,9 +27,11 @@ def by_default() -> bool:
 
 def delta_rule_limitation(call: DeltaRuleCall, options: DeltaRuleOptions, *, interpret: bool = False) -> str | None:
     """Return why the kernels cannot serve the call, beginning with the argument's name; None if they can."""
+    from pallas_kernels import delta_rule as kernels
+
     return (
         _chunk_limitation(options.chunk_size)
-        or delta_rule_kernels.limitation(call.q, call.k, call.v, call.beta, call.w)
+        or kernels.limitation(call.q, call.k, call.v, call.beta, call.w)
         or _device_limitation(interpret)
     )
 
@@ -41,7 +40,9 @@ def delta_rule(
     call: DeltaRuleCall, options: DeltaRuleOptions, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Run the delta rule: (outputs, final state)."""
-    return delta_rule_kernels.delta_rule(
+    from pallas_kernels import delta_rule as kernels
+
+    return kernels.delta_rule(
         call.q,
         call.k,
         call.v,
@@ -60,21 +61,21 @@ def hypergradient_limitation(
     call: HypergradientCall, options: HypergradientOptions, *, interpret: bool = False
 ) -> str | None:
     """Return why the kernels cannot serve the call, beginning with the argument's name; None if they can."""
+    from pallas_kernels import hypergradient as kernels
+
     dtype = call.step.dtype
     if dtype != jnp.float32:
         return f"k: got a state of {dtype}, the kernels keep float32"
-    return (
-        _chunk_limitation(options.chunk_size)
-        or hypergradient_kernels.limitation(call.k)
-        or _device_limitation(interpret)
-    )
+    return _chunk_limitation(options.chunk_size) or kernels.limitation(call.k) or _device_limitation(interpret)
 
 
 def hypergradient(
     call: HypergradientCall, options: HypergradientOptions, *, interpret: bool = False
 ) -> tuple[jax.Array, jax.Array]:
     """Run the hypergradient preconditioner: (d, or write keys if options.write_key; final d)."""
-    return hypergradient_kernels.hypergradient(
+    from pallas_kernels import hypergradient as kernels
+
+    return kernels.hypergradient(
         call.k,
         call.step,
         call.beta,
@@ -91,16 +92,20 @@ def hypergradient(
 
 def gram_limitation(call: GramCall, options: GramOptions, *, interpret: bool = False) -> str | None:
     """Return why the kernels cannot serve the call, beginning with the argument's name; None if they can."""
+    from pallas_kernels import gram as kernels
+
     return (
         _chunk_limitation(options.chunk_size)
-        or gram_kernels.limitation(call.k, call.log_decay)
+        or kernels.limitation(call.k, call.log_decay)
         or _device_limitation(interpret)
     )
 
 
 def gram(call: GramCall, options: GramOptions, *, interpret: bool = False) -> tuple[jax.Array, jax.Array]:
     """Run the Gram preconditioner: (multiplier, or write keys if options.write_key; final A)."""
-    return gram_kernels.gram(
+    from pallas_kernels import gram as kernels
+
+    return kernels.gram(
         call.k,
         call.log_decay,
         call.gain,
@@ -114,6 +119,8 @@ def gram(call: GramCall, options: GramOptions, *, interpret: bool = False) -> tu
 
 
 def _chunk_limitation(chunk_size: int | None) -> str | None:
+    from pallas_kernels.common.tiles import CHUNK
+
     if chunk_size in (None, CHUNK):
         return None
     return f"chunk_size: got {chunk_size}, the kernels work in chunks of {CHUNK}"

@@ -24,6 +24,7 @@ __all__ = [
     "ids_before",
     "state_before",
     "vary",
+    "without_tokens",
     "zero_rows",
 ]
 
@@ -108,6 +109,20 @@ def affine_after(summary: tuple[jax.Array, jax.Array, jax.Array | None], state: 
     state = zero_rows(any_reset, state)
     after = jnp.einsum("...kj,...jv->...kv", transition, state, precision=lax.Precision.HIGHEST)
     return zero_rows(any_reset, after) + added
+
+
+def without_tokens(like: jax.Array, state: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
+    """Return (empty outputs, final state) of an operator on a sequence without tokens.
+
+    Nothing here depends on the empty arrays, since jaxlib cannot compile every `jax.shard_map` that uses an empty
+    argument: 0.11.2 crashes if a non-empty one is used too, 0.12.0 fails if none is.
+
+    Args:
+        like: an empty array in the shape and type of the outputs.
+        state: initial state, varying over every axis that the tokens vary over; also the final state.
+        axis: mesh axis.
+    """
+    return vary(jnp.zeros_like(like), axes_of(state)), from_last(state, axis)
 
 
 def zero_rows(rows: jax.Array | None, x: jax.Array) -> jax.Array:

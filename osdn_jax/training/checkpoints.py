@@ -20,12 +20,7 @@ import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
-
-import grain
-import grain.checkpoint
-import orbax.checkpoint as ocp
-from orbax.checkpoint import checkpoint_managers
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from osdn_jax.training import distributed
 from osdn_jax.training.checkpoint_arrays import PyTree, abstract, checksums
@@ -38,6 +33,9 @@ from osdn_jax.training.checkpoint_reading import (
     open_manager,
     read_checkpoint,
 )
+
+if TYPE_CHECKING:
+    import grain
 
 __all__ = ["CheckpointError", "CheckpointMismatchError", "Checkpoints", "Restored", "load_parameters"]
 
@@ -101,6 +99,8 @@ class Checkpoints:
             ValueError: max_to_keep or keep_period below 1.
             CheckpointError: a checkpoint is a link to a folder elsewhere.
         """
+        from orbax.checkpoint import checkpoint_managers
+
         for name, value in (("max_to_keep", max_to_keep), ("keep_period", keep_period)):
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, not {value}")
@@ -145,7 +145,7 @@ class Checkpoints:
         self,
         step: int,
         state: PyTree,
-        iterator: grain.DatasetIterator | None = None,
+        iterator: "grain.DatasetIterator | None" = None,
         metadata: dict[str, Any] | None = None,
     ) -> None:
         """Start saving a checkpoint; wait for the previous save, but not for this one.
@@ -162,6 +162,9 @@ class Checkpoints:
             TypeError: a leaf of the state is no jax array, is empty or is a typed random key; metadata is not JSON.
             CheckpointError: this save could not start, or the previous one failed.
         """
+        import grain.checkpoint
+        import orbax.checkpoint as ocp
+
         self.wait()
         latest = self.latest_step
         if latest is not None and step <= latest:
@@ -178,7 +181,7 @@ class Checkpoints:
         if not saved:
             raise CheckpointError(f"orbax refused to save step {step} in {self._directory}")
 
-    def restore(self, target: PyTree, iterator: grain.DatasetIterator | None = None) -> Restored | None:
+    def restore(self, target: PyTree, iterator: "grain.DatasetIterator | None" = None) -> Restored | None:
         """Restore the newest checkpoint that can be read.
 
         Newer ones that cannot be read are renamed to `<step>.corrupt`, with a warning in the log and in the result.

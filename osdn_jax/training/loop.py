@@ -3,9 +3,8 @@
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -37,6 +36,9 @@ from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.step import TrainState, make_train_step
 from osdn_jax.training.validation import BITS_PER_BYTE, HeldOut, make_validate
 from osdn_jax.training.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir, checked_workdir, load_config
+
+if TYPE_CHECKING:
+    import grain
 
 
 class DataError(RuntimeError):
@@ -190,7 +192,7 @@ def _train(
     ):
         # --- Create the state, or restore it.
         apply, _ = split_model(model)
-        validate = make_validate(apply, model.config.mixer, step_config, data, held_out, layout, watchdog)
+        validate = make_validate(apply, model.config, step_config, data, held_out, layout, watchdog)
         parameters = count_parameters(model)
         state, shardings = create()
         train_step = make_train_step(apply, optimizer, step_config, shardings=shardings)
@@ -283,7 +285,7 @@ def _check(config: ConfigDict, stop_at: int | None) -> None:
         raise ValueError(f"stop_at: got {stop_at}, expected at least 1")
 
 
-def _batches(config: ConfigDict, data: Data, layout: Layout) -> tuple[grain.DatasetIterator, HeldOut]:
+def _batches(config: ConfigDict, data: Data, layout: Layout) -> "tuple[grain.DatasetIterator, HeldOut]":
     """Return this process's share of the training batches and of the held-out windows."""
     index, count = layout.share
     share = {"shard_index": index, "shard_count": count}
@@ -327,7 +329,7 @@ class _Origin(NamedTuple):
 def _restored(
     checkpoints: Checkpoints,
     state: TrainState,
-    batches: grain.DatasetIterator,
+    batches: "grain.DatasetIterator",
     workdir: Path,
     origin: _Origin | None,
 ) -> tuple[TrainState, int, list[str]]:

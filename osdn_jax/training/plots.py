@@ -4,14 +4,15 @@ import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from osdn_jax._files import write_atomically
 from osdn_jax.plotting import COLOURS, GREY, INK, label_ends, new_canvas, png, style_axes, widest_label
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
 
 LEFT, BOTTOM = 0.06, 0.1  # lower left corner of the axes, as fractions of the figure
 GAP = 0.036  # minimum distance between two labels, as a fraction of the axes' height
@@ -125,7 +126,9 @@ def _smooth(points: np.ndarray, width: float) -> np.ndarray:
     return out
 
 
-def _style(axes: Axes, xlabel: str) -> None:
+def _style(axes: "Axes", xlabel: str) -> None:
+    from matplotlib.ticker import EngFormatter, MaxNLocator
+
     style_axes(axes, xlabel=xlabel)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
@@ -133,7 +136,7 @@ def _style(axes: Axes, xlabel: str) -> None:
     axes.set_title("bits per byte", fontsize=13, color=INK, loc="left", pad=12)
 
 
-def _legend(axes: Axes, validation: bool) -> None:
+def _legend(axes: "Axes", validation: bool) -> None:
     """Says once what a line and what a circle is; the colours are named at the curves."""
     axes.plot([], [], color=GREY, linewidth=1.1, label="training")
     if validation:

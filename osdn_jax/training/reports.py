@@ -2,17 +2,11 @@
 
 import functools
 import hashlib
+import importlib
 import importlib.util
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
-
-import flax
-import grain
-import jax
-import jaxlib
-import numpy as np
-import optax
 
 import osdn_jax
 from osdn_jax.training.config import ABSENT, ConfigError
@@ -23,8 +17,8 @@ _SHOWN = 4  # differences in one message
 @functools.cache
 def software() -> dict[str, str]:
     """Return {package: version} of this process, with a digest of this package's files to tell commits apart."""
-    packages = {"jax": jax, "jaxlib": jaxlib, "flax": flax, "optax": optax, "grain": grain, "numpy": np}
-    versions = {name: getattr(module, "__version__", "unknown") for name, module in packages.items()}
+    packages = ("jax", "jaxlib", "flax", "optax", "grain", "numpy")
+    versions = {name: getattr(importlib.import_module(name), "__version__", "unknown") for name in packages}
     return {"osdn_jax": f"{osdn_jax.__version__} (files {_digest('osdn_jax', 'pallas_kernels')})", **versions}
 
 

@@ -2,8 +2,11 @@
 
 import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
+from flax import nnx
 from ml_collections import ConfigDict
 
 from osdn_jax.data import Tokenizer
@@ -52,15 +55,44 @@ def load_trained(workdir: str | os.PathLike[str]) -> Trained:
         CheckpointMismatchError: the newest is of another model, or was trained with another tokenizer.
         ValueError, ImportError: as `build_tokenizer`.
     """
+    return open_trained(workdir).load()
+
+
+class Unread(NamedTuple):
+    """The model of a run, whose checkpoint is still to be read.
+
+    Attributes:
+        workdir: the directory of the run.
+        config: the configuration of the run.
+        model: the configuration of the model.
+        apply: the model as a function of its parameters.
+        shapes: {path: shape and type} of the parameters.
+        tokenizer: the run's tokenizer.
+    """
+
+    workdir: Path
+    config: ConfigDict
+    model: ModelConfig
+    apply: Callable[..., Any]
+    shapes: dict[str, jax.ShapeDtypeStruct]
+    tokenizer: Tokenizer
+
+    def load(self) -> Trained:
+        """Read the parameters of the newest checkpoint. Raises as `load_trained`."""
+        step, parameters = load_parameters(
+            self.workdir / CHECKPOINT_FOLDER,
+            self.shapes,
+            key="ema" if self.config.ema else "params",
+            fingerprints={fingerprints.TOKENIZER: fingerprints.of_tokenizer(self.tokenizer)},
+        )
+        return Trained(self.config, self.model, self.apply, parameters, self.tokenizer, step)
+
+
+def open_trained(workdir: str | os.PathLike[str]) -> Unread:
+    """Return the model of a run without its parameters. Raises as `load_trained`."""
     workdir = checked_workdir(workdir)
     config = load_config(workdir)
     tokenizer = build_tokenizer(config)
-    model = build_model(config)
-    apply, parameters = split_model(model)
-    step, parameters = load_parameters(
-        workdir / CHECKPOINT_FOLDER,
-        parameters,
-        key="ema" if config.ema else "params",
-        fingerprints={fingerprints.TOKENIZER: fingerprints.of_tokenizer(tokenizer)},
-    )
-    return Trained(config, model.config, apply, parameters, tokenizer, step)
+    model = nnx.eval_shape(lambda: build_model(config))
+    apply, shapes = split_model(model)
+    return Unread(workdir, config, model.config, apply, shapes, tokenizer)

@@ -1,5 +1,6 @@
 """Validation: bits per byte on the held-out text, and statistics of the preconditioners."""
 
+import functools
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -8,6 +9,7 @@ import numpy as np
 
 from osdn_jax.data import ValidationBatches, Window
 from osdn_jax.evaluation import make_evaluate
+from osdn_jax.nn.config import ModelConfig
 from osdn_jax.nn.split import Parameters
 from osdn_jax.training.data import Data
 from osdn_jax.training.interruption import Watchdog
@@ -27,7 +29,7 @@ class HeldOut(NamedTuple):
 
 def make_validate(
     apply: Callable[..., Any],
-    mixer: Any,
+    model: ModelConfig,
     step_config: StepConfig,
     data: Data,
     held_out: HeldOut,
@@ -36,7 +38,7 @@ def make_validate(
 ) -> Callable[[Parameters, bool], dict[str, float]]:
     """Return the function (parameters, on all windows?) -> the metrics of a validation."""
     evaluate = make_evaluate(apply, step_config.chunks)
-    statistics = _make_statistics(apply, mixer, layout)
+    statistics = _make_statistics(apply, model, layout)
 
     def validate(parameters: Parameters, everything: bool) -> dict[str, float]:
         batches = _placed(held_out.everything if everything else held_out.some, layout, watchdog)
@@ -55,15 +57,20 @@ def _placed(batches: Iterable[Window], layout: Layout, watchdog: Watchdog) -> It
 
 
 def _make_statistics(
-    apply: Callable[..., Any], mixer: Any, layout: Layout
+    apply: Callable[..., Any], model: ModelConfig, layout: Layout
 ) -> Callable[[Parameters, Window], dict[str, float]]:
     """Return the function (parameters, window) -> statistics of the preconditioners; {} for a rule without one."""
-    if getattr(mixer, "preconditioner", "none") == "none":
+    if getattr(model.mixer, "preconditioner", "none") == "none":
         return lambda parameters, window: {}
-    call = jax.jit(
-        lambda parameters, tokens, ids: apply(parameters, tokens, ids, method="preconditioners"),
-        out_shardings=layout.sharding(),
-    )
+    embedding, rows = "embedding/embedding", layout.sharding("vocabulary", None)
+
+    @functools.partial(jax.jit, out_shardings=layout.sharding())
+    def call(parameters: Parameters, tokens: jax.Array, ids: jax.Array) -> dict[str, jax.Array]:
+        # jaxlib 0.11.2 can abort when it partitions a lookup in a table whose rows are split. The table is cast first:
+        # the result of a cast in the model would be split again.
+        table = jax.lax.with_sharding_constraint(parameters[embedding].astype(model.dtype), rows)
+        return apply(parameters | {embedding: table}, tokens, ids, method="preconditioners")
+
     across: dict[str, Any] = {"mean": np.mean, "min": np.min, "max": np.max, "clipped": np.mean}
 
     def statistics(parameters: Parameters, window: Window) -> dict[str, float]:

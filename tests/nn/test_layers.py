@@ -7,7 +7,7 @@ import pytest
 from flax import nnx
 
 from osdn_jax.nn import ShortConvolution, SwiGLU, unit_norm
-from osdn_jax.nn.layers import dropout
+from osdn_jax.nn.layers import dropout, project
 from support import relative_error
 
 B, T, C = 2, 11, 5
@@ -150,3 +150,16 @@ def test_unit_norm_takes_floating_point_numbers():
         unit_norm(jnp.asarray([3, 4]))
     with pytest.raises(TypeError, match=r"x: got list, expected an array \[..., D\]"):
         unit_norm([3.0, 4.0])
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_a_projection_is_a_product_in_both_modes_of_differentiation(dtype):
+    x, d_x, out = (jax.random.normal(jax.random.key(i), (2, 3, s)).astype(dtype) for i, s in enumerate((4, 4, 5)))
+    w, d_w = (jax.random.normal(jax.random.key(i), (4, 5)).astype(dtype) for i in (3, 4))
+    tolerance = 1e-6 if dtype == jnp.float32 else 2e-2
+    for mode in (lambda f: jax.jvp(f, (x, w), (d_x, d_w)), lambda f: jax.vjp(f, x, w)[1](out)):
+        for got, want in zip(mode(project), mode(jnp.matmul), strict=True):
+            assert got.dtype == want.dtype
+            np.testing.assert_allclose(
+                *(np.asarray(y, np.float32) for y in (got, want)), rtol=tolerance, atol=tolerance
+            )

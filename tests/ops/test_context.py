@@ -1,5 +1,6 @@
 """A sequence split over devices has the values and gradients of the whole one, in every operator and rule."""
 
+import dataclasses
 import functools
 
 import jax
@@ -49,6 +50,17 @@ def split(case, implementation="chunk", count=None, **options):
 def test_values_and_gradients(case):
     got = jit(value_and_gradient(split(case)))(case.arrays, case.cotangents)
     assert_close(got, case.by_scan, TOLERANCE)
+
+
+@pytest.mark.parametrize("initial", [True, False], ids=["initial state", "from zeros"])
+@pytest.mark.parametrize("operator", ["hypergradient", "gram"])
+def test_write_keys_without_tokens(operator, initial):
+    case = NAMED[f"{operator}: no tokens"]
+    write_key = getattr(ops, f"{operator}_write_key")
+    keys = dataclasses.replace(case, operator=dataclasses.replace(case.operator, function=write_key))
+    x = {name: a for name, a in case.arrays.items() if initial or name != "initial"}
+    got = jit(split(keys))(x)
+    assert_close(got, case.by_oracle(**x), TOLERANCE)
 
 
 # "above" binds at tokens in the middle only, the others from the first token on.
