@@ -312,7 +312,7 @@ def _jitted_hypergradient(
     if options.context_axis is None:
         return dispatch(registry, implementation, call, options)
     if call.k.shape[1] == 0:
-        like = call.k if options.write_key else call.tokens.u
+        like = call.k if options.write_key else call.tokens().u
         return sequence_parallel.without_tokens(like, call.start.initial, options.context_axis)
     # `split_over` reads d to check the bounds, so write keys are computed from its result.
     local = options._replace(write_key=False)
