@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from osdn_jax.ops import chunkwise
+from osdn_jax.ops import chunk_step
 
 
 @contextlib.contextmanager
@@ -23,7 +23,7 @@ def unchecked() -> Iterator[None]:
 
 def direct_scores() -> contextlib.AbstractContextManager:
     """Replace the scores of a chunk under a decay per channel by `_direct_scores`."""
-    return mock.patch.object(chunkwise, "channel_scores", _direct_scores)
+    return mock.patch.object(chunk_step, "channel_scores", _direct_scores)
 
 
 def _direct_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Array:

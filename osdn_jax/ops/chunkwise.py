@@ -1,17 +1,19 @@
 """The delta rule in chunks: matrix products inside a chunk, a short recurrence over chunks.
 
+This form computes the terms of all chunks at once, for accelerators; that for a CPU is in `chunkwise_cpu`.
+
 The notation is that of docs/mathematics.md. Arrays of one chunk are laid out [..., G, C, K] for keys (G key heads) and
 [..., G, R, C, V] for values (R value heads per key head), the state [..., G, R, K, V].
 """
 
 import functools
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from osdn_jax.ops import chunkwise_cpu
 from osdn_jax.ops.arguments import per_value_head
 from osdn_jax.ops.calls import DeltaRuleCall
 from osdn_jax.ops.checks import bounded_log
@@ -22,11 +24,17 @@ from osdn_jax.ops.triangular import unit_lower_inverse
 
 
 def chunk(call: DeltaRuleCall, *, erase: bool, scale: float, chunk_size: int | None) -> tuple[jax.Array, jax.Array]:
-    """Run the whole sequence in chunks: (outputs [B, T, H, V], final state), both in the accumulator type."""
-    batch, length, heads, _ = call.v.shape
+    """Run the whole sequence in chunks, in the form for this device.
+
+    Returns:
+        (outputs [B, T, H, V], final state), both in the accumulator type.
+    """
     channel_decay = call.log_decay is not None and call.log_decay.ndim == 4
-    size = fitting_chunk(chunk_size or default_chunk(channel_decay), length)
-    options = ChunkOptions(scale=scale, erase=erase, channel_decay=channel_decay, hoist=not on_cpu())
+    size = fitting_chunk(chunk_size or default_chunk(call), call.v.shape[1])
+    if on_cpu():
+        return chunkwise_cpu.chunk(call, erase=erase, scale=scale, size=size)
+    batch, length, heads, _ = call.v.shape
+    options = ChunkOptions(scale=scale, erase=erase, channel_decay=channel_decay)
 
     groups = call.q.shape[2]
     if channel_decay or (call.w is not None and call.w.shape[2] != groups):
@@ -63,7 +71,6 @@ class ChunkOptions(NamedTuple):
     scale: float
     erase: bool
     channel_decay: bool
-    hoist: bool  # compute the terms of all chunks before the recurrence (accelerators), not inside it (CPU caches)
 
 
 class ChunkInputs(NamedTuple):
@@ -173,18 +180,12 @@ def _forward(
     state: jax.Array, inputs: ChunkInputs, options: ChunkOptions
 ) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
     """Return (final state, (outputs, state before each chunk))."""
-    step_chunk = _chunk_step(options)
 
-    def step(state: jax.Array, chunk: Any) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
-        after, out = step_chunk(state, chunk)
+    def step(state: jax.Array, terms: ChunkTerms) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        after, out = advance_chunk(state, terms)
         return after, (out, state)
 
-    return lax.scan(step, state, chunk_terms(inputs, options) if options.hoist else inputs)
-
-
-def _chunk_step(options: ChunkOptions) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """Return the step of the recurrence, over precomputed terms or over inputs."""
-    return advance_chunk if options.hoist else lambda state, chunk: advance_chunk(state, chunk_terms(chunk, options))
+    return lax.scan(step, state, chunk_terms(inputs, options))
 
 
 def _scan_fwd(state: jax.Array, inputs: ChunkInputs, options: ChunkOptions) -> tuple[Any, Any]:
@@ -196,15 +197,12 @@ def _scan_bwd(options: ChunkOptions, saved: Any, cotangents: Any) -> Any:
     # Only the state before each chunk was saved; the rest of a chunk is recomputed.
     inputs, states = saved
     d_state, d_out = cotangents
-    step_chunk = _chunk_step(options)
 
     def step(d_state: jax.Array, chunk: Any) -> tuple[jax.Array, Any]:
-        state, chunk, d_out = chunk
-        _, pull = jax.vjp(step_chunk, state, chunk)
+        state, terms, d_out = chunk
+        _, pull = jax.vjp(advance_chunk, state, terms)
         return pull((d_state, d_out))
 
-    if not options.hoist:
-        return lax.scan(step, d_state, (states, inputs, d_out), reverse=True)
     terms, pull_terms = jax.vjp(lambda x: chunk_terms(x, options), inputs)
     d_state, d_terms = lax.scan(step, d_state, (states, terms, d_out), reverse=True)
     return d_state, *pull_terms(d_terms)

@@ -99,15 +99,20 @@ def forward_by_scan(call: DeltaRuleCall) -> bool:
     return on_cpu() and (call.state.size < _CACHED or call.q.shape[1] < _WHOLE_CHUNK)
 
 
-def default_chunk(channel_decay: bool) -> int:
+def default_chunk(call: DeltaRuleCall) -> int:
     """Return the tokens per chunk of the delta rule, by the time of forward and backward (section "chunks").
 
-    Without a decay or with a scalar one, 32 and 64 are within 10 % of each other for K = V = 128 (32 is up to 15 %
-    faster for 64), 16 and 128 are slower; 64 keeps half as many states. With a decay per channel the work outside the
-    products grows with the chunk: 32 was 12 to 18 % faster than 64; 16 and 128 were slower. Other devices get 64, which
-    fits the tiles of matrix units (unmeasured).
+    On a CPU 32 and 64 are within 10 % of each other without a decay or with a scalar one; with heads of at most 64 the
+    products of a chunk of 32 are a third fewer. But the gradient saves twice as many states, which dominate its memory
+    if the batch is a single row. With a decay per channel the work outside the products grows with the chunk.
+
+    Other devices get 64, which fits the tiles of matrix units (unmeasured).
     """
-    return 32 if channel_decay and on_cpu() else 64
+    if not on_cpu():
+        return 64
+    batch, _, *head = call.state.shape
+    channel_decay = call.log_decay is not None and call.log_decay.ndim == 4
+    return 32 if channel_decay or (batch > 1 and max(head) <= 64) else 64
 
 
 DEFAULT_PRECONDITIONER_CHUNK = 64  # tokens
