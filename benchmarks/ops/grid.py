@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from benchmarks.ops.bench import Bench, Program, compiled, passes
-from osdn_jax.compare import Contender, Shape, ratio
+from osdn_jax.compare import Contender, Shape, ratio, take_turns
 from osdn_jax.compare.report import duration
 
 DECAYS = {"none": "delta_net", "scalar": "gated_delta_net", "channel": "kda"}
@@ -62,7 +62,8 @@ def _row(b: Bench, rule: str, size: int, product: int, lengths: Sequence[int], g
         scan = behind < _SCAN_BEHIND and not (gradient and kept > _SCAN_BYTES)
         names = ("scan", "chunk") if scan else ("chunk",)
         made, chosen = _made([Program(rule, shape, name, gradient) for name in (*names, "auto")])
-        b.time(list(made.values()), _rounds(b, made.values()), [Program(rule, shape, n, gradient) for n in made])
+        running = list(made.values())
+        b.time(running, _more_rounds(b, running), [Program(rule, shape, name, gradient) for name in made])
         seconds = {name: c.seconds for name, c in made.items()}
         best = min(names, key=lambda name: float(np.median(seconds[name])))
         row.append(Cell(tokens, *_shown(seconds, chosen, best)))
@@ -85,13 +86,11 @@ def _made(programs: Sequence[Program]) -> tuple[dict[str, Contender], str]:
     return made, programs[-1].implementation
 
 
-def _rounds(b: Bench, running: Sequence[Contender]) -> int:
-    """Return the number of rounds: as many as fit into a few seconds, at least 2."""
-    for c in running:
-        c.settle()
-        c.settled = True
-    longest = max(c.measure() for c in running)
-    return int(np.clip(_SECONDS / (2 * longest), 2, b.repeats))
+def _more_rounds(b: Bench, running: Sequence[Contender]) -> int:
+    """Time one round; return the number of further ones, at least one, that fit into a few seconds."""
+    take_turns(running, 1)
+    longest = max(c.seconds[0] for c in running)
+    return int(np.clip(_SECONDS / (2 * longest), 1, b.repeats - 1))
 
 
 def _shown(seconds: dict[str, list[float]], chosen: str, best: str) -> tuple[str, float]:

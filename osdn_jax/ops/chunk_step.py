@@ -174,11 +174,11 @@ def _adjoint_of_scores(
     d_log = None
     if chunk.log_decay is not None:
         # Every factor is the exponential of a sum of log decays; the cotangent of that sum is factor times cotangent.
-        sums = _pair_exponent_adjoint(jnp.sum(d_scores * terms.scores, axis=1))
+        sums = _pair_exponent_adjoint(_sum(d_scores * terms.scores, 1))
         size, dtype = sums.shape[1], sums.dtype
-        sums += _token_sums(_upper(size, dtype), jnp.sum(d_reads * terms.reads, axis=(1, 3)))
-        sums += _token_sums(_lower(size, dtype, -1), jnp.sum(d_writes * terms.writes, axis=-1))
-        sums += _for_all_tokens(jnp.sum(d_log_carry, axis=(1, 2)))
+        sums += _token_sums(_upper(size, dtype), _sum(d_reads * terms.reads, (1, 3)))
+        sums += _token_sums(_lower(size, dtype, -1), _sum(d_writes * terms.writes, 2))
+        sums += _sum(_sum(d_log_carry, 1), 1)[:, None]
         d_log = _bounded_log_adjoint(chunk.log_decay, sums)
     if terms.pair_decay is not None:
         d_scores = d_scores * terms.pair_decay[:, None]
@@ -204,9 +204,9 @@ def _adjoint_of_channel_scores(
     w = chunk.k if chunk.w is None else chunk.w
     d_x, d_w, sums = jax.vjp(channel_scores, x, w, bounded_log(log_decay))[1](d_scores)
     size, dtype = sums.shape[1], sums.dtype
-    sums += _token_sums(_upper(size, dtype), jnp.sum(d_reads * terms.reads, axis=1))
+    sums += _token_sums(_upper(size, dtype), _sum(d_reads * terms.reads, 1))
     sums += _token_sums(_lower(size, dtype, -1), d_writes * terms.writes)
-    sums += _for_all_tokens(jnp.sum(d_log_carry, axis=-1))
+    sums += _sum(d_log_carry, 2)[:, None]
     before, after = _channel_decay(log_decay)
     return d_x + d_reads * before[:, None], d_w + d_writes * after, _bounded_log_adjoint(log_decay, sums)
 
@@ -238,9 +238,9 @@ def _token_sums(weights: np.ndarray, x: jax.Array) -> jax.Array:
     return _matmul(jnp.broadcast_to(weights, (len(x), *weights.shape[1:])), x)
 
 
-def _for_all_tokens(x: jax.Array) -> jax.Array:
-    """Add an axis of tokens, [X, ...] -> [X, 1, ...]; the barrier keeps XLA from computing x again for every token."""
-    return lax.optimization_barrier(x)[:, None]
+def _sum(x: jax.Array, axis: int | tuple[int, ...]) -> jax.Array:
+    """Sum over axes; without the barrier XLA would compute a sum again for every element that reads it."""
+    return lax.optimization_barrier(jnp.sum(x, axis=axis))
 
 
 def _bounded_log_adjoint(log_decay: jax.Array, cotangent: jax.Array) -> jax.Array:

@@ -86,20 +86,30 @@ def _device() -> Any:
     return jax.devices()[0] if ambient is None else ambient
 
 
-_CACHED = 2**18  # elements of all states; fewer fit into a core's caches
-_WHOLE_CHUNK = 64  # tokens
+_SMALL_STATES = 2**26  # elements of all states times elements of one
+_FEW_TOKENS = 16
 
 
 def forward_by_scan(call: DeltaRuleCall) -> bool:
-    """Return True if the scan is faster than chunks for a forward pass alone: on a CPU, while caches hold the state.
+    """Return True if the scan is faster than chunks for a forward pass alone: on a CPU, for few or small heads.
 
-    Over 72 shapes (section "forward": T 1 to 4096; no, scalar and channel decay) chunks took 1.0 to 3.0 times the
-    scan's time for states (B H K V) of up to 2^16 elements, at every length. States of 2^18 and 2^20 elements leave the
-    caches at every token, and chunks took 0.46 to 0.97 of the scan's time from 64 tokens on, 0.9 to 1.7 for one token.
+    At every token the scan reads and writes all states. As long as they stay in the caches next to a core, that takes
+    K V operations per head at the speed of the vector units. The work of a chunk per token and head, on the other hand,
+    grows with K + V more than with K V, and most of it runs at the higher speed of matrix products. So the scan is
+    faster if a state is small (32 x 32, at most 64 x 64) and all of them together are. One bound on the product of both
+    sizes, B H K V times K V, separates the measured shapes: 2^26 are 64 heads of 32 x 32, 4 heads of 64 x 64, and less
+    than one of 128 x 128. With a decay per channel chunks have more to do, and the bound is four times as large.
+
+    Over the grid of the section "forward" (K = V = 32 to 128, 1 to 128 heads, 64 to 4,096 tokens) one bound on B H K V
+    alone fails: 2^14 elements are 16 heads of 32 (chunks take 1.7 times the scan's time) or one of 128 (0.7 times). A
+    sequence of less than 16 tokens takes less than one chunk's fixed time.
 
     Other devices launch a program per token, so chunks are picked there (unmeasured).
     """
-    return on_cpu() and (call.state.size < _CACHED or call.q.shape[1] < _WHOLE_CHUNK)
+    channel_decay = call.log_decay is not None and call.log_decay.ndim == 4
+    _, _, key_dim, value_dim = call.state.shape
+    small = call.state.size * key_dim * value_dim <= _SMALL_STATES * (4 if channel_decay else 1)
+    return on_cpu() and (small or call.q.shape[1] < _FEW_TOKENS)
 
 
 def default_chunk(call: DeltaRuleCall) -> int:

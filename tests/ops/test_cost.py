@@ -77,12 +77,31 @@ def scan_lengths(jaxpr):
 
 @pytest.mark.parametrize(
     ("batch", "length", "steps"),
-    [(1, 512, {512}), (32, 512, {512 // 32, 2}), (32, 63, {63})],  # chunks of 32, two blocks of rows
-    ids=["state fits in the caches", "state exceeds the caches", "less than a chunk"],
+    [(1, 512, {512}), (32, 512, {512 // 32, 2}), (32, 15, {15})],  # chunks of 32, two blocks of rows
+    ids=["small states", "large states", "few tokens"],
 )
-def test_forward_pass_on_a_cpu_is_the_scan_while_caches_hold_the_state(batch, length, steps):
+def test_forward_pass_on_a_cpu_is_the_scan_while_states_are_small(batch, length, steps):
     x = [jax.ShapeDtypeStruct((batch, *a.shape[1:]), a.dtype) for a in arguments(length)[:4]]
     assert scan_lengths(jax.jit(ops.delta_rule).trace(*x).jaxpr.jaxpr) == steps
+
+
+@pytest.mark.parametrize(
+    ("heads", "size", "decay", "by_scan"),
+    [
+        (64, 32, False, True),
+        (128, 32, False, False),
+        (4, 64, False, True),
+        (16, 64, False, False),
+        (16, 64, True, True),
+        (1, 128, False, False),
+    ],
+)
+def test_forward_pass_on_a_cpu_by_heads_and_size(heads, size, decay, by_scan):
+    """Few small heads by scan, many or large ones by chunks; later with a decay per channel."""
+    keys = jax.ShapeDtypeStruct((1, 64, heads, size), jnp.float32)
+    beta = jax.ShapeDtypeStruct((1, 64, heads), jnp.float32)
+    run = jax.jit(lambda q, k, v, beta, g: ops.delta_rule(q, k, v, beta, log_decay=g if decay else None))
+    assert (64 in scan_lengths(run.trace(keys, keys, keys, beta, keys).jaxpr.jaxpr)) == by_scan
 
 
 def test_no_prefix_scan_over_states():
