@@ -106,7 +106,7 @@ def _cotangents(shape: Shape) -> Arrays:
 
 def markdown(record: Mapping) -> Iterator[str]:
     """Yield the lines of the page."""
-    yield "# The operators beside other libraries' on a CPU"
+    yield "# The operators and other libraries' on a CPU"
     yield ""
     yield "Float32, by `python -m benchmarks.peers_cpu`: forward, and forward + backward with the gradients of all"
     yield "arguments. The two programs of a ratio run in turn in one process; a ratio is the median over rounds of the"
