@@ -1,6 +1,7 @@
 """Common behaviour of the command lines: exit statuses, Ctrl-C, and one-line errors for wrong flags."""
 
 import argparse
+import ctypes
 import errno
 import gc
 import os
@@ -15,6 +16,7 @@ from typing import NoReturn
 USAGE_ERROR = 2  # a wrong command line
 INTERRUPTED = 130  # ended by Ctrl-C
 READER_LEFT = 141  # the reader of its output has exited first, as in `command | head`
+_MALLOPT = {-8: 1, -4: 0, -1: 2**31 - 1}  # M_ARENA_MAX, M_MMAP_MAX and M_TRIM_THRESHOLD of glibc's malloc.h
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO)
 
 
@@ -87,11 +89,21 @@ def start() -> None:
     """Prepare for the imports of a command, which take seconds; `run` ends what this begins.
 
     Ctrl-C ends the process without a traceback. Garbage is not collected: the imports create 300,000 objects that stay,
-    and looking through them again and again takes a fifth of the time.
+    and looking through them again and again takes a fifth of the time. Freed memory is kept: on a CPU, each step of a
+    training allocates the same temporary arrays, and a third of its time can go into fresh pages of memory for them.
     """
     gc.disable()
+    _keep_freed_memory()
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, lambda number, frame: os._exit(INTERRUPTED))
+
+
+def _keep_freed_memory() -> None:
+    """Keep up to 2 GB of freed memory in the process; only glibc has these settings, and before threads are created."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        for name, value in _MALLOPT.items():
+            mallopt(name, value)
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

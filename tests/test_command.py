@@ -1,5 +1,6 @@
 """Exit statuses of command lines, as processes, without JAX."""
 
+import ctypes
 import os
 import re
 import subprocess
@@ -158,3 +159,16 @@ def test_a_directory_does_not_have_to_exist(tmp_path, monkeypatch):
     (tmp_path / "file").touch()
     with pytest.raises(ValueError, match="^--output: got '~/file/run', but .*/file is no directory"):
         command.directory("output", "~/file/run")
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="only glibc has mallopt")
+def test_freed_memory_is_kept():
+    """The second array is where the first was: the system does not have to supply its 16,384 pages again."""
+    script = """
+import resource
+def pages():
+    bytearray(1 << 26)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+"""
+    assert ended(f"{script}first = pages(); print(pages() - first > 8000)") == (0, "True\n", "")
+    assert ended(f"{script}command.start(); first = pages(); print(pages() - first < 100)") == (0, "True\n", "")

@@ -24,6 +24,7 @@ class RMSNorm(nnx.RMSNorm):
         """Create the scale of each of the `features` of the last axis."""
         super().__init__(features, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
 
+    @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*B D"], mask: jax.Array | None = None) -> Float[Array, "*B D"]:
         """Return x / sqrt(mean(x^2) + epsilon) * scale."""
         return super().__call__(x, mask).astype(x.dtype)
@@ -44,6 +45,7 @@ class ShortConvolution(nnx.Module):
         taps = jax.random.uniform(rngs.params(), (size, channels), minval=-bound, maxval=bound)
         self.kernel = NoDecayParam(taps)
 
+    @jax.named_scope("short_convolution")
     def __call__(
         self,
         x: Float[Array, "B T C"],
@@ -144,12 +146,14 @@ class SwiGLU(nnx.Module):
         hidden = shard_size("mlp_dim", self.hidden, count)
         return nnx.graphdef(nnx.eval_shape(lambda: SwiGLU(self.width, hidden, 1, self.dtype, rngs=nnx.Rngs(0))))
 
+    @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the MLP to each token."""
         gate, up = jnp.split(self.gate_and_up(x), 2, axis=-1)
         return self.down(jax.nn.silu(gate) * up)
 
 
+@jax.named_scope("embedding")
 def embed(table: Float[Array, "Vocab D"], tokens: Int[Array, "B T"]) -> Float[Array, "B T D"]:
     """Return the tokens' rows of an embedding; NaN for a token outside the vocabulary, so that the mistake shows."""
     return jnp.take(table, jnp.where(tokens < 0, table.shape[0], tokens), axis=0, mode="fill", fill_value=jnp.nan)
@@ -178,9 +182,9 @@ def _dot_general(x: jax.Array, matrix: jax.Array, dimension_numbers: Any, **opti
 def project(x: Float[Array, "*B D"], matrix: Float[Array, "D E"]) -> Float[Array, "*B E"]:
     """Return x @ matrix, with a gradient that is fast on a CPU.
 
-    JAX computes the gradient of the matrix transposed. XLA fuses the transpose that follows into the product, and has
-    no fast kernel for the form that results: forward and backward take 1.6 times as long in float32, and 7 times in
-    bfloat16 (AMD EPYC).
+    XLA's CPU library takes the gradient of the matrix, a product over all tokens, only in some forms, which a barrier
+    keeps: in 16 bits between the product and the transpose that JAX puts after it (else forward and backward take 7
+    times as long), in 32 bits before the product, which would otherwise compute the cotangent again in its order.
     """
     return x @ matrix
 
@@ -188,11 +192,17 @@ def project(x: Float[Array, "*B D"], matrix: Float[Array, "D E"]) -> Float[Array
 @project.defjvp
 def _project_jvp(primals: tuple[jax.Array, ...], tangents: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array]:
     (x, matrix), (d_x, d_matrix) = primals, tangents
-    # Transposed, this barrier lies between the product and its transpose.
-    d_rows = jax.lax.optimization_barrier(d_matrix.T)
-    return x @ matrix, d_x @ matrix + jnp.einsum("...d,ed->...e", x, d_rows)
+    # In reverse mode a barrier around a tangent is one around its cotangent.
+    if x.dtype.itemsize == 2:
+        d_rows = jax.lax.optimization_barrier(d_matrix.T)
+        return x @ matrix, d_x @ matrix + jnp.einsum("...d,ed->...e", x, d_rows)
+    out = x @ matrix
+    flat, d_flat = (y.reshape(-1, y.shape[-1]) for y in (x, d_x))
+    d_out = jax.lax.optimization_barrier(d_flat @ matrix + flat @ d_matrix)
+    return out, d_out.reshape(out.shape)
 
 
+@jax.named_scope("norm")
 def unit_norm(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
     """Return x / sqrt(sum(x^2) + 1e-6) over the last axis, computed in float32, in the dtype of x.
 
