@@ -86,30 +86,28 @@ def _device() -> Any:
     return jax.devices()[0] if ambient is None else ambient
 
 
-_SMALL_STATES = 2**26  # elements of all states times elements of one
+_SMALL_STATE = 64 * 64  # elements of one head's state, 16 KB: half of a small L1 cache
+_FEW_HEADS = 8
 _FEW_TOKENS = 16
 
 
 def forward_by_scan(call: DeltaRuleCall) -> bool:
-    """Return True if the scan is faster than chunks for a forward pass alone: on a CPU, for few or small heads.
+    """Return True if the scan is faster than chunks for a forward pass alone: on a CPU, for few and small heads.
 
-    At every token the scan reads and writes all states. As long as they stay in the caches next to a core, that takes
-    K V operations per head at the speed of the vector units. The work of a chunk per token and head, on the other hand,
-    grows with K + V more than with K V, and most of it runs at the higher speed of matrix products. So the scan is
-    faster if a state is small (32 x 32, at most 64 x 64) and all of them together are. One bound on the product of both
-    sizes, B H K V times K V, separates the measured shapes: 2^26 are 64 heads of 32 x 32, 4 heads of 64 x 64, and less
-    than one of 128 x 128. With a decay per channel chunks have more to do, and the bound is four times as large.
+    At every token the scan reads and writes all states. For a few heads whose states fit in the L1 cache, that takes
+    K V operations per head at the speed of the vector units, and XLA compiles a token to a few loops. A chunk has a
+    fixed cost of many small operations, but its work per token and head grows with K + V more than with K V, and most
+    of it runs at the higher speed of matrix products. So chunks win as soon as a state is larger than 64 x 64, and for
+    smaller ones from about 8 heads on, over all rows of the batch. With a decay per channel a chunk has more to do, and
+    it is 16 heads. A sequence of less than 16 tokens takes less than one chunk's fixed time.
 
-    Over the grid of the section "forward" (K = V = 32 to 128, 1 to 128 heads, 64 to 4,096 tokens) one bound on B H K V
-    alone fails: 2^14 elements are 16 heads of 32 (chunks take 1.7 times the scan's time) or one of 128 (0.7 times). A
-    sequence of less than 16 tokens takes less than one chunk's fixed time.
-
-    Other devices launch a program per token, so chunks are picked there (unmeasured).
+    Measured over the grid of the section "forward" (K = V = 32 to 128, 1 to 128 heads, 64 to 4,096 tokens). Other
+    devices launch a program per token, so chunks are picked there (unmeasured).
     """
     channel_decay = call.log_decay is not None and call.log_decay.ndim == 4
-    _, _, key_dim, value_dim = call.state.shape
-    small = call.state.size * key_dim * value_dim <= _SMALL_STATES * (4 if channel_decay else 1)
-    return on_cpu() and (small or call.q.shape[1] < _FEW_TOKENS)
+    batch, heads, key_dim, value_dim = call.state.shape
+    few = batch * heads <= _FEW_HEADS * (2 if channel_decay else 1)
+    return on_cpu() and ((few and key_dim * value_dim <= _SMALL_STATE) or call.q.shape[1] < _FEW_TOKENS)
 
 
 def default_chunk(call: DeltaRuleCall) -> int:

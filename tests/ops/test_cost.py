@@ -88,12 +88,14 @@ def test_forward_pass_on_a_cpu_is_the_scan_while_states_are_small(batch, length,
 @pytest.mark.parametrize(
     ("heads", "size", "decay", "by_scan"),
     [
-        (64, 32, False, True),
-        (128, 32, False, False),
-        (4, 64, False, True),
+        (4, 32, False, True),
+        (16, 32, False, False),
+        (8, 64, False, True),
         (16, 64, False, False),
         (16, 64, True, True),
+        (32, 64, True, False),
         (1, 128, False, False),
+        (1, 128, True, False),
     ],
 )
 def test_forward_pass_on_a_cpu_by_heads_and_size(heads, size, decay, by_scan):
