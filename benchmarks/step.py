@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # The parts of a step, by a pattern in the names of their operations; the first match counts.
 PARTS = {
-    "delta rule": r"_jitted_delta_rule",
-    "preconditioner": r"_jitted_(hypergradient|gram)",
+    # One row, since the profile lists few operations of the preconditioner: XLA compiles its loop over tokens as a whole.
+    "delta rule, preconditioner": r"_jitted_(delta_rule|hypergradient|gram)",
     "loss": r"jit\(_jitted\)",
     "short convolution": r"short_convolution",
     "norms": r"[/(]norm[/)]",

@@ -90,7 +90,7 @@ def start() -> None:
 
     Ctrl-C ends the process without a traceback. Garbage is not collected: the imports create 300,000 objects that stay,
     and looking through them again and again takes a fifth of the time. Freed memory is kept: on a CPU, each step of a
-    training allocates the same temporary arrays, and a third of its time can go into fresh pages of memory for them.
+    training allocates the same temporary arrays, and fresh pages of memory for them take a large part of its time.
     """
     gc.disable()
     _keep_freed_memory()
@@ -99,7 +99,7 @@ def start() -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Keep up to 2 GB of freed memory in the process; only glibc has these settings, and before threads are created."""
+    """Keep about 2 GB of freed memory in the process; only glibc has these settings, and before threads are created."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
     if mallopt is not None:
         for name, value in _MALLOPT.items():
