@@ -31,7 +31,7 @@ ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "benchmarks" / "results"
 # The parts of a step, by a pattern in the names of their operations; the first match counts.
 PARTS = {
-    # One row, since the profile lists few operations of the preconditioner: XLA compiles its loop over tokens as a whole.
+    # One row: of the preconditioner the profile lists little, since XLA compiles its loop over tokens as a whole.
     "delta rule, preconditioner": r"_jitted_(delta_rule|hypergradient|gram)",
     "loss": r"jit\(_jitted\)",
     "short convolution": r"short_convolution",

@@ -14,5 +14,5 @@ def test_the_benchmark_runs(tmp_path, capsys):
     assert here["loss"] == there["loss"]
     assert here["tokens"] == 32
     assert set(found["parts"]) == set(benchmark.PARTS)
-    assert "| delta rule |" in capsys.readouterr().out
+    assert "| delta rule, preconditioner |" in capsys.readouterr().out
     assert "| this one |" in (tmp_path / "step-cpu.md").read_text()
