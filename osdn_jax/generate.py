@@ -11,13 +11,14 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from osdn_jax import command
 
 if __name__ == "__main__":
     command.start()
 
-from osdn_jax.sampling import Sampler
+from osdn_jax.sampling import Sampler, sample
 from osdn_jax.training import CheckpointError, CheckpointMismatchError
 from osdn_jax.training.command_line import fail
 from osdn_jax.training.trained import open_trained
@@ -63,22 +64,20 @@ def generate(
     run = open_trained(workdir)
     tokenizer = run.tokenizer
     ids = tokenizer.encode(prompt, bos=True)
+    options: dict[str, Any] = {
+        "tokens": tokens,
+        "seed": seed,
+        "temperature": temperature,
+        "top_p": top_p,
+        # The start of a document, and the entries of a padded vocabulary that the tokenizer does not have.
+        "forbidden": (tokenizer.bos_id, *range(tokenizer.vocab_size, run.model.vocab_size)),
+    }
     with ThreadPoolExecutor(1) as reader:
         reading = reader.submit(run.load)
-        sampler = Sampler(
-            run.apply,
-            run.shapes,
-            ids,
-            tokens=tokens,
-            seed=seed,
-            temperature=temperature,
-            top_p=top_p,
-            # The start of a document, and the entries of a padded vocabulary that the tokenizer does not have.
-            forbidden=(tokenizer.bos_id, *range(tokenizer.vocab_size, run.model.vocab_size)),
-            token_by_token=_TOKEN_BY_TOKEN,
-        )
+        sampler = Sampler(run.apply, run.shapes, ids, **options, token_by_token=_TOKEN_BY_TOKEN)
         sampler.compile(run.shapes)  # while the checkpoint is read
-        sampled = sampler.draw(reading.result().parameters)
+        parameters = reading.result().parameters
+    sampled = sample(run.apply, parameters, ids, **options, sampler=sampler)
 
     def decoded() -> Iterator[str]:
         decoder = tokenizer.stream_decoder(ids)

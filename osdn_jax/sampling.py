@@ -89,6 +89,7 @@ def sample(
     temperature: float = 1.0,
     top_p: float = 1.0,
     forbidden: Sequence[int] = (),
+    sampler: "Sampler | None" = None,
 ) -> Iterator[int]:
     """Yield tokens that continue a prompt, each as soon as it is sampled.
 
@@ -102,6 +103,7 @@ def sample(
         temperature: as in `sample_token`. Default: 1.
         top_p: as in `sample_token`. Default: 1.
         forbidden: tokens that are never sampled, such as the start of a document. Default: none.
+        sampler: a `Sampler` of the same arguments, to use its compiled programs. Default: a new one.
 
     Raises:
         ValueError: the prompt is empty; tokens, seed, temperature or top_p is out of range; a token of `prompt` or
@@ -119,16 +121,9 @@ def sample(
         >>> len(generated), all(0 <= token < 16 for token in generated)
         (4, True)
     """
-    sampler = Sampler(
-        apply,
-        parameters,
-        prompt,
-        tokens=tokens,
-        seed=seed,
-        temperature=temperature,
-        top_p=top_p,
-        forbidden=forbidden,
-    )
+    options: dict[str, Any] = {"tokens": tokens, "seed": seed, "temperature": temperature, "top_p": top_p}
+    if sampler is None:
+        sampler = Sampler(apply, parameters, prompt, **options, forbidden=forbidden)
     return sampler.draw(parameters)
 
 
