@@ -28,6 +28,15 @@ class DeltaRuleCall(NamedTuple):
     log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K]
     resets: jax.Array | None  # [B, T] bool: the state is zeroed before this token
 
+    @property
+    def channel_decay(self) -> bool:
+        """True if the decay of a sequence is per channel."""
+        return self.log_decay is not None and self.log_decay.ndim == 4
+
+    def tokens(self) -> "DeltaRuleCall":
+        """Return the call without its state: only arrays with an axis of tokens."""
+        return self._replace(state=None)  # type: ignore[arg-type]
+
 
 class DeltaRuleOptions(NamedTuple):
     """Static options of the delta rule."""

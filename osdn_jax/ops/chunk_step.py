@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from osdn_jax.ops.checks import bounded_log
-from osdn_jax.ops.scores import channel_scores
+from osdn_jax.ops.scores import channel_scores, pair_decay
 from osdn_jax.ops.triangular import unit_lower_inverse
 
 
@@ -35,7 +35,7 @@ class Terms(NamedTuple):
     reads: jax.Array  # [X, M, C, K], decayed from the start of the chunk if the decay is per channel
     writes: jax.Array  # [X, C, K], decayed to the end of the chunk if the decay is per channel
     scores: jax.Array  # [X, M, C, C], lower triangular
-    pair_decay: jax.Array | None  # [X, C, C]: factor on each score, without a decay per channel
+    pair_decay: jax.Array | None  # [X, C, C]: factor on each score, apart from a decay per channel
     from_start: jax.Array | None  # [X, C]: factor on the state that a token reads
     to_end: jax.Array | None  # [X, C]: factor on the write of a token at the end of the chunk
     carry: jax.Array | None  # [X, 1 or K, 1]: factor on the state over the whole chunk
@@ -61,20 +61,21 @@ def terms_of(chunk: Chunk, erase: bool) -> Terms:
         same = (segment[:, :, None] == segment[:, None, :]).astype(v.dtype)
         first = (segment == 0).astype(v.dtype)
         last = (segment == segment[:, -1:]).astype(v.dtype)
+    if log_decay is not None:
+        log_decay = bounded_log(log_decay)
     if log_decay is not None and log_decay.ndim == 3:
-        scores = channel_scores(reads, w, bounded_log(log_decay))
+        scores = channel_scores(reads, w, log_decay)
         scores = scores if same is None else scores * same[:, None]
         before, after = _channel_decay(log_decay)
         carry = before[:, -1, :, None]
         carry = carry if first is None else carry * first[:, -1:, None]
-        return Terms(reads * before[:, None], w * after, scores, None, first, last, carry)
+        return Terms(reads * before[:, None], w * after, scores, same, first, last, carry)
 
     size = q.shape[1]
     decay: jax.Array = jnp.asarray(_lower(size, v.dtype))
     from_start, to_end = first, last
     if log_decay is not None:
-        log_decay = bounded_log(log_decay)
-        decay = jnp.exp(_pair_exponent(log_decay)) * decay
+        decay = pair_decay(log_decay)
         from_start, to_end = decay[:, :, 0] * jnp.exp(log_decay[:, :1]), decay[:, -1]
         if first is not None and last is not None:
             from_start, to_end = from_start * first, to_end * last
@@ -157,7 +158,7 @@ def adjoint(
     d_before = d_carried + _columns_by_columns(reads, d_read)
 
     cotangents = (d_scores, d_reads, d_writes, d_carried * state)
-    if chunk.log_decay is None or terms.pair_decay is not None:
+    if chunk.log_decay is None or chunk.log_decay.ndim == 2:
         d_x, d_w, d_log = _adjoint_of_scores(chunk, terms, *cotangents)
     else:
         d_x, d_w, d_log = _adjoint_of_channel_scores(chunk, chunk.log_decay, terms, *cotangents)
@@ -180,9 +181,7 @@ def _adjoint_of_scores(
         sums += _token_sums(_lower(size, dtype, -1), _sum(d_writes * terms.writes, 2))
         sums += _sum(_sum(d_log_carry, 1), 1)[:, None]
         d_log = _bounded_log_adjoint(chunk.log_decay, sums)
-    if terms.pair_decay is not None:
-        d_scores = d_scores * terms.pair_decay[:, None]
-    d_scores = _merged(d_scores)
+    d_scores = _merged(_decayed(d_scores, terms))
     d_x = (d_scores @ terms.writes).reshape(d_reads.shape) + d_reads
     return d_x, _columns_by_columns(d_scores, _merged(terms.reads)) + d_writes, d_log
 
@@ -197,28 +196,27 @@ def _adjoint_of_channel_scores(
     d_log_carry: jax.Array,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Return the cotangents of the reads, of the write key and of the log decay (one per channel)."""
-    if chunk.segment is not None:
-        same = chunk.segment[:, None, :, None] == chunk.segment[:, None, None, :]
-        d_scores = d_scores * same.astype(d_scores.dtype)
+    bounded = bounded_log(log_decay)
     x = jnp.stack([chunk.k, chunk.q], axis=1) if terms.reads.shape[1] == 2 else chunk.q[:, None]
     w = chunk.k if chunk.w is None else chunk.w
-    d_x, d_w, sums = jax.vjp(channel_scores, x, w, bounded_log(log_decay))[1](d_scores)
+    d_x, d_w, sums = jax.vjp(channel_scores, x, w, bounded)[1](_decayed(d_scores, terms))
     size, dtype = sums.shape[1], sums.dtype
     sums += _token_sums(_upper(size, dtype), _over_sets(d_reads * terms.reads))
     sums += _token_sums(_lower(size, dtype, -1), d_writes * terms.writes)
     sums += _sum(d_log_carry, 2)[:, None]
-    before, after = _channel_decay(log_decay)
+    before, after = _channel_decay(bounded)
     return d_x + d_reads * before[:, None], d_w + d_writes * after, _bounded_log_adjoint(log_decay, sums)
 
 
-def _pair_exponent(log_decay: jax.Array) -> jax.Array:
-    """Return the sums of log decays over (j, i], [X, C] -> [X, C, C]; those for j > i are meaningless."""
-    size, dtype = log_decay.shape[1], log_decay.dtype
-    return _matmul(log_decay[:, None] * _lower(size, dtype), _lower(size, dtype, -1)[0])
+def _decayed(scores: jax.Array, terms: Terms) -> jax.Array:
+    return scores if terms.pair_decay is None else scores * terms.pair_decay[:, None]
 
 
 def _pair_exponent_adjoint(cotangent: jax.Array) -> jax.Array:
-    """Return the cotangent of the log decays, [X, C, C] -> [X, C]: sums over the pairs that straddle a token."""
+    """Return the cotangent of the log decays from that of the exponents of `pair_decay`, [X, C, C] -> [X, C].
+
+    It sums over the pairs that straddle a token.
+    """
     size, dtype = cotangent.shape[1], cotangent.dtype
     return jnp.sum(_matmul(cotangent, _upper(size, dtype, 1)[0]) * _lower(size, dtype), axis=1)
 
@@ -226,7 +224,6 @@ def _pair_exponent_adjoint(cotangent: jax.Array) -> jax.Array:
 def _channel_decay(log_decay: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Return the decays from the start of the chunk to each token and from each token to its end, twice [X, C, K]."""
     size, dtype = log_decay.shape[1], log_decay.dtype
-    log_decay = bounded_log(log_decay)
     before, after = (_token_sums(weights, log_decay) for weights in (_lower(size, dtype), _upper(size, dtype, 1)))
     return jnp.exp(before), jnp.exp(after)
 

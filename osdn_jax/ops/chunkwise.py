@@ -29,11 +29,11 @@ def chunk(call: DeltaRuleCall, *, erase: bool, scale: float, chunk_size: int | N
     Returns:
         (outputs [B, T, H, V], final state), both in the accumulator type.
     """
-    channel_decay = call.log_decay is not None and call.log_decay.ndim == 4
     size = fitting_chunk(chunk_size or default_chunk(call), call.v.shape[1])
     if on_cpu():
         return chunkwise_cpu.chunk(call, erase=erase, scale=scale, size=size)
     batch, length, heads, _ = call.v.shape
+    channel_decay = call.channel_decay
     options = ChunkOptions(scale=scale, erase=erase, channel_decay=channel_decay)
 
     groups = call.q.shape[2]

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from osdn_jax.ops import chunk_step, sequence_parallel
+from osdn_jax.ops.arguments import per_value_head
 from osdn_jax.ops.calls import DeltaRuleCall
 from osdn_jax.ops.chunk_step import Chunk
 
@@ -44,7 +45,7 @@ def chunk(call: DeltaRuleCall, *, erase: bool, scale: float, size: int) -> tuple
     rows, per_row = _split(batch, call.k.shape[2], heads, size * max(key_dim, value_dim))
     padding = -length % size
     if padding:
-        tokens = jax.tree.map(lambda x: _pad(x, padding), _tokens(call))
+        tokens = jax.tree.map(lambda x: _pad(x, padding), call.tokens())
         call = tokens._replace(state=call.state)
     axes = sequence_parallel.axes_of(call)
     call = sequence_parallel.vary(call, axes)  # the carries of the loops depend on all of them
@@ -63,11 +64,6 @@ def _split(batch: int, key_heads: int, heads: int, elements: int) -> tuple[int, 
 
 def _pad(x: jax.Array, tokens: int) -> jax.Array:
     return jnp.pad(x, [(0, 0), (0, tokens)] + [(0, 0)] * (x.ndim - 2))
-
-
-def _tokens(call: DeltaRuleCall) -> DeltaRuleCall:
-    """Return the call without its state: arrays with an axis of tokens."""
-    return call._replace(state=None)  # type: ignore[arg-type]
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -126,8 +122,8 @@ def _chunks_bwd(blocks: Blocks, saved: Any, cotangents: Any) -> tuple[DeltaRuleC
             d_o = _slice(d_out, block, step, blocks)
             d_state, d_chunk = chunk_step.adjoint(d_state, d_o, chunk, residuals, blocks.erase)
             d_chunk = d_chunk._replace(q=blocks.scale * d_chunk.q)
-            d_tokens = _tokens(call)._replace(**{name: getattr(d_chunk, name) for name in _INPUTS})
-            written = jax.tree.map(lambda x, d: _write(x, d, block, step, blocks), _tokens(gradients), d_tokens)
+            d_tokens = call.tokens()._replace(**{name: getattr(d_chunk, name) for name in _INPUTS})
+            written = jax.tree.map(lambda x, d: _write(x, d, block, step, blocks), gradients.tokens(), d_tokens)
             return d_state, written._replace(state=gradients.state)
 
         d_state, gradients = lax.fori_loop(0, steps, over_chunk, (_read_state(d_final, block, blocks), gradients))
@@ -149,16 +145,17 @@ def _sizes(call: DeltaRuleCall, blocks: Blocks) -> tuple[int, int, tuple[int, in
 def _read(call: DeltaRuleCall, resets: jax.Array | None, block: jax.Array, step: jax.Array, blocks: Blocks) -> Chunk:
     """Read a chunk of a block from the arguments; key heads are repeated, one for each value head."""
     dtype, heads = call.state.dtype, call.v.shape[2]
+    independent = blocks.rows * (heads // blocks.per_row)
 
     def read(x: jax.Array) -> jax.Array:
-        return jnp.repeat(_slice(x, block, step, blocks).astype(dtype), heads // x.shape[2], axis=0)
+        return per_value_head(_slice(x, block, step, blocks).astype(dtype), independent, axis=0)
 
-    tokens = jax.tree.map(read, _tokens(call))
+    tokens = jax.tree.map(read, call.tokens())
     segment = None
     if resets is not None:
         row, _ = _start(block, heads, blocks)
         segment = lax.dynamic_slice(resets, (row, step * blocks.size), (blocks.rows, blocks.size))
-        segment = jnp.repeat(jnp.cumsum(segment, axis=1), heads // blocks.per_row, axis=0)
+        segment = per_value_head(jnp.cumsum(segment, axis=1), independent, axis=0)
     return Chunk(**{name: getattr(tokens, name) for name in _INPUTS}, segment=segment)._replace(
         q=blocks.scale * tokens.q
     )

@@ -1,6 +1,5 @@
 """The recurrence of the Gram preconditioner: as a scan, in chunks, and for a sequence that is split over devices."""
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -91,21 +90,8 @@ def _update(call: GramCall) -> jax.Array:
 def _output(running: jax.Array, call: GramCall, options: GramOptions) -> jax.Array:
     center = over_channels(call.center, running.shape[-1])
     r = jnp.log(running + _EPSILON) - center.reshape((1,) * (running.ndim - 2) + center.shape)
-    multiplier = _multiplier(r, float(np.log(options.squash)))
+    multiplier = jnp.exp(-float(np.log(options.squash)) * r / (1.0 + jnp.abs(r)))
     return scaled(call.k, multiplier) if options.write_key else multiplier
-
-
-@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
-def _multiplier(r: jax.Array, log_squash: float) -> jax.Array:
-    return jnp.exp(-log_squash * r / (1.0 + jnp.abs(r)))
-
-
-@_multiplier.defjvp
-def _multiplier_jvp(log_squash: float, primals: Any, tangents: Any) -> tuple[jax.Array, jax.Array]:
-    """Differentiate in closed form: that of the quotient has four more divisions."""
-    (r,), (d_r,) = primals, tangents
-    multiplier = _multiplier(r, log_squash)
-    return multiplier, -log_squash * multiplier / jnp.square(1.0 + jnp.abs(r)) * d_r
 
 
 def state_before(call: GramCall, axis: str) -> jax.Array:

@@ -86,8 +86,7 @@ def scan(
         out, state = advance(token._replace(state=state), erase=erase, scale=scale)
         return state, out
 
-    without_state = call._replace(state=None)  # type: ignore[arg-type]  # it is the carry
-    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), without_state)
+    tokens = jax.tree.map(lambda x: jnp.moveaxis(x, 1, 0), call.tokens())
     state, out = loop(step, call.state, tokens)
     return jnp.moveaxis(out, 0, 1), state
 

@@ -30,9 +30,10 @@ def suffix_sum(x: jax.Array) -> jax.Array:
 def pair_decay(log_decay: jax.Array) -> jax.Array:
     """Return exp(sum of log_decay over (j, i]) for i >= j, else 0, [..., C] -> [..., C, C]."""
     size = log_decay.shape[-1]
-    after = np.tril(np.ones((size, size), log_decay.dtype), -1)  # [s, j]: s > j
-    exponent = inclusive_sum(log_decay[..., :, None] * _lead(after, log_decay.ndim + 1))
-    return jnp.exp(exponent) * _lead(np.tril(np.ones((size, size), log_decay.dtype)), exponent.ndim)
+    lower = np.tril(np.ones((size, size), log_decay.dtype))  # [i, s]: s <= i
+    upto = _lead(lower, log_decay.ndim + 1)
+    exponent = _matmul(log_decay[..., None, :] * upto, np.tril(lower, -1))  # the matrix is [s, j]: s > j
+    return jnp.exp(exponent) * upto
 
 
 def channel_scores(x: jax.Array, w: jax.Array, log_decay: jax.Array) -> jax.Array:

@@ -104,9 +104,8 @@ def forward_by_scan(call: DeltaRuleCall) -> bool:
     Measured over the grid of the section "forward" (K = V = 32 to 128, 1 to 128 heads, 64 to 4,096 tokens). Other
     devices launch a program per token, so chunks are picked there (unmeasured).
     """
-    channel_decay = call.log_decay is not None and call.log_decay.ndim == 4
     batch, heads, key_dim, value_dim = call.state.shape
-    few = batch * heads <= _FEW_HEADS * (2 if channel_decay else 1)
+    few = batch * heads <= _FEW_HEADS * (2 if call.channel_decay else 1)
     return on_cpu() and ((few and key_dim * value_dim <= _SMALL_STATE) or call.q.shape[1] < _FEW_TOKENS)
 
 
@@ -122,8 +121,7 @@ def default_chunk(call: DeltaRuleCall) -> int:
     if not on_cpu():
         return 64
     batch, _, *head = call.state.shape
-    channel_decay = call.log_decay is not None and call.log_decay.ndim == 4
-    return 32 if channel_decay or (batch > 1 and max(head) <= 64) else 64
+    return 32 if call.channel_decay or (batch > 1 and max(head) <= 64) else 64
 
 
 DEFAULT_PRECONDITIONER_CHUNK = 64  # tokens
