@@ -8,7 +8,6 @@ outputs or gradients differ by more than 1e-5. It takes about 5 minutes on two C
 """
 
 import dataclasses
-import json
 import os
 import shlex
 import sys
@@ -24,7 +23,7 @@ import jax
 import numpy as np
 
 from benchmarks.ops.bench import Bench, memory, passes
-from benchmarks.ops.record import machine, programs, ratios
+from benchmarks.ops.record import machine, programs, ratios, write
 from benchmarks.peers import maxtext_gdn, rate, tokamax_kda
 from benchmarks.peers.sides import Arrays, NoPeer, Side, compiled, differences, results
 from osdn_jax import command
@@ -164,12 +163,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         "differences": rows,
         "measurements": bench.rows,
     }
-    lines = "\n".join(markdown(record)) + "\n"
-    print(lines)
-    out = given.out or RESULTS
-    out.mkdir(parents=True, exist_ok=True)
-    (out / "peers-cpu.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "peers-cpu.md").write_text(lines)
+    page = list(markdown(record))
+    print("\n".join(page))
+    write(given.out or RESULTS, "peers-cpu", record, page)
     beyond = [f"{r['shape']} {r['rule']} {n}: {e:.1e}" for r in rows for n, e in r["errors"].items() if e > TOLERANCE]
     for line in beyond:
         print(f"beyond {TOLERANCE:.0e}: {line}", file=sys.stderr)

@@ -203,6 +203,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     if given.worker is not None:
         work(given.worker, given.quick)
         return {}
+    from benchmarks.ops.record import write
     from osdn_jax.compare import environment
 
     checkouts = {"this one": ROOT} | ({} if given.against is None else {given.against.name: given.against.resolve()})
@@ -213,10 +214,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any]:
     print("\n".join(markdown(record)))
     out = given.out or (None if given.quick else RESULTS)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / f"step-{jax.default_backend()}.json"
-        file.write_text(json.dumps(record, indent=1) + "\n")
-        file.with_suffix(".md").write_text("\n".join(markdown(record)) + "\n")
+        write(out, f"step-{jax.default_backend()}", record, markdown(record))
     return record
 
 

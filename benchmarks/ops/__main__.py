@@ -21,7 +21,7 @@ from benchmarks.ops.bench import Bench
 from benchmarks.ops.grid import forward
 from benchmarks.ops.lengths import chunks, length
 from benchmarks.ops.packed import packed
-from benchmarks.ops.record import markdown
+from benchmarks.ops.record import markdown, write
 from benchmarks.ops.rules import auto_against_scan, bfloat16, parts_of_rules, rules_against_each_other
 from osdn_jax.command import Parser
 from osdn_jax.compare import environment
@@ -72,12 +72,11 @@ def main(argv: Sequence[str] | None = None) -> dict:
     print("\n".join(markdown(record, HEADINGS)))
     out = given.out or (None if given.quick else RESULTS)
     if out is not None:
-        out.mkdir(parents=True, exist_ok=True)
-        file = out / f"ops-{jax.default_backend()}.json"
+        stem = f"ops-{jax.default_backend()}"
+        file = out / f"{stem}.json"
         kept = json.loads(file.read_text()) if file.exists() else {}
         record = {name: {**kept, **record}[name] for name in SECTIONS if name in kept or name in record}
-        file.write_text(json.dumps(record, indent=1) + "\n")
-        file.with_suffix(".md").write_text("\n".join(markdown(record, HEADINGS)) + "\n")
+        write(out, stem, record, markdown(record, HEADINGS))
     return record
 
 

@@ -1,8 +1,17 @@
-"""The record of the sections as Markdown."""
+"""The record of the sections as Markdown, and the files of a record."""
 
-from collections.abc import Iterator, Mapping
+import json
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 
 from osdn_jax.compare.report import duration, size
+
+
+def write(folder: Path, name: str, record: Mapping, lines: Iterable[str]) -> None:
+    """Write a record to <name>.json and its page to <name>.md."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (folder / f"{name}.md").write_text("\n".join(lines) + "\n")
 
 
 def markdown(record: Mapping, headings: Mapping[str, str]) -> Iterator[str]:
