@@ -95,7 +95,7 @@ class ForgetGate(nnx.Module):
 class HeadForgetGate(nnx.Module):
     """The log of one learned logistic gate per head, 0.999 at the start; weight decay does not act on it.
 
-    Forgetting of the ablation of arXiv 2605.13473, beside `ForgetGate`.
+    Forgetting of the ablation of arXiv 2605.13473; `ForgetGate` has a gate per token too.
 
     Args:
         heads: P, number of preconditioners.
