@@ -143,8 +143,8 @@ class TaskWindows:
         >>> len(windows), windows.questions
         (100, 100)
         >>> {name: array.tolist() for name, array in windows[0].items()}  # doctest: +NORMALIZE_WHITESPACE
-        {'inputs': [5, 14, 0, 0, 0, 0, 5, 0], 'targets': [0, 0, 0, 0, 0, 0, 14, 0],
-         'segment_ids': [0, 0, 0, 0, 0, 0, 0, 0], 'weights': [0.0, 0.0, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0]}
+        {'inputs': [6, 11, 0, 0, 6, 0, 0, 0], 'targets': [0, 0, 0, 0, 11, 0, 0, 0],
+         'segment_ids': [0, 0, 0, 0, 0, 0, 0, 0], 'weights': [0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, 0.0]}
     """
 
     def __init__(self, examples: Recall) -> None:
