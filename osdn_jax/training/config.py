@@ -50,6 +50,11 @@ def default_config() -> ConfigDict:
     config.data.validation_fraction = 0.1  # held-out share of files and prepared data; Shakespeare has held-out plays
     config.data.validation_documents = 1000  # of hf:, number of documents at its start that are held out
     config.data.validation_path = ""  # a text to validate on, as path but not hf:; then nothing else is held out
+    # A recall task instead of a text, such as mqar:length=64,pairs=8 (docs/recall.md). It sets the sequence lengths.
+    config.data.task = placeholder(str)
+    config.data.task_examples = 100_000  # to train on, in memory: 8 bytes per token
+    config.data.validation_task = placeholder(str)  # to validate on; default: the task, with other examples
+    config.data.validation_examples = 3000
 
     config.model = ConfigDict()
     config.model.rule = "osdn"  # a key of osdn_jax.nn.RULES
@@ -69,8 +74,17 @@ def default_config() -> ConfigDict:
     config.model.output_gate = placeholder(bool)  # default: the rule's
     config.model.negative_eigenvalues = False  # beta, or the erase gate, in (0, 2) instead of (0, 1)
     config.model.preset = placeholder(str)  # of the hypergradient preconditioner: paper or trust; default: the rule's
+    config.model.beta_aware = placeholder(bool)  # its feedback uses beta instead of 1; default: the rule's
+    config.model.eta = placeholder(float)  # its step size; 0 for a learned constant; default: the preset's
+    config.model.initial = placeholder(float)  # start of its learned d_0; default: the preset's
     config.model.forget = True  # Adaptive Preconditioner Forgetting
+    config.model.forget_gate = "token"  # per token and head; or head: learned per head; constant: forget_constant
+    config.model.forget_constant = 0.999  # share that a constant gate keeps per token
     config.model.anchor = placeholder(float)  # what forgetting pulls the preconditioner toward; default: the preset's
+    config.model.squash = placeholder(float)  # x of the Gram preconditioner: factors in [1/x, x]; default: the rule's
+    config.model.match_step = False  # a control: the preconditioner's step size without its direction
+    config.model.key_norm = True  # unit keys of the delta rules
+    config.model.fixed_beta = placeholder(float)  # beta of every token; default: a learned gate
     config.model.rotary_base = 10_000.0  # of the transformer's rotary positions
     config.model.qk_norm = False  # of the transformer
     config.model.max_length = placeholder(int)  # tokens in the transformer's key-value cache; default: sequence_length

@@ -83,6 +83,8 @@ RANGES: dict[str, Range] = {
         float, "from 0 to 1", 0, 1, message="{key} must be between 0 and 1, both excluded; got {value!r}"
     ),
     "data.validation_documents": _count(0),  # the same; a stream needs at least 1
+    "data.task_examples": _count(),
+    "data.validation_examples": _count(),
     "model.vocab_size": _count(optional=True),
     "model.layers": _count(),
     "model.width": _count(),
@@ -94,6 +96,11 @@ RANGES: dict[str, Range] = {
     "model.conv_size": _count(),
     "model.dropout": _BELOW_ONE,
     "model.anchor": Range(float, "a finite number", -_MOST, _MOST, optional=True),
+    "model.eta": Range(float, "at least 0 and finite", 0, _MOST, optional=True),
+    "model.initial": Range(float, "a finite number", -_MOST, _MOST, optional=True),
+    "model.forget_constant": Range(float, "above 0 and at most 1", _LEAST, 1),
+    "model.squash": Range(float, "more than 0 and finite", _LEAST, _MOST, optional=True),
+    "model.fixed_beta": Range(float, "more than 0 and finite", _LEAST, _MOST, optional=True),
     "model.rotary_base": Range(float, "more than 1 and finite", math.nextafter(1, 2), _MOST),
     "model.max_length": _count(optional=True),
     "model.chunk_size": _count(optional=True),
