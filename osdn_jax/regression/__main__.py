@@ -93,7 +93,7 @@ def _measured(given: argparse.Namespace) -> Results:
 
         return run_bench(
             dict(given.add),
-            beside=given.rules,
+            builtin=given.rules,
             families=given.only,
             seeds=given.seeds,
             quick=given.quick,

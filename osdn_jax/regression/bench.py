@@ -90,7 +90,7 @@ def _standard_error(values: np.ndarray) -> float:
 
 @dataclasses.dataclass(frozen=True)
 class Results:
-    """What `run_bench` returns.
+    """The results of `run_bench`.
 
     Attributes:
         rows: one for each condition and rule, in the order of measurement.
@@ -143,7 +143,7 @@ class Results:
 def run_bench(
     rules: Mapping[str, Rule | Callable[..., Any]] | None = None,
     *,
-    beside: Iterable[str] | None = None,
+    builtin: Iterable[str] | None = None,
     families: Iterable[str] | None = None,
     conditions: Sequence[Condition] | None = None,
     seeds: int = SEEDS,
@@ -154,13 +154,13 @@ def run_bench(
     """Measure rules of memory on streams of keys and values, without training.
 
     Every rule sees the same sequences, in float64, with one constant beta at a time. The whole bench takes about eight
-    minutes of one CPU core; one rule of yours with `beside=["delta_net"]` takes about one.
+    minutes of one CPU core; one rule of yours with `builtin=["delta_net"]` takes about one.
 
     Args:
         rules: your rules by name: a function of (k, beta) that returns write keys, a function of (q, k, v, beta) that
             returns outputs (not scaled) or a tuple that begins with them, or a `Rule`. Arrays are [B, T, 1, K], beta is
             [B, T, 1]. `jax.jit` must be able to trace the function.
-        beside: names of the built-in rules to measure, too; default all of them.
+        builtin: names of the built-in rules to measure, too; default all of them.
         families: names of the families of conditions; default all.
         conditions: your own conditions instead of families.
         seeds: number of sequences in each condition, each with its own map, default 8.
@@ -182,12 +182,12 @@ def run_bench(
         >>> def normalised(k, beta):  # the step <w, k> is 1 whatever the norm of k is
         ...     return k / jnp.sum(k * k, axis=-1, keepdims=True)
         >>> condition = Condition("mine", scale=(0.1, 4.0), path="ramp", length=200)
-        >>> results = run_bench({"mine": normalised}, beside=["delta_net"], conditions=[condition], betas=(0.5, 1.0))
+        >>> results = run_bench({"mine": normalised}, builtin=["delta_net"], conditions=[condition], betas=(0.5, 1.0))
         >>> mine, delta_net = (results.row(name, condition) for name in ("mine", "delta_net"))
         >>> bool(mine.scores.loss.mean(1).min() < 0.5 * delta_net.scores.loss.mean(1).min())
         True
     """
-    chosen = _chosen(rules, beside)
+    chosen = _chosen(rules, builtin)
     betas = _betas(betas)
     if isinstance(seeds, bool) or not isinstance(seeds, int) or seeds < 1:
         raise ValueError(f"seeds: got {seeds!r}, expected an integer of at least 1")
@@ -213,18 +213,18 @@ def run_bench(
     return Results(rows, chosen, seeds)
 
 
-def _chosen(rules: Mapping[str, Rule | Callable[..., Any]] | None, beside: Iterable[str] | None) -> dict[str, Rule]:
-    builtin = list(RULES) if beside is None else list(beside)
-    for name in builtin:
+def _chosen(rules: Mapping[str, Rule | Callable[..., Any]] | None, builtin: Iterable[str] | None) -> dict[str, Rule]:
+    names = list(RULES) if builtin is None else list(builtin)
+    for name in names:
         if name not in RULES:
-            raise ValueError(f"beside: got {name!r}, expected some of {', '.join(RULES)}")
+            raise ValueError(f"builtin: got {name!r}, expected some of {', '.join(RULES)}")
     yours = {name: as_rule(name, rule) for name, rule in (rules or {}).items()}
     twice = sorted(yours.keys() & RULES.keys())
     if twice:
         raise ValueError(f"rules: got {twice[0]!r}, the name of a built-in rule; expected another name")
-    if not yours and not builtin:
+    if not yours and not names:
         raise ValueError("rules: got no rule, expected at least one")
-    return {**{name: RULES[name] for name in builtin}, **yours}
+    return {**{name: RULES[name] for name in names}, **yours}
 
 
 def _betas(betas: Sequence[float]) -> tuple[float, ...]:

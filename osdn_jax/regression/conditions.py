@@ -78,7 +78,7 @@ class Condition:
 
     @property
     def name(self) -> str:
-        """What tables and figures call it, within its family."""
+        """The name in tables and figures, within its family."""
         parts = [f"kappa {self.condition_number:g}"]
         if self.pairs:
             parts.append(f"{self.pairs} pairs, {self.reads} read{'s' if self.reads > 1 else ''}")

@@ -18,7 +18,7 @@ _BLOCK = 8_000_000  # numbers in an array of keys; more values of beta than fit 
 
 
 class Scores(NamedTuple):
-    """What a rule scored, [betas, S]; the squared norm of a clean value is about 1, so 1 is the loss of no memory."""
+    """Scores of a rule, [betas, S]. The squared norm of a clean value is about 1, so 1 is the loss of no memory."""
 
     loss: np.ndarray  # mean over tokens of |v_t - S_{t-1}^T k_t|^2 / E|k_t|^2: prediction before the write
     end: np.ndarray  # mean over the keys asked at the end of |answer - S_T^T k|^2

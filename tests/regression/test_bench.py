@@ -76,7 +76,9 @@ def test_recall_of_repeated_pairs_against_a_loop(reads):
         assert 0.2 < recall.mean() < 1
 
 
-@pytest.mark.parametrize("condition", [SMALL, Condition("mine", 10, width=6, pairs=8, reads=2)], ids=["stream", "pairs"])
+@pytest.mark.parametrize(
+    "condition", [SMALL, Condition("mine", 10, width=6, pairs=8, reads=2)], ids=["stream", "pairs"]
+)
 def test_a_whole_memory_scores_as_its_write_keys(condition):
     drawn = draw(condition, 2)
     whole = Rule(run=lambda q, k, v, beta: ops.osdn(q, k, v, beta=beta, scale=1.0))
@@ -132,7 +134,7 @@ def memory(q, k, v, *, beta):
 def mine():
     return run_bench(
         {"double": double, "memory": memory, "given": Rule(write_key=double, reads_beta=False, about="twice the key")},
-        beside=["delta_net"],
+        builtin=["delta_net"],
         conditions=[SMALL, Condition("other", width=4, pairs=3)],
         seeds=3,
         betas=(0.25, 0.5, 1.0),
@@ -170,7 +172,7 @@ def test_relative_losses_are_paired():
     assert found.mean == pytest.approx(np.exp(logs.mean()))
     assert found.error == pytest.approx(np.exp(logs.std(ddof=1) / math.sqrt(3)))
     assert results.relative(delta_net) == (1.0, 1.0)
-    alone = run_bench({"double": double}, beside=[], conditions=[SMALL], seeds=1, betas=(1.0,))
+    alone = run_bench({"double": double}, builtin=[], conditions=[SMALL], seeds=1, betas=(1.0,))
     assert math.isnan(alone.relative(alone.rows[0]).mean)
 
 
@@ -202,7 +204,7 @@ def test_page_and_record():
 )
 def test_what_is_no_rule(rule, message):
     with pytest.raises(TypeError, match=message):
-        run_bench({"mine": rule}, beside=[], conditions=[SMALL])
+        run_bench({"mine": rule}, builtin=[], conditions=[SMALL])
 
 
 @pytest.mark.parametrize(
@@ -216,15 +218,15 @@ def test_what_is_no_rule(rule, message):
 )
 def test_rules_that_return_something_else(rule, message):
     with pytest.raises(ValueError, match=message):
-        run_bench({"mine": rule}, beside=[], conditions=[SMALL], seeds=2, betas=(1.0,))
+        run_bench({"mine": rule}, builtin=[], conditions=[SMALL], seeds=2, betas=(1.0,))
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ({"rules": {"delta_net": double}}, "rules: got 'delta_net', the name of a built-in rule"),
-        ({"beside": ["nothing"]}, "beside: got 'nothing', expected some of delta_net"),
-        ({"beside": []}, "rules: got no rule"),
+        ({"builtin": ["nothing"]}, "builtin: got 'nothing', expected some of delta_net"),
+        ({"builtin": []}, "rules: got no rule"),
         ({"families": ["nothing"]}, "families: got 'nothing'"),
         ({"families": ["scale"], "conditions": [SMALL]}, "conditions: got conditions and families"),
         ({"betas": (0.5,)}, "betas: got .* with 1 among them"),

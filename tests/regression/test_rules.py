@@ -160,7 +160,7 @@ def test_the_exact_gram_is_ridge_regression():
 
 
 def test_rules_that_are_told_nothing_of_the_future():
-    """What is written at a token does not change with later tokens."""
+    """A write key does not change with later tokens."""
     k, _, beta = inputs(unit=False)
     for name, rule in RULES.items():
         told = [jnp.ones_like(k)] if rule.told else []
