@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from osdn_jax.plotting import COLOURS, GREY, INK, label_ends, new_canvas, png, style_axes
+from osdn_jax.plotting import COLOURS, GREY, INK, label_ends, new_canvas, png, spread, style_axes
 from osdn_jax.regression.bench import Results, Row
 from osdn_jax.regression.conditions import Condition
 
@@ -70,8 +70,8 @@ def figures(results: Results, note: str) -> Iterator[tuple[str, bytes]]:
         if canvas is not None:
             c = results.conditions(family)[0]
             size = f"K = V = {c.width}" + ("" if c.pairs else f", {c.length:,} tokens")
-            spread = f"Mean of {results.seeds} seeds; bars: ± 1 standard error. {size}, float64. "
-            canvas.figure.text(0.04, 0.025, spread + note, fontsize=9.5, color=GREY, va="center")
+            errors = f"Mean of {results.seeds} seeds; bars: ± 1 standard error. {size}, float64. "
+            canvas.figure.text(0.04, 0.025, errors + note, fontsize=9.5, color=GREY, va="center")
             yield f"regression-{name}.png", png(canvas)
 
 
@@ -163,16 +163,34 @@ def _ratio(results: Results) -> "FigureCanvasAgg | None":
         axes.set_xscale("log")
         xlabel = f"residual ratio, geometric mean (drawn at {_LEAST_SHOWN:g} if lower)"
         _style(axes, f"{family.capitalize()}, β = {beta:g}", xlabel, "loss along the sequence")
+        points: dict[tuple[float, float], str] = {}
         for i, (name, label) in enumerate(_RATIO.items()):
             for row in _rows(results, name, lambda c, wanted=found[(family, 100)]: c == wanted):  # type: ignore[misc]
                 x, y = row.value("ratio", row.at(beta)).mean, row.value("loss", row.at(beta))
-                point = (max(x, _LEAST_SHOWN), y.mean)
-                colour = COLOURS[i % len(COLOURS)]
-                axes.errorbar(*point, y.error, marker="o", capsize=2, color=colour, markersize=6)
-                axes.annotate(label, point, xytext=(7, -3), textcoords="offset points", fontsize=9, color=INK)
-        axes.margins(x=0.3, y=0.1)
+                colour = INK if name == "exact_gram" else COLOURS[i % len(COLOURS)]
+                axes.errorbar(max(x, _LEAST_SHOWN), y.mean, y.error, marker="o", capsize=2, color=colour, markersize=6)
+                point = (max(x, _LEAST_SHOWN), float(f"{y.mean:.3g}"))  # rules that are the same share a label
+                points[point] = f"{points[point]}; {label}" if point in points else label
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 2, high * (high / low) ** 0.45)
+        axes.margins(y=0.1)
         _logarithmic(axes)
+        _label_points(axes, points)
     return canvas
+
+
+def _label_points(axes: "Axes", points: dict[tuple[float, float], str]) -> None:
+    """Write a label at the right of each point, moved up or down so that no two overlap."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    placed: list[tuple[float, float, str]] = []
+    for point, label in points.items():
+        x, y = to_axes.transform(point)
+        placed.append((float(y), float(x), label))
+    placed.sort()
+    for (_, x, label), y in zip(placed, spread([height for height, _, _ in placed], 0.05), strict=True):
+        axes.annotate(
+            label, (x, y), xytext=(8, 0), xycoords="axes fraction", textcoords="offset points", fontsize=9, va="center"
+        )
 
 
 def _scale(results: Results) -> "FigureCanvasAgg | None":
@@ -181,7 +199,7 @@ def _scale(results: Results) -> "FigureCanvasAgg | None":
     kinds = [(100, False), (100, True), (1, False)]
     if any(len([c for c in found if c.condition_number == kappa]) < 2 for kappa, _ in kinds):
         return None
-    canvas, panels = _panels("Keys without a fixed norm: prediction error (1: no memory; above 10: diverges)", 3)
+    canvas, panels = _panels("Keys without a fixed norm: prediction error (1: no memory; above 10: not drawn)", 3)
     for axes, (kappa, best) in zip(panels, kinds, strict=True):
 
         def line(name: str, kappa: float = kappa, best: bool = best) -> list[tuple[float, float, float, float]]:
