@@ -1,0 +1,188 @@
+"""One compiled program that trains a model from any seed at any learning rate."""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from ml_collections import ConfigDict
+
+from osdn_jax.nn import CausalLM, split_model
+from osdn_jax.nn.likelihood import hidden_at
+from osdn_jax.sweep.batches import Batch, asked, in_blocks, most_asked
+from osdn_jax.sweep.tasks import Task, parse_task
+from osdn_jax.training import TrainState, build_model_config, build_optimizer, build_step_config, make_train_step
+
+MOST_STEPS = 128  # in one call of the program: their batches are in memory together
+_TRAIN, _TEST = 0, 1  # the last part of a seed of data, so that no seed trains on the test examples
+_TEST_SEED = 2**31  # above all seeds of training, as in Zoology
+
+
+class Curve(NamedTuple):
+    """The course of a run.
+
+    Attributes:
+        steps: the steps after which it was evaluated; the first is 0, before training.
+        accuracy: on the test examples: mean over an example's asked tokens, then over examples.
+        test_loss: nats per asked token of the test examples.
+        train_loss: mean nats per asked token over the training steps since the evaluation before; None at step 0.
+        skipped: steps whose loss, gradient or update was not finite.
+        diverged: True if the run ended early, after more of them in a row than config.max_skipped_steps.
+    """
+
+    steps: list[int]
+    accuracy: list[float]
+    test_loss: list[float]
+    train_loss: list[float | None]
+    skipped: int
+    diverged: bool
+
+
+class Trainer:
+    """Trains models of one configuration, one after another, without compiling again.
+
+    A run is that of `train` with the same configuration: its initial parameters, optimiser, schedule, loss and skipped
+    steps. Every step has new examples, which the seed determines; the test examples are the same for all seeds.
+
+    Args:
+        config: with the keys of `default_config`. data.task, the sizes, steps, validation.every (steps between
+            evaluations) and validation.windows (test examples) are read; seed and optimizer.learning_rate are not:
+            `train` takes them.
+        members: train this many seeds at once, by `jax.vmap`; None: one without vmap.
+
+    Raises:
+        ValueError: as `check_config`.
+
+    Example:
+        >>> from osdn_jax.sweep import Trainer, sweep_config
+        >>> config = sweep_config("mqar:length=16,pairs=2,vocabulary=32")
+        >>> config.model.layers, config.model.width, config.model.heads, config.model.mlp_dim = 1, 8, 1, 8
+        >>> config.steps, config.batch_size, config.validation.every, config.validation.windows = 4, 2, 2, 4
+        >>> trainer = Trainer(config)
+        >>> [curve] = trainer.train([0], 1e-3)
+        >>> curve.steps
+        [0, 2, 4]
+    """
+
+    def __init__(self, config: ConfigDict, members: int | None = None) -> None:
+        """Build the functions; they are compiled on first use."""
+        self._config, self._members = config, members
+        self._task: Task = parse_task(getattr(config.data,"task"))
+        self._every = config.validation.every
+        self._chunk = max(n for n in range(1, min(self._every, MOST_STEPS) + 1) if self._every % n == 0)
+        test = self._task.examples(config.validation.windows, config.sequence_length, (_TEST_SEED, _TEST))
+        self._asked = most_asked(test.targets)
+        self._test = in_blocks(asked(*test, self._asked), min(config.validation.batch_size, config.validation.windows))
+        model = build_model_config(config)
+        apply, _ = split_model(nnx.eval_shape(lambda: CausalLM(model, rngs=nnx.Rngs(params=0))))
+        self._start, self._block, self._evaluate = (
+            jax.jit(f, donate_argnums=donated)
+            for f, donated in zip(_programs(config, apply, members is not None), ((), 0, ()), strict=True)
+        )
+
+    @property
+    def programs(self) -> int:
+        """The number of compiled programs: 3 after the first run, however many follow."""
+        return sum(f._cache_size() for f in (self._start, self._block, self._evaluate))
+
+    def train(
+        self, seeds: Sequence[int], learning_rate: float, on_steps: Callable[[int], object] = lambda steps: None
+    ) -> list[Curve]:
+        """Train a model for each seed.
+
+        Args:
+            seeds: one, or as many as `members`.
+            learning_rate: the peak of the schedule.
+            on_steps: called with the number of steps done since the call before.
+
+        Returns:
+            The curve of each seed.
+        """
+        rate = np.float32(learning_rate)
+        state = self._start(self._each([np.uint32(seed) for seed in seeds]), rate)
+        rows = [(0, *self._tested(state), None)]
+        skipped = np.zeros(len(seeds), np.int32)
+        for first in range(0, self._config.steps, self._every):
+            losses = []
+            for step in range(first, first + self._every, self._chunk):
+                batches = [self._batches(seed, step) for seed in seeds]
+                state, loss = self._block(state, {k: self._each([b[k] for b in batches]) for k in batches[0]}, rate)
+                losses.append(np.reshape(np.asarray(loss), (len(seeds), -1)))
+                on_steps(self._chunk)
+            mean = np.mean(np.concatenate(losses, axis=1), axis=1)
+            rows.append((first + self._every, *self._tested(state), mean))
+            skipped = np.atleast_1d(state.skipped)
+            diverged = np.atleast_1d(state.skipped_in_a_row) > self._config.max_skipped_steps
+            if diverged.all():
+                break
+        return [
+            Curve(
+                [row[0] for row in rows],
+                [float(row[1][i]) for row in rows],
+                [float(row[2][i]) for row in rows],
+                [None if row[3] is None else float(row[3][i]) for row in rows],
+                int(skipped[i]),
+                bool(diverged[i]),
+            )
+            for i in range(len(seeds))
+        ]
+
+    def _each(self, values: Sequence[np.ndarray]) -> np.ndarray:
+        return values[0] if self._members is None else np.stack(values)
+
+    def _batches(self, seed: int, step: int) -> Batch:
+        """Return the examples of the next steps, [steps, B, ...]."""
+        rows = self._config.batch_size
+        examples = self._task.examples(rows * self._chunk, self._config.sequence_length, (seed, step, _TRAIN))
+        self._asked = max(self._asked, most_asked(examples.targets))
+        return in_blocks(asked(*examples, self._asked), rows)
+
+    def _tested(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
+        accuracy, loss = self._evaluate(state.evaluated, self._test)
+        return np.atleast_1d(accuracy), np.atleast_1d(loss)
+
+
+def _programs(config: ConfigDict, apply: Callable[..., Any], members: bool) -> tuple[Callable[..., Any], ...]:
+    """Return the functions (start, block, evaluate) of a run, over a leading axis of members if there is one."""
+    model_config, step_config = build_model_config(config), build_step_config(config)
+
+    def build(seed: jax.Array) -> CausalLM:
+        return CausalLM(model_config, rngs=nnx.Rngs(params=jax.random.key(seed)))
+
+    model = nnx.eval_shape(build, np.uint32(0))
+
+    def start(seed: jax.Array, rate: jax.Array) -> TrainState:
+        random = jax.random.key_data(jax.random.fold_in(jax.random.key(seed), 1))
+        optimizer = build_optimizer(config, model, learning_rate=rate)
+        return TrainState.create(split_model(build(seed))[1], optimizer, random, ema=config.ema > 0)
+
+    def block(state: TrainState, batches: Batch, rate: jax.Array) -> tuple[TrainState, jax.Array]:
+        step = make_train_step(apply, build_optimizer(config, model, learning_rate=rate), step_config)
+
+        def one(state: TrainState, batch: Any) -> tuple[TrainState, jax.Array]:
+            state, metrics = step(state, batch)
+            return state, metrics["loss"]
+
+        return jax.lax.scan(one, state, batches)
+
+    def evaluate(params: dict[str, jax.Array], test: Batch) -> tuple[jax.Array, jax.Array]:
+        def one(batch: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array, jax.Array]:
+            hidden, _ = apply(params, batch["inputs"], segment_ids=batch["segment_ids"], method="features")
+            unembedding = apply(params, method="unembedding").astype(hidden.dtype)
+            hidden, weights = hidden_at(hidden, batch["positions"]), batch["weights"]
+            logits = jnp.einsum("bnd,vd->bnv", hidden, unembedding, preferred_element_type=jnp.float32)
+            label = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
+            nats = (jax.nn.logsumexp(logits, axis=-1) - label) * weights
+            right = (jnp.argmax(logits, axis=-1) == batch["targets"]) * weights
+            count = jnp.sum(weights, axis=1)
+            return jnp.sum(right, axis=1) / jnp.maximum(count, 1.0), jnp.sum(nats), count
+
+        accuracy, nats, count = jax.lax.map(one, test)
+        return jnp.sum(accuracy) / jnp.sum(count > 0), jnp.sum(nats) / jnp.sum(count)
+
+    if not members:
+        return start, block, evaluate
+    over = jax.vmap
+    return over(start, (0, None)), over(block, (0, 0, None)), over(evaluate, (0, None))
