@@ -9,6 +9,7 @@ from osdn_jax.ops.delta_rule_operator import IMPLEMENTATIONS
 Decay = Literal["none", "scalar", "channel"]
 Strength = Literal["scalar", "channel"]
 Preconditioner = Literal["none", "hypergradient", "gram"]
+ForgetGate = Literal["token", "head", "constant"]
 # Rematerialisation, what a block keeps for its gradient: everything, the outputs of its matrix products with weights
 # ("blocks"), or its input only ("full").
 Remat = Literal["none", "blocks", "full"]
@@ -19,6 +20,39 @@ TRANSFORMER = "transformer"  # the one rule that is not a delta rule: softmax at
 def _positive(name: str, value: float) -> None:
     if checks.number(name, value) <= 0:
         raise ValueError(f"{name}: got {value}, expected more than 0")
+
+
+def _at_least_one(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
+
+
+def _nested(config: Any, name: str, *kinds: type[Any]) -> None:
+    """Replace a field that is a dict, as `dataclasses.asdict` writes it, by the config whose fields it has.
+
+    Raises TypeError for any other type, and for a dict whose keys do not identify one config.
+    """
+    value, names = getattr(config, name), " or ".join(kind.__name__ for kind in kinds)
+    if isinstance(value, kinds):
+        return
+    if not isinstance(value, dict):
+        raise TypeError(f"{name}: got {type(value).__name__}, expected a {names}")
+    fitting = [kind for kind in kinds if set(value) <= {field.name for field in dataclasses.fields(kind)}]
+    if len(fitting) != 1:
+        raise TypeError(f"{name}: got a dict with the keys {', '.join(map(str, value))}, expected those of a {names}")
+    object.__setattr__(config, name, fitting[0](**value))
+
+
+def _divides_heads(key_heads: int | None, heads: int) -> None:
+    if key_heads is not None:
+        _at_least_one("key_heads", key_heads)
+        if heads % key_heads:
+            raise ValueError(f"key_heads: got {key_heads}, expected a divisor of the {heads} heads")
+
+
+def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
+    if value not in known:
+        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +66,11 @@ class HypergradientConfig:
         bounds: (low, high) that each entry of d is clipped to, or None for no bounds. Default: (0, 1e9).
         initial: value that the learned initial preconditioner d_0 is initialised to. Default: 0.
         anchor: value that forgetting moves d toward. Default: 0.
-        forget: use Adaptive Preconditioner Forgetting, a gate per token and head that starts near 0.999. Default: True.
+        forget: forget d by a gate. Default: True.
+        forget_gate: "token" (the default), a gate per token and head that starts near 0.999: Adaptive Preconditioner
+            Forgetting; "head", a learned gate per head that starts there; "constant", `forget_constant` for all. The
+            last two are of the paper's ablation.
+        forget_constant: share of d - anchor that the gate "constant" keeps per token. Default: 0.999.
         beta_aware: b_t = beta in the update instead of 1, with one preconditioner per value head. Default: False.
         normalize: divide the update by sum(k^2) + 1e-5. Default: False.
 
@@ -48,6 +86,8 @@ class HypergradientConfig:
     forget: bool = True
     beta_aware: bool = False
     normalize: bool = False
+    forget_gate: ForgetGate = "token"
+    forget_constant: float = 0.999
 
     def __post_init__(self) -> None:
         """Check the fields; bounds may be a list, as in JSON."""
@@ -55,6 +95,9 @@ class HypergradientConfig:
             checks.number(name, getattr(self, name))
         for name in ("forget", "beta_aware", "normalize"):
             checks.flag(name, getattr(self, name))
+        _one_of("forget_gate", self.forget_gate, ("token", "head", "constant"))
+        if not 0.0 < checks.number("forget_constant", self.forget_constant) <= 1.0:
+            raise ValueError(f"forget_constant: got {self.forget_constant}, expected above 0 and at most 1")
         object.__setattr__(self, "bounds", checks.bounds(self.bounds))
 
     @classmethod
@@ -123,8 +166,13 @@ class MixerConfig:
         preconditioner: how the write key is computed from the key: "none" (the default), "hypergradient" or "gram".
         hypergradient: settings of the hypergradient preconditioner.
         gram: settings of the Gram preconditioner.
+        match_step: write under k times one number per token, <w, k> / <k, k> for the preconditioner's write key w: the
+            step of each write is the preconditioner's and its direction is not. A control for experiments: what a
+            preconditioner gains over it comes from its direction. Default: False.
         conv_size: taps of the short convolution. Default: 4.
+        key_norm: normalise keys to unit length; queries always are. Default: True.
         negative_eigenvalues: beta, or the erase gate, in (0, 2) instead of (0, 1). Default: False.
+        fixed_beta: beta of every token, more than 0, in place of the learned gate. Default: None, the gate.
         output_gate: multiply the output by a gate of the input. Default: False.
         norm_epsilon: of the RMS norm of the output. Default: 1e-6.
         chunk_size: tokens in a chunk, as in `ops.delta_rule`. Default: chosen by the implementation.
@@ -152,6 +200,9 @@ class MixerConfig:
     norm_epsilon: float = 1e-6
     chunk_size: int | None = None
     implementation: str | None = None
+    match_step: bool = False
+    key_norm: bool = True
+    fixed_beta: float | None = None
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -161,7 +212,7 @@ class MixerConfig:
         _one_of("decay", self.decay, ("none", "scalar", "channel"))
         _one_of("strength", self.strength, ("scalar", "channel"))
         _one_of("preconditioner", self.preconditioner, ("none", "hypergradient", "gram"))
-        for name in ("erase", "negative_eigenvalues", "output_gate"):
+        for name in ("erase", "negative_eigenvalues", "output_gate", "match_step", "key_norm"):
             checks.flag(name, getattr(self, name))
         _positive("norm_epsilon", self.norm_epsilon)
         _nested(self, "hypergradient", HypergradientConfig)
@@ -170,12 +221,31 @@ class MixerConfig:
         checks.implementation(self.implementation, IMPLEMENTATIONS)
         if not self.erase and self.preconditioner != "none":
             raise ValueError(f"preconditioner: got {self.preconditioner!r} with erase=False, expected 'none'")
+        if self.match_step and self.preconditioner == "none":
+            raise ValueError("match_step: got True with preconditioner='none', expected a preconditioner to match")
+        self._check_fixed_beta()
         if self.strength == "channel" and (self.erase, self.decay, self.preconditioner) != (True, "channel", "none"):
             raise ValueError(
                 f"strength: got 'channel' with erase={self.erase}, decay={self.decay!r} and "
                 f"preconditioner={self.preconditioner!r}, expected it with erase=True, decay='channel' and "
                 "preconditioner='none'"
             )
+
+    def _check_fixed_beta(self) -> None:
+        if self.fixed_beta is None:
+            return
+        _positive("fixed_beta", self.fixed_beta)
+        if self.negative_eigenvalues or not self.gated_write:
+            raise ValueError(
+                f"fixed_beta: got {self.fixed_beta} with negative_eigenvalues={self.negative_eigenvalues}, "
+                f"strength={self.strength!r}, erase={self.erase} and decay={self.decay!r}, expected None or a rule "
+                "whose beta is a gate in (0, 1)"
+            )
+
+    @property
+    def gated_write(self) -> bool:
+        """True if the rule has one beta per token and value head."""
+        return self.strength == "scalar" and (self.erase or self.decay == "scalar")
 
     @property
     def num_key_heads(self) -> int:
@@ -349,36 +419,3 @@ class ModelConfig:
         _nested(self, "mixer", MixerConfig, AttentionConfig)
         if not 0.0 <= checks.number("dropout", self.dropout) < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, expected a rate from 0 to below 1")
-
-
-def _at_least_one(name: str, value: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name}: got {value!r}, expected an int of at least 1")
-
-
-def _nested(config: Any, name: str, *kinds: type[Any]) -> None:
-    """Replace a field that is a dict, as `dataclasses.asdict` writes it, by the config whose fields it has.
-
-    Raises TypeError for any other type, and for a dict whose keys do not identify one config.
-    """
-    value, names = getattr(config, name), " or ".join(kind.__name__ for kind in kinds)
-    if isinstance(value, kinds):
-        return
-    if not isinstance(value, dict):
-        raise TypeError(f"{name}: got {type(value).__name__}, expected a {names}")
-    fitting = [kind for kind in kinds if set(value) <= {field.name for field in dataclasses.fields(kind)}]
-    if len(fitting) != 1:
-        raise TypeError(f"{name}: got a dict with the keys {', '.join(map(str, value))}, expected those of a {names}")
-    object.__setattr__(config, name, fitting[0](**value))
-
-
-def _divides_heads(key_heads: int | None, heads: int) -> None:
-    if key_heads is not None:
-        _at_least_one("key_heads", key_heads)
-        if heads % key_heads:
-            raise ValueError(f"key_heads: got {key_heads}, expected a divisor of the {heads} heads")
-
-
-def _one_of(name: str, value: str, known: tuple[str, ...]) -> None:
-    if value not in known:
-        raise ValueError(f"{name}: got {value!r}, expected one of {', '.join(known)}")

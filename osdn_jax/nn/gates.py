@@ -90,3 +90,22 @@ class ForgetGate(nnx.Module):
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T P"]:
         """Return the log of the fraction of the preconditioner that each token keeps."""
         return jax.nn.log_sigmoid(project(x.astype(jnp.float32), self.kernel[...]) + self.bias[...][None, None])
+
+
+class HeadForgetGate(nnx.Module):
+    """The log of one learned logistic gate per head, 0.999 at the start; weight decay does not act on it.
+
+    Forgetting of the ablation of arXiv 2605.13473; `ForgetGate` has a gate per token too.
+
+    Args:
+        heads: P, number of preconditioners.
+    """
+
+    def __init__(self, heads: int) -> None:
+        """Create the parameters."""
+        self.bias = NoDecayParam(jnp.full((heads,), _FORGET_BIAS, jnp.float32))
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T P"]:
+        """Return the log of the fraction of the preconditioner that each token keeps."""
+        bias = self.bias[...]
+        return jnp.broadcast_to(jax.nn.log_sigmoid(bias)[None, None], (*x.shape[:2], *bias.shape))

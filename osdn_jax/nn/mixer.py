@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple, cast
 
 import jax
@@ -13,12 +14,12 @@ from jaxtyping import Array, Float, Int
 from osdn_jax import ops
 from osdn_jax.nn import arguments, initializers
 from osdn_jax.nn.config import MixerConfig
-from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
+from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate, HeadForgetGate
 from osdn_jax.nn.layers import NoDecayParam, RMSNorm, ShortConvolution, linear, unit_norm
 from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
 from osdn_jax.ops import State, checks
-from osdn_jax.ops.rules.entry import Gram, Hypergradient, preconditioned_delta_rule
+from osdn_jax.ops.rules.entry import Gram, Hypergradient, matched_step, preconditioned_delta_rule
 
 
 class MixerState(NamedTuple):
@@ -37,8 +38,9 @@ class DeltaMixer(nnx.Module):
     """A token mixer of the delta-rule family; its config selects the rule.
 
     q, k and v are projections without bias, each followed by a short convolution and SiLU; q and k are normalised to
-    unit length. beta is a logistic gate, as are the erase gate (per key head) and the write gate that replace it in
-    GDN-2. The output is normalised per head, gated if config.output_gate is True, and projected back.
+    unit length (k only if config.key_norm is True). beta is a logistic gate, or config.fixed_beta; the erase gate (per
+    key head) and the write gate that replace it in GDN-2 are logistic too. The output is normalised per head, gated if
+    config.output_gate is True, and projected back.
 
     Args:
         config: sizes and rule, as `mixer_config` returns them.
@@ -72,8 +74,8 @@ class DeltaMixer(nnx.Module):
         self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v, fused
         self.convolution = ShortConvolution(2 * self.keys + self.values, config.conv_size, rngs=rngs)
         by_channel = config.strength == "channel"
-        gated_write = (config.erase or config.decay == "scalar") and not by_channel
-        self.beta = linear(width, heads, dtype, rngs=rngs) if gated_write else None
+        gate_of_beta = config.gated_write and config.fixed_beta is None
+        self.beta = linear(width, heads, dtype, rngs=rngs) if gate_of_beta else None
         self.norm = RMSNorm(config.value_dim, config.norm_epsilon, rngs=rngs)
         self.output = linear(self.values, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
         self.gate = linear(width, self.values, dtype, rngs=rngs) if config.output_gate else None
@@ -89,7 +91,9 @@ class DeltaMixer(nnx.Module):
         by_feedback, by_gram = (config.preconditioner == name for name in ("hypergradient", "gram"))
         start = jnp.full((scales, config.key_dim), settings.initial, jnp.float32)
         self.initial = NoDecayParam(start) if by_feedback else None
-        self.forget = ForgetGate(width, scales) if by_feedback and settings.forget else None
+        gate = settings.forget_gate if by_feedback and settings.forget else "constant"
+        by_token = ForgetGate(width, scales) if gate == "token" else None
+        self.forget = HeadForgetGate(scales) if gate == "head" else by_token
         self.gram_decay = DecayGate(width, scales, None, dtype, rngs=rngs) if by_gram else None
         self.gram_gain = linear(width, scales, dtype, rngs=rngs) if by_gram else None
         self.gram_center = NoDecayParam(jnp.full((scales,), config.gram.center, jnp.float32)) if by_gram else None
@@ -167,12 +171,14 @@ class DeltaMixer(nnx.Module):
         if config.preconditioner == "none":
             raise ValueError("multipliers: got a mixer with preconditioner='none', expected 'hypergradient' or 'gram'")
         if config.preconditioner == "gram":
-            return ops.gram_preconditioner(k, **self._gram(x)._asdict(), **shared)[0]
-        settings = self._hypergradient(x)._asdict()
-        beta = None
-        if settings.pop("beta_aware"):
-            beta, k = self._beta(x), jnp.repeat(k, config.heads // config.num_key_heads, axis=2)
-        return ops.hypergradient_preconditioner(k, beta, **settings, **shared)[0]
+            factors = ops.gram_preconditioner(k, **self._gram(x)._asdict(), **shared)[0]
+        else:
+            settings = self._hypergradient(x)._asdict()
+            beta = None
+            if settings.pop("beta_aware"):
+                beta, k = self._beta(x), jnp.repeat(k, config.heads // config.num_key_heads, axis=2)
+            factors = ops.hypergradient_preconditioner(k, beta, **settings, **shared)[0]
+        return jnp.broadcast_to(matched_step(factors * k, k), factors.shape) if config.match_step else factors
 
     def _heads(
         self, x: jax.Array, window: jax.Array | None, segment_ids: jax.Array | None, context_axis: str | None
@@ -181,10 +187,13 @@ class DeltaMixer(nnx.Module):
         config, lead = self.config, x.shape[:2]
         mixed, window = self.convolution(self.project(x), window, segment_ids, context_axis)
         q, k, v = jnp.split(jax.nn.silu(mixed), [self.keys, 2 * self.keys], axis=-1)
-        q, k = (unit_norm(y.reshape(*lead, config.num_key_heads, config.key_dim)) for y in (q, k))
+        q, k = (y.reshape(*lead, config.num_key_heads, config.key_dim) for y in (q, k))
+        q, k = unit_norm(q), unit_norm(k) if config.key_norm else k
         return q, k, v.reshape(*lead, config.heads, config.value_dim), window
 
     def _beta(self, x: jax.Array) -> jax.Array:
+        if self.config.fixed_beta is not None:
+            return jnp.full((*x.shape[:2], self.config.heads), self.config.fixed_beta, jnp.float32)
         gate: Any = self.beta
         beta = jax.nn.sigmoid(gate(x).astype(jnp.float32))
         return 2.0 * beta if self.config.negative_eigenvalues else beta
@@ -194,13 +203,23 @@ class DeltaMixer(nnx.Module):
         settings, initial = self.config.hypergradient, cast(NoDecayParam, self.initial)
         return Hypergradient(
             eta=settings.eta,
-            log_forget=None if self.forget is None else self.forget(x),
+            log_forget=self._log_forget(x),
             initial=initial[...],
             anchor=settings.anchor,
             bounds=settings.bounds,
             normalize=settings.normalize,
             beta_aware=settings.beta_aware,
         )
+
+    def _log_forget(self, x: jax.Array) -> jax.Array | None:
+        """Return the log of what each token keeps of the preconditioners, [B, T, P], or None for all of it."""
+        settings = self.config.hypergradient
+        if self.forget is not None:
+            return self.forget(x)
+        if not settings.forget:
+            return None
+        shape = (*x.shape[:2], self.config.preconditioner_heads)
+        return jnp.full(shape, math.log(settings.forget_constant), jnp.float32)
 
     def _gram(self, x: jax.Array) -> Gram:
         """Return the preconditioner's arguments for the tokens x."""
@@ -245,10 +264,11 @@ class DeltaMixer(nnx.Module):
             q,
             k,
             v,
-            beta=None if self.beta is None else self._beta(x),
+            beta=self._beta(x) if config.gated_write else None,
             log_decay=log_decay,
             erase=config.erase,
             preconditioner=preconditioner,
+            match_step=config.match_step,
             **shared,
         )
 

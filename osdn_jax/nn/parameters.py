@@ -35,7 +35,7 @@ def mixer_formula(config: MixerConfig | AttentionConfig) -> int:
     total = width * qkv + config.conv_size * qkv + values * width + config.value_dim
     if config.strength == "channel":
         total += width * (config.num_key_heads * key_dim + values)
-    elif config.erase or config.decay == "scalar":
+    elif config.gated_write and config.fixed_beta is None:
         total += width * heads
     if config.output_gate:
         total += width * values
@@ -46,7 +46,8 @@ def mixer_formula(config: MixerConfig | AttentionConfig) -> int:
     preconditioners = config.preconditioner_heads
     if config.preconditioner == "hypergradient":
         total += preconditioners * key_dim
-        total += width * preconditioners + preconditioners if config.hypergradient.forget else 0
+        gate = config.hypergradient.forget_gate if config.hypergradient.forget else "constant"
+        total += {"token": (width + 1) * preconditioners, "head": preconditioners, "constant": 0}[gate]
     elif config.preconditioner == "gram":
         total += 2 * width * preconditioners + 3 * preconditioners
     return total

@@ -1,6 +1,7 @@
 """Build the model, the optimiser and the step's settings from a configuration."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import optax
@@ -9,7 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from osdn_jax.data import load_tokenizer
-from osdn_jax.nn import CausalLM, Chunks, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
+from osdn_jax.nn import AttentionConfig, CausalLM, Chunks, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
 from osdn_jax.nn.config import TRANSFORMER
 from osdn_jax.nn.parameters import muon_mask, weight_decay_mask
 from osdn_jax.training.ranges import check_ranges
@@ -27,8 +28,8 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
         The configuration that `nn.CausalLM` takes.
 
     Raises:
-        ValueError: a field out of its range, an unknown rule or preset, a preset for a rule that has none, or heads
-            that do not divide the width although key_dim or value_dim is not given.
+        ValueError: a field out of its range, an unknown rule or preset, an option that the rule does not have, or
+            heads that do not divide the width although key_dim or value_dim is not given.
         ValueError, FileNotFoundError, ImportError: as `load_tokenizer`, if model.vocab_size is not given.
 
     Example:
@@ -54,24 +55,18 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
         "implementation": model.implementation,
     }
     if model.rule == TRANSFORMER:
-        if model.negative_eigenvalues:
-            raise ValueError(f"model.negative_eigenvalues: got True, but the rule {model.rule!r} has no eigenvalues")
+        _refuse(
+            config, "has no delta rule", negative_eigenvalues=False, match_step=False, key_norm=True, fixed_beta=None
+        )
         longest = config.sequence_length if model.max_length is None else model.max_length
         fields |= {"rotary_base": model.rotary_base, "qk_norm": model.qk_norm, "max_length": longest}
     else:
-        fields |= {"conv_size": model.conv_size, "negative_eigenvalues": model.negative_eigenvalues}
+        names = ("conv_size", "negative_eigenvalues", "match_step", "key_norm", "fixed_beta")
+        fields |= {name: model[name] for name in names}
     mixer = mixer_config(model.rule, **fields)
     if model.output_gate is not None:
         mixer = dataclasses.replace(mixer, output_gate=model.output_gate)
-    if isinstance(mixer, MixerConfig) and mixer.preconditioner == "hypergradient":
-        settings = mixer.hypergradient
-        if model.preset is not None:
-            settings = HypergradientConfig.preset(model.preset, beta_aware=settings.beta_aware)
-        anchor = settings.anchor if model.anchor is None else model.anchor
-        settings = dataclasses.replace(settings, forget=model.forget, anchor=anchor)
-        mixer = dataclasses.replace(mixer, hypergradient=settings)
-    elif model.preset is not None:
-        raise ValueError(f"model.preset: got {model.preset!r}, but the rule {model.rule!r} has no such preconditioner")
+    mixer = _with_preconditioner(config, mixer)
     return ModelConfig(
         vocab_size=load_tokenizer(config.data.tokenizer).vocab_size if model.vocab_size is None else model.vocab_size,
         layers=model.layers,
@@ -82,6 +77,36 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
         dtype=model.dtype,
         remat=model.remat,
     )
+
+
+def _with_preconditioner(config: ConfigDict, mixer: MixerConfig | AttentionConfig) -> MixerConfig | AttentionConfig:
+    """Return the mixer with the settings of its preconditioner; raise ValueError for those of one it does not have."""
+    model = config.model
+    kind = mixer.preconditioner if isinstance(mixer, MixerConfig) else "none"
+    if kind != "hypergradient":
+        others = dict.fromkeys(("preset", "beta_aware", "eta", "initial", "anchor"))
+        _refuse(config, "has no hypergradient preconditioner", **others, forget_gate="token")
+    if kind != "gram":
+        _refuse(config, "has no Gram preconditioner", squash=None)
+    if not isinstance(mixer, MixerConfig):
+        return mixer
+    if kind == "gram" and model.squash is not None:
+        return dataclasses.replace(mixer, gram=dataclasses.replace(mixer.gram, squash=model.squash))
+    if kind != "hypergradient":
+        return mixer
+    settings = mixer.hypergradient
+    if model.preset is not None:
+        settings = HypergradientConfig.preset(model.preset, beta_aware=settings.beta_aware)
+    changes = {name: model[name] for name in ("beta_aware", "eta", "initial", "anchor") if model[name] is not None}
+    changes |= {name: model[name] for name in ("forget", "forget_gate", "forget_constant")}
+    return dataclasses.replace(mixer, hypergradient=dataclasses.replace(settings, **changes))
+
+
+def _refuse(config: ConfigDict, why: str, **unset: Any) -> None:
+    """Raise ValueError if one of these options of the model has another value than the one that leaves it unset."""
+    for name, value in unset.items():
+        if config.model[name] != value:
+            raise ValueError(f"model.{name}: got {config.model[name]!r}, but the rule {config.model.rule!r} {why}")
 
 
 def build_model(config: ConfigDict) -> CausalLM:

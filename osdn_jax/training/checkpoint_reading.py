@@ -63,6 +63,9 @@ def newest_readable(
 ) -> tuple[int | None, Found | None, dict[int, str]]:
     """Read the newest checkpoint that every process can read.
 
+    The run that the folder belongs to may be training, and may remove a checkpoint while it is read: if none can be
+    read, those that were saved in the meantime are tried.
+
     Args:
         manager: of the folder.
         read: reads the checkpoint of a step, as `read_checkpoint`.
@@ -75,15 +78,21 @@ def newest_readable(
         CheckpointError: there are checkpoints, but none can be read.
     """
     unreadable: dict[int, str] = {}
-    for step in sorted(manager.all_steps(), reverse=True) if only is None else [only]:
-        found, fault = None, ""
+    steps = sorted(manager.all_steps(), reverse=True) if only is None else [only]
+    while steps:
+        step, found, fault = steps.pop(0), None, ""
         try:
             found = read(step)
         except _UnreadableError as error:
             fault = str(error)
         if distributed.all_processes(found is not None) and found is not None:
-            return step, found, unreadable
+            return step, found, {bad: reason for bad, reason in unreadable.items() if bad > step}
         unreadable[step] = fault or "another process cannot read it"
+        if not steps and only is None:
+            manager.reload()
+            steps = sorted(set(manager.all_steps()) - set(unreadable), reverse=True)
+            if not distributed.all_processes(bool(steps)):
+                break
     if unreadable:
         reasons = "".join(f"\n  {step}: {reason}" for step, reason in unreadable.items())
         raise CheckpointError(f"no checkpoint in {manager.directory} can be read:{reasons}")

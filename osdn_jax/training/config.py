@@ -69,8 +69,17 @@ def default_config() -> ConfigDict:
     config.model.output_gate = placeholder(bool)  # default: the rule's
     config.model.negative_eigenvalues = False  # beta, or the erase gate, in (0, 2) instead of (0, 1)
     config.model.preset = placeholder(str)  # of the hypergradient preconditioner: paper or trust; default: the rule's
+    config.model.beta_aware = placeholder(bool)  # its feedback uses beta instead of 1; default: the rule's
+    config.model.eta = placeholder(float)  # its step size; 0 for a learned constant; default: the preset's
+    config.model.initial = placeholder(float)  # start of its learned d_0; default: the preset's
     config.model.forget = True  # Adaptive Preconditioner Forgetting
+    config.model.forget_gate = "token"  # per token and head; or head: learned per head; constant: forget_constant
+    config.model.forget_constant = 0.999  # share that a constant gate keeps per token
     config.model.anchor = placeholder(float)  # what forgetting pulls the preconditioner toward; default: the preset's
+    config.model.squash = placeholder(float)  # x of the Gram preconditioner: factors in [1/x, x]; default: the rule's
+    config.model.match_step = False  # a control: the preconditioner's step size without its direction
+    config.model.key_norm = True  # unit keys of the delta rules
+    config.model.fixed_beta = placeholder(float)  # beta of every token; default: a learned gate
     config.model.rotary_base = 10_000.0  # of the transformer's rotary positions
     config.model.qk_norm = False  # of the transformer
     config.model.max_length = placeholder(int)  # tokens in the transformer's key-value cache; default: sequence_length

@@ -16,7 +16,7 @@ from osdn_jax.training import fingerprints
 from osdn_jax.training.build import build_model
 from osdn_jax.training.checkpoints import load_parameters
 from osdn_jax.training.data import build_tokenizer
-from osdn_jax.training.workdir import CHECKPOINT_FOLDER, checked_workdir, load_config
+from osdn_jax.training.workdir import CHECKPOINT_FOLDER, checked_workdir, load_config, with_defaults
 
 
 class Trained(NamedTuple):
@@ -91,7 +91,7 @@ class Unread(NamedTuple):
 def open_trained(workdir: str | os.PathLike[str]) -> Unread:
     """Return the model of a run without its parameters. Raises as `load_trained`."""
     workdir = checked_workdir(workdir)
-    config = load_config(workdir)
+    config = with_defaults(load_config(workdir))
     tokenizer = build_tokenizer(config)
     model = nnx.eval_shape(lambda: build_model(config))
     apply, shapes = split_model(model)

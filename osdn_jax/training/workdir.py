@@ -10,7 +10,7 @@ from ml_collections import ConfigDict, FrozenConfigDict
 
 from osdn_jax import command
 from osdn_jax._files import write_atomically
-from osdn_jax.training.config import ABSENT, ConfigError, flatten
+from osdn_jax.training.config import ABSENT, ConfigError, default_config, flatten
 
 CONFIG_FILE = "config.json"
 CHECKPOINT_FOLDER = "checkpoints"
@@ -76,6 +76,15 @@ def load_config(workdir: str | os.PathLike[str]) -> ConfigDict:
     return ConfigDict(values)
 
 
+def with_defaults(config: ConfigDict) -> ConfigDict:
+    """Return a configuration with the default of every key that it lacks, as one that an older version wrote."""
+    complete = default_config()
+    given = flatten(config)
+    with complete.unlocked(), complete.ignore_type():
+        complete.update_from_flattened_dict(given)
+    return complete
+
+
 def checked_workdir(workdir: str | os.PathLike[str]) -> Path:
     """Return the path of a run's directory, with "~" expanded. Creates nothing.
 
@@ -118,7 +127,7 @@ def check_workdir(
             )
         save_config(workdir, config)
         return []
-    changes = config_difference(load_config(workdir), config)
+    changes = config_difference(with_defaults(load_config(workdir)), with_defaults(config))
     refused = [change for change in changes if not _allowed(change[0], may_differ)]
     if refused:
         lines = "".join(f"\n  {key}: {old!r} there, {new!r} now" for key, old, new in refused)

@@ -23,7 +23,10 @@ CHANGES = (
     {"key_heads": None, "layers": 3, "value_dim": 6},
     {"hypergradient": HypergradientConfig(forget=False)},
     {"hypergradient": HypergradientConfig(beta_aware=True), "key_heads": 1},
+    {"hypergradient": HypergradientConfig(forget_gate="head")},
+    {"hypergradient": HypergradientConfig(forget_gate="constant"), "key_norm": False},
 )
+FIXED_BETA = ("delta_net", "osdn", "pgdn", "mamba2")
 
 
 OF_ATTENTION = (
@@ -42,6 +45,14 @@ def test_the_formula_is_what_a_model_holds(rule):
         assert count_parameters(model) == parameter_formula(config), changes
         assert count_parameters(model.blocks[0].mixer) == mixer_formula(config.mixer), changes
         assert isinstance(model.blocks[0].mixer, SoftmaxAttention if rule == "transformer" else DeltaMixer)
+
+
+@pytest.mark.parametrize("rule", FIXED_BETA)
+def test_a_fixed_beta_has_no_parameters(rule):
+    config = model_config(rule, fixed_beta=1.0)
+    model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(params=0)))
+    assert count_parameters(model) == parameter_formula(config)
+    assert parameter_formula(model_config(rule)) - parameter_formula(config) == 12 * 4
 
 
 def test_each_option_changes_the_count():

@@ -79,6 +79,19 @@ def reference_logits(config, parameters, tokens, segment_ids):
     return x @ (p["embedding/embedding"].T if config.tied_embeddings else p["head/kernel"])
 
 
+def check_slopes(config, parameters, gradient, cotangent):
+    """Compare the gradient of vdot(logits, cotangent) with finite differences of the NumPy model."""
+    # Along the unit gradients of all parameters together the slope is the sum of their norms.
+    wide = {name: np.asarray(g, np.float64) for name, g in gradient.items()}
+    norms = {name: np.linalg.norm(g) for name, g in wide.items()}
+    above, below = (
+        {name: np.asarray(p, np.float64) + h * wide[name] / norms[name] for name, p in parameters.items()}
+        for h in (1e-6, -1e-6)
+    )
+    change = reference_logits(config, above, tokens(), SEGMENTS) - reference_logits(config, below, tokens(), SEGMENTS)
+    np.testing.assert_allclose(np.vdot(change, cotangent) / 2e-6, sum(norms.values()), rtol=1e-4)
+
+
 def _mixer(config, p, x, segment_ids):
     batch, length, _ = x.shape
     heads, key_heads, key_dim = config.heads, config.key_heads or config.heads, config.key_dim
@@ -91,11 +104,15 @@ def _mixer(config, p, x, segment_ids):
         for j in range(len(taps))
     )
     q, k, v = np.split(_silu(mixed), [key_heads * key_dim, 2 * key_heads * key_dim], axis=-1)
-    q, k = (_unit(y.reshape(batch, length, key_heads, key_dim)) for y in (q, k))
+    q, k = (y.reshape(batch, length, key_heads, key_dim) for y in (q, k))
+    q, k = _unit(q), _unit(k) if config.key_norm else k
     v = v.reshape(batch, length, heads, config.value_dim)
     beta = np.ones((batch, length, heads))
     if config.strength == "scalar" and (config.erase or config.decay == "scalar"):
-        beta = _logistic(x @ p["mixer/beta/kernel"]) * (2 if config.negative_eigenvalues else 1)
+        if config.fixed_beta is None:
+            beta = _logistic(x @ p["mixer/beta/kernel"]) * (2 if config.negative_eigenvalues else 1)
+        else:
+            beta = config.fixed_beta * beta
     decay = None if config.decay == "none" else _decay(p, "mixer/decay/", x, heads)
     if decay is not None and config.decay == "channel":
         decay = decay.reshape(batch, length, heads, key_dim)
@@ -107,7 +124,7 @@ def _mixer(config, p, x, segment_ids):
     if config.preconditioner == "hypergradient":
         settings = config.hypergradient
         keys = np.repeat(k, heads // key_heads, axis=2) if settings.beta_aware else k
-        gate = _logistic(x @ p["mixer/forget/kernel"] + p["mixer/forget/bias"]) if settings.forget else None
+        gate = _forgetting(settings, p, x, keys.shape[2]) if settings.forget else None
         d, _ = oracle.hypergradient(
             keys,
             beta if settings.beta_aware else None,
@@ -128,6 +145,9 @@ def _mixer(config, p, x, segment_ids):
             k, gram_decay, gain, center=center, squash=config.gram.squash, segment_ids=segment_ids
         )
         write_key = multiplier * k
+    if config.match_step:
+        keys = np.repeat(k, write_key.shape[2] // key_heads, axis=2)
+        write_key = keys * np.sum(write_key * keys, -1, keepdims=True) / np.sum(keys * keys, -1, keepdims=True)
     out, _ = oracle.delta_rule(
         q, k, v, beta, write_key=write_key, log_decay=decay, erase=config.erase, segment_ids=segment_ids
     )
@@ -135,6 +155,13 @@ def _mixer(config, p, x, segment_ids):
     if config.output_gate:
         out = out * _silu(x @ p["mixer/gate/kernel"])
     return out @ p["mixer/output/kernel"]
+
+
+def _forgetting(settings, p, x, heads):
+    if settings.forget_gate == "constant":
+        return np.full((*x.shape[:2], heads), settings.forget_constant)
+    moved = x @ p["mixer/forget/kernel"] if settings.forget_gate == "token" else np.zeros((*x.shape[:2], heads))
+    return _logistic(moved + p["mixer/forget/bias"])
 
 
 def reference_attention(config, p, x, segment_ids):

@@ -74,6 +74,18 @@ def test_every_setting_of_the_model_arrives():
     assert mixer.hypergradient == HypergradientConfig.preset("paper", forget=False, anchor=1.0, beta_aware=True)
 
 
+def test_every_setting_of_the_preconditioners_arrives():
+    options = {"eta": 0.5, "initial": 0.75, "forget_gate": "constant", "forget_constant": 0.99, "beta_aware": True}
+    made = build_model_config(config_of(**{f"model__{name}": value for name, value in options.items()})).mixer
+    assert made.hypergradient == HypergradientConfig(**options)
+    options = {"match_step": True, "key_norm": False, "fixed_beta": 1.0}
+    made = build_model_config(
+        config_of(model__rule="pdn", model__squash=2.0, **{f"model__{name}": value for name, value in options.items()})
+    ).mixer
+    assert made.gram.squash == 2.0
+    assert {name: getattr(made, name) for name in options} == options
+
+
 def test_what_is_not_set_is_as_the_rule_has_it():
     made = build_model_config(config_of(model__rule="os_gdn", model__width=24, model__heads=4)).mixer
     assert (made.key_dim, made.value_dim, made.key_heads, made.output_gate) == (6, 6, None, True)
@@ -126,12 +138,22 @@ def test_every_setting_of_the_transformer_arrives():
         ({"model__rule": "delta_net", "model__preset": "paper"}, "model.preset: got 'paper', but the rule 'delta_net'"),
         (
             {"model__rule": "transformer", "model__preset": "paper"},
-            "got 'paper', but the rule 'transformer' has no such",
+            "got 'paper', but the rule 'transformer' has no hypergradient",
         ),
         (
             {"model__rule": "transformer", "model__negative_eigenvalues": True},
             "model.negative_eigenvalues: got True, but",
         ),
+        ({"model__rule": "pdn", "model__eta": 0.5}, "model.eta: got 0.5, but the rule 'pdn' has no hypergradient"),
+        ({"model__rule": "delta_net", "model__forget_gate": "head"}, "model.forget_gate: got 'head', but"),
+        ({"model__rule": "osdn", "model__squash": 2.0}, "model.squash: got 2.0, but the rule 'osdn' has no Gram"),
+        ({"model__rule": "pdn", "model__squash": 0.0}, "model.squash: got 0.0"),
+        ({"model__rule": "transformer", "model__key_norm": False}, "model.key_norm: got False, but the rule"),
+        ({"model__rule": "delta_net", "model__match_step": True}, "match_step: got True with preconditioner='none'"),
+        ({"model__fixed_beta": 0.0}, "model.fixed_beta: got 0.0"),
+        ({"model__fixed_beta": 1.0, "model__negative_eigenvalues": True}, "fixed_beta: got 1.0 with negative"),
+        ({"model__forget_constant": 1.5}, "model.forget_constant: got 1.5"),
+        ({"model__forget_gate": "channel"}, "forget_gate: got 'channel', expected one of token, head, constant"),
         ({"model__rule": "transformer", "model__implementation": "scan"}, "implementation: got 'scan'"),
         ({"model__vocab_size": 0}, "vocab_size: got 0"),
         ({"model__dtype": "float16"}, "dtype: got 'float16'"),

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import optax
 import pytest
 
+from osdn_jax.training import checkpoints as checkpoints_module
 from osdn_jax.training import distributed
 from osdn_jax.training.checkpoints import (
     CheckpointError,
@@ -74,6 +75,25 @@ def test_whatever_file_is_damaged_the_result_is_a_checkpoint_that_was_saved(tmp_
         fallbacks += restored.step == 1
         shutil.rmtree(tmp_path / "bad")
     assert fallbacks >= 8
+
+
+def test_a_checkpoint_that_is_removed_while_it_is_read_gives_way_to_a_newer_one(tmp_path, monkeypatch, caplog):
+    save(tmp_path / "run", 1)
+    save(tmp_path / "later", 2)
+    read = checkpoints_module.read_checkpoint
+
+    def removed_meanwhile(manager, folder, *arguments, **options):
+        if folder.name == "1":  # as if training saved step 2 and kept only that
+            array_file(folder).unlink()
+            shutil.copytree(tmp_path / "later" / "2", tmp_path / "run" / "2")
+        return read(manager, folder, *arguments, **options)
+
+    monkeypatch.setattr(checkpoints_module, "read_checkpoint", removed_meanwhile)
+    with caplog.at_level(logging.WARNING):
+        step, parameters = load_parameters(tmp_path / "run", state_at(0)["params"])
+    assert step == 2
+    assert_same_bits(parameters, state_at(2)["params"])
+    assert "cannot be read" not in caplog.text
 
 
 def test_when_no_checkpoint_can_be_read_all_are_named_and_kept(tmp_path):

@@ -3,7 +3,7 @@
 import pytest
 from ml_collections import ConfigDict, config_dict
 
-from osdn_jax.training import ConfigError, WorkdirConfigError, load_config
+from osdn_jax.training import ConfigError, WorkdirConfigError, default_config, load_config
 from osdn_jax.training.config import ABSENT
 from osdn_jax.training.workdir import check_workdir, checked_workdir, config_difference, save_config
 
@@ -114,3 +114,16 @@ def test_the_home_directory_is_expanded(tmp_path, monkeypatch):
     assert checked_workdir("runs/a:b c~/d").parts == ("runs", "a:b c~", "d")
     with pytest.raises(ConfigError, match="~nobody-of-that-name"):
         checked_workdir("~nobody-of-that-name/run")
+
+
+def test_a_key_that_an_older_version_did_not_have_is_its_default(tmp_path):
+    now, then = default_config(), default_config()
+    del then.model["key_norm"], then.model["fixed_beta"]
+    save_config(tmp_path, then)
+    now.log_every = 5
+    assert check_workdir(tmp_path, now, may_differ=["log_every"]) == [("log_every", 10, 5)]
+    assert load_config(tmp_path).model.key_norm is True
+    save_config(tmp_path, then)
+    now.model.key_norm = False
+    with pytest.raises(WorkdirConfigError, match="model.key_norm: True there, False now"):
+        check_workdir(tmp_path, now, may_differ=["log_every"])

@@ -44,6 +44,7 @@ def preconditioned_delta_rule(
     log_decay: jax.Array | None = None,
     erase: bool = True,
     preconditioner: Hypergradient | Gram | None = None,
+    match_step: bool = False,
     initial_state: InitialState = None,
     scale: float | None = None,
     segment_ids: jax.Array | None = None,
@@ -59,6 +60,7 @@ def preconditioned_delta_rule(
         q, k, v, log_decay, erase, scale, segment_ids, chunk_size, context_axis: as for `delta_rule`.
         beta: as for `delta_rule`; None means 1 at every token.
         preconditioner: arguments of the preconditioner; None writes under k.
+        match_step: True writes under k times `matched_step`, a control without the preconditioner's direction.
         initial_state: a State of such a rule, an array [B, H, K, V], or None for zeros.
         implementation: as for `delta_rule`. A preconditioner without that implementation uses its default.
 
@@ -91,6 +93,9 @@ def preconditioned_delta_rule(
         write_key, final, state, state_class = _by_hypergradient(k, v, beta, preconditioner, initial_state, shared)
     else:
         write_key, final, state, state_class = _by_gram(k, preconditioner, initial_state, shared)
+    if match_step and write_key is not None:
+        keys = per_value_head(k, write_key.shape[2], axis=2)
+        write_key = matched_step(write_key, keys) * keys
     recurrent = None if state is None else state.recurrent
     o, recurrent = delta_rule_operator.delta_rule(
         q,
@@ -105,6 +110,17 @@ def preconditioned_delta_rule(
         **shared,
     )
     return o, state_class(recurrent, final)
+
+
+def matched_step(write_key: jax.Array, k: jax.Array) -> jax.Array:
+    """Return <w, k> / <k, k> for each token, [B, T, P, 1]: the multiple of k that makes the step of the write key w.
+
+    Args:
+        write_key: w, [B, T, P, K].
+        k: keys, [B, T, P, K]; a key of zeros gives 0.
+    """
+    squares = jnp.sum(k * k, axis=-1, keepdims=True)
+    return jnp.sum(write_key * k, axis=-1, keepdims=True) / jnp.where(squares > 0, squares, 1.0)
 
 
 Keys = tuple[jax.Array, jax.Array, State | None, type[State]]  # write key, final preconditioner, state, state class
