@@ -11,13 +11,15 @@ from ml_collections import ConfigDict
 
 from osdn_jax.nn import CausalLM, split_model
 from osdn_jax.nn.likelihood import hidden_at
+from osdn_jax.data.recall import TASKS, Task
 from osdn_jax.sweep.batches import Batch, asked, in_blocks, most_asked
-from osdn_jax.sweep.tasks import Task, parse_task
 from osdn_jax.training import TrainState, build_model_config, build_optimizer, build_step_config, make_train_step
+from osdn_jax.training.ranges import check_ranges
+from osdn_jax.training.tasks import configured_tasks, with_task
 
 MOST_STEPS = 128  # in one call of the program: their batches are in memory together
-_TRAIN, _TEST = 0, 1  # the last part of a seed of data, so that no seed trains on the test examples
-_TEST_SEED = 2**31  # above all seeds of training, as in Zoology
+TEST_PART = 1  # of a task's data: the examples that train.py validates on
+TRAINING_PART = 2  # followed by the run's seed and the step
 
 
 class Curve(NamedTuple):
@@ -47,19 +49,22 @@ class Trainer:
     steps. Every step has new examples, which the seed determines; the test examples are the same for all seeds.
 
     Args:
-        config: with the keys of `default_config`. data.task, the sizes, steps, validation.every (steps between
-            evaluations) and validation.windows (test examples) are read; seed and optimizer.learning_rate are not:
-            `train` takes them.
+        config: with the keys of `default_config`. data.task is what it trains on, and data.validation_examples of
+            data.validation_task (default: the same task) are the test examples, evaluated every validation.every
+            steps. Not read are seed and optimizer.learning_rate, which `train` takes, and data.task_examples.
         members: train this many seeds at once, by `jax.vmap`; None: one without vmap.
 
     Raises:
-        ValueError: as `check_config`.
+        ValueError: no data.task, or steps are no multiple of validation.every; and as `build_model_config`,
+            `build_optimizer` and `build_step_config`.
 
     Example:
-        >>> from osdn_jax.sweep import Trainer, sweep_config
-        >>> config = sweep_config("mqar:length=16,pairs=2,vocabulary=32")
+        >>> from osdn_jax.sweep import Trainer
+        >>> from osdn_jax.training import default_config
+        >>> config = default_config()
+        >>> config.data.task, config.data.validation_examples = "mqar:length=16,pairs=2,vocabulary=32", 4
         >>> config.model.layers, config.model.width, config.model.heads, config.model.mlp_dim = 1, 8, 1, 8
-        >>> config.steps, config.batch_size, config.validation.every, config.validation.windows = 4, 2, 2, 4
+        >>> config.batch_size, config.steps, config.validation.every, config.optimizer.warmup_steps = 2, 4, 2, 1
         >>> trainer = Trainer(config)
         >>> [curve] = trainer.train([0], 1e-3)
         >>> curve.steps
@@ -68,13 +73,15 @@ class Trainer:
 
     def __init__(self, config: ConfigDict, members: int | None = None) -> None:
         """Build the functions; they are compiled on first use."""
-        self._config, self._members = config, members
-        self._task: Task = parse_task(getattr(config.data,"task"))
-        self._every = config.validation.every
-        self._chunk = max(n for n in range(1, min(self._every, MOST_STEPS) + 1) if self._every % n == 0)
-        test = self._task.examples(config.validation.windows, config.sequence_length, (_TEST_SEED, _TEST))
+        check_config(config)
+        self._config = config = with_task(config)
+        self._members = members
+        self._task, test_task = _tasks(config)
+        self._chunk = _chunk(config.validation.every)
+        examples = config.data.validation_examples
+        test = test_task.generate(examples, part=TEST_PART)
         self._asked = most_asked(test.targets)
-        self._test = in_blocks(asked(*test, self._asked), min(config.validation.batch_size, config.validation.windows))
+        self._test = in_blocks(asked(*test, self._asked), min(config.validation.batch_size, examples))
         model = build_model_config(config)
         apply, _ = split_model(nnx.eval_shape(lambda: CausalLM(model, rngs=nnx.Rngs(params=0))))
         self._start, self._block, self._evaluate = (
@@ -104,15 +111,16 @@ class Trainer:
         state = self._start(self._each([np.uint32(seed) for seed in seeds]), rate)
         rows = [(0, *self._tested(state), None)]
         skipped = np.zeros(len(seeds), np.int32)
-        for first in range(0, self._config.steps, self._every):
+        every = self._config.validation.every
+        for first in range(0, self._config.steps, every):
             losses = []
-            for step in range(first, first + self._every, self._chunk):
+            for step in range(first, first + every, self._chunk):
                 batches = [self._batches(seed, step) for seed in seeds]
                 state, loss = self._block(state, {k: self._each([b[k] for b in batches]) for k in batches[0]}, rate)
                 losses.append(np.reshape(np.asarray(loss), (len(seeds), -1)))
                 on_steps(self._chunk)
             mean = np.mean(np.concatenate(losses, axis=1), axis=1)
-            rows.append((first + self._every, *self._tested(state), mean))
+            rows.append((first + every, *self._tested(state), mean))
             skipped = np.atleast_1d(state.skipped)
             diverged = np.atleast_1d(state.skipped_in_a_row) > self._config.max_skipped_steps
             if diverged.all():
@@ -135,13 +143,43 @@ class Trainer:
     def _batches(self, seed: int, step: int) -> Batch:
         """Return the examples of the next steps, [steps, B, ...]."""
         rows = self._config.batch_size
-        examples = self._task.examples(rows * self._chunk, self._config.sequence_length, (seed, step, _TRAIN))
+        part = (self._task.seed, TRAINING_PART, seed, step)
+        examples = TASKS[self._task.name](rows * self._chunk, **self._task.options, seed=part)
         self._asked = max(self._asked, most_asked(examples.targets))
         return in_blocks(asked(*examples, self._asked), rows)
 
     def _tested(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
         accuracy, loss = self._evaluate(state.evaluated, self._test)
         return np.atleast_1d(accuracy), np.atleast_1d(loss)
+
+
+def check_config(config: ConfigDict) -> None:
+    """Raise ValueError, naming the key, for a configuration that `Trainer` cannot train."""
+    check_ranges(config)
+    config = with_task(config)
+    _tasks(config)
+    for axis, size in config.mesh.items():
+        if size != 1:
+            raise ValueError(f"mesh.{axis}: got {size}, expected 1: a run of a sweep is on one device")
+    if config.steps % config.validation.every:
+        raise ValueError(
+            f"steps: got {config.steps}, expected a multiple of validation.every = {config.validation.every}"
+        )
+    model = build_model_config(config)
+    build_optimizer(config, nnx.eval_shape(lambda: CausalLM(model, rngs=nnx.Rngs(params=0))))
+    build_step_config(config)
+
+
+def _tasks(config: ConfigDict) -> tuple[Task, Task]:
+    tasks = configured_tasks(config)
+    if tasks is None:
+        raise ValueError("data.task: got None, expected a recall task, such as mqar:length=64,pairs=8")
+    return tasks
+
+
+def _chunk(every: int) -> int:
+    """Return the number of steps in one call of the program: a divisor of `every`."""
+    return max(n for n in range(1, min(every, MOST_STEPS) + 1) if every % n == 0)
 
 
 def _programs(config: ConfigDict, apply: Callable[..., Any], members: bool) -> tuple[Callable[..., Any], ...]:
