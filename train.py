@@ -79,7 +79,10 @@ def main(_: list[str]) -> int | None:
     if result.bits_per_byte is None:
         say(f"stopped after step {result.step:,}; the same command goes on from there")
     else:
-        say(f"{result.bits_per_byte:.4f} bits per byte on the held-out text; see {workdir}/loss.png")
+        unit = (
+            "byte on the held-out text" if _CONFIG.value.data.get("task") is None else "answer of the held-out examples"
+        )
+        say(f"{result.bits_per_byte:.4f} bits per {unit}; see {workdir}/loss.png")
     return status
 
 

@@ -62,6 +62,8 @@ def generate(
             print(text, end="", flush=True)
     """
     run = open_trained(workdir)
+    if run.config.data.get("task") is not None:
+        raise ValueError(f"workdir: got a run on {run.config.data.task}, expected one on text: its tokens have no text")
     tokenizer = run.tokenizer
     ids = tokenizer.encode(prompt, bos=True)
     options: dict[str, Any] = {

@@ -58,7 +58,13 @@ class ProgressBar(_Bar):
     """
 
     def __init__(
-        self, total_steps: int, *, start_step: int = 0, every: float = 30.0, console: Console | None = None
+        self,
+        total_steps: int,
+        *,
+        start_step: int = 0,
+        every: float = 30.0,
+        unit: str = "byte",
+        console: Console | None = None,
     ) -> None:
         """Prepare the bar.
 
@@ -66,6 +72,7 @@ class ProgressBar(_Bar):
             total_steps: the step at which training ends.
             start_step: the step that training starts or resumes from.
             every: seconds between lines without a terminal; the first update and the last step are always shown.
+            unit: what the bits are counted by.
             console: where to write; standard output by default.
         """
         super().__init__(
@@ -78,6 +85,7 @@ class ProgressBar(_Bar):
         )
         self._total = total_steps
         self._every = every
+        self._unit = unit
         self._last_line = -float("inf")
         self._marks: deque[tuple[float, int, int]] = deque(maxlen=SPEED_WINDOW + 1)  # (seconds, step, tokens)
         self._started = time.monotonic()
@@ -111,7 +119,7 @@ class ProgressBar(_Bar):
     def _status(self, bits_per_byte: float | None) -> str:
         """Return the loss, speed and time left as text."""
         (first_time, first_step, first_tokens), (now, step, tokens) = self._marks[0], self._marks[-1]
-        status = [] if bits_per_byte is None else [f"{bits_per_byte:.3f} bits per byte"]
+        status = [] if bits_per_byte is None else [f"{bits_per_byte:.3f} bits per {self._unit}"]
         if step == first_step:  # this step includes compilation, so it says nothing about the speed
             return "  ".join([*status, f"the first step took {_duration(now - self._started)}"])
         seconds = max(now - first_time, 1e-9)

@@ -15,6 +15,7 @@ from osdn_jax.nn import flops, parameter_formula
 from osdn_jax.planning import advice, devices, hlo, memory
 from osdn_jax.planning.program import Program, build_program
 from osdn_jax.training.config import ConfigError
+from osdn_jax.training.tasks import with_task
 
 _REMATS = ("none", "blocks", "full")
 _PACKAGES = ("jax", "jaxlib", "jax-cuda13-plugin", "jax-cuda12-plugin", "flax", "optax")
@@ -134,6 +135,7 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
         chosen = None if gpu is None else hardware.gpu(gpu)
         described = gpu is not None and devices.can_compile_for_gpus()
         targets = devices.described_gpus(shape, gpu) if described and gpu else devices.virtual_devices(shape)
+        config = with_task(config)
         program = build_program(config, targets)
         start = time.perf_counter()
         lowered = program.lower()

@@ -9,12 +9,12 @@ import optax.contrib
 from flax import nnx
 from ml_collections import ConfigDict
 
-from osdn_jax.data import load_tokenizer
 from osdn_jax.nn import AttentionConfig, CausalLM, Chunks, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
 from osdn_jax.nn.config import TRANSFORMER
 from osdn_jax.nn.parameters import muon_mask, weight_decay_mask
 from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.step import StepConfig
+from osdn_jax.training.tasks import vocabulary_size, with_task
 
 
 def build_model_config(config: ConfigDict) -> ModelConfig:
@@ -22,7 +22,7 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
 
     Args:
         config: with the keys of `default_config`; `config.model` and, for the size of the vocabulary,
-            `config.data.tokenizer` are read.
+            `config.data` are read.
 
     Returns:
         The configuration that `nn.CausalLM` takes.
@@ -38,6 +38,7 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
         256
     """
     check_ranges(config, "model.")
+    config = with_task(config)
     model = config.model
     for name in ("key_dim", "value_dim"):
         if model[name] is None and model.width % model.heads:
@@ -68,7 +69,7 @@ def build_model_config(config: ConfigDict) -> ModelConfig:
         mixer = dataclasses.replace(mixer, output_gate=model.output_gate)
     mixer = _with_preconditioner(config, mixer)
     return ModelConfig(
-        vocab_size=load_tokenizer(config.data.tokenizer).vocab_size if model.vocab_size is None else model.vocab_size,
+        vocab_size=vocabulary_size(config),
         layers=model.layers,
         mixer=mixer,
         mlp_dim=model.mlp_dim,

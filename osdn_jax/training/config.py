@@ -50,6 +50,11 @@ def default_config() -> ConfigDict:
     config.data.validation_fraction = 0.1  # held-out share of files and prepared data; Shakespeare has held-out plays
     config.data.validation_documents = 1000  # of hf:, number of documents at its start that are held out
     config.data.validation_path = ""  # a text to validate on, as path but not hf:; then nothing else is held out
+    # A recall task instead of a text, such as mqar:length=64,pairs=8 (docs/recall.md). It sets the sequence lengths.
+    config.data.task = placeholder(str)
+    config.data.task_examples = 100_000  # to train on, in memory: 8 bytes per token
+    config.data.validation_task = placeholder(str)  # to validate on; default: the task, with other examples
+    config.data.validation_examples = 3000
 
     config.model = ConfigDict()
     config.model.rule = "osdn"  # a key of osdn_jax.nn.RULES

@@ -26,9 +26,11 @@ from osdn_jax.data import (
     shakespeare,
     split_documents,
 )
+from osdn_jax.data.recall import Task, TaskWindows
 from osdn_jax.data.streamed_windows import digest
 from osdn_jax.data.streams import HUB
 from osdn_jax.training import fingerprints
+from osdn_jax.training.tasks import configured_tasks
 
 type Text = list[Document] | PreparedTokens
 
@@ -47,6 +49,7 @@ class Data(NamedTuple):
         summary: a description of the sizes.
         fingerprints: of the text, the held-out text and the tokenizer, for checkpoints. A stream's is that of its
             first documents: those that are held out, or a few.
+        questions: the most targets of weight 1 in a held-out window of a task; None for text.
     """
 
     train: WindowSource | StreamedWindows | Mixture
@@ -55,6 +58,7 @@ class Data(NamedTuple):
     held_out_tokens_per_byte: float
     summary: str
     fingerprints: dict[str, str]
+    questions: int | None = None
 
 
 class _Source(NamedTuple):
@@ -66,10 +70,10 @@ class _Source(NamedTuple):
 
 
 def build_tokenizer(config: ConfigDict) -> Tokenizer:
-    """Return the tokenizer of a run.
+    """Return the tokenizer of a run; for a run on data.task, whose tokens are not text, that of bytes.
 
     Args:
-        config: with the keys of `default_config`; data.tokenizer and model.vocab_size are read.
+        config: with the keys of `default_config`; config.data and model.vocab_size are read.
 
     Raises:
         ValueError: its vocabulary is larger than model.vocab_size.
@@ -80,6 +84,8 @@ def build_tokenizer(config: ConfigDict) -> Tokenizer:
         >>> build_tokenizer(default_config()).encode("ab").tolist()
         [97, 98]
     """
+    if configured_tasks(config) is not None:  # its tokens are not text
+        return ByteTokenizer()
     tokenizer = load_tokenizer(config.data.tokenizer)
     size = config.model.vocab_size
     if size is not None and size < tokenizer.vocab_size:
@@ -115,8 +121,8 @@ def build_data(config: ConfigDict) -> Data:
         config: with the keys of `default_config`; config.data, the sequence lengths and config.seed are read.
 
     Raises:
-        ValueError: a text that cannot be read or split, prepared data of another tokenizer, or a mixture that cannot be
-            parsed.
+        ValueError: a text that cannot be read or split, prepared data of another tokenizer, or a mixture or task that
+            cannot be parsed.
         ConnectionError: the hub cannot be reached.
         FileNotFoundError, TypeError, ImportError: as the readers.
 
@@ -126,6 +132,8 @@ def build_data(config: ConfigDict) -> Data:
         '4.54 MB of text to train on, 0.51 MB held out'
     """
     tokenizer, length = build_tokenizer(config), config.validation.sequence_length
+    if (tasks := configured_tasks(config)) is not None:
+        return _examples(config, *tasks, tokenizer)
     paths, weights = _mixture(config)
     sources = [(_streamed if path.startswith(HUB) else _stored)(config, path, tokenizer) for path in paths]
     train = [source.windows for source in sources]
@@ -146,6 +154,26 @@ def build_data(config: ConfigDict) -> Data:
             fingerprints.HELD_OUT: fingerprints.of_several([_fingerprint(text) for text in texts]),
             fingerprints.TOKENIZER: fingerprints.of_tokenizer(tokenizer),
         },
+    )
+
+
+def _examples(config: ConfigDict, task: Task, held_out: Task, tokenizer: Tokenizer) -> Data:
+    """Return the windows of a task; one of its targets counts as a byte."""
+    settings = config.data
+    examples = task.generate(settings.task_examples, part=0), held_out.generate(settings.validation_examples, part=1)
+    train, validation = (TaskWindows(part) for part in examples)
+    return Data(
+        train=train,
+        held_out=validation,
+        tokens_per_byte=1.0,
+        held_out_tokens_per_byte=1.0,
+        summary=f"{len(train):,} examples of {task.name} to train on, {len(validation):,} held out",
+        fingerprints={
+            fingerprints.TEXT: fingerprints.of_examples(task.text, examples[0]),
+            fingerprints.HELD_OUT: fingerprints.of_examples(held_out.text, examples[1]),
+            fingerprints.TOKENIZER: fingerprints.of_tokenizer(tokenizer),
+        },
+        questions=validation.most_questions,
     )
 
 

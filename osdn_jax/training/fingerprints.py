@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 import numpy as np
 
 from osdn_jax.data import Document, PreparedTokens, Tokenizer
+from osdn_jax.data.recall import Recall
 
 # Their names in a checkpoint.
 TEXT, HELD_OUT, TOKENIZER = "text", "held-out text", "tokenizer"
@@ -38,6 +39,12 @@ def of_prepared(tokens: PreparedTokens) -> str:
         starts = [i * (total - _PIECE) // (_PIECES - 1) for i in range(_PIECES)]
     samples = (tokens.read(start, start + _PIECE).astype(np.int32).tobytes() for start in starts)
     return _digest([repr(numbers).encode(), *samples])
+
+
+def of_examples(text: str, examples: Recall) -> str:
+    """Return the fingerprint of a task: of its text, the number of examples and the first thousand of them."""
+    tokens, targets = (np.ascontiguousarray(array[:1000]) for array in examples)
+    return _digest([text.encode(), str(len(examples.tokens)).encode(), tokens.tobytes(), targets.tobytes()])
 
 
 def of_several(fingerprints: Sequence[str]) -> str:

@@ -34,7 +34,8 @@ from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
 from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.step import TrainState, make_train_step
-from osdn_jax.training.validation import BITS_PER_BYTE, HeldOut, make_validate
+from osdn_jax.training.tasks import with_task
+from osdn_jax.training.validation import ACCURACY, BITS_PER_BYTE, HeldOut, make_validate
 from osdn_jax.training.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir, checked_workdir, load_config
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ class Result(NamedTuple):
     Attributes:
         step: the last step done.
         parameters: number of trainable parameters.
-        bits_per_byte: on the held-out text; None if the run has not reached its last step.
+        bits_per_byte: on the held-out text, or per answer of a recall task; None before the last step.
         tokens_per_second: in this process, without compilation, validation and saving; None if nothing was measured.
     """
 
@@ -153,6 +154,7 @@ def _train(
     workdir, primary = checked_workdir(workdir), distributed.is_primary()
     try:
         _check(config, stop_at)
+        config = with_task(config)
         layout = Layout(build_mesh(config))
         check_memory(config)
         model, optimizer, create = plan_start(config, layout)
@@ -212,9 +214,15 @@ def _train(
         tokens_per_step = config.batch_size * config.sequence_length
         bits, step = None, start
         pending = None  # (step, metrics on the device), read while the next step runs
+        unit = "byte" if data.questions is None else "answer"
         with (
             _metrics(workdir, start, primary, on_metrics) as metrics,
-            ProgressBar(config.steps, start_step=start, console=None if primary else Console(quiet=True)) as bar,
+            ProgressBar(
+                config.steps,
+                start_step=start,
+                unit=unit,
+                console=None if primary else Console(quiet=True),
+            ) as bar,
             Profile(workdir / "profile", profile) as trace,
         ):
             for step in range(start + 1, end + 1):
@@ -250,8 +258,7 @@ def _train(
                     if validates:
                         row = validate(state.evaluated, last)
                         metrics.write(step, tokens | row)
-                        bits_now, part = row[BITS_PER_BYTE], "all" if last else "part"
-                        bar.print(f"step {step:,}: {bits_now:.4f} bits per byte on {part} of the held-out text")
+                        bar.print(f"step {step:,}: {_validated(row, 'all' if last else 'part')}")
                     if saves:
                         checkpoints.save(step, state, batches)
                 if stopped and step < end:
@@ -262,7 +269,7 @@ def _train(
     # --- Report.
     rows = read_metrics(workdir) if primary else []
     if rows:
-        plot_loss({config.model.rule: rows}, workdir / "loss.png")
+        plot_loss({config.model.rule: rows}, workdir / "loss.png", unit=unit)
     finals = [row[BITS_PER_BYTE] for row in rows if row["step"] == config.steps and BITS_PER_BYTE in row]
     result = Result(
         step=int(state.step),
@@ -420,6 +427,14 @@ def _train_row(
     if config.data.tokenizer != BYTES:
         row["train/bits_per_token"] = bits_per_token
     return row
+
+
+def _validated(row: Mapping[str, float], part: str) -> str:
+    """Return a validation as text; part: all or part of the held-out text or examples."""
+    if ACCURACY in row:
+        bits = f"{row[BITS_PER_BYTE]:.4f} bits per answer, {row[ACCURACY]:.2%} right"
+        return f"{bits}, on {part} of the held-out examples"
+    return f"{row[BITS_PER_BYTE]:.4f} bits per byte on {part} of the held-out text"
 
 
 def _speed_row(speed: float | None, flops: float, devices: int) -> dict[str, float]:

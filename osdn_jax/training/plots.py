@@ -28,6 +28,7 @@ def plot_loss(
     train_key: str = "train/bits_per_byte",
     validation_key: str = "validation/bits_per_byte",
     smoothing: float = 0.025,
+    unit: str = "byte",
 ) -> None:
     """Plot the bits per byte of runs as a PNG of 1200 × 750 pixels, written atomically.
 
@@ -42,6 +43,7 @@ def plot_loss(
         train_key: the rows' key of the training curve.
         validation_key: the rows' key of the validation curve.
         smoothing: width of the Gaussian kernel that smooths the training curve, as a fraction of the run's length.
+        unit: what the bits are counted by; "answer" for a run on a recall task.
 
     Raises:
         ValueError: no runs, or one that has neither curve; then no file is written.
@@ -57,7 +59,7 @@ def plot_loss(
     canvas = new_canvas(12, 7.5)
     figure = canvas.figure
     axes = figure.add_axes((LEFT, BOTTOM, 0.8, (0.86 if title else 0.92) - BOTTOM))
-    _style(axes, "Training tokens" if x == "tokens" else "Training step")
+    _style(axes, "Training tokens" if x == "tokens" else "Training step", unit)
 
     ends: list[tuple[float, str, str]] = []  # (bits per byte, text, colour) of the labels in the right margin
     shown: list[float] = []  # what the vertical axis has to show
@@ -126,14 +128,14 @@ def _smooth(points: np.ndarray, width: float) -> np.ndarray:
     return out
 
 
-def _style(axes: "Axes", xlabel: str) -> None:
+def _style(axes: "Axes", xlabel: str, unit: str) -> None:
     from matplotlib.ticker import EngFormatter, MaxNLocator
 
     style_axes(axes, xlabel=xlabel)
     axes.xaxis.set_major_formatter(EngFormatter(sep=" "))
     axes.xaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
     axes.yaxis.set_major_locator(MaxNLocator(8, steps=[1, 2, 5, 10]))
-    axes.set_title("bits per byte", fontsize=13, color=INK, loc="left", pad=12)
+    axes.set_title(f"bits per {unit}", fontsize=13, color=INK, loc="left", pad=12)
 
 
 def _legend(axes: "Axes", validation: bool) -> None:

@@ -83,6 +83,8 @@ RANGES: dict[str, Range] = {
         float, "from 0 to 1", 0, 1, message="{key} must be between 0 and 1, both excluded; got {value!r}"
     ),
     "data.validation_documents": _count(0),  # the same; a stream needs at least 1
+    "data.task_examples": _count(),
+    "data.validation_examples": _count(),
     "model.vocab_size": _count(optional=True),
     "model.layers": _count(),
     "model.width": _count(),

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from osdn_jax.data import ValidationBatches, Window
-from osdn_jax.evaluation import make_evaluate
+from osdn_jax.evaluation import make_evaluate, make_recall_accuracy
 from osdn_jax.nn.config import ModelConfig
 from osdn_jax.nn.split import Parameters
 from osdn_jax.training.data import Data
@@ -16,7 +16,8 @@ from osdn_jax.training.interruption import Watchdog
 from osdn_jax.training.mesh import Layout
 from osdn_jax.training.step import StepConfig
 
-BITS_PER_BYTE = "validation/bits_per_byte"  # key in metrics.jsonl
+# Keys in metrics.jsonl. A task has bits per answer under the first, and the accuracy.
+BITS_PER_BYTE, ACCURACY = "validation/bits_per_byte", "validation/accuracy"
 _STATISTICS_TOKENS = 1024  # tokens that the preconditioners' statistics are computed over
 
 
@@ -38,14 +39,19 @@ def make_validate(
 ) -> Callable[[Parameters, bool], dict[str, float]]:
     """Return the function (parameters, on all windows?) -> the metrics of a validation."""
     evaluate = make_evaluate(apply, step_config.chunks)
+    # Over a mesh the positions that are asked lie on several devices; all logits need no rearrangement.
+    recall = make_recall_accuracy(apply, questions=data.questions if layout.mesh is None else None)
     statistics = _make_statistics(apply, model, layout)
 
     def validate(parameters: Parameters, everything: bool) -> dict[str, float]:
-        batches = _placed(held_out.everything if everything else held_out.some, layout, watchdog)
+        chosen = held_out.everything if everything else held_out.some
+        placed = lambda: _placed(chosen, layout, watchdog)
         with layout.active():
             # With some windows only, this is an estimate: their tokens may be longer or shorter than the average.
-            bits = evaluate(parameters, batches) * data.held_out_tokens_per_byte
-        return {BITS_PER_BYTE: bits} | statistics(parameters, data.held_out[0])
+            row = {BITS_PER_BYTE: evaluate(parameters, placed()) * data.held_out_tokens_per_byte}
+            if data.questions is not None:
+                row[ACCURACY] = recall(parameters, placed())
+        return row | statistics(parameters, data.held_out[0])
 
     return validate
 

@@ -2,5 +2,6 @@
 
 from osdn_jax.data.recall.arguments import IGNORE
 from osdn_jax.data.recall.multi_query import Recall, mqar
+from osdn_jax.data.recall.task import TASKS, Task, TaskWindows, parse_task
 
-__all__ = ["IGNORE", "Recall", "mqar"]
+__all__ = ["IGNORE", "TASKS", "Recall", "Task", "TaskWindows", "mqar", "parse_task"]
