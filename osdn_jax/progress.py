@@ -206,7 +206,7 @@ class RunsBar(_Bar):
             TextColumn("{task.description}"), BarColumn(bar_width=None), console=console, total=total, done=done
         )
         self._total, self._every = total, every
-        self._first = float(done)
+        self._first, self._finished = float(done), done
         self._started = self._last_line = time.monotonic()
 
     def update(self, done: float, finished: int) -> None:
@@ -218,9 +218,10 @@ class RunsBar(_Bar):
             status += f"  {_duration(seconds)} left"
         if self._bar is not None:
             self._bar.update(self._task, completed=done, description=status)
-        elif now - self._last_line >= self._every or finished >= self._total:
+        elif now - self._last_line >= self._every or finished >= self._total > self._finished:
             self._last_line = now
             self.print(status)
+        self._finished = finished
 
     def print(self, line: str) -> None:
         """Write a line, above the bar if there is one."""

@@ -22,7 +22,7 @@ from osdn_jax.progress import RunsBar
 from osdn_jax.sweep.figure import plot_sweep
 from osdn_jax.sweep.jobs import JobError, run_jobs
 from osdn_jax.sweep.plan import Plan, by_key
-from osdn_jax.sweep.results import RESULTS_FILE, Record, append_result, read_results
+from osdn_jax.sweep.results import RESULTS_FILE, Record, read_results
 from osdn_jax.sweep.table import Summary, markdown, summarise_plan
 from osdn_jax.sweep.trainer import check_config
 from osdn_jax.sweep.variants import change, make_variants
@@ -82,7 +82,8 @@ def _train(plan: Plan, folder: Path, before: dict[str, Record], jobs: int, line:
     jobs = min(jobs, plan.total - len(finished))
     try:
         with RunsBar(plan.total, done=len(finished)) as bar:
-            bar.print(f"{len(finished):,} of {plan.total:,} runs have finished; {jobs} processes; results in {folder}")
+            processes = f"{jobs:,} process{'' if jobs == 1 else 'es'}"
+            bar.print(f"{len(finished):,} of {plan.total:,} runs have finished; {processes}; results in {folder}")
             run_jobs(plan, folder, jobs, line, bar, finished)
     except KeyboardInterrupt:
         left = f"{len(finished):,} of {plan.total:,} runs have finished"
@@ -99,14 +100,16 @@ def _report(plan: Plan, summary: Summary, folder: Path, line: str) -> None:
     write_atomically(folder / TABLE_FILE, text)
     config = plan.variants[0].config
     sizes = f"{config.model.layers} layers, width {config.model.width}, {config.steps:,} steps of {config.batch_size}"
-    note = f"seeds {', '.join(map(str, plan.seeds))}; {sizes} examples; {config.data.validation_examples:,} test examples"
+    note = (
+        f"seeds {', '.join(map(str, plan.seeds))}; {sizes} examples; {config.data.validation_examples:,} test examples"
+    )
     plot_sweep(summary, folder / FIGURE_FILE, title=str(config.data.task), note=note)
     print(text)
     print(f"{folder / TABLE_FILE}, {folder / FIGURE_FILE}, {folder / RESULTS_FILE}", flush=True)
 
 
 def _plan(given: argparse.Namespace) -> Plan:
-    """Raises ConfigError or ValueError."""
+    """Return the plan of a command line. Raises ConfigError or ValueError."""
     base, names = load_with_globals(given.config)
     change(base, given.set, "--set")
     rules = given.rules or ([] if given.variant else [base.model.rule])
@@ -158,7 +161,9 @@ def _rates(text: str) -> list[float]:
         except ValueError:
             rate = float("nan")
         if not 0 < rate < 1e6:
-            raise argparse.ArgumentTypeError(f"got {part!r}, expected positive numbers separated by commas, as in 1e-3,3e-3")
+            raise argparse.ArgumentTypeError(
+                f"got {part!r}, expected positive numbers separated by commas, as in 1e-3,3e-3"
+            )
         if rate not in rates:
             rates.append(rate)
     return rates
@@ -191,11 +196,17 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     )
     add = parser.add_argument
     add("config", help="configuration file with data.task, such as configs/mqar.py or configs/mqar.py:length=96")
-    add("--rules", type=_names, default=[], metavar="RULE,…", help="rules and declared variants (default: the config's)")
+    add("--rules", type=_names, default=[], metavar="RULE,…", help="rules, or variants of the file (default: its rule)")
     add("--variant", action="append", default=[], metavar="TEXT", help="'NAME: RULE KEY=VALUE …'; may be repeated")
     add("--set", nargs="+", action="extend", default=[], metavar="KEY=VALUE", help="keys of the configuration, for all")
     add("--seeds", type=_integer(_MOST_SEEDS), default=1, metavar="N", help="number of seeds, from seed on (default 1)")
-    add("--learning_rates", type=_rates, default=[], metavar="RATE,…", help="peaks of the schedule (default: the config's)")
+    add(
+        "--learning_rates",
+        type=_rates,
+        default=[],
+        metavar="RATE,…",
+        help="peaks of the schedule (default: the config's)",
+    )
     add("--choose", action="store_true", help="try each rate on the first seed; the other seeds take the best one")
     add("--jobs", type=_integer(_MOST_JOBS), default=usable_cores(), metavar="N", help="processes (default: the cores)")
     add("--vmap", action="store_true", help="train all seeds of a rule and rate at once, for accelerators (--jobs 1)")

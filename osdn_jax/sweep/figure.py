@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from osdn_jax._files import write_atomically
-from osdn_jax.plotting import COLOURS, GREY, INK, label_ends, new_canvas, png, style_axes
+from osdn_jax.plotting import COLOURS, GREY, INK, PALE, label_ends, new_canvas, png, style_axes
 from osdn_jax.sweep.summary import Row
 from osdn_jax.sweep.table import Summary
 
@@ -73,7 +73,13 @@ def _curves(axes: "Axes", rows: list[Row], summary: Summary) -> None:
     axes.set_ylim(-2, 102)
     axes.set_xlim(left=0, right=max(record["steps"][-1] for row in rows for record in row.records))
     style_axes(axes, xlabel="Training step")
-    axes.set_title("Test accuracy, %: mean over seeds, band from the lowest to the highest", fontsize=12, color=INK, loc="left", pad=12)
+    axes.set_title(
+        "Test accuracy, %: mean over seeds, band from the lowest to the highest",
+        fontsize=12,
+        color=INK,
+        loc="left",
+        pad=12,
+    )
     label_ends(axes, ends, gap=_GAP, fontsize=11)
 
 
@@ -92,7 +98,11 @@ def _dots(axes: "Axes", rows: list[Row]) -> None:
         values = [100 * value for value in row.plateaus]
         axes.plot(values, height + shifts, "o", color=colour, markersize=6, markeredgecolor="white", alpha=0.9)
         axes.plot([100 * row.mean] * 2, [height - 0.32, height + 0.32], color=colour, linewidth=2.2)
-    style_axes(axes, xlabel="Plateau, %: a dot per seed, a line at the mean")
-    axes.grid(axis="x", color="#E4E4E4", linewidth=0.8)
+    style_axes(axes, xlabel="Plateau of test accuracy, %")
+    axes.set_title("A dot per seed, a line at the mean", fontsize=12, color=INK, loc="left", pad=12)
+    axes.grid(axis="x", color=PALE, linewidth=0.8)
+    shown = [100 * value for row in rows for value in row.plateaus]
+    room = max(0.06 * (max(shown) - min(shown)), 2.0 - 0.5 * (max(shown) - min(shown)), 0.5)
+    axes.set_xlim(min(shown) - room, max(shown) + room)
     axes.set_yticks(range(len(rows)), [row.label for row in reversed(rows)])
     axes.set_ylim(-0.6, len(rows) - 0.4)

@@ -71,12 +71,10 @@ def transition(record: dict[str, Any], threshold: float) -> int | None:
 
 def default_threshold(records: Sequence[dict[str, Any]], chance: float) -> float:
     """Return the accuracy that counts as the transition: half-way between chance and the best plateau of all runs."""
-    return (chance + max((plateau(record) for record in records), default=chance)) / 2
+    return (chance + max([chance, *(plateau(record) for record in records)])) / 2
 
 
-def summarise(
-    label: str, records: Sequence[dict[str, Any]], threshold: float, *, chosen: bool = False
-) -> Row:
+def summarise(label: str, records: Sequence[dict[str, Any]], threshold: float, *, chosen: bool = False) -> Row:
     """Return the statistics of the runs of one variant at one learning rate, at least one run.
 
     Args:

@@ -1,10 +1,9 @@
 """The table of a sweep, in Markdown."""
 
-from collections.abc import Sequence
-from statistics import fmean, median
+from statistics import median
 from typing import NamedTuple
 
-from osdn_jax.sweep.plan import Plan, Run, chosen_rate
+from osdn_jax.sweep.plan import Plan, chosen_rate
 from osdn_jax.sweep.results import Record
 from osdn_jax.sweep.summary import PLATEAU_SHARE, Row, default_threshold, plateau, summarise
 from osdn_jax.training.tasks import configured_tasks
@@ -139,9 +138,10 @@ def _notes(plan: Plan, summary: Summary) -> list[str]:
             "that seed is one of the n."
         )
         ends = (min(plan.learning_rates), max(plan.learning_rates))
-        if at_end := [row.label for row in summary.rows if row.learning_rate in ends]:
-            notes.append(f"The best rate is the lowest or highest tried, so a better one may lie outside: {', '.join(at_end)}.")
-    diverged = [f"{row.label} seed {r['seed']} at {row.learning_rate:g}" for row in summary.rows for r in row.records if r["diverged"]]
-    if diverged:
-        notes.append(f"Diverged, and ended early: {', '.join(diverged)}.")
+        if at_end := ", ".join(row.label for row in summary.rows if row.learning_rate in ends):
+            notes.append(f"The best rate is the lowest or highest tried, so a better one may lie outside: {at_end}.")
+    ended = [(row, record["seed"]) for row in summary.rows for record in row.records if record["diverged"]]
+    if ended:
+        names = ", ".join(f"{row.label} seed {seed} at {row.learning_rate:g}" for row, seed in ended)
+        notes.append(f"Diverged, and ended early: {names}.")
     return [line for note in notes for line in (note, "")][:-1]

@@ -9,9 +9,9 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
+from osdn_jax.data.recall import TASKS, Task
 from osdn_jax.nn import CausalLM, split_model
 from osdn_jax.nn.likelihood import hidden_at
-from osdn_jax.data.recall import TASKS, Task
 from osdn_jax.sweep.batches import Batch, asked, in_blocks, most_asked
 from osdn_jax.training import TrainState, build_model_config, build_optimizer, build_step_config, make_train_step
 from osdn_jax.training.ranges import check_ranges
@@ -84,15 +84,9 @@ class Trainer:
         self._test = in_blocks(asked(*test, self._asked), min(config.validation.batch_size, examples))
         model = build_model_config(config)
         apply, _ = split_model(nnx.eval_shape(lambda: CausalLM(model, rngs=nnx.Rngs(params=0))))
-        self._start, self._block, self._evaluate = (
-            jax.jit(f, donate_argnums=donated)
-            for f, donated in zip(_programs(config, apply, members is not None), ((), 0, ()), strict=True)
-        )
-
-    @property
-    def programs(self) -> int:
-        """The number of compiled programs: 3 after the first run, however many follow."""
-        return sum(f._cache_size() for f in (self._start, self._block, self._evaluate))
+        start, block, evaluate = _programs(config, apply, members is not None)
+        self._start, self._evaluate = jax.jit(start), jax.jit(evaluate)
+        self._block = jax.jit(block, donate_argnums=0)
 
     def train(
         self, seeds: Sequence[int], learning_rate: float, on_steps: Callable[[int], object] = lambda steps: None
@@ -109,7 +103,7 @@ class Trainer:
         """
         rate = np.float32(learning_rate)
         state = self._start(self._each([np.uint32(seed) for seed in seeds]), rate)
-        rows = [(0, *self._tested(state), None)]
+        rows: list[tuple[int, np.ndarray, np.ndarray, np.ndarray | None]] = [(0, *self._tested(state), None)]
         skipped = np.zeros(len(seeds), np.int32)
         every = self._config.validation.every
         for first in range(0, self._config.steps, every):
@@ -137,7 +131,7 @@ class Trainer:
             for i in range(len(seeds))
         ]
 
-    def _each(self, values: Sequence[np.ndarray]) -> np.ndarray:
+    def _each(self, values: Sequence[Any]) -> Any:
         return values[0] if self._members is None else np.stack(values)
 
     def _batches(self, seed: int, step: int) -> Batch:
@@ -213,12 +207,12 @@ def _programs(config: ConfigDict, apply: Callable[..., Any], members: bool) -> t
             logits = jnp.einsum("bnd,vd->bnv", hidden, unembedding, preferred_element_type=jnp.float32)
             label = jnp.take_along_axis(logits, batch["targets"][..., None], axis=-1)[..., 0]
             nats = (jax.nn.logsumexp(logits, axis=-1) - label) * weights
-            right = (jnp.argmax(logits, axis=-1) == batch["targets"]) * weights
+            right = jnp.where(jnp.argmax(logits, axis=-1) == batch["targets"], weights, 0.0)
             count = jnp.sum(weights, axis=1)
             return jnp.sum(right, axis=1) / jnp.maximum(count, 1.0), jnp.sum(nats), count
 
         accuracy, nats, count = jax.lax.map(one, test)
-        return jnp.sum(accuracy) / jnp.sum(count > 0), jnp.sum(nats) / jnp.sum(count)
+        return jnp.sum(accuracy) / jnp.sum(jnp.sign(count)), jnp.sum(nats) / jnp.sum(count)
 
     if not members:
         return start, block, evaluate

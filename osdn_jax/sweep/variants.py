@@ -70,9 +70,7 @@ def make_variants(
     for rule in rules:
         if rule not in declared and rule not in RULES:
             known = [*declared, *RULES]
-            raise ConfigError(
-                f"--rules: got {rule!r}, expected some of {', '.join(known)}{did_you_mean(rule, known)}"
-            )
+            raise ConfigError(f"--rules: got {rule!r}, expected some of {', '.join(known)}{did_you_mean(rule, known)}")
         variants.append(_variant(base, "--rules", rule, declared.get(rule, rule)))
     for text in given:
         label, colon, changes = (part.strip() for part in text.partition(":"))
@@ -94,9 +92,8 @@ def _variant(base: ConfigDict, flag: str, label: str, text: str) -> Variant:
     if words and "=" not in words[0]:
         rule = words.pop(0)
         if rule not in RULES:
-            raise ConfigError(
-                f"{flag} {label}: got the rule {rule!r}, expected one of {', '.join(RULES)}{did_you_mean(rule, [*RULES])}"
-            )
+            near = did_you_mean(rule, [*RULES])
+            raise ConfigError(f"{flag} {label}: got the rule {rule!r}, expected one of {', '.join(RULES)}{near}")
         config.model.rule = rule
     change(config, words, f"{flag} {label}")
     return Variant(label, config)

@@ -39,7 +39,9 @@ class Worker:
         about: the command, machine and versions, for the records.
     """
 
-    def __init__(self, plan: Plan, folder: Path, tell: Callable[[dict[str, Any]], object], about: dict[str, Any]) -> None:
+    def __init__(
+        self, plan: Plan, folder: Path, tell: Callable[[dict[str, Any]], object], about: dict[str, Any]
+    ) -> None:
         """Prepare; nothing is compiled yet."""
         self._plan, self._folder, self._tell, self._about = plan, folder, tell, about
         self._told: set[str] = set()
@@ -92,7 +94,8 @@ class Worker:
     def _groups(self, runs: Sequence[Run]) -> list[list[Run]]:
         if not self._plan.vmap:
             return [[run] for run in runs]
-        return [[run for run in runs if run.learning_rate == rate] for rate in dict.fromkeys(r.learning_rate for r in runs)]
+        rates = dict.fromkeys(run.learning_rate for run in runs)
+        return [[run for run in runs if run.learning_rate == rate] for rate in rates]
 
     def _enter(self, variant: Variant, claims: Claims) -> None:
         """Give up the claim on the variant before."""
