@@ -11,10 +11,25 @@ import numpy as np
 from jaxtyping import Int
 
 from osdn_jax.data.recall.arguments import IGNORE
+from osdn_jax.data.recall.changes import drifting_mqar, forgetting_mqar
+from osdn_jax.data.recall.copying import compression, memorization, selective_copying
+from osdn_jax.data.recall.fuzzy import fuzzy_in_context_recall
+from osdn_jax.data.recall.in_context import in_context_recall, noisy_in_context_recall
 from osdn_jax.data.recall.multi_query import Recall, mqar
 from osdn_jax.data.windows import Window
 
-TASKS: Mapping[str, Callable[..., Recall]] = MappingProxyType({"mqar": mqar})
+_ALL = (
+    mqar,
+    forgetting_mqar,
+    drifting_mqar,
+    selective_copying,
+    in_context_recall,
+    noisy_in_context_recall,
+    fuzzy_in_context_recall,
+    memorization,
+    compression,
+)
+TASKS: Mapping[str, Callable[..., Recall]] = MappingProxyType({task.__name__: task for task in _ALL})
 """The generators by name. Each is called as task(examples, length=…, vocabulary=…, …, seed=…)."""
 
 
@@ -61,7 +76,7 @@ def parse_task(text: str, *, length: int | None = None) -> Task:
 
     Args:
         text: the name of a generator of `osdn_jax.data.recall` and its options; `seed=0` is the default seed.
-        length: of the examples if the text does not say. Default: None, it has to.
+        length: of the examples if neither the text nor the generator has one. Default: None, the text needs one.
 
     Returns:
         The task, with all options; one example is generated to check them.
@@ -90,7 +105,7 @@ def parse_task(text: str, *, length: int | None = None) -> Task:
             raise ValueError(f"{name}: got {item!r}, expected {key}=VALUE, once")
         given[key] = _value(f"{name}: {key}", value, int if key == "seed" else valid[key].annotation)
     seed = given.pop("seed", 0)
-    if length is not None:
+    if length is not None and valid["length"].default is inspect.Parameter.empty:
         given.setdefault("length", length)
     options = {}
     for key, parameter in valid.items():
@@ -99,6 +114,8 @@ def parse_task(text: str, *, length: int | None = None) -> Task:
         if key not in given and parameter.default is inspect.Parameter.empty:
             raise ValueError(f"{name}: got {text!r} without {key}, expected {key}=VALUE")
         options[key] = given.get(key, parameter.default)
+    if options.get("autoencoder"):
+        raise ValueError(f"{name}: autoencoder: got true, expected false: a causal model would repeat its input")
     task = Task(name, options, seed)
     try:
         task.generate(1)
