@@ -15,7 +15,7 @@ type Record = dict[str, Any]
 
 
 class Results(NamedTuple):
-    """What a results file holds.
+    """The contents of a results file.
 
     Attributes:
         records: one for each finished run, in the order of the file.

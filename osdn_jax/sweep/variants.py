@@ -11,7 +11,7 @@ from osdn_jax.nn import RULES
 from osdn_jax.training.command_line import did_you_mean, parse_value
 from osdn_jax.training.config import ConfigError, default_config, flatten
 
-# What a run has of its own, or what its result does not depend on.
+# Keys that differ between the runs of a variant, or that no result depends on.
 _NOT_SETTINGS = ("seed", "optimizer.learning_rate", "max_skipped_steps", "log_every", "hang_seconds")
 _NOT_SETTINGS_OF = ("checkpoint.", "mesh.")
 
@@ -29,12 +29,12 @@ class Variant(NamedTuple):
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What the results depend on, next to seed and learning rate: {dotted key: value}."""
+        """{dotted key: value} of all that a result depends on, except seed and learning rate."""
         return settings_of(flatten(self.config))
 
 
 def settings_of(flat: Mapping[str, Any]) -> dict[str, Any]:
-    """Return what a result depends on, next to seed and learning rate; a missing key has its default."""
+    """Return the keys that a result depends on, except seed and learning rate; a missing key has its default."""
     full = flatten(default_config()) | dict(flat)
     return {
         key: value
