@@ -36,6 +36,7 @@ MODULES = (
     "osdn_jax.compare",
     "osdn_jax.data.prepare",
     "osdn_jax.generate",
+    "osdn_jax.regression",
     "pallas_kernels.aot",
 )
 # Programs of others: their lines have no more of ours than files, which must exist.

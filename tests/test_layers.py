@@ -28,6 +28,7 @@ LAYERS = {
     "osdn_jax.nn": {"osdn_jax.ops"},
     "osdn_jax.data": SHARED,
     "osdn_jax.compare": {"osdn_jax.ops", *SHARED},
+    "osdn_jax.regression": {"osdn_jax.ops", "osdn_jax.compare", *SHARED},
     "osdn_jax.sampling": {"osdn_jax.nn"},
     "osdn_jax.evaluation": {"osdn_jax.nn", "osdn_jax.data", *SHARED},
     "osdn_jax.training": {"osdn_jax.nn", "osdn_jax.data", "osdn_jax.evaluation", *SHARED},
