@@ -45,7 +45,7 @@ def s_niah(
 
     | variant | haystack | value |
     | --- | --- | --- |
-    | 1 | lines "The grass is green. The sky is blue. ..."; the needle is a line of its own | 7 digits |
+    | 1 | lines "The grass is green. The sky is blue. ..."; the needle is one more line | 7 digits |
     | 2 | the first words of a text; the needle is between two sentences, at one of 40 depths | 7 digits |
     | 3 | as 2 | a UUID |
 
