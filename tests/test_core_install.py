@@ -55,6 +55,7 @@ NEED_TRAIN = {
     "osdn_jax.generate": "ml_collections",
     "osdn_jax.planning": "ml_collections",
     "osdn_jax.plotting": "matplotlib",
+    "osdn_jax.sweep": "matplotlib",
     "osdn_jax.training": "ml_collections",
 }
 
