@@ -8,7 +8,6 @@ import argparse
 import contextlib
 import json
 import logging
-import math
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -27,11 +26,14 @@ from osdn_jax._files import write_atomically
 from osdn_jax.compare.machine import environment
 from osdn_jax.console import PipedConsole
 from osdn_jax.data import Document, open_stream, read_documents
+from osdn_jax.evaluation.flags import parse_flags
+from osdn_jax.evaluation.hub import prepare_environment
 from osdn_jax.evaluation.position_data import position_windows
 from osdn_jax.evaluation.positions import Bucket, perplexity_by_position
-from osdn_jax.evaluation.results import Result, position_table, result_table
+from osdn_jax.evaluation.recall_tasks import RecallTask, parse_recall_task, recall_prompts, run_recall_task
+from osdn_jax.evaluation.results import Outcome, position_table, record, result_table
 from osdn_jax.evaluation.suites import SUITES, Positions, Suite
-from osdn_jax.evaluation.text_model import LONG, TextModel
+from osdn_jax.evaluation.text_model import TextModel
 from osdn_jax.nn import AttentionConfig
 from osdn_jax.training import CheckpointError, CheckpointMismatchError
 from osdn_jax.training.command_line import fail
@@ -44,26 +46,11 @@ _WIDTH = 160  # of tables in a file or a pipe
 _ERRORS = (ValueError, TypeError, OSError, ImportError, CheckpointError, CheckpointMismatchError)
 
 
-class Outcome(NamedTuple):
-    """Results of an evaluation.
-
-    Attributes:
-        results: the values of the tasks' metrics.
-        positions: {text: perplexity by position}.
-        missing: {task: why it was not run}.
-        about: versions and settings, as JSON can hold them.
-    """
-
-    results: list[Result]
-    positions: dict[str, list[Bucket]]
-    missing: dict[str, str]
-    about: dict[str, Any]
-
-
 class _Work(NamedTuple):
     """Tasks to run and texts to measure positions on."""
 
     tasks: list[str]  # of lm_eval
+    recall: list[RecallTask]
     positions: list[tuple[str, Positions]]  # (where the text is; "" for the run's own held-out text, its settings)
     suite: Suite | None
 
@@ -81,14 +68,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         SystemExit: the command line is wrong or the run cannot be evaluated (status 2), or help was asked for (0).
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    given = _parse(argv)
+    given = parse_flags(_PROGRAM, (__doc__ or "").splitlines()[0], argv)
     out = PipedConsole(width=None if sys.stdout.isatty() else _WIDTH)
     try:
         run = open_trained(command.directory("workdir", given.workdir))
         outcome, trained = _evaluate(given, run)
-        about = {"environment": environment(shlex.join([*_PROGRAM.split(), *argv])), **outcome.about}
+        outcome.about["environment"] = environment(shlex.join([*_PROGRAM.split(), *argv]))
         if given.output is not None:
-            write_atomically(given.output, json.dumps(_record(outcome, about), indent=1) + "\n")
+            write_atomically(given.output, json.dumps(record(outcome), indent=1) + "\n")
         if given.figure is not None and outcome.positions:
             _plot(given.figure, given.workdir, trained, outcome.positions)
     except _ERRORS as error:
@@ -101,54 +88,70 @@ def _evaluate(given: argparse.Namespace, run: Unread) -> tuple[Outcome, Trained]
     work = _work(given)
     if task := run.config.data.task:
         raise ValueError(f"--workdir: got a run on the recall task {task!r}, expected one on text")
+    prepare_environment()
     found: Any = None
     if work.tasks:
-        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         from osdn_jax.evaluation import harness  # needs the extra `eval`
 
-        harness.prepare_environment()
+        logging.getLogger("lm_eval").setLevel(logging.ERROR)
         found = harness.find_tasks(work.tasks, include_path=given.include_path, allow_code=given.allow_code)
     trained = run.load()
-    results: list[Result] = []
-    missing: dict[str, str] = {}
-    about: dict[str, Any] = _about(given, trained)
-    positions: dict[str, list[Bucket]] = {}
     model = _text_model(given, trained)
+    outcome = Outcome([], {}, {}, _about(given, trained, model))
     if found is not None:
-        tasks, missing = harness.load_tasks(found)
-        if missing and work.suite is None:
-            raise ValueError(next(iter(missing.values())))
-        if tasks:
-            from osdn_jax.evaluation.lm_eval_adaptor import LmEvalModel
-
-            with _counting(", ".join(work.tasks), "requests") as progress:
-                adapted = LmEvalModel(model, about=about["run"], progress=progress)
-                results, about["lm_eval"] = harness.run_tasks(
-                    adapted, tasks, found, limit=given.limit, num_fewshot=given.num_fewshot
-                )
-    missing |= {name: f"{name}: no such recall task yet" for name in (work.suite.recall if work.suite else ())}
+        _run_lm_eval(given, work, found, model, outcome)
+    for task in work.recall:
+        with _unless_missing(work, outcome, task.name), _counting(task.name, "prompts") as progress:
+            limit = given.limit or (work.suite.recall_limit if work.suite and not task.completion else None)
+            prompts = recall_prompts(task, trained.tokenizer, data=given.data, limit=limit)
+            outcome.results.append(run_recall_task(model, task, prompts, progress))
     for place, settings in work.positions:
-        try:
-            documents = list(_held_out(trained)) if not place else open_stream(place, split=settings.split)
-            with _counting(f"positions of {settings.name}", "windows") as progress:
-                positions[settings.name] = _positions(given, trained, documents, settings, progress)
-        except (FileNotFoundError, ConnectionError) as error:
-            if work.suite is None:
-                raise
-            missing[settings.name] = f"{settings.name}: {_how_to_get(settings.name, settings.data)} ({error})"
-    return Outcome(results, positions, missing, about), trained
+        with _unless_missing(work, outcome, settings.name), _counting(settings.name, "windows") as progress:
+            documents = open_stream(place, split=settings.split) if place else _held_out(trained)
+            outcome.positions[settings.name] = _positions(given, trained, documents, settings, progress)
+    return outcome, trained
+
+
+def _run_lm_eval(given: argparse.Namespace, work: _Work, found: Any, model: TextModel, outcome: Outcome) -> None:
+    """Run the tasks of lm_eval, and add their results to the outcome."""
+    from osdn_jax.evaluation import harness
+    from osdn_jax.evaluation.lm_eval_adaptor import LmEvalModel
+
+    tasks, missing = harness.load_tasks(found)
+    if missing and work.suite is None:
+        raise ValueError("task {}: {}".format(*next(iter(missing.items()))))
+    outcome.missing.update(missing)
+    if not tasks:
+        return
+    with _counting(", ".join(work.tasks), "requests") as progress:
+        adapted = LmEvalModel(model, about=outcome.about["run"], progress=progress)
+        results, about = harness.run_tasks(adapted, tasks, found, limit=given.limit, num_fewshot=given.num_fewshot)
+    outcome.results.extend(results)
+    outcome.about["lm_eval"] = about
+
+
+@contextlib.contextmanager
+def _unless_missing(work: _Work, outcome: Outcome, name: str) -> Iterator[None]:
+    """In a suite, note a task that cannot be run, such as one without its data, and continue with the next."""
+    try:
+        yield
+    except (OSError, ImportError, ValueError) as error:
+        if work.suite is None:
+            raise
+        outcome.missing[name] = str(error)
 
 
 def _work(given: argparse.Namespace) -> _Work:
     """Return what the flags ask for."""
     suite = SUITES[given.suite] if given.suite else None
-    tasks = list(dict.fromkeys([*(suite.tasks if suite else ()), *given.tasks]))
+    names = dict.fromkeys([*(suite.tasks + suite.recall if suite else ()), *given.tasks])
+    recall = {name: task for name in names if (task := parse_recall_task(name)) is not None}
     positions = [(_local(given, x.name) or f"{_HUB}{x.data}", x) for x in (suite.positions if suite else ())]
     if given.positions is not None:
         length, bucket = given.positions
         name = given.text or "held-out text"
         positions.append((given.text, Positions(name, "", "train", length, bucket, given.limit or sys.maxsize)))
-    return _Work(tasks, positions, suite)
+    return _Work([name for name in names if name not in recall], list(recall.values()), positions, suite)
 
 
 def _local(given: argparse.Namespace, name: str) -> str:
@@ -157,13 +160,6 @@ def _local(given: argparse.Namespace, name: str) -> str:
         return ""
     found = [path for path in (given.data / name, *sorted(given.data.glob(f"{name}.*"))) if path.exists()]
     return str(found[0]) if found else ""
-
-
-def _how_to_get(name: str, data: str) -> str:
-    return (
-        f"its data set {data} is neither in --data (as {name}.jsonl, {name}.txt or a folder {name}) nor to be had from "
-        "the Hugging Face hub"
-    )
 
 
 def _held_out(trained: Trained) -> Sequence[Document]:
@@ -210,8 +206,7 @@ def _text_model(given: argparse.Namespace, trained: Trained) -> TextModel:
     )
 
 
-def _about(given: argparse.Namespace, trained: Trained) -> dict[str, Any]:
-    model = _text_model(given, trained)
+def _about(given: argparse.Namespace, trained: Trained, model: TextModel) -> dict[str, Any]:
     return {
         "run": {
             "workdir": given.workdir,
@@ -232,32 +227,6 @@ def _about(given: argparse.Namespace, trained: Trained) -> dict[str, Any]:
     }
 
 
-def _record(outcome: Outcome, about: dict[str, Any]) -> dict[str, Any]:
-    """Return what the file of --output holds."""
-    return _without_nan(
-        {
-            **about,
-            "results": [result._asdict() for result in outcome.results],
-            "positions": {
-                name: [{**bucket._asdict(), "perplexity": bucket.perplexity} for bucket in buckets]
-                for name, buckets in outcome.positions.items()
-            },
-            "missing": outcome.missing,
-        }
-    )
-
-
-def _without_nan(value: Any) -> Any:
-    """Return a value with null for the numbers that JSON does not have, and text for what it cannot hold."""
-    if isinstance(value, dict):
-        return {str(name): _without_nan(x) for name, x in value.items()}
-    if isinstance(value, list | tuple):
-        return [_without_nan(x) for x in value]
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    return value if isinstance(value, str | int | None) else str(value)
-
-
 def _print(out: Console, given: argparse.Namespace, outcome: Outcome) -> None:
     def line(text: str) -> None:
         out.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -275,8 +244,8 @@ def _print(out: Console, given: argparse.Namespace, outcome: Outcome) -> None:
         line(f"Suite {given.suite}: {suite.paper}; from {suite.source}.")
         for note in suite.notes:
             line(f"- {note}")
-    for reason in outcome.missing.values():
-        line(f"not run: {reason}")
+    for reason in dict.fromkeys(outcome.missing.values()):
+        line(f"not run: {', '.join(x for x, why in outcome.missing.items() if why == reason)}: {reason}")
     for path in (given.output, given.figure if outcome.positions else None):
         if path is not None:
             line(f"Written: {path}")
@@ -310,76 +279,6 @@ def _counting(what: str, unit: str) -> Iterator[Callable[[int], None]]:
             progress.update(task, description=f"{what}: {done:,} {unit}")
 
         yield count
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected names separated by commas")
-    return names
-
-
-def _integer(least: int) -> Callable[[str], int]:
-    def integer(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected an integer of at least {least}")
-        return int(text)
-
-    return integer
-
-
-def _length_and_bucket(text: str) -> tuple[int, int]:
-    parts = text.split(",")
-    if len(parts) != 2 or not all(part.isdecimal() and int(part) for part in parts):
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected LENGTH,BUCKET in tokens, such as 20480,2048")
-    length, bucket = map(int, parts)
-    if bucket > length:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a bucket of at most the length")
-    return length, bucket
-
-
-def _file(flag: str, suffix: str) -> Callable[[str], Path]:
-    def file(text: str) -> Path:
-        if Path(text).suffix.lower() != suffix:
-            raise argparse.ArgumentTypeError(f"got {text!r}, expected a file that ends in {suffix}")
-        try:
-            return command.output_file(flag, text, replaced=True)
-        except ValueError as error:
-            raise argparse.ArgumentTypeError(str(error).removeprefix(f"--{flag}: ")) from error
-
-    return file
-
-
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = command.Parser(prog=_PROGRAM, description=(__doc__ or "").splitlines()[0], allow_abbrev=False)
-    add = parser.add_argument
-    add("--workdir", required=True, help="working directory of a run of train.py")
-    add("--tasks", type=_names, default=[], metavar="NAME,NAME", help="tasks, groups, tags or task files (YAML)")
-    add("--include_path", action="append", default=[], metavar="DIR", help="folder of task files; may be repeated")
-    add("--suite", choices=sorted(SUITES), help="the tasks of a paper")
-    add("--data", type=Path, metavar="DIR", help="folder of data sets that a suite would else fetch from the hub")
-    add("--positions", type=_length_and_bucket, metavar="LENGTH,BUCKET", help="perplexity by position, in tokens")
-    add("--text", default="", metavar="PATH", help="text of --positions (default: the run's held-out text)")
-    add("--limit", type=_integer(1), metavar="N", help="documents of a task, and windows of --positions, at most")
-    add("--num_fewshot", type=_integer(0), metavar="N", help="examples before each question (default: the task's)")
-    add("--output", type=_file("output", ".json"), metavar="FILE.json", help="write the results to this file")
-    add("--figure", type=_file("figure", ".png"), metavar="FILE.png", help="plot perplexity by position")
-    add("--long", choices=LONG, help="how long texts are read (default: carried; for the transformer windows)")
-    add("--max_length", type=_integer(2), metavar="N", help="tokens of a window (default: those of the training)")
-    add("--no_start_token", action="store_true", help="do not put the token that starts a document before a context")
-    add("--batch_size", type=_integer(1), default=16, metavar="N", help="texts at a time (default 16)")
-    add("--seed", type=_integer(0), default=0, metavar="N", help="random seed of sampled continuations (default 0)")
-    add("--allow_code", action="store_true", help="run the code that task files of yours name")
-    given = parser.parse_args(argv)
-    if not (given.tasks or given.suite or given.positions):
-        parser.error("give --tasks, --suite or --positions")
-    if given.figure is not None and given.positions is None and not (given.suite and SUITES[given.suite].positions):
-        parser.error("--figure: got a file, but nothing by position to plot; give --positions")
-    if given.text and given.positions is None:
-        parser.error("--text: got a text, but no --positions")
-    if given.data is not None and not given.data.is_dir():
-        parser.error(f"--data: got {str(given.data)!r}, which is no directory")
-    return given
 
 
 if __name__ == "__main__":

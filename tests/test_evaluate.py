@@ -8,7 +8,7 @@ import pytest
 
 from osdn_jax import evaluate
 from osdn_jax.data import load_tokenizer
-from osdn_jax.evaluation.suites import LONGBENCH, SUITES
+from osdn_jax.evaluation.suites import LONGBENCH, SUITES, Positions
 from osdn_jax.training import load_trained
 from support import runs
 from support.runs import finished
@@ -154,6 +154,24 @@ def test_without_the_extra_the_error_says_how_to_install_it(run):
     assert done.returncode == 2
     assert "pip install 'osdn-jax[eval]'" in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+def test_a_suite_names_what_it_could_not_run(run, call, tmp_path, monkeypatch):
+    """Everything else of it is run; the status says that it is not whole."""
+    positions = (Positions("pg19", "no-such-owner/no-such-data", "train", 64, 32, 2),)
+    recall = ("completion_fda", "completion_fda_twice", "niah_single_1@900", "niah_single_1@99")
+    suite = SUITES["osdn"]._replace(tasks=(), recall=recall, recall_limit=2, positions=positions)
+    monkeypatch.setitem(SUITES, "osdn", suite)
+    rows = [{"text": "City: Rome", "key": "city", "value": "Rome"}] * 3
+    (tmp_path / "fda.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    output = tmp_path / "out.json"
+    status, out, _ = call("--workdir", run, "--suite", "osdn", "--data", tmp_path, "--output", output)
+    assert status == 1
+    record = json.loads(output.read_text())
+    assert {x["task"]: x["n"] for x in record["results"]} == dict(zip(recall, (3, 3, 2), strict=False))
+    assert list(record["missing"]) == ["niah_single_1@99", "pg19"]
+    assert "not run: niah_single_1@99: length: got 99" in out
+    assert suite.notes[0] in out
 
 
 def test_suites_name_tasks_once():

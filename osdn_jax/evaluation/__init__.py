@@ -9,12 +9,16 @@ from osdn_jax.evaluation.generation import BatchGenerator
 from osdn_jax.evaluation.position_data import position_windows
 from osdn_jax.evaluation.positions import Bucket, perplexity_by_position
 from osdn_jax.evaluation.recall import make_recall_accuracy, recall_accuracy, recall_sums
+from osdn_jax.evaluation.recall_tasks import RecallTask, parse_recall_task, recall_prompts, run_recall_task
+from osdn_jax.evaluation.results import Result
 from osdn_jax.evaluation.scoring import Score, TokenScorer, TokenScores, token_scores
 from osdn_jax.evaluation.text_model import TextModel
 
 __all__ = [
     "BatchGenerator",
     "Bucket",
+    "RecallTask",
+    "Result",
     "Score",
     "TextModel",
     "TokenScorer",
@@ -22,9 +26,12 @@ __all__ = [
     "compressed_bits_per_byte",
     "make_evaluate",
     "make_recall_accuracy",
+    "parse_recall_task",
     "perplexity_by_position",
     "position_windows",
     "recall_accuracy",
+    "recall_prompts",
     "recall_sums",
+    "run_recall_task",
     "token_scores",
 ]

@@ -3,16 +3,14 @@
 import contextlib
 import difflib
 import io
-import os
-import socket
 from collections.abc import Iterable, Iterator, Sequence
 from importlib import metadata
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlsplit
 
-from osdn_jax._errors import first_line
+from osdn_jax._errors import first_line, joined_lines
 from osdn_jax._optional import needs_extra, require
+from osdn_jax.evaluation.hub import unreachable
 from osdn_jax.evaluation.results import Result
 from osdn_jax.evaluation.task_files import Code, TaskFileError, code_in_file
 
@@ -20,7 +18,6 @@ with needs_extra("eval", "osdn_jax.evaluation.harness"):
     import jinja2
     import jinja2.sandbox
 
-_HUB = "https://huggingface.co"
 _PURPOSE = "evaluation on tasks of lm-evaluation-harness"
 
 
@@ -40,21 +37,6 @@ class Found(NamedTuple):
     names: list[str]
     manager: Any
     allow_code: bool
-
-
-def prepare_environment() -> None:
-    """Silence the bars of the libraries, and do without the hub if its name is not known here.
-
-    Without this, each data set takes half a minute to be given up on a machine without a network. Call it before
-    lm_eval is imported.
-    """
-    for name in ("TQDM_DISABLE", "HF_DATASETS_DISABLE_PROGRESS_BARS", "DISABLE_MULTIPROC"):
-        os.environ.setdefault(name, "1")  # the last: JAX's threads do not survive the fork of lm_eval's bootstrap
-    if "HF_HUB_OFFLINE" not in os.environ and not any(os.environ.get(x) for x in ("HTTPS_PROXY", "https_proxy")):
-        try:
-            socket.getaddrinfo(urlsplit(os.environ.get("HF_ENDPOINT", _HUB)).hostname, 443)
-        except OSError:
-            os.environ["HF_HUB_OFFLINE"] = "1"
 
 
 def find_tasks(names: Sequence[str], *, include_path: Sequence[str | Path] = (), allow_code: bool = False) -> Found:
@@ -195,22 +177,19 @@ def _why(manager: Any, name: str, error: BaseException) -> str:
     config = (entry.cfg if entry is not None else None) or {}
     file = getattr(entry, "yaml_path", None) or name
     if isinstance(error, jinja2.exceptions.SecurityError):
-        return f"task {name}: a template of {file} reaches into Python: {first_line(error)}; --allow_code allows it"
+        return f"a template of {file} reaches into Python: {first_line(error)}; --allow_code allows it"
     if isinstance(error, jinja2.UndefinedError):
         fields = _fields(config)
         has = f"; its fields are {', '.join(fields)}" if fields else ""
-        return f"task {name}: its data lacks a field that {file} names: {first_line(error)}{has}"
+        return f"its data lacks a field that {file} names: {first_line(error)}{has}"
     data = config.get("dataset_path")
     if isinstance(error, ConnectionError) or (isinstance(error, OSError) and "Hub" in str(error)):
-        of = ": its members' data sets are" if data is None else f": the data set {data} is"
-        fetch = f": `hf download --repo-type dataset {data}`" if data else ""
-        return (
-            f"task {name}{of} not in the cache here, and the Hugging Face hub cannot be reached; download it on a "
-            f"machine with a network{fetch}, and copy that machine's HF_HOME, or name a task file for local data"
-        )
+        return f"{unreachable(data)}, or name a task file for local data"
     if isinstance(error, ModuleNotFoundError):
-        return f"task {name}: it needs the library {error.name}, which is not installed"
-    return f"task {name}: {type(error).__name__}: {first_line(error)} ({file})"
+        return f"it needs the library {error.name}, which is not installed"
+    if isinstance(error, ImportError):
+        return joined_lines(error)
+    return f"{type(error).__name__}: {first_line(error)} ({file})"
 
 
 def _fields(config: dict[str, Any]) -> list[str]:

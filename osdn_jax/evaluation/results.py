@@ -3,7 +3,7 @@
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from rich import box
 from rich.table import Table
@@ -33,6 +33,43 @@ class Result(NamedTuple):
     n: int
     version: str
     source: str
+
+
+class Outcome(NamedTuple):
+    """Results of an evaluation.
+
+    Attributes:
+        results: the values of the tasks' metrics.
+        positions: {text: perplexity by position}.
+        missing: {task: why it was not run}.
+        about: versions and settings, as JSON can hold them.
+    """
+
+    results: list[Result]
+    positions: dict[str, list[Bucket]]
+    missing: dict[str, str]
+    about: dict[str, Any]
+
+
+def record(outcome: Outcome) -> dict[str, Any]:
+    """Return an outcome as JSON can hold it: null for numbers that JSON does not have."""
+    positions = {
+        name: [{**bucket._asdict(), "perplexity": bucket.perplexity} for bucket in buckets]
+        for name, buckets in outcome.positions.items()
+    }
+    results = [result._asdict() for result in outcome.results]
+    return _without_nan({**outcome.about, "results": results, "positions": positions, "missing": outcome.missing})
+
+
+def _without_nan(value: Any) -> Any:
+    """Return a value with null for NaN and infinity, and text for what JSON cannot hold."""
+    if isinstance(value, dict):
+        return {str(name): _without_nan(x) for name, x in value.items()}
+    if isinstance(value, list | tuple):
+        return [_without_nan(x) for x in value]
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    return value if isinstance(value, str | int | None) else str(value)
 
 
 def result_table(results: Sequence[Result]) -> Table:

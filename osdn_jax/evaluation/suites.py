@@ -35,7 +35,7 @@ class Suite(NamedTuple):
         paper: title and identifier.
         source: where the list is from.
         tasks: tasks of lm_eval.
-        recall: recall tasks of this package; see `recall_tasks.RECALL_TASKS`.
+        recall: recall tasks of this package; see `parse_recall_task`.
         recall_limit: documents of each S-NIAH task.
         positions: perplexity by position.
         notes: how this differs from what the authors ran, and what is not known.
@@ -56,19 +56,22 @@ def _needles(lengths: tuple[int, ...]) -> tuple[str, ...]:
 
 _COMMON = ("piqa", "hellaswag", "winogrande", "arc_easy", "arc_challenge", "boolq", "wikitext", "lambada_openai")
 
+
+def _completions(form: str) -> tuple[str, ...]:
+    return tuple(f"completion_{name}{reads}{form}" for name in ("fda", "swde", "squad") for reads in ("", "_twice"))
+
+
 SUITES = {
     "osdn": Suite(
         paper="Online Scaled DeltaNet, arXiv 2605.13473",
         source="the evaluation scripts of its code, Lhongpei/OSLA: experiments/osla_340M/scripts",
         tasks=(*_COMMON, "social_iqa", "triviaqa", "drop", "nq_open", *(f"longbench_{name}" for name in LONGBENCH)),
-        recall=("jrt_fda", "jrt_fda_twice", "jrt_swde", "jrt_swde_twice", "jrt_squad", "jrt_squad_twice")
-        + _needles((2048, 4096, 8192)),
+        recall=_completions("_osdn") + _completions("@2000") + _needles((2048, 4096, 8192)),
         recall_limit=50,
         positions=(Positions("pg19", "fla-hub/pg19", "train", 20_480, 2_048, 128),),
         notes=(
-            "FDA, SWDE and SQuAD are those of the JRT paper, cut to 2,000 tokens first and doubled then. The authors' "
-            "script doubles SWDE before it is cut, may cut the question off FDA twice, and its prompt of SQuAD twice "
-            "rewards ending the line instead of copying.",
+            "FDA, SWDE and SQuAD come in the authors' form (_osdn), whose prompt of SQuAD twice rewards ending the "
+            "line instead of copying, and in that of the JRT paper with the same 2,000 tokens.",
             "S-NIAH is RULER's with a haystack that fills the length; the authors' is lm_eval's, whose haystack grows "
             "in steps of 500 words.",
             "triviaqa, drop and nq_open are closed-book or few-shot tasks of lm_eval, with exact match.",

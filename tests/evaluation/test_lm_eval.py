@@ -216,8 +216,8 @@ def test_a_file_is_a_task_too(folder):
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("lacking", "task lacking: its data lacks a field that .*lacking.yaml names: 'begin' is undefined; its fields"),
-        ("reach", "task reach: a template of .*reach.yaml reaches into Python"),
+        ("lacking", "^its data lacks a field that .*lacking.yaml names: 'begin' is undefined; its fields"),
+        ("reach", "^a template of .*reach.yaml reaches into Python"),
     ],
 )
 def test_what_cannot_be_loaded_says_why(folder, name, message):
