@@ -38,6 +38,7 @@ MODULES = (
     "osdn_jax.evaluate",
     "osdn_jax.generate",
     "osdn_jax.regression",
+    "osdn_jax.sweep",
     "pallas_kernels.aot",
 )
 # Programs of others: their lines have no more of ours than files, which must exist.

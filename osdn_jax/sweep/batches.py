@@ -39,6 +39,12 @@ def most_asked(targets: np.ndarray) -> int:
     return max(1, int((targets != IGNORE).sum(axis=1).max()))
 
 
+def same_asked(targets: np.ndarray) -> int | None:
+    """Return the number of asked tokens per example; None if it differs between the examples."""
+    counts = (targets != IGNORE).sum(axis=1)
+    return int(counts[0]) if counts[0] and (counts == counts[0]).all() else None
+
+
 def in_blocks(batch: Batch, size: int) -> Batch:
     """Return arrays [N // size, size, ...] of a batch [N, ...]; examples of weight 0 complete the last block."""
     missing = -len(batch["inputs"]) % size

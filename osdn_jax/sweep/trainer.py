@@ -9,10 +9,10 @@ import numpy as np
 from flax import nnx
 from ml_collections import ConfigDict
 
-from osdn_jax.data.recall import TASKS, Task
+from osdn_jax.data.recall import TASKS, Recall, Task
 from osdn_jax.nn import CausalLM, split_model
 from osdn_jax.nn.likelihood import hidden_at
-from osdn_jax.sweep.batches import Batch, asked, in_blocks, most_asked
+from osdn_jax.sweep.batches import Batch, asked, in_blocks, most_asked, same_asked
 from osdn_jax.training import TrainState, build_model_config, build_optimizer, build_step_config, make_train_step
 from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.tasks import configured_tasks, with_task
@@ -80,8 +80,10 @@ class Trainer:
         self._chunk = _chunk(config.validation.every)
         examples = config.data.validation_examples
         test = test_task.generate(examples, part=TEST_PART)
-        self._asked = most_asked(test.targets)
-        self._test = in_blocks(asked(*test, self._asked), min(config.validation.batch_size, examples))
+        first = self._examples(0, 0)
+        # Equally many questions in all examples, as in MQAR, or room for any number: no block needs another program.
+        self._asked = same_asked(first.targets) or config.sequence_length
+        self._test = in_blocks(asked(*test, most_asked(test.targets)), min(config.validation.batch_size, examples))
         model = build_model_config(config)
         apply, _ = split_model(nnx.eval_shape(lambda: CausalLM(model, rngs=nnx.Rngs(params=0))))
         start, block, evaluate = _programs(config, apply, members is not None)
@@ -136,11 +138,14 @@ class Trainer:
 
     def _batches(self, seed: int, step: int) -> Batch:
         """Return the examples of the next steps, [steps, B, ...]."""
-        rows = self._config.batch_size
-        part = (self._task.seed, TRAINING_PART, seed, step)
-        examples = TASKS[self._task.name](rows * self._chunk, **self._task.options, seed=part)
+        examples = self._examples(seed, step)
         self._asked = max(self._asked, most_asked(examples.targets))
-        return in_blocks(asked(*examples, self._asked), rows)
+        return in_blocks(asked(*examples, self._asked), self._config.batch_size)
+
+    def _examples(self, seed: int, step: int) -> Recall:
+        part = (self._task.seed, TRAINING_PART, seed, step)
+        count = self._config.batch_size * self._chunk
+        return TASKS[self._task.name](count, **self._task.options, seed=part)
 
     def _tested(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
         accuracy, loss = self._evaluate(state.evaluated, self._test)

@@ -50,9 +50,7 @@ def test_names(name, want):
     assert task == (name, *want)
 
 
-@pytest.mark.parametrize(
-    "name", ["niah_single_1", "niah_single_4@100", "fda", "completion_drop", "completion_fda@"]
-)
+@pytest.mark.parametrize("name", ["niah_single_1", "niah_single_4@100", "fda", "completion_drop", "completion_fda@"])
 def test_other_names_are_not_ours(name):
     assert parse_recall_task(name) is None
 
