@@ -121,8 +121,9 @@ def _percent(value: Value) -> str:
 def record(results: Results, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that JSON can hold: conditions, rules, and for each row the mean scores at every beta.
 
-    A score that diverges is null. `best` and `one` have the mean and the standard error (of `end`, `ratio` and `relative`
-    the geometric mean and the factor) at the best beta and at beta = 1; `lowest_end` is a beta and the loss there.
+    A score that diverges is null. `best` and `one` have the mean and the standard error at the best beta and at
+    beta = 1, of `end`, `ratio` and `relative` the geometric mean and the factor; `lowest_end` is a beta and the loss
+    there.
     """
     conditions = results.conditions()
     betas = results.rows[0].betas if results.rows else ()
