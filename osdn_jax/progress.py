@@ -190,6 +190,44 @@ class PrepareBar(_Bar):
         return f"{self._documents:,} documents  {self._tokens:,} tokens  {speed:,.0f} tokens/s"
 
 
+class RunsBar(_Bar):
+    """The progress of many runs: a bar on a terminal; elsewhere, as in a CI job's log, a line every `every` seconds."""
+
+    def __init__(self, total: int, *, done: int = 0, every: float = 30.0, console: Console | None = None) -> None:
+        """Prepare the bar; use it as a context manager.
+
+        Args:
+            total: the number of runs.
+            done: the number of runs that had finished before.
+            every: seconds between lines without a terminal.
+            console: where to write; standard output by default.
+        """
+        super().__init__(
+            TextColumn("{task.description}"), BarColumn(bar_width=None), console=console, total=total, done=done
+        )
+        self._total, self._every = total, every
+        self._first, self._finished = float(done), done
+        self._started = self._last_line = time.monotonic()
+
+    def update(self, done: float, finished: int) -> None:
+        """Show that `done` runs are done, with the parts of those that have not finished."""
+        now = time.monotonic()
+        status = f"{finished:,} of {self._total:,} runs"
+        if done > self._first:
+            seconds = (now - self._started) / (done - self._first) * (self._total - done)
+            status += f"  {_duration(seconds)} left"
+        if self._bar is not None:
+            self._bar.update(self._task, completed=done, description=status)
+        elif now - self._last_line >= self._every or finished >= self._total > self._finished:
+            self._last_line = now
+            self.print(status)
+        self._finished = finished
+
+    def print(self, line: str) -> None:
+        """Write a line, above the bar if there is one."""
+        self._console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
 class Stopwatch:
     """Seconds since `start`, without the pauses: for the speed of training without compilation, validation or saving.
 

@@ -35,8 +35,11 @@ MODULES = (
     "benchmarks.step",
     "osdn_jax.compare",
     "osdn_jax.data.prepare",
+    "osdn_jax.diagnose",
+    "osdn_jax.evaluate",
     "osdn_jax.generate",
     "osdn_jax.regression",
+    "osdn_jax.sweep",
     "pallas_kernels.aot",
 )
 # Programs of others: their lines have no more of ours than files, which must exist.

@@ -30,10 +30,19 @@ LAYERS = {
     "osdn_jax.compare": {"osdn_jax.ops", *SHARED},
     "osdn_jax.regression": {"osdn_jax.ops", "osdn_jax.compare", *SHARED},
     "osdn_jax.sampling": {"osdn_jax.nn"},
-    "osdn_jax.evaluation": {"osdn_jax.nn", "osdn_jax.data", *SHARED},
+    "osdn_jax.evaluation": {"osdn_jax.ops", "osdn_jax.nn", "osdn_jax.data", "osdn_jax.sampling", *SHARED},
     "osdn_jax.training": {"osdn_jax.nn", "osdn_jax.data", "osdn_jax.evaluation", *SHARED},
     "osdn_jax.planning": {"osdn_jax.nn", "osdn_jax.evaluation", "osdn_jax.training", "pallas_kernels", *SHARED},
+    "osdn_jax.diagnose": {"osdn_jax.nn", "osdn_jax.evaluation", "osdn_jax.training", *SHARED},
     "osdn_jax.generate": {"osdn_jax.sampling", "osdn_jax.training", *SHARED},
+    "osdn_jax.evaluate": {
+        "osdn_jax.nn",
+        "osdn_jax.data",
+        "osdn_jax.compare",
+        "osdn_jax.evaluation",
+        "osdn_jax.training",
+        *SHARED,
+    },
 }
 CORE = {"jax", "flax", "jaxtyping", "numpy"}
 # Packages that have to be importable without an extra.
@@ -109,7 +118,13 @@ def test_every_library_is_declared():
     assert {re.match(r"[\w-]+", line)[0] for line in project["dependencies"]} == CORE
     declared = {
         re.match(r"[\w-]+", line)[0].lower().replace("_", "-")
-        for line in [*project["dependencies"], *extras["train"], *extras["data"], *extras["tokenizers"]]
+        for line in [
+            *project["dependencies"],
+            *extras["train"],
+            *extras["data"],
+            *extras["tokenizers"],
+            *extras["eval"],
+        ]
     }
     used = set().union(*(imports(module) for module in FILES)) - sys.stdlib_module_names
     used = {name for name in used if name.partition(".")[0] not in PACKAGES} - {"jaxlib"}  # of jax

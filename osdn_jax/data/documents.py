@@ -192,7 +192,11 @@ def _text_document(file: Path, name: str) -> Iterator[Document]:
     yield Document(name, _normalise(_checked_utf8(file, b"".join(_lines(file)))))
 
 
-def _jsonl_documents(file: Path, name: str, field: str) -> Iterator[Document]:
+def jsonl_lines(file: Path) -> Iterator[tuple[int, bytes]]:
+    """Yield (line number, line) of each line of a .jsonl file that is not blank. Raises ValueError unless it is text.
+
+    The file may be compressed (.gz, .xz).
+    """
     offset = 0
     for number, line in zip(itertools.count(1), _lines(file)):
         text = _checked_utf8(file, line, offset)
@@ -200,7 +204,12 @@ def _jsonl_documents(file: Path, name: str, field: str) -> Iterator[Document]:
             text = text.removeprefix(_BOM)
         offset += len(line)
         if text.strip():
-            yield Document(f"{name}:{number}", _jsonl_text(f"{file}, line {number}", text, field))
+            yield number, text
+
+
+def _jsonl_documents(file: Path, name: str, field: str) -> Iterator[Document]:
+    for number, text in jsonl_lines(file):
+        yield Document(f"{name}:{number}", _jsonl_text(f"{file}, line {number}", text, field))
 
 
 def _jsonl_text(place: str, line: bytes, field: str) -> bytes:

@@ -100,6 +100,9 @@ class ShortConvolution(nnx.Module):
             ids = jnp.concatenate([earlier, segment_ids], axis=1)
         out = _convolve(kernel, padded, ids)
         after = padded[:, length:]
+        if ids is not None and length:  # a last segment shorter than the window continues from zeros, as it started
+            last = ids[:, length:] == ids[:, -1:]
+            after = jnp.where(last[..., None], after, jnp.zeros_like(after))
         return out, after if context_axis is None else sequence_parallel.from_last(after, context_axis)
 
 

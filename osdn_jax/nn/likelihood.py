@@ -6,7 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from osdn_jax.nn.arguments import type_name
 from osdn_jax.nn.chunked_loss import DEFAULT_CHUNKS, Chunks, cross_entropy
@@ -49,18 +49,22 @@ def likelihood_sums(
         parameters: the model's parameters.
         batch: arrays [B, T] by name. inputs: tokens. targets: the tokens after them; with weight 0, any integers.
             segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes. weights: of
-            the targets, floats.
+            the targets, floats. Optional: positions, [B, N] integers: targets and weights are [B, N] and belong to
+            these tokens of each row, and no other token has logits.
         chunks: sizes of the logits that exist at a time, as in `nn.cross_entropy`.
         dropout_key: random key of the model's dropout. Default: None, no dropout.
 
     Raises:
-        ValueError: batch lacks an array, or targets or weights have another shape than inputs.
+        ValueError: batch lacks an array, targets or weights have another shape than inputs (or positions), or there are
+            positions over a mesh.
         TypeError: batch is not a mapping.
     """
     _check_batch(batch)
     hidden, _ = apply(
         parameters, batch["inputs"], segment_ids=batch["segment_ids"], dropout_key=dropout_key, method="features"
     )
+    if "positions" in batch:
+        hidden = hidden_at(hidden, jnp.asarray(batch["positions"]))
     unembedding, targets = apply(parameters, method="unembedding"), jnp.asarray(batch["targets"])
     loss = cross_entropy if ambient_mesh() is None else cross_entropy_over_mesh
     nats, normalizers = loss(hidden, unembedding, targets, chunks)
@@ -72,13 +76,21 @@ def likelihood_sums(
     return LikelihoodSums(weighted(nats), weighted(jnp.square(normalizers)), jnp.sum(weights))
 
 
+def hidden_at(hidden: Float[Array, "B T D"], positions: Int[Array, "B N"]) -> Float[Array, "B N D"]:
+    """Return the rows of `hidden` at the given positions of each sequence."""
+    return jnp.take_along_axis(hidden, positions[..., None], axis=1)
+
+
 def _check_batch(batch: Mapping[str, Any]) -> None:
     if not isinstance(batch, Mapping):
         raise TypeError(f"batch: got {type_name(batch)}, expected a dict with the keys {', '.join(_BATCH)}")
     if not set(_BATCH) <= set(batch):
         given = ", ".join(map(str, batch)) or "none"
         raise ValueError(f"batch: got the keys {given}, expected {', '.join(_BATCH)}")
-    shape = np.shape(batch["inputs"])
+    like = "positions" if "positions" in batch else "inputs"
+    if like == "positions" and ambient_mesh() is not None:
+        raise ValueError("batch: got positions over a mesh, expected targets and weights of all tokens")
+    shape = np.shape(batch[like])
     for name in ("targets", "weights"):
         if np.shape(batch[name]) != shape:
-            raise ValueError(f"batch: got {name} of shape {np.shape(batch[name])}, expected {shape} like the inputs")
+            raise ValueError(f"batch: got {name} of shape {np.shape(batch[name])}, expected {shape} like the {like}")

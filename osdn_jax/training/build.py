@@ -150,16 +150,22 @@ def build_schedule(config: ConfigDict, peak: str = "learning_rate") -> optax.Sch
         raise ValueError(
             f"optimizer.warmup_steps: got {settings.warmup_steps}, expected from 0 to below steps = {config.steps}"
         )
+    return _schedule(settings[peak], config)
+
+
+def _schedule(peak: float, config: ConfigDict) -> optax.Schedule:
     return optax.warmup_cosine_decay_schedule(
         init_value=0.0,
-        peak_value=settings[peak],
-        warmup_steps=settings.warmup_steps,
+        peak_value=peak,
+        warmup_steps=config.optimizer.warmup_steps,
         decay_steps=config.steps,
-        end_value=settings[peak] * settings.final_fraction,
+        end_value=peak * config.optimizer.final_fraction,
     )
 
 
-def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransformation:
+def build_optimizer(
+    config: ConfigDict, model: CausalLM, *, learning_rate: jax.Array | None = None
+) -> optax.GradientTransformation:
     """Return the optimiser of a run: AdamW, or Muon and AdamW, with clipping by the global norm.
 
     Weight decay applies to matrices, except for those that a layer exempts (`nn.NoDecayParam`). Muon optimises the
@@ -169,6 +175,8 @@ def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransf
     Args:
         config: with the keys of `default_config`; config.steps and config.optimizer are read.
         model: of `build_model`; shapes in place of arrays are enough.
+        learning_rate: the peak of AdamW's schedule as an array, so that one program takes any; default:
+            optimizer.learning_rate.
 
     Raises:
         ValueError: an unknown optimiser or a number out of range.
@@ -177,8 +185,12 @@ def build_optimizer(config: ConfigDict, model: CausalLM) -> optax.GradientTransf
     settings = config.optimizer
     if settings.name not in ("adamw", "muon"):
         raise ValueError(f"optimizer.name: got {settings.name!r}, expected one of adamw, muon")
+    schedule = build_schedule(config)
+    if learning_rate is not None:
+        share = _schedule(1.0, config)
+        schedule = lambda step: learning_rate * share(step)
     optimizer = optax.adamw(
-        build_schedule(config),
+        schedule,
         b1=settings.beta1,
         b2=settings.beta2,
         weight_decay=settings.weight_decay,

@@ -35,7 +35,7 @@ _PARSERS: dict[type, flags.ArgumentParser] = {
 # Values and keys
 
 
-def _parse_value(text: str, kind: type) -> Any:
+def parse_value(text: str, kind: type) -> Any:
     """Parse a bool, int, float or str by the rules of absl flags. Raises ValueError."""
     if kind is str:
         return text
@@ -57,7 +57,8 @@ def _nearest(key: str, valid: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(whole + [name for name, part in zip(valid, last, strict=True) if part in similar]))[:3]
 
 
-def _did_you_mean(key: str, valid: Sequence[str]) -> str:
+def did_you_mean(key: str, valid: Sequence[str]) -> str:
+    """Return " (did you mean …?)" with the valid keys that resemble `key`; "" if none does."""
     near = _nearest(key, valid)
     return f" (did you mean {' or '.join(near)}?)" if near else ""
 
@@ -91,7 +92,7 @@ def parse_arg(arg: str | None, **defaults: bool | float | str) -> ConfigDict:
         key, equals, text = (part.strip() for part in item.partition("="))
         if key not in defaults:
             raise ConfigError(
-                f"unknown key {key!r} in {item!r}{_did_you_mean(key, list(defaults))}; valid keys: "
+                f"unknown key {key!r} in {item!r}{did_you_mean(key, list(defaults))}; valid keys: "
                 + (", ".join(defaults) or "none")
             )
         if key in seen:
@@ -101,7 +102,7 @@ def parse_arg(arg: str | None, **defaults: bool | float | str) -> ConfigDict:
         if not equals and kind is not bool:
             raise ConfigError(f"key {key!r} needs a value, as in {key}={defaults[key]}")
         try:
-            values[key] = _parse_value(text, kind) if equals else True
+            values[key] = parse_value(text, kind) if equals else True
         except ValueError as error:
             raise ConfigError(f"cannot read {key}={text}: {error}; valid keys: {', '.join(defaults)}") from None
     return ConfigDict(values)
@@ -130,17 +131,23 @@ def _config_flags(argv: Sequence[str], name: str) -> list[tuple[str, str | None,
 
 def _load(spec: str) -> ConfigDict:
     """Load the configuration of `--config=spec`. Raises ConfigError."""
+    return load_with_globals(spec)[0]
+
+
+def load_with_globals(spec: str) -> tuple[ConfigDict, dict[str, Any]]:
+    """Return the configuration of `--config=spec` and all names that its file defines. Raises ConfigError."""
     path_text, colon, arg = spec.partition(":")
     path = Path(path_text)
     if not path.is_file():
         siblings = sorted(str(p) for p in path.parent.glob("*.py")) if path.parent.is_dir() else []
-        hint = _did_you_mean(str(path), siblings) or (f"; there are: {', '.join(siblings)}" if siblings else "")
+        hint = did_you_mean(str(path), siblings) or (f"; there are: {', '.join(siblings)}" if siblings else "")
         raise ConfigError(f"no configuration file {path_text!r}{hint}")
-    get_config = runpy.run_path(str(path)).get("get_config")
+    names = runpy.run_path(str(path))
+    get_config = names.get("get_config")
     if get_config is None:
         raise ConfigError(f"{path_text} defines no get_config")
     try:
-        return get_config(*([arg] if colon else []))
+        return get_config(*([arg] if colon else [])), names
     except ConfigError as error:
         raise ConfigError(f"--config={spec}: {error}") from error
 
@@ -179,7 +186,7 @@ def check_overrides(argv: Sequence[str], name: str = "config") -> None:
         try:
             kind = config_path.get_type(key, config)
         except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
-            raise ConfigError(f"--{name}.{key}: {spec} has no key {key!r}{_did_you_mean(key, valid)}") from error
+            raise ConfigError(f"--{name}.{key}: {spec} has no key {key!r}{did_you_mean(key, valid)}") from error
         if kind is type(None):
             raise ConfigError(
                 f"--{name}.{key}: its default is None, which has no type to read a value by; "
@@ -189,7 +196,7 @@ def check_overrides(argv: Sequence[str], name: str = "config") -> None:
         default = config_path.get_value(key, config)
         if kind in _PARSERS and value is not None and not (_is_none(value) and _may_be_none(key, default)):
             try:
-                _parse_value(value, kind)
+                parse_value(value, kind)
             except ValueError as error:
                 hint = " or None" if _may_be_none(key, default) else ""
                 hint += "" if default is None else f", such as {default}"
@@ -253,7 +260,7 @@ def parse_flags(
         if flags.FLAGS[name].value is None:
             raise ConfigError(f"give a configuration: --{name}=configs/NAME.py")
         if len(rest) > 1:
-            raise ConfigError(f"unexpected argument {rest[1]!r}{_did_you_mean(rest[1], list(flags.FLAGS))}")
+            raise ConfigError(f"unexpected argument {rest[1]!r}{did_you_mean(rest[1], list(flags.FLAGS))}")
         for key in none:
             config_path.set_value(key, flags.FLAGS[name].value, None)
     except (ConfigError, flags.Error) as error:

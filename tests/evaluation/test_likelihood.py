@@ -72,6 +72,22 @@ def test_a_masked_label_may_be_any_number():
     np.testing.assert_array_equal(gradient[0, 1], 0.0)
 
 
+def test_positions_choose_the_tokens_of_the_loss():
+    logits, ids = jnp.asarray(random_logits(2, 5, 7)), np.zeros((2, 5), np.int32)
+    positions, labels = np.asarray([[3, 1], [4, 0]], np.int32), np.asarray([[6, 2], [0, 5]], np.int32)
+    weights = np.asarray([[1, 0.5], [1, 0]], np.float32)
+    chosen = {"inputs": ids, "segment_ids": ids, "positions": positions, "targets": labels, "weights": weights}
+    all_tokens = {"inputs": ids, "segment_ids": ids, "targets": ids.copy(), "weights": np.zeros((2, 5), np.float32)}
+    np.put_along_axis(all_tokens["targets"], positions, labels, 1)
+    np.put_along_axis(all_tokens["weights"], positions, weights, 1)
+    for got, want in zip(sums_of(logits, chosen), sums_of(logits, all_tokens), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-6)
+    got, want = (jax.grad(lambda x, batch=batch: sums_of(x, batch).nats)(logits) for batch in (chosen, all_tokens))
+    np.testing.assert_allclose(got, want, atol=1e-6)
+    with pytest.raises(ValueError, match=r"got targets of shape \(2, 5\), expected \(2, 2\) like the positions"):
+        sums_of(logits, chosen | {"targets": ids})
+
+
 @pytest.mark.parametrize(("length", "batch_size"), [(7, 3), (16, 2), (200, 4), (1, 50)])
 def test_every_byte_counts_once_however_it_is_cut(length, batch_size):
     table = random_logits(VOCABULARY, VOCABULARY)

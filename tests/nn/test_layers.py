@@ -77,6 +77,12 @@ def test_convolution_stays_inside_documents(convolution):
     assert relative_error(carried, want) < 1e-6
 
 
+@pytest.mark.parametrize("last", [1, 2, 3, 4])
+def test_the_window_after_packed_documents_is_that_of_the_last_one(convolution, last):
+    x, ids = random(B, T, C), jnp.asarray([[0] * (T - last) + [1] * last] * B)
+    np.testing.assert_array_equal(convolution(x, segment_ids=ids)[1], convolution(x[:, T - last :])[1])
+
+
 def test_convolution_gradient_is_the_transposed_correlation(convolution):
     x, cotangent = random(B, T, C), random(B, T, C, seed=1)
     gradient = jax.grad(lambda x: jnp.vdot(convolution(x)[0], cotangent))(x)

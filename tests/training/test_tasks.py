@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from osdn_jax.data.recall import IGNORE, mqar, parse_task
+from osdn_jax.data.recall import IGNORE, TASKS, mqar, parse_task
 from osdn_jax.planning import planner
 from osdn_jax.training import build_data, build_model_config, build_tokenizer, load_config, load_trained, train
 from osdn_jax.training.config import ConfigError
@@ -140,3 +140,22 @@ def test_a_task_as_text_is_read_again():
     assert parse_task(task.text) == task
     assert task.options["random_gaps"] is False
     assert task.seed == 7
+
+
+@pytest.mark.parametrize("name", TASKS)
+def test_every_task_can_be_trained_on(name):
+    needed = {"mqar": "pairs=2", "forgetting_mqar": "pairs=2,updates=1", "drifting_mqar": "pairs=2"}.get(name, "")
+    config = config_of(data__task=f"{name}:{needed}")
+    data, task = build_data(config), parse_task(f"{name}:{needed}", length=24)
+    window = data.train[0]
+    assert window["inputs"].shape == (with_task(config).sequence_length,) == (task.length,)
+    assert window["weights"].sum() >= 1
+    assert max(window["inputs"].max(), window["targets"].max()) < build_model_config(config).vocab_size
+    tokens, targets = task.generate(64)
+    np.testing.assert_array_equal(window["inputs"], tokens[0])
+    np.testing.assert_array_equal(window["targets"], np.maximum(targets[0], 0))
+
+
+def test_an_auto_encoder_is_no_language_model():
+    with pytest.raises(ValueError, match="^data.task: compression: autoencoder: got true, expected false: .*$"):
+        build_data(config_of(data__task="compression:autoencoder=true"))

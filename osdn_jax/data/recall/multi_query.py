@@ -131,10 +131,10 @@ def ask(
 ) -> tuple[Int[np.ndarray, "N Q"], Int[np.ndarray, "N Q"]]:
     """Return the query region and its targets, [N, 2 * slots]: every key once, at the first token of its slot."""
     chosen = 2 * weighted_distinct(rng, len(keys), keys.shape[1], slot_weights(slots, power))
-    queries = np.zeros((len(keys), 2 * slots), np.int64)
-    answers = np.full((len(keys), 2 * slots), IGNORE)
-    np.put_along_axis(queries, chosen, keys, axis=1)
-    np.put_along_axis(answers, chosen, values, axis=1)
+    queries = np.zeros((len(keys), 2 * slots), np.int32)
+    answers = np.full_like(queries, IGNORE)
+    np.put_along_axis(queries, chosen, keys.astype(np.int32), axis=1)
+    np.put_along_axis(answers, chosen, values.astype(np.int32), axis=1)
     return queries, answers
 
 
@@ -146,7 +146,7 @@ def assemble(
     fill: int | None,
 ) -> Recall:
     """Join the context and the queries; tokens 0 become random tokens below `fill`, unless it is None."""
-    tokens = np.concatenate([context, queries], axis=1).astype(np.int32)
+    tokens = np.concatenate([context, queries], axis=1, dtype=np.int32, casting="same_kind")
     targets = np.full(tokens.shape, IGNORE, np.int32)
     targets[:, context.shape[1] :] = answers
     if fill is not None:

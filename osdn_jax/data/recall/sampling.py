@@ -3,6 +3,7 @@
 import numpy as np
 from jaxtyping import Float, Int
 
+_BLOCK = 1 << 22  # random numbers that are held at a time
 _DENSE = 4  # with at most this many items for each draw, all items are shuffled instead of redrawn
 
 
@@ -37,8 +38,18 @@ def weighted_distinct(
     The order is that of the draws, as in `np.random.choice(replace=False, p=...)`. The keys log(w) + Gumbel noise,
     sorted, have this distribution (Yellott 1977, https://doi.org/10.1016/0022-2496(77)90026-8).
     """
-    keys = np.log(weights) + rng.gumbel(size=(examples, len(weights)))
-    return np.argsort(-keys, axis=1)[:, :count]
+    logits, step = np.log(weights), max(1, _BLOCK // len(weights))
+    chosen = np.empty((examples, count), np.int64)
+    for start in range(0, examples, step):
+        rows = chosen[start : start + step]
+        keys = -logits - rng.gumbel(size=(len(rows), len(weights)))
+        if count < len(weights):  # only the first ones need an order
+            part = np.argpartition(keys, count, axis=1)[:, :count]
+            order = np.argsort(np.take_along_axis(keys, part, axis=1), axis=1)
+            rows[:] = np.take_along_axis(part, order, axis=1)
+        else:
+            rows[:] = np.argsort(keys, axis=1)
+    return chosen
 
 
 def other_order(rng: np.random.Generator, before: Int[np.ndarray, "N count"]) -> Int[np.ndarray, "N count"]:
