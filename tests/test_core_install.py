@@ -51,6 +51,7 @@ print(json.dumps([sorted(blocked), messages]))
 """
 NEED_TRAIN = {
     "osdn_jax.data": "grain",
+    "osdn_jax.diagnose": "grain",
     "osdn_jax.evaluation": "grain",
     "osdn_jax.generate": "ml_collections",
     "osdn_jax.planning": "ml_collections",

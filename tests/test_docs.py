@@ -35,6 +35,7 @@ MODULES = (
     "benchmarks.step",
     "osdn_jax.compare",
     "osdn_jax.data.prepare",
+    "osdn_jax.diagnose",
     "osdn_jax.evaluate",
     "osdn_jax.generate",
     "osdn_jax.regression",

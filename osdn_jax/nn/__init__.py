@@ -20,7 +20,7 @@ from osdn_jax.nn.config import (
 from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate
 from osdn_jax.nn.layers import NoDecayParam, ShortConvolution, SwiGLU, unit_norm
 from osdn_jax.nn.likelihood import LikelihoodSums, likelihood_sums
-from osdn_jax.nn.mixer import DeltaMixer, MixerState
+from osdn_jax.nn.mixer import DeltaMixer, MixerState, WriteInputs
 from osdn_jax.nn.model import Block, BlockState, CausalLM
 from osdn_jax.nn.parallel import TensorParallel
 from osdn_jax.nn.parameters import (
@@ -58,6 +58,7 @@ __all__ = [
     "SoftmaxAttention",
     "SwiGLU",
     "TensorParallel",
+    "WriteInputs",
     "count_parameters",
     "cross_entropy",
     "likelihood_sums",

@@ -34,6 +34,29 @@ class MixerState(NamedTuple):
     rule: State
 
 
+class WriteInputs(NamedTuple):
+    """Arrays that a mixer's recurrence is computed from; a pytree.
+
+    Token t writes S_t = S~ + beta_t (d_t * k_t) (v_t - S~^T k_t)^T with S~ the decayed state and d the multipliers.
+
+    Attributes:
+        q: queries, [B, T, Hk, K].
+        k: keys that the state is read with before a write, [B, T, Hk, K]. In GDN-2: erase gate times key.
+        v: values, [B, T, H, V]. In GDN-2: write gate times value.
+        beta: step size of the write, [B, T, H]; ones for a mixer without it.
+        log_decay: log of the factor on the state, [B, T, H] or [B, T, H, K]; None without decay.
+        multipliers: d, the factor on k that gives the write key, [B, T, Hk or H, K]; ones without a preconditioner. In
+            GDN-2, which writes under the key without its erase gate: 1 / erase gate.
+    """
+
+    q: Float[Array, "B T Hk K"]
+    k: Float[Array, "B T Hk K"]
+    v: Float[Array, "B T H V"]
+    beta: Float[Array, "B T H"]
+    log_decay: Float[Array, "B T H"] | Float[Array, "B T H K"] | None
+    multipliers: Float[Array, "B T P K"]
+
+
 class DeltaMixer(nnx.Module):
     """A token mixer of the delta-rule family; its config selects the rule.
 
@@ -179,6 +202,33 @@ class DeltaMixer(nnx.Module):
                 beta, k = self._beta(x), jnp.repeat(k, config.heads // config.num_key_heads, axis=2)
             factors = ops.hypergradient_preconditioner(k, beta, **settings, **shared)[0]
         return jnp.broadcast_to(matched_step(factors * k, k), factors.shape) if config.match_step else factors
+
+    def write_inputs(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None = None) -> WriteInputs:
+        """Return what the recurrence is computed from, for diagnostics.
+
+        Args:
+            x: tokens, [B, T, width].
+            segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
+
+        Raises:
+            ValueError: the mixer does not erase, so it has no residual, or x is not [B, T, width].
+            TypeError: x is not a floating-point array.
+        """
+        config, x = self.config, arguments.mixer_inputs(x, self.config.width)
+        if not config.erase:
+            raise ValueError("write_inputs: got a mixer with erase=False, expected a delta rule, which erases")
+        q, k, v, _ = self._heads(x, None, segment_ids, None)
+        log_decay = None if self.decay is None else self.decay(x)
+        if self.erase_gate is not None and self.write_gate is not None:
+            erase_gate, write_gate = self.erase_gate(x), self.write_gate(x)
+            erase_gate = 2.0 * erase_gate if config.negative_eigenvalues else erase_gate
+            k, v, d = (erase_gate * k.astype(jnp.float32), write_gate * v.astype(jnp.float32), 1.0 / erase_gate)
+        elif config.preconditioner == "none":
+            d = jnp.ones(k.shape, jnp.float32)
+        else:
+            d = self.multipliers(x, segment_ids)
+        beta = self._beta(x) if config.gated_write else jnp.ones(v.shape[:3], jnp.float32)
+        return WriteInputs(q, k, v, beta, log_decay, d)
 
     def _heads(
         self, x: jax.Array, window: jax.Array | None, segment_ids: jax.Array | None, context_axis: str | None
