@@ -21,7 +21,7 @@ VARIANTS = {
     "osdn_paper": "osdn model.preset=paper",
     "osdn_trust_0": "osdn model.preset=trust model.beta_aware=true model.anchor=0.0",
     "osdn_trust_1": "osdn model.preset=trust model.beta_aware=true model.anchor=1.0",
-    "osdn_fixed_d": "osdn model.eta=0.0 model.initial=1.0",
+    "osdn_fixed_d": "osdn model.eta=0.0 model.initial=1.0 model.forget=false",
     "delta_net_free_keys": "delta_net model.key_norm=false model.fixed_beta=1.0",
     "osdn_free_keys": "osdn model.key_norm=false model.fixed_beta=1.0",
 }

@@ -121,13 +121,16 @@ def _run_lm_eval(given: argparse.Namespace, work: _Work, found: Any, model: Text
     if missing and work.suite is None:
         raise ValueError("task {}: {}".format(*next(iter(missing.items()))))
     outcome.missing.update(missing)
-    if not tasks:
-        return
-    with _counting(", ".join(work.tasks), "requests") as progress:
-        adapted = LmEvalModel(model, about=outcome.about["run"], progress=progress)
-        results, about = harness.run_tasks(adapted, tasks, found, limit=given.limit, num_fewshot=given.num_fewshot)
-    outcome.results.extend(results)
-    outcome.about["lm_eval"] = about
+    options = {"limit": given.limit, "num_fewshot": given.num_fewshot}
+    for task in tasks:  # one after another, so that what one fails at does not cost the results of the others
+        name = str(getattr(task, "task_name", None) or task.name)
+        with _unless_missing(work, outcome, name), _counting(name, "requests") as progress:
+            adapted = LmEvalModel(model, about=outcome.about["run"], progress=progress)
+            results, about = harness.run_tasks(adapted, [task], found, **options)
+            outcome.results.extend(results)
+            before = outcome.about.get("lm_eval", {})
+            merged = {x: before.get(x, {}) | y if isinstance(y, dict) else y for x, y in about.items()}
+            outcome.about["lm_eval"] = before | merged
 
 
 @contextlib.contextmanager

@@ -40,6 +40,7 @@ class Blocker:
 
 sys.meta_path.insert(0, Blocker())
 from osdn_jax import nn, ops
+from osdn_jax.regression import markdown, run_bench
 
 messages = {}
 for module in sys.argv[1:]:

@@ -174,6 +174,29 @@ def test_a_suite_names_what_it_could_not_run(run, call, tmp_path, monkeypatch):
     assert suite.notes[0] in out
 
 
+def test_a_task_that_fails_costs_no_other(run, call, tmp_path, monkeypatch):
+    pytest.importorskip("lm_eval")
+    write_task(tmp_path)
+    text = write_task(tmp_path, task="again").read_text()
+    (tmp_path / "again.yaml").write_text(text.replace("data.jsonl", "odd.jsonl"))
+    (tmp_path / "odd.jsonl").write_text(json.dumps({"text": "a\0b"}) + "\n")  # NUL starts documents of bytes
+    suite = SUITES["osdn"]._replace(tasks=("again", "words"), recall=(), positions=())
+    monkeypatch.setitem(SUITES, "osdn", suite)
+    output = tmp_path / "out.json"
+    arguments = ("--workdir", run, "--include_path", tmp_path, "--output", output)
+    status, out, _ = call(*arguments, "--suite", "osdn")
+    assert status == 1
+    assert "not run: again: text must not hold the NUL character" in out
+    record = json.loads(output.read_text())
+    assert [x["task"] for x in record["results"]] == ["words"]
+    assert record["lm_eval"]["versions"] == {"words": 1}
+    status, _, err = call(*arguments, "--tasks", "again")
+    assert (status, err.splitlines()[-1][:64]) == (
+        2,
+        "evaluate.py: error: text must not hold the NUL character; found ",
+    )
+
+
 def test_suites_name_tasks_once():
     for suite in SUITES.values():
         names = [*suite.tasks, *suite.recall, *(x.name for x in suite.positions)]

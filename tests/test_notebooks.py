@@ -9,7 +9,43 @@ import pytest
 pytestmark = pytest.mark.slow
 
 _NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-_REDUCED = {"LENGTH": 256, "REPEATS": 1}
+
+
+def _one_operator(namespace):
+    assert namespace["lengths"] == [256]
+    assert namespace["difference"] < 1e-4
+    assert namespace["errors"]["exact_pdn"][-1] < namespace["errors"]["delta_net"][-1]
+
+
+def _what_the_preconditioner_does(namespace):
+    """The findings that the text states."""
+    assert namespace["difference"] < 1e-12
+    last = {name: errors[:, -30:].mean() for name, (errors, _, _, _) in namespace["results"].items()}
+    delta_net, matched = last["DeltaNet = OSDN from d = 1"], last["DeltaNet, step of PDN, x = 2"]
+    assert last["PDN, x = 2"] < 0.7 * min(delta_net, matched)
+    assert last["OSDN, η = 1, from d = 0"] > 3 * delta_net
+    assert namespace["slopes"]["OSDN, η = 1, from d = 0"] > 0.3
+    assert namespace["slopes"]["PDN, x = 2"] < -0.1
+    batch = namespace["batch"]
+    assert batch[3.0, False][-1] < 1e-20 < 1e-12 < batch[3.0, True][-1]
+    ratios, losses = (
+        {name: x[part][1] for (name, noise), x in namespace["curves"].items() if noise == 0} for part in (0, 1)
+    )
+    aware = "OSDN, beta-aware, η = 1, from d = 1"
+    assert ratios[aware] < 0.1 * ratios["DeltaNet"]
+    assert losses[aware] > losses["DeltaNet"]
+    errors = namespace["scale_errors"]
+    assert errors["OSDN, η = 0.1, from d = 1"][-1] < 1e-3 < 1 < errors["DeltaNet"][-1]
+
+
+# The parameters of a reduced run, and what holds after it.
+_REDUCED = {
+    "01_one_operator": ({"LENGTH": 256, "REPEATS": 1}, _one_operator),
+    "02_what_the_preconditioner_does": (
+        {"SEEDS": 2, "TOKENS": 300, "SIZE": 8, "POINTS": 3},
+        _what_the_preconditioner_does,
+    ),
+}
 
 
 def _code_cells(path: Path) -> list[dict]:
@@ -22,20 +58,19 @@ def test_notebook_runs_in_reduced_form(path, monkeypatch):
     import jax
 
     matplotlib.use("Agg")
+    parameters, check = _REDUCED[path.stem]
     namespace: dict = {}
     with jax.numpy_rank_promotion("allow"), jax.numpy_dtype_promotion("standard"):
         for cell in _code_cells(path):
             exec(compile("".join(cell["source"]), str(path), "exec"), namespace)
             if "parameters" in cell["metadata"].get("tags", []):
-                assert set(_REDUCED) <= set(namespace)
-                namespace |= _REDUCED
+                assert set(parameters) <= set(namespace)
+                namespace |= parameters
     import matplotlib.pyplot as plt
 
     assert plt.get_fignums()
     plt.close("all")
-    assert namespace["lengths"] == [256]
-    assert namespace["difference"] < 1e-4
-    assert namespace["errors"]["exact_pdn"][-1] < namespace["errors"]["delta_net"][-1]
+    check(namespace)
 
 
 @pytest.mark.parametrize("path", _NOTEBOOKS, ids=lambda path: path.stem)

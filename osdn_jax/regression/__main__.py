@@ -33,7 +33,7 @@ from osdn_jax.regression.table import best_loss, markdown, record, table
 _PROGRAM = "python -m osdn_jax.regression"
 _DESCRIPTION = """\
 Judge rules of memory on streams of keys and values, without training: losses and residual ratios over 13 values of
-beta, in float64. The whole bench takes about eight minutes of one CPU core.
+beta, in float64. The whole bench takes about six minutes of one CPU core.
 """
 
 

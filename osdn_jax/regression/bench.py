@@ -153,8 +153,8 @@ def run_bench(
 ) -> Results:
     """Measure rules of memory on streams of keys and values, without training.
 
-    Every rule sees the same sequences, in float64, with one constant beta at a time. The whole bench takes about eight
-    minutes of one CPU core; one rule of yours with `builtin=["delta_net"]` takes about one.
+    Every rule sees the same sequences, in float64, with one constant beta at a time. The whole bench takes about six
+    minutes of one CPU core; one rule of yours with `builtin=["delta_net"]` takes less than one.
 
     Args:
         rules: your rules by name: a function of (k, beta) that returns write keys, a function of (q, k, v, beta) that

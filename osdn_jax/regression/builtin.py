@@ -40,9 +40,9 @@ RULES: dict[str, Rule] = {
     "pdn_4": _rule(w.gram(4.0), "PDN, x = 4 (the paper's bound is 2), A of about 100 tokens"),
     "matched_1.5": _rule(w.matched(1.5), "control: DeltaNet with the step <w, k> of pdn_1.5 at every token"),
     "matched_2": _rule(w.matched(2.0), "control: DeltaNet with the step <w, k> of pdn_2 at every token"),
-    "unit_step": _rule(w.unit_step(), "control: w = k / |k|^2 (normalised LMS); DeltaNet on unit keys"),
+    "unit_step": _rule(w.unit_step(), "control: w = k / <k, k> (normalised LMS); DeltaNet on unit keys"),
     "pdn_unit_step": _rule(w.unit_step(2.0), "control: pdn_2 divided by its step: w = m k / <m, k^2>"),
-    "mean_step": _rule(w.mean_step(), "control: w = k / (mean |k|^2 of about 100 tokens)"),
+    "mean_step": _rule(w.mean_step(), "control: w = k / (mean <k, k> of about 100 tokens)"),
     "pdn_mean_step": _rule(w.mean_step(2.0), "control: w = m k / (mean <m, k^2> of about 100 tokens), m of pdn_2"),
     "key_feedback": _rule(w.feedback_on_key(2.0, eta=1.0), "w = d m k, d by OSDN's feedback on k^2, eta 1, m of pdn_2"),
     "write_feedback": _rule(
@@ -53,10 +53,10 @@ RULES: dict[str, Rule] = {
         w.scale_by_feedback(2.0, eta=1.0), "w = s m k, one scalar s by the feedback on <m, k^2>, eta 1, m of pdn_2"
     ),
     "scale_feedback_0.1": _rule(w.scale_by_feedback(2.0, eta=0.1), "scale_feedback with eta 0.1"),
-    "scale_only": _rule(w.scale_by_feedback(1.0, eta=1.0), "w = s k, one scalar s by the feedback on |k|^2, eta 1"),
+    "scale_only": _rule(w.scale_by_feedback(1.0, eta=1.0), "w = s k, one scalar s by the feedback on <k, k>, eta 1"),
     "gated_delta_net": _rule(w.plain, "Gated DeltaNet, decay 0.999 a token", log_decay=_KEEP, families=_CHANGING),
     "pgdn_2": _rule(w.gram(2.0), "PGDN: pdn_2, decay 0.999 a token", log_decay=_KEEP, families=_CHANGING),
-    "told_scale": _rule(w.told_scale, "control: w = k / E|k|^2, scale told", told=True, families=("scale",)),
+    "told_scale": _rule(w.told_scale, "control: w = k / E<k, k>, scale told", told=True, families=("scale",)),
     "told_diagonal": _rule(w.told_diagonal, "control: w = d k, fixed d ~ (E k_i^2)^-1/2, distribution told", told=True),
     "exact_gram": _rule(w.exact_gram, "control: the exact Gram; beta = 1 is ridge regression (ridge 0.001)"),
 }

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from osdn_jax.plotting import COLOURS, GREY, INK, label_ends, new_canvas, png, style_axes
+from osdn_jax.plotting import COLOURS, GREY, INK, label_ends, new_canvas, png, spread, style_axes
 from osdn_jax.regression.bench import Results, Row
 from osdn_jax.regression.conditions import Condition
 
@@ -17,7 +17,7 @@ _SHOWN = {
     "osdn_paper": "OSDN, d₀ = 0",
     "osdn_ones": "OSDN, d₀ = 1",
     "pdn_2": "PDN, x = 2",
-    "matched_2": "DeltaNet, step of PDN",
+    "matched_2": "DeltaNet, PDN's step",
     "told_diagonal": "fixed d, told",
     "exact_gram": "exact Gram",
 }
@@ -33,7 +33,7 @@ _SCALE = {
 _RECALL = {
     "delta_net": "DeltaNet",
     "osdn_paper": "OSDN, d₀ = 0",
-    "matched_2": "DeltaNet, step of PDN",
+    "matched_2": "DeltaNet, PDN's step",
     "pdn_2": "PDN, x = 2",
     "pdn_4": "PDN, x = 4",
     "told_diagonal": "fixed d, told",
@@ -44,7 +44,7 @@ _RATIO = {
     "osdn_ones_beta": "OSDN, d₀ = 1, with β",
     "apf_0": "APF toward 0",
     "pdn_2": "PDN, x = 2",
-    "matched_2": "DeltaNet, step of PDN",
+    "matched_2": "DeltaNet, PDN's step",
     "told_diagonal": "fixed d, told",
     "exact_gram": "exact Gram",
 }
@@ -59,24 +59,28 @@ def figures(results: Results, note: str) -> Iterator[tuple[str, bytes]]:
         results: what `run_bench` returns.
         note: printed below each figure, small: the machine and the command.
     """
-    for name, draw in (
-        ("condition-number", _condition_number),
-        ("ratio", _ratio),
-        ("scale", _scale),
-        ("repeated", _repeated),
-    ):
+    drawn = (
+        ("condition-number", "stationary", _condition_number),
+        ("ratio", "stationary", _ratio),
+        ("scale", "scale", _scale),
+        ("repeated", "repeated", _repeated),
+    )
+    for name, family, draw in drawn:
         canvas = draw(results)
         if canvas is not None:
-            spread = f"Mean of {results.seeds} seeds; bars: ± 1 standard error. K = V, float64. "
-            canvas.figure.text(0.04, 0.025, spread + note, fontsize=10, color=GREY, va="center")
+            c = results.conditions(family)[0]
+            size = f"K = V = {c.width}" + ("" if c.pairs else f", {c.length:,} tokens")
+            errors = f"Mean of {results.seeds} seeds; bars: ± 1 standard error. {size}, float64. "
+            canvas.figure.text(0.04, 0.025, errors + note, fontsize=9.5, color=GREY, va="center")
             yield f"regression-{name}.png", png(canvas)
 
 
-def _panels(title: str, count: int) -> "tuple[FigureCanvasAgg, list[Axes]]":
+def _panels(title: str, count: int, margin: float = 0.125) -> "tuple[FigureCanvasAgg, list[Axes]]":
+    """Return a figure of panels side by side; `margin` is left free at the right of each for its labels."""
     canvas = new_canvas(15.5, 6.0)
     canvas.figure.text(0.04, 0.94, title, fontsize=16, fontweight="bold", color=INK, va="center")
-    width = 0.92 / count
-    return canvas, [canvas.figure.add_axes((0.055 + width * i, 0.17, width - 0.135, 0.62)) for i in range(count)]
+    width = 0.95 / count
+    return canvas, [canvas.figure.add_axes((0.055 + width * i, 0.17, width - margin, 0.62)) for i in range(count)]
 
 
 def _lines(axes: "Axes", names: dict[str, str], line: Line, *, log: bool) -> None:
@@ -90,15 +94,25 @@ def _lines(axes: "Axes", names: dict[str, str], line: Line, *, log: bool) -> Non
             axes.errorbar(x, y, bars, marker="o", markersize=5, linewidth=1.6, capsize=2, color=colour)
             ends.append((float(y[-1]), label, colour))
     if log:
-        axes.set_yscale("log")
+        _logarithmic(axes)
     axes.margins(y=0.08)
-    label_ends(axes, ends, gap=0.075, fontsize=10.5)
+    label_ends(axes, ends, gap=0.075, fontsize=10)
+
+
+def _logarithmic(axes: "Axes") -> None:
+    from matplotlib.ticker import LogLocator, NullLocator
+
+    axes.set_yscale("log")
+    low, high = axes.get_ylim()
+    axes.yaxis.set_major_locator(LogLocator(10, subs=(1.0, 2.0, 5.0) if high / low < 1e3 else (1.0,), numticks=12))
+    axes.yaxis.set_minor_locator(NullLocator())
+    axes.yaxis.set_major_formatter(lambda y, _: f"{y:g}")
 
 
 def _style(axes: "Axes", title: str, xlabel: str, ylabel: str) -> None:
     style_axes(axes, xlabel=xlabel)
-    axes.set_ylabel(ylabel, fontsize=12, color=INK)
-    axes.set_title(title, fontsize=12.5, color=INK, loc="left", pad=10)
+    axes.set_xlabel(xlabel, fontsize=11.5)
+    axes.set_title(f"{title}\n{ylabel}", fontsize=11.5, color=INK, loc="left", pad=10)
     axes.tick_params(labelsize=10.5)
 
 
@@ -129,7 +143,7 @@ def _condition_number(results: Results) -> "FigureCanvasAgg | None":
 
         axes.set_xscale("log")
         axes.axhline(1.0, color=INK, linewidth=1.0)
-        _style(axes, title, "Condition number of the keys' covariance", "loss / DeltaNet's loss")
+        _style(axes, title, "condition number of the keys' covariance", "loss / DeltaNet's loss")
         _lines(axes, _SHOWN, line, log=True)
     return canvas
 
@@ -142,21 +156,41 @@ def _ratio(results: Results) -> "FigureCanvasAgg | None":
         return None
     if any(beta not in row.betas for row in results.rows for _, beta in wanted):
         return None
-    canvas, panels = _panels("A lower residual ratio is no lower loss (condition number 100, one β for every rule)", 3)
+    canvas, panels = _panels(
+        "A lower residual ratio is no lower loss (condition number 100, one β for every rule)", 3, 0.05
+    )
     for axes, (family, beta) in zip(panels, wanted, strict=True):
         axes.set_xscale("log")
-        axes.set_yscale("log")
-        xlabel = f"residual ratio, geometric mean (at least {_LEAST_SHOWN:g} drawn)"
+        xlabel = f"residual ratio, geometric mean (drawn at {_LEAST_SHOWN:g} if lower)"
         _style(axes, f"{family.capitalize()}, β = {beta:g}", xlabel, "loss along the sequence")
+        points: dict[tuple[float, float], str] = {}
         for i, (name, label) in enumerate(_RATIO.items()):
             for row in _rows(results, name, lambda c, wanted=found[(family, 100)]: c == wanted):  # type: ignore[misc]
                 x, y = row.value("ratio", row.at(beta)).mean, row.value("loss", row.at(beta))
-                point = (max(x, _LEAST_SHOWN), y.mean)
-                colour = COLOURS[i % len(COLOURS)]
-                axes.errorbar(*point, y.error, marker="o", capsize=2, color=colour, markersize=6)
-                axes.annotate(label, point, xytext=(7, -3), textcoords="offset points", fontsize=9, color=INK)
-        axes.margins(x=0.25, y=0.1)
+                colour = INK if name == "exact_gram" else COLOURS[i % len(COLOURS)]
+                axes.errorbar(max(x, _LEAST_SHOWN), y.mean, y.error, marker="o", capsize=2, color=colour, markersize=6)
+                point = (max(x, _LEAST_SHOWN), float(f"{y.mean:.3g}"))  # rules that are the same share a label
+                points[point] = f"{points[point]}; {label}" if point in points else label
+        low, high = axes.get_xlim()
+        axes.set_xlim(low / 2, high * (high / low) ** 0.45)
+        axes.margins(y=0.1)
+        _logarithmic(axes)
+        _label_points(axes, points)
     return canvas
+
+
+def _label_points(axes: "Axes", points: dict[tuple[float, float], str]) -> None:
+    """Write a label at the right of each point, moved up or down so that no two overlap."""
+    to_axes = axes.transData + axes.transAxes.inverted()
+    placed: list[tuple[float, float, str]] = []
+    for point, label in points.items():
+        x, y = to_axes.transform(point)
+        placed.append((float(y), float(x), label))
+    placed.sort()
+    for (_, x, label), y in zip(placed, spread([height for height, _, _ in placed], 0.05), strict=True):
+        axes.annotate(
+            label, (x, y), xytext=(8, 0), xycoords="axes fraction", textcoords="offset points", fontsize=9, va="center"
+        )
 
 
 def _scale(results: Results) -> "FigureCanvasAgg | None":
@@ -165,7 +199,7 @@ def _scale(results: Results) -> "FigureCanvasAgg | None":
     kinds = [(100, False), (100, True), (1, False)]
     if any(len([c for c in found if c.condition_number == kappa]) < 2 for kappa, _ in kinds):
         return None
-    canvas, panels = _panels("Keys without a fixed norm: prediction error (1: no memory; above 10: diverges)", 3)
+    canvas, panels = _panels("Keys without a fixed norm: prediction error (1: no memory; above 10: not drawn)", 3)
     for axes, (kappa, best) in zip(panels, kinds, strict=True):
 
         def line(name: str, kappa: float = kappa, best: bool = best) -> list[tuple[float, float, float, float]]:

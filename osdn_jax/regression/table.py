@@ -121,8 +121,9 @@ def _percent(value: Value) -> str:
 def record(results: Results, about: Mapping[str, Any]) -> dict[str, Any]:
     """Return everything that JSON can hold: conditions, rules, and for each row the mean scores at every beta.
 
-    A score that diverges is null. `best` and `one` have the mean and the standard error (of `end`, `ratio` and
-    `relative` the geometric mean and the factor) at the best beta and at beta = 1.
+    A score that diverges is null. `best` and `one` have the mean and the standard error at the best beta and at
+    beta = 1, of `end`, `ratio` and `relative` the geometric mean and the factor; `lowest_end` is a beta and the loss
+    there.
     """
     conditions = results.conditions()
     betas = results.rows[0].betas if results.rows else ()
@@ -153,7 +154,7 @@ def _row_record(results: Results, row: Row, condition: int) -> dict[str, Any]:
         **{name: [_short(row.value(name, i).mean) for i in range(len(row.betas))] for name in curves},
         "best": at(row.best, None),
         "one": at(row.at(1.0), 1.0),
-        "lowest_end": at(row.lowest_end, None),
+        "lowest_end": [row.betas[row.lowest_end], _short(row.value("end", row.lowest_end).mean)],
     }
 
 

@@ -40,6 +40,12 @@ class Row(NamedTuple):
         return statistics.stdev(self.plateaus) if len(self.plateaus) > 1 else None
 
     @property
+    def past_transition(self) -> float | None:
+        """Mean plateau over the seeds that have a transition; None if there are none."""
+        values = [value for value, at in zip(self.plateaus, self.transitions, strict=True) if at is not None]
+        return statistics.fmean(values) if values else None
+
+    @property
     def reached(self) -> list[int]:
         """The transitions of the runs that have one."""
         return [step for step in self.transitions if step is not None]

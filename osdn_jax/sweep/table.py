@@ -66,8 +66,9 @@ def markdown(plan: Plan, summary: Summary, command: str) -> str:
     """Return the table of a sweep with its definitions, in Markdown."""
     lines = _head(plan, summary, command)
     lines += [
-        "| variant | learning rate | n | plateau, % | sd | min to max | steps to transition | reached |",
-        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+        "| variant | learning rate | n | plateau, % | sd | min to max | steps to transition | reached | "
+        "plateau of those, % |",
+        "| --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
         *(_cells(row) for row in summary.rows),
         "",
         *_notes(plan, summary),
@@ -120,6 +121,7 @@ def _cells(row: Row) -> str:
         f"{100 * min(row.plateaus):.1f} to {100 * max(row.plateaus):.1f}",
         steps,
         f"{len(reached)} of {len(row.seeds)}",
+        "–" if row.past_transition is None else f"{100 * row.past_transition:.1f}",
     )
     return f"| {' | '.join(cells)} |"
 
@@ -129,7 +131,7 @@ def _notes(plan: Plan, summary: Summary) -> list[str]:
         f"n: number of seeds. Plateau: mean test accuracy over the evaluations in the last {PLATEAU_SHARE:.0%} of the "
         "steps, at least three; then mean, standard deviation (n − 1), minimum and maximum over seeds.",
         f"Steps to transition: first evaluated step with a test accuracy of at least {100 * summary.threshold:.1f} %; "
-        "median (minimum to maximum) over the seeds that reach it.",
+        "median (minimum to maximum) over the seeds that reach it; last, the mean plateau of those seeds alone.",
         f"Chance: {100 * summary.chance:.1f} %.",
     ]
     if plan.choose and len(plan.learning_rates) > 1:

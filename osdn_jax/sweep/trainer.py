@@ -28,15 +28,16 @@ class Curve(NamedTuple):
     Attributes:
         steps: the steps after which it was evaluated; the first is 0, before training.
         accuracy: on the test examples: mean over an example's asked tokens, then over examples.
-        test_loss: nats per asked token of the test examples.
-        train_loss: mean nats per asked token over the training steps since the evaluation before; None at step 0.
+        test_loss: nats per asked token of the test examples; None where it is not finite.
+        train_loss: mean nats per asked token over the training steps since the evaluation before; None at step 0 and
+            where it is not finite.
         skipped: steps whose loss, gradient or update was not finite.
         diverged: True if the run ended early, after more of them in a row than config.max_skipped_steps.
     """
 
     steps: list[int]
     accuracy: list[float]
-    test_loss: list[float]
+    test_loss: list[float | None]
     train_loss: list[float | None]
     skipped: int
     diverged: bool
@@ -125,8 +126,8 @@ class Trainer:
             Curve(
                 [row[0] for row in rows],
                 [float(row[1][i]) for row in rows],
-                [float(row[2][i]) for row in rows],
-                [None if row[3] is None else float(row[3][i]) for row in rows],
+                [_finite(row[2][i]) for row in rows],
+                [None if row[3] is None else _finite(row[3][i]) for row in rows],
                 int(skipped[i]),
                 bool(diverged[i]),
             )
@@ -150,6 +151,10 @@ class Trainer:
     def _tested(self, state: TrainState) -> tuple[np.ndarray, np.ndarray]:
         accuracy, loss = self._evaluate(state.evaluated, self._test)
         return np.atleast_1d(accuracy), np.atleast_1d(loss)
+
+
+def _finite(value: float) -> float | None:
+    return float(value) if np.isfinite(value) else None  # JSON has no infinity
 
 
 def check_config(config: ConfigDict) -> None:

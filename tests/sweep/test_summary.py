@@ -96,8 +96,8 @@ def test_summary(plan, finished):
 
 def test_table(plan, finished):
     text = markdown(plan, summarise_plan(plan, finished, threshold=0.5), "python -m osdn_jax.sweep X")
-    assert "| delta_net | 0.01 | 3 | 54.3 | 45.6 | 3.0 to 90.0 | 1,500 (1,000 to 2,000) | 2 of 3 |" in text
-    assert "| pdn | 0.001 | 2 | 80.0 | 14.1 | 70.0 to 90.0 | 1,500 (1,000 to 2,000) | 2 of 2 |" in text
+    assert "| delta_net | 0.01 | 3 | 54.3 | 45.6 | 3.0 to 90.0 | 1,500 (1,000 to 2,000) | 2 of 3 | 80.0 |" in text
+    assert "| pdn | 0.001 | 2 | 80.0 | 14.1 | 70.0 to 90.0 | 1,500 (1,000 to 2,000) | 2 of 2 | 80.0 |" in text
     assert "| delta_net | 10.0 | 90.0 |" in text
     assert "    python -m osdn_jax.sweep X\n" in text
     assert "1 of 8 runs have not finished" in text
@@ -111,7 +111,7 @@ def test_a_grid_has_a_row_for_every_rate(tiny):
     finished = {run.key: record(run, curve(0, 0.01)) for run in plan.runs({})}
     summary = summarise_plan(plan, finished)
     text = markdown(plan, summary, "")
-    assert "| pdn | 0.001 | 1 | 1.0 | – | 1.0 to 1.0 | – | 0 of 1 |" in text
+    assert "| pdn | 0.001 | 1 | 1.0 | – | 1.0 to 1.0 | – | 0 of 1 | – |" in text
     assert "| pdn | 0.01 | 1 |" in text
     assert "first seed" not in text
 

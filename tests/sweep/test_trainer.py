@@ -1,6 +1,7 @@
 """The compiled trainer: equal to the training step at every rate, and no program for a new seed or rate."""
 
 import copy
+import json
 
 import jax
 import jax.numpy as jnp
@@ -118,6 +119,14 @@ def test_a_run_that_diverges_ends_early(tiny):
     assert curve.diverged
     assert curve.skipped > 1
     assert curve.steps[-1] < tiny.steps or curve.steps == [0, 3, 6]
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite_can_be_saved(tiny, monkeypatch):
+    monkeypatch.setattr(Trainer, "_tested", lambda *_: (np.zeros(1), np.array([np.inf])))
+    [curve] = Trainer(tiny).train([0], 1e-3)
+    assert curve.test_loss == [None] * len(curve.steps)
+    json.dumps(curve._asdict(), allow_nan=False)
 
 
 @pytest.mark.parametrize(
