@@ -61,8 +61,7 @@ def ratio_by_position(found: Diagnostics, about: Mapping[str, Any]) -> bytes:
         title="Residual ratio q = (1 − β⟨d, u⟩)² of each write",
         xlabel="Position in its segment (tokens)",
         legend=_write_legend(found),
-        note="Geometric mean over tokens and heads; shaded: the range of the heads of the model's own writes. "
-        "A lower ratio is no lower loss.",
+        note="Geometric mean over tokens and heads; shaded: range of the heads. A lower ratio is no lower loss.",
     )
 
 

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
+from osdn_jax.regression import BETAS, RULES, standard_conditions
 from osdn_jax.regression.__main__ import main
+from support.runs import ROOT
 
 FLAGS = ["--quick", "--seeds", "2"]
 
@@ -66,3 +68,13 @@ def test_rules_that_fail_end_in_one_line(tmp_path, monkeypatch, capsys):
     rule = "mine=bench_rule_that_fails:half"
     assert main([*FLAGS, "--only", "stationary", "--rules", "delta_net", "--add", rule]) == 2
     assert "error: rules: mine: write_key: got a result of shape" in capsys.readouterr().err
+
+
+def test_the_committed_results_are_of_these_rules_and_conditions():
+    record = json.loads((ROOT / "benchmarks" / "results" / "regression.json").read_text())
+    assert record["rules"] == {name: rule.about for name, rule in RULES.items()}
+    named = [(c["family"], c["name"]) for c in record["conditions"]]
+    assert named == [(c.family, c.name) for c in standard_conditions()]
+    assert record["betas"] == list(BETAS)
+    expected = sum(c.family in (rule.families or (c.family,)) for c in standard_conditions() for rule in RULES.values())
+    assert len(record["rows"]) == expected
