@@ -21,6 +21,7 @@ VARIANTS = {
     "delta_net_pdn_step": "pdn model.match_step=true",
     "pdn_x2": "pdn model.squash=2.0",
     "osdn_paper": "osdn model.preset=paper",
+    "osdn_from_2": "osdn model.initial=2.0",  # d_0 above the fixed point of the feedback
     "osdn_trust_0": "osdn model.preset=trust model.beta_aware=true model.anchor=0.0",
     "osdn_trust_1": "osdn model.preset=trust model.beta_aware=true model.anchor=1.0",
     "osdn_fixed_d": "osdn model.eta=0.0 model.initial=1.0 model.forget=false",
