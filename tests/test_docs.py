@@ -32,6 +32,7 @@ MODULES = (
     "benchmarks.gpu_suite",
     "benchmarks.ops",
     "benchmarks.peers_cpu",
+    "benchmarks.seeds",
     "benchmarks.state_growth",
     "benchmarks.step",
     "osdn_jax.compare",
