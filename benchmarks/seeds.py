@@ -81,9 +81,9 @@ def markdown(record: dict[str, Any]) -> Iterator[str]:
     about, runs, seeds = record["environment"], record["bits_per_byte"], record["seeds"]
     yield from ("# Seeds of the demo's models", "")
     yield f"Bits per byte of the held-out plays after {record['steps']:,} steps; lower is better. The seed sets the"
-    yield "initial parameters and the order of the data. The difference to DeltaNet is of the same seed: mean ± standard"
-    yield f"error, and the number of seeds with fewer bits. {about['date']}, {about['device']} ({about['cpu']}), jax"
-    yield f"{about['jax']}: `{about['command']}`."
+    yield "initial parameters and the order of the data. The difference to DeltaNet is of the same seed: mean ±"
+    yield "standard error, and the number of seeds with fewer bits."
+    yield f"{about['date']}, {about['device']} ({about['cpu']}), jax {about['jax']}: `{about['command']}`."
     yield ""
     yield f"| variant | mean | sd | {' | '.join(f'seed {seed}' for seed in seeds)} | minus {BASE} | lower |"
     yield "| --- |" + " ---: |" * (len(seeds) + 4)
