@@ -5,7 +5,7 @@
 
 Two layers of width 64 with one head, whose keys have dimension 8, on 64 tokens with 8 pairs: as many as the state holds
 without error. A run takes half a minute of one core. benchmarks/results/mqar-once and mqar-twice have the results
-of twelve rules. One model also trains with
+of thirteen rules. One model also trains with
 `python train.py --config=configs/mqar.py:rule=osdn --workdir=runs/mqar-osdn`, from a fixed set of examples where a
 sweep has new ones at every step.
 """
