@@ -14,13 +14,15 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 _STYLES = ("-", (0, (5, 2)), (0, (1.5, 1.5)))  # after all colours are used
+_MOST_BANDS = 5  # more of them hide each other
 _GAP = 0.045  # minimum distance between two labels, as a fraction of the axes' height
 
 
 def plot_sweep(summary: Summary, path: str | Path, *, title: str = "", note: str = "") -> None:
     """Plot a sweep as a PNG, written atomically.
 
-    Left: mean test accuracy over seeds by training step, with a band from the lowest to the highest seed. Right: the
+    Left: mean test accuracy over seeds by training step, for up to five variants with a band from the lowest to the
+    highest seed. Right: the
     plateau of every seed, and their mean. Of a variant with several learning rates, that with the best mean plateau is
     shown.
 
@@ -37,17 +39,17 @@ def plot_sweep(summary: Summary, path: str | Path, *, title: str = "", note: str
     if not rows:
         raise ValueError("there is nothing to plot: no run has finished")
     height = max(6.5, 3.2 + 0.42 * len(rows))
-    canvas = new_canvas(15, height)
+    canvas = new_canvas(17.5, height)
     figure = canvas.figure
     bottom, top = 1.15 / height, 1 - 1.05 / height
-    curves = figure.add_axes((0.055, bottom, 0.44, top - bottom))
-    dots = figure.add_axes((0.755, bottom, 0.225, top - bottom))
+    curves = figure.add_axes((0.05, bottom, 0.38, top - bottom))
+    dots = figure.add_axes((0.745, bottom, 0.24, top - bottom))
     _curves(curves, rows, summary)
     _dots(dots, rows)
     if title:
-        figure.text(0.055, 1 - 0.4 / height, title, fontsize=17, fontweight="bold", color=INK, va="center")
+        figure.text(0.05, 1 - 0.4 / height, title, fontsize=17, fontweight="bold", color=INK, va="center")
     if note:
-        figure.text(0.055, 0.25 / height, note, fontsize=10.5, color=GREY, va="center")
+        figure.text(0.05, 0.25 / height, note, fontsize=10.5, color=GREY, va="center")
     write_atomically(path, png(canvas))
 
 
@@ -61,11 +63,13 @@ def _best(rows: list[Row]) -> list[Row]:
 
 def _curves(axes: "Axes", rows: list[Row], summary: Summary) -> None:
     ends = []
+    banded = len(rows) <= _MOST_BANDS
     for number, row in enumerate(rows):
         steps, values = _aligned(row)
         mean = values.mean(axis=0)
         colour, style = COLOURS[number % len(COLOURS)], _STYLES[number // len(COLOURS) % len(_STYLES)]
-        axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
+        if banded:
+            axes.fill_between(steps, values.min(axis=0), values.max(axis=0), color=colour, alpha=0.13, linewidth=0)
         axes.plot(steps, mean, color=colour, linewidth=1.8, linestyle=style)
         ends.append((float(mean[-1]), f"{row.label}  (lr {row.learning_rate:g}, n = {len(row.seeds)})", colour))
     axes.axhline(100 * summary.threshold, color=GREY, linewidth=1.0, linestyle=(0, (5, 4)), zorder=1)
@@ -73,13 +77,8 @@ def _curves(axes: "Axes", rows: list[Row], summary: Summary) -> None:
     axes.set_ylim(-2, 102)
     axes.set_xlim(left=0, right=max(record["steps"][-1] for row in rows for record in row.records))
     style_axes(axes, xlabel="Training step")
-    axes.set_title(
-        "Test accuracy, %: mean over seeds, band from the lowest to the highest",
-        fontsize=12,
-        color=INK,
-        loc="left",
-        pad=12,
-    )
+    bands = ", band from the lowest to the highest" if banded else ""
+    axes.set_title(f"Test accuracy, %: mean over seeds{bands}", fontsize=12, color=INK, loc="left", pad=12)
     label_ends(axes, ends, gap=_GAP, fontsize=11)
 
 
