@@ -22,9 +22,8 @@ def plot_sweep(summary: Summary, path: str | Path, *, title: str = "", note: str
     """Plot a sweep as a PNG, written atomically.
 
     Left: mean test accuracy over seeds by training step, for up to five variants with a band from the lowest to the
-    highest seed. Right: the
-    plateau of every seed, and their mean. Of a variant with several learning rates, that with the best mean plateau is
-    shown.
+    highest seed. Right: the plateau of every seed, and their mean. Of a variant with several learning rates, that with
+    the best mean plateau is shown.
 
     Args:
         summary: of `summarise_plan`.
