@@ -38,6 +38,14 @@ def _what_the_preconditioner_does(namespace):
     assert errors["OSDN, η = 0.1, from d = 1"][-1] < 1e-3 < 1 < errors["DeltaNet"][-1]
 
 
+def _recall_from_config_to_figure(namespace):
+    assert all(curve.steps == [0, 2, 4] for curve in namespace["curves"].values())
+    twice = namespace["sweeps"]["read twice"]
+    assert len(twice["osdn_from_2"].reached) == len(twice["pdn"].reached) == 5
+    assert twice["osdn_from_2"].mean > twice["delta_net_pdn_step"].mean > twice["osdn_paper"].mean
+    assert min(len(row.seeds) for labels in namespace["sweeps"].values() for row in labels.values()) == 5
+
+
 # The parameters of a reduced run, and what holds after it.
 _REDUCED = {
     "01_one_operator": ({"LENGTH": 256, "REPEATS": 1}, _one_operator),
@@ -45,6 +53,7 @@ _REDUCED = {
         {"SEEDS": 2, "TOKENS": 300, "SIZE": 8, "POINTS": 3},
         _what_the_preconditioner_does,
     ),
+    "03_recall_from_config_to_figure": ({"STEPS": 4, "EVERY": 2, "EXAMPLES": 8}, _recall_from_config_to_figure),
 }
 
 
