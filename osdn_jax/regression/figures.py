@@ -90,7 +90,8 @@ def _lines(axes: "Axes", names: dict[str, str], line: Line, *, log: bool) -> Non
         if len(points):
             x, y, low, high = points.T
             colour = COLOURS[i % len(COLOURS)]
-            bars = np.nan_to_num(np.abs(np.stack([y - low, high - y])))
+            bars = np.abs(np.stack([y - low, high - y]))
+            bars = np.where(np.isnan(bars), 0.0, bars)  # one seed has no spread
             axes.errorbar(x, y, bars, marker="o", markersize=5, linewidth=1.6, capsize=2, color=colour)
             ends.append((float(y[-1]), label, colour))
     if log:
