@@ -40,7 +40,9 @@ def line(tmp_path):
 
 
 def wait_for(condition):
+    end = time.monotonic() + 240
     while not condition():
+        assert time.monotonic() < end
         time.sleep(0.05)
 
 
@@ -64,12 +66,15 @@ def test_a_sweep_is_killed_interrupted_and_finished(line, tmp_path, capfd, monke
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     with Claims(out) as claims, messages.open("w") as file:
         assert claims.take(held.key)  # so that one run is left
-        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=file, stderr=file)
+        interruptible = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # even if the tests ignore it
+        process = subprocess.Popen(
+            command, env=environment, cwd=tmp_path, stdout=file, stderr=file, preexec_fn=interruptible
+        )
         wait_for(lambda: len(records()) == 3 or process.poll() is not None)
         os.kill(children(process)[0], signal.SIGKILL)
         wait_for(lambda: "killed by SIGKILL" in messages.read_text() or process.poll() is not None)
         process.send_signal(signal.SIGINT)
-        assert process.wait() == 130
+        assert process.wait(timeout=120) == 130
         assert children(process) == []
     text = messages.read_text()
     assert "a process was killed by SIGKILL; another one continues with its run" in text
