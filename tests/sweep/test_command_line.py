@@ -66,10 +66,9 @@ def test_a_sweep_is_killed_interrupted_and_finished(line, tmp_path, capfd, monke
     environment = os.environ | {"PYTHONPATH": str(ROOT), "COLUMNS": "100"}
     with Claims(out) as claims, messages.open("w") as file:
         assert claims.take(held.key)  # so that one run is left
-        interruptible = lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)  # even if the tests ignore it
-        process = subprocess.Popen(
-            command, env=environment, cwd=tmp_path, stdout=file, stderr=file, preexec_fn=interruptible
-        )
+        before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a child inherits it if the tests ignore it
+        process = subprocess.Popen(command, env=environment, cwd=tmp_path, stdout=file, stderr=file)
+        signal.signal(signal.SIGINT, before)
         wait_for(lambda: len(records()) == 3 or process.poll() is not None)
         os.kill(children(process)[0], signal.SIGKILL)
         wait_for(lambda: "killed by SIGKILL" in messages.read_text() or process.poll() is not None)
