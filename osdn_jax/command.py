@@ -8,9 +8,9 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 # Exit statuses, as shells have them.
 USAGE_ERROR = 2  # a wrong command line
@@ -104,6 +104,27 @@ def _keep_freed_memory() -> None:
     if mallopt is not None:
         for name, value in _MALLOPT.items():
             mallopt(name, value)
+
+
+class Flattened(argparse.Action):
+    """Joins the lists that the flag's type makes of its values, without repetitions."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
+        """Store the values in their order."""
+        setattr(namespace, self.dest, list(dict.fromkeys(value for several in values for value in several)))
+
+
+def names(known: Collection[str]) -> Callable[[str], list[str]]:
+    """Return the type of a flag that takes some of the known names, separated by commas."""
+
+    def parse(text: str) -> list[str]:
+        found = text.split(",")
+        for name in found:
+            if name not in known:
+                raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {', '.join(known)}")
+        return found
+
+    return parse
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:

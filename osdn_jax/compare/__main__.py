@@ -11,7 +11,7 @@ import json
 import re
 import shlex
 import sys
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -151,25 +151,6 @@ def _title(given: argparse.Namespace) -> str:
     return "Implementations of the delta rule: " + ", ".join(text for text in common if text)
 
 
-class _Flattened(argparse.Action):
-    """Joins the lists that the flag's type makes of its values, without repetitions."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        """Store the values in their order."""
-        setattr(namespace, self.dest, list(dict.fromkeys(value for several in values for value in several)))
-
-
-def _names(known: Collection[str]) -> Callable[[str], list[str]]:
-    def names(text: str) -> list[str]:
-        found = text.split(",")
-        for name in found:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {', '.join(known)}")
-        return found
-
-    return names
-
-
 def _shapes(text: str) -> list[Shape]:
     try:
         return parse_shapes(text)
@@ -209,19 +190,21 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     known, default = implementations(), default_implementations()
 
     def add_list(flag: str, metavar: str, kind: Callable[[str], list[Any]], default: list[Any], text: str) -> None:
-        parser.add_argument(flag, nargs="+", type=kind, action=_Flattened, default=default, metavar=metavar, help=text)
+        parser.add_argument(
+            flag, nargs="+", type=kind, action=command.Flattened, default=default, metavar=metavar, help=text
+        )
 
     add_list(
         "--rules",
         "RULE",
-        _names(COMPARED_RULES),
+        command.names(COMPARED_RULES),
         _DEFAULT_RULES,
         f"rules to compare, any of {', '.join(COMPARED_RULES)} (default {', '.join(_DEFAULT_RULES)})",
     )
     add_list(
         "--implementations",
         "NAME",
-        _names(known),
+        command.names(known),
         default,
         f"implementations to compare, any of {', '.join(known)} (default {', '.join(default)})",
     )
@@ -229,7 +212,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add_list(
         "--dtypes",
         "TYPE",
-        _names(TOLERANCES),
+        command.names(TOLERANCES),
         ["float32"],
         f"input types, any of {', '.join(TOLERANCES)} (default float32)",
     )

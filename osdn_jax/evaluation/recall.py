@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from osdn_jax.nn.likelihood import hidden_at
 from osdn_jax.nn.split import Parameters
 
 
@@ -71,7 +72,7 @@ def recall_sums(
         hidden = apply(parameters, tokens, method="features")[0]
         chosen = jnp.argsort(targets < 0, axis=1, stable=True)[:, :questions]  # the positions that are asked come first
         targets = jnp.take_along_axis(targets, chosen, axis=1)
-        hidden = jnp.take_along_axis(hidden, chosen[:, :, None], axis=1)
+        hidden = hidden_at(hidden, chosen)
         unembedding = apply(parameters, method="unembedding").astype(hidden.dtype)
         logits = jnp.einsum("nqd,vd->nqv", hidden, unembedding, preferred_element_type=jnp.float32)
     asked = targets >= 0

@@ -10,7 +10,7 @@ import re
 import shlex
 import sys
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,25 +121,6 @@ def _save(given: argparse.Namespace, results: Results, about: dict[str, Any]) ->
     return list(files)
 
 
-class _Flattened(argparse.Action):
-    """Joins the lists that the flag's type makes of its values, without repetitions."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option: str | None = None) -> None:
-        """Store the values in their order."""
-        setattr(namespace, self.dest, list(dict.fromkeys(value for several in values for value in several)))
-
-
-def _names(known: Collection[str]) -> Callable[[str], list[str]]:
-    def names(text: str) -> list[str]:
-        found = text.split(",")
-        for name in found:
-            if name not in known:
-                raise argparse.ArgumentTypeError(f"got {name!r}, expected some of {', '.join(known)}")
-        return found
-
-    return names
-
-
 def _added(text: str) -> tuple[str, Rule]:
     """Return the name and the rule of NAME=MODULE:FUNCTION; modules are also found in the working directory."""
     match = re.fullmatch(r"(\w+)=([\w.]+):(\w+)", text)
@@ -178,16 +159,16 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--only",
         nargs="+",
-        type=_names(FAMILIES),
-        action=_Flattened,
+        type=command.names(FAMILIES),
+        action=command.Flattened,
         metavar="FAMILY",
         help=f"families of conditions, any of {', '.join(FAMILIES)} (default all)",
     )
     add(
         "--rules",
         nargs="+",
-        type=_names(RULES),
-        action=_Flattened,
+        type=command.names(RULES),
+        action=command.Flattened,
         metavar="RULE",
         help=f"built-in rules, any of {', '.join(RULES)} (default all)",
     )
