@@ -15,20 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.gates import (
-    BETA,
-    FROM_START,
-    GATES,
-    TO_END,
-    clamped,
-    from_chunks,
-    gates_of,
-    pad_to_multiple,
-    pair_decay,
-    pair_rows_of,
-    pair_rows_tile,
-    segments_of,
-)
+from pallas_kernels.common.gates import pair_decay, pair_rows_of, pair_rows_tile
 from pallas_kernels.common.launch import BlockIndex, launch
 from pallas_kernels.common.partitioning import Heads, per_shard
 from pallas_kernels.common.shard_map import match_varying_axes
@@ -46,6 +33,17 @@ from pallas_kernels.common.tiles import (
     smem,
     split,
     split_terms,
+)
+from pallas_kernels.common.token_gates import (
+    BETA,
+    FROM_START,
+    GATES,
+    TO_END,
+    clamped,
+    from_chunks,
+    gates_of,
+    pad_to_multiple,
+    segments_of,
 )
 
 _EPSILON = 1e-6

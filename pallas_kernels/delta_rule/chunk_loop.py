@@ -13,9 +13,9 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.gates import FROM_START, SCALES
 from pallas_kernels.common.launch import BlockIndex, launch
 from pallas_kernels.common.tiles import CHUNK, along_columns, read_global, read_global_rows, smem
+from pallas_kernels.common.token_gates import FROM_START, SCALES
 from pallas_kernels.delta_rule.prepare import DeltaRuleOptions
 
 _KEYS = ("q", "k", "w")  # [B, T, heads, K]

@@ -8,10 +8,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common.gates import BETA, FROM_START, clamped, from_chunks, gates_of, pad_to_multiple, segments_of
 from pallas_kernels.common.partitioning import Axes, Heads, per_shard
 from pallas_kernels.common.shard_map import match_varying_axes
 from pallas_kernels.common.tiles import CHUNK
+from pallas_kernels.common.token_gates import (
+    BETA,
+    FROM_START,
+    clamped,
+    from_chunks,
+    gates_of,
+    pad_to_multiple,
+    segments_of,
+)
 from pallas_kernels.delta_rule.gradients import D_CUMULATIVE, D_END, Z_WRITTEN, gradients
 from pallas_kernels.delta_rule.gradients_channel_decay import gradients_channel_decay
 from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions, prepare

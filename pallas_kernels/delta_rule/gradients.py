@@ -10,7 +10,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.gates import BETA, FROM_START, GATES, TO_END, pair_decay, pair_rows_of, pair_rows_tile
+from pallas_kernels.common.gates import pair_decay, pair_rows_of, pair_rows_tile
 from pallas_kernels.common.launch import BlockIndex, Phases, launch
 from pallas_kernels.common.tiles import (
     CHUNK,
@@ -24,6 +24,7 @@ from pallas_kernels.common.tiles import (
     split_terms,
     zero_rows,
 )
+from pallas_kernels.common.token_gates import BETA, FROM_START, GATES, TO_END
 from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions
 from pallas_kernels.delta_rule.scan_backward import BackwardScan
 

@@ -8,11 +8,12 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.gates import BETA, GATES, TO_END, pair_decay, pair_rows_of, pair_rows_tile
+from pallas_kernels.common.gates import pair_decay, pair_rows_of, pair_rows_tile
 from pallas_kernels.common.inverse import SCRATCH as INVERSE
 from pallas_kernels.common.inverse import times_inverse, unit_lower_inverse
 from pallas_kernels.common.launch import BlockIndex, Phases, launch
 from pallas_kernels.common.tiles import CHUNK, product, products, row_scale, smem, split
+from pallas_kernels.common.token_gates import BETA, GATES, TO_END
 
 
 class DeltaRuleOptions(NamedTuple):

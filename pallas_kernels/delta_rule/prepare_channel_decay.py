@@ -15,7 +15,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.gates import BETA, FROM_START, GATES, TO_END, pair_decay, pair_rows_of, pair_rows_tile
+from pallas_kernels.common.gates import pair_decay, pair_rows_of, pair_rows_tile
 from pallas_kernels.common.inverse import SCRATCH as INVERSE
 from pallas_kernels.common.inverse import times_inverse, unit_lower_inverse
 from pallas_kernels.common.launch import BlockIndex, Phases, launch
@@ -33,6 +33,7 @@ from pallas_kernels.common.tiles import (
     split,
     zeros,
 )
+from pallas_kernels.common.token_gates import BETA, FROM_START, GATES, TO_END
 from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions
 
 _Q, _K, _W = range(3)

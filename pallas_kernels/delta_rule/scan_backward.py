@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.gates import BETA, FROM_START, TO_END
 from pallas_kernels.common.tiles import CHUNK, products, read, row_scale, smem, split
+from pallas_kernels.common.token_gates import BETA, FROM_START, TO_END
 from pallas_kernels.delta_rule.chunk_loop import Chunk, chunk_loop, tile_width
 from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions
 

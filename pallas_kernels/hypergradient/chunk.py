@@ -18,7 +18,6 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.common.gates import to_chunks, two_sums
 from pallas_kernels.common.tiles import (
     CHUNK,
     SLAB,
@@ -31,6 +30,7 @@ from pallas_kernels.common.tiles import (
     split,
     split_terms,
 )
+from pallas_kernels.common.token_gates import to_chunks, two_sums
 
 # Rows of the gates of a chunk, [GATES, 64] float32.
 STEP, BETA = 0, 1

@@ -12,9 +12,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.common.gates import clamped, from_chunks, pad_to_multiple
 from pallas_kernels.common.partitioning import Heads, per_shard
 from pallas_kernels.common.shard_map import match_varying_axes
+from pallas_kernels.common.token_gates import clamped, from_chunks, pad_to_multiple
 from pallas_kernels.hypergradient.chunk import Chunks, HypergradientOptions, make_gates
 from pallas_kernels.hypergradient.expand import expand
 from pallas_kernels.hypergradient.gradients import D_BETA, D_LOG_FORGET, D_STEP, gradients

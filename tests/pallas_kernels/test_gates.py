@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.common.gates import COARSE, FINE, FROM_START, LOWEST, TO_END, clamped, gates_of, two_sums
+from pallas_kernels.common.token_gates import COARSE, FINE, FROM_START, LOWEST, TO_END, clamped, gates_of, two_sums
 from pallas_kernels.hypergradient.chunk import TO_END as FORGOTTEN_TO_END
 from pallas_kernels.hypergradient.chunk import make_gates
 

@@ -1,0 +1,1 @@
+"""Launching, interpreting and settings, for all kernels."""
