@@ -64,6 +64,9 @@ def delta_rule(
 ) -> tuple[jax.Array, jax.Array]:
     """Run the delta rule: (outputs, final state)."""
     key_dim, value_dim = call.state.shape[-2:]
+    log_decay = call.log_decay
+    if log_decay is not None and call.channel_decay:
+        log_decay = _pad(log_decay)
     # Padding channels of the write key, and so of the state, are zeros.
     state = _pad(_pad(call.state), axis=-2)
     out, final = _kernels("delta_rule").delta_rule(
@@ -72,7 +75,7 @@ def delta_rule(
         _pad(call.v),
         call.beta,
         write_key=None if call.w is None else _pad(call.w),
-        log_decay=_pad(call.log_decay) if call.channel_decay else call.log_decay,
+        log_decay=log_decay,
         erase=options.erase,
         scale=options.scale,
         initial_state=state,
