@@ -2,12 +2,13 @@
 
 import functools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from pallas_kernels.common.delta_rule_inputs import Inputs, Splits, axes_of, per_key_head
 from pallas_kernels.common.partitioning import Axes, Heads, per_shard
 from pallas_kernels.common.shard_map import match_varying_axes
 from pallas_kernels.common.tiles import CHUNK
@@ -17,7 +18,6 @@ from pallas_kernels.common.token_gates import (
     clamped,
     from_chunks,
     gates_of,
-    pad_to_multiple,
     segments_of,
 )
 from pallas_kernels.delta_rule.gradients import D_CUMULATIVE, D_END, Z_WRITTEN, gradients
@@ -45,22 +45,6 @@ def limitation(q: jax.Array, k: jax.Array, v: jax.Array, beta: jax.Array, w: jax
     if beta.dtype != jnp.float32:
         return f"beta: got {beta.dtype}, the kernels keep gates and state in float32"
     return None
-
-
-class Inputs(NamedTuple):
-    """Arrays of a call; optional ones are None.
-
-    Once each sequence is cut into P splits, B becomes B P and T becomes T / P, a multiple of 64, except in the initial
-    state.
-    """
-
-    q: jax.Array  # [B, T, Hk, K]
-    k: jax.Array  # [B, T, Hk, K]
-    w: jax.Array | None  # [B, T, Hk or H, K]; None: k
-    v: jax.Array  # [B, T, H, V]
-    beta: jax.Array  # [B, T, H] float32
-    log_decay: jax.Array | None  # [B, T, H] or [B, T, H, K] float32
-    initial: jax.Array  # [B, H, K, V] float32
 
 
 def delta_rule(
@@ -136,12 +120,12 @@ def _delta_rule_bwd(options: DeltaRuleOptions, saved: Any, cotangents: Any) -> A
     q, k, w, *_ = inputs
     keys = 2 + options.erase  # q, k (with erase) and w
     # Then those of v, beta, the initial state and perhaps log_decay.
-    results = [*["b.h."] * (keys + 1), "b.h", "bh..", *filter(None, [_axes(inputs).log_decay])]
+    results = [*["b.h."] * (keys + 1), "b.h", "bh..", *filter(None, [axes_of(inputs).log_decay])]
     found = _per_shard(_backward, inputs, resets, tuple(cotangents), results, options)
     d_keys, (d_v, d_beta, d_initial, *d_decays) = found[:keys], found[keys:]
     d_log_decay = d_decays[0] if d_decays else None
-    d_q, d_w = _per_key_head(d_keys[0], q), _per_key_head(d_keys[-1], k if w is None else w)
-    d_k = _per_key_head(d_keys[1], k) if options.erase else jnp.zeros_like(k)
+    d_q, d_w = per_key_head(d_keys[0], q), per_key_head(d_keys[-1], k if w is None else w)
+    d_k = per_key_head(d_keys[1], k) if options.erase else jnp.zeros_like(k)
     if w is None:
         return Inputs(d_q, d_k + d_w, None, d_v, d_beta, d_log_decay, d_initial), None
     return Inputs(d_q, d_k, d_w, d_v, d_beta, d_log_decay, d_initial), None
@@ -151,53 +135,20 @@ def _per_shard(
     function: Any, inputs: Inputs, resets: Any, cotangents: Any, results: Sequence[Axes], options: DeltaRuleOptions
 ) -> list[jax.Array]:
     arguments = (inputs, resets, cotangents)
-    axes = (_axes(inputs), None if resets is None else "b.", ("b.h.", "bh..")[: len(cotangents)])
+    axes = (axes_of(inputs), None if resets is None else "b.", ("b.h.", "bh..")[: len(cotangents)])
     heads = Heads(inputs.q.shape[2], inputs.v.shape[2] // inputs.q.shape[2])
     return per_shard(function, arguments, axes, results, options, heads=heads, interpret=options.interpret)
 
 
-def _axes(inputs: Inputs) -> Any:
-    """Return the axes of each input, in the notation of `per_shard`."""
-    keys, w = "b.k.", inputs.w
-    writes = None if w is None else keys if w.shape[2] == inputs.q.shape[2] else "b.h."
-    decays = None if inputs.log_decay is None else "b.h."[: inputs.log_decay.ndim]
-    axes: tuple[Any, ...] = (keys, keys, writes, "b.h.", "b.h", decays, "bh..")
-    return Inputs(*axes)
-
-
-class _Splits(NamedTuple):
-    """Splits of the sequences on one device, which the kernels see as a larger batch."""
-
-    number: int
-    batch: int
-    length: int
-
-    def cut(self, x: jax.Array) -> jax.Array:
-        """Reshape [B, T, ...] to [B P, T / P, ...]; the padding of the last chunks writes and decays nothing."""
-        return pad_to_multiple(x, CHUNK * self.number).reshape(self.batch * self.number, -1, *x.shape[2:])
-
-    def join(self, x: jax.Array) -> jax.Array:
-        """Invert `cut`."""
-        return x.reshape(self.batch, -1, *x.shape[2:])[:, : self.length]
-
-    def first(self, x: jax.Array) -> jax.Array:
-        """Return the entry of the first split [B, ...] of x [B P, ...]."""
-        return x.reshape(self.batch, self.number, *x.shape[1:])[:, 0]
-
-    def last(self, x: jax.Array) -> jax.Array:
-        """Return the entry of the last split [B, ...] of x [B P, ...]."""
-        return x.reshape(self.batch, self.number, *x.shape[1:])[:, -1]
-
-
 def _cut(
     inputs: Inputs, resets: jax.Array | None, options: DeltaRuleOptions
-) -> tuple[_Splits, Inputs, jax.Array | None]:
+) -> tuple[Splits, Inputs, jax.Array | None]:
     """Return the splits, the inputs cut into them (except the initial state), and the segment of each token."""
     batch, length, heads, value_dim = inputs.v.shape
     chunks, count = -(-length // CHUNK), options.splits
     if count is None:
         count = split_count(batch, heads, chunks, inputs.q.shape[3], value_dim)
-    splits = _Splits(count, batch, length)
+    splits = Splits(count, batch, length, CHUNK)
     segment = None if resets is None else segments_of(splits.cut(resets))
     tokens = {name: splits.cut(x) for name, x in inputs._asdict().items() if x is not None and name != "initial"}
     return splits, inputs._replace(**tokens), segment
@@ -258,12 +209,6 @@ def _backward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRul
         [splits.join(x) for x in group] for group in (d_keys, (backward.d_v, d_beta), d_decays)
     )
     return [*d_keys, *d_values, splits.first(backward.d_initial), *d_decays]
-
-
-def _per_key_head(gradient: jax.Array, x: jax.Array) -> jax.Array:
-    """Sum gradients [B, T, H, K] over the value heads that read the same head of x."""
-    shape = (*x.shape[:3], gradient.shape[2] // x.shape[2], x.shape[3])
-    return jnp.sum(gradient.reshape(shape), axis=3, dtype=jnp.float32).astype(x.dtype)
 
 
 _delta_rule.defvjp(_delta_rule_fwd, _delta_rule_bwd)

@@ -5,12 +5,10 @@ M that of the split started from the identity with all values zero. From these f
 from, and from M^T the gradients of the states that they end with.
 """
 
-from collections.abc import Iterable
-
 import jax
 import jax.numpy as jnp
-from jax import lax
 
+from pallas_kernels.common.delta_rule_inputs import chain
 from pallas_kernels.delta_rule.chunk_loop import tile_width
 from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions
 from pallas_kernels.delta_rule.scan import scan
@@ -51,7 +49,7 @@ def initial_states(
     no_values = jnp.zeros((batch * count, length, heads, key_dim), v.dtype)
     matrices = scan(chunks, no_values, identity, options, keep="final").final
     matrices = matrices.reshape(batch, count, heads, key_dim, key_dim)
-    return _chain("bhij,bhjv->bhiv", matrices, from_zeros, initial), matrices
+    return chain("bhij,bhjv->bhiv", matrices, from_zeros, initial), matrices
 
 
 def final_state_gradients(matrices: jax.Array, from_zeros: jax.Array, d_final: jax.Array) -> jax.Array:
@@ -63,19 +61,4 @@ def final_state_gradients(matrices: jax.Array, from_zeros: jax.Array, d_final: j
             with [B P, H, K, V].
         d_final: gradient of the final state of the whole sequences [B, H, K, V].
     """
-    return _chain("bhji,bhjv->bhiv", matrices, from_zeros, d_final, reverse=True)
-
-
-def _chain(
-    equation: str, matrices: jax.Array, added: jax.Array, initial: jax.Array, *, reverse: bool = False
-) -> jax.Array:
-    """Return the state before every split of the recurrence S' = M S + N, in reverse order if asked."""
-    batch, count = matrices.shape[:2]
-
-    def step(state: jax.Array, split: Iterable[jax.Array]) -> tuple[jax.Array, jax.Array]:
-        matrix, added = split
-        return jnp.einsum(equation, matrix, state, precision=lax.Precision.HIGHEST) + added, state
-
-    splits = (matrices.swapaxes(0, 1), added.reshape(batch, count, *added.shape[1:]).swapaxes(0, 1))
-    _, states = lax.scan(step, initial, splits, reverse=reverse)
-    return states.swapaxes(0, 1).reshape(added.shape)
+    return chain("bhji,bhjv->bhiv", matrices, from_zeros, d_final, reverse=True)

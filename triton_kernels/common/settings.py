@@ -23,8 +23,48 @@ class Settings(NamedTuple):
     stages: int = 1
 
 
-# By kernel, then by (bits of the inputs, head dimension): K, for a loop over values V.
-TABLE: dict[str, dict[tuple[int, int], Settings]] = {}
+# By kernel, then by (bits of the inputs, K).
+TABLE: dict[str, dict[tuple[int, int], Settings]] = {
+    # block: key channels per step of a loop
+    "delta_rule_prepare": {
+        (16, 32): Settings(32),
+        (16, 64): Settings(64),
+        (16, 128): Settings(64),
+        (16, 256): Settings(64),
+        (32, 32): Settings(32),
+        (32, 64): Settings(32),
+        (32, 128): Settings(32),
+        (32, 256): Settings(32),
+    },
+    # block: key channels per step of a loop
+    "delta_rule_decay": {(bits, size): Settings(32) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    # block: values, of which a program keeps the columns of the state in registers
+    "delta_rule_scan": {
+        (16, 32): Settings(64, stages=2),
+        (16, 64): Settings(64, stages=2),
+        (16, 128): Settings(32, stages=2),
+        (16, 256): Settings(32),
+        (32, 32): Settings(32),
+        (32, 64): Settings(32),
+        (32, 128): Settings(32),
+        (32, 256): Settings(32, warps=8),
+    },
+    "delta_rule_scan_backward": {
+        (16, 32): Settings(64, stages=2),
+        (16, 64): Settings(64, stages=2),
+        (16, 128): Settings(32, stages=2),
+        (16, 256): Settings(32),
+        (32, 32): Settings(32),
+        (32, 64): Settings(32),
+        (32, 128): Settings(32),
+        (32, 256): Settings(32, warps=8),
+    },
+    # block: values per step of a loop
+    "delta_rule_pairs": {(bits, size): Settings(32) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    # block: key channels of a program
+    "delta_rule_keys": {(bits, size): Settings(32) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    "delta_rule_decay_backward": {(bits, size): Settings(32) for bits in (16, 32) for size in (32, 64, 128, 256)},
+}
 
 # What differs on some GPUs, by compute capability times 10.
 OVERRIDES: dict[int, dict[str, dict[tuple[int, int], Settings]]] = {}

@@ -1,0 +1,194 @@
+"""A decay per channel: decayed keys, and the products of keys under the decay between them. Parallel over chunks.
+
+The decay of a pair is the exponential of a sum of log decays, which differs by channel. A chunk is halved again and
+again: a pair belongs to the level at whose middle its tokens are parted, and both get the decay to that middle, so that
+one product serves all pairs of a level. Every exponent is a direct sum of log decays, no difference of sums.
+"""
+
+import jax
+import jax.numpy as jnp
+import triton
+import triton.language as tl
+
+from triton_kernels.common.launch import launch
+from triton_kernels.common.settings import settings
+from triton_kernels.common.tiles import bits_of, sum_tokens
+from triton_kernels.delta_rule.options import DeltaRuleOptions, constants_of
+from triton_kernels.delta_rule.prepare import store_block
+from triton_kernels.delta_rule.tiles import rows_at
+
+
+@triton.jit
+def up_to_mask():
+    """Return the mask [32, 32] of the tokens up to and including each one."""
+    i = tl.arange(0, 32)
+    return (i[:, None] >= i[None, :]).to(tl.bfloat16)
+
+
+@triton.jit
+def after_mask():
+    """Return the mask [32, 32] of the tokens after each one."""
+    i = tl.arange(0, 32)
+    return (i[:, None] < i[None, :]).to(tl.bfloat16)
+
+
+@triton.jit
+def level_mask(level):
+    """Return the mask [32, 32] of the tokens between each token and the middle of its block of 2^(level + 1) tokens."""
+    i = tl.arange(0, 32)[:, None]
+    s = tl.arange(0, 32)[None, :]
+    right = (i >> level) % 2 == 1
+    between = (right & (s <= i)) | ((right == 0) & (s > i))
+    return (((i >> level) == (s >> level)) & between).to(tl.bfloat16)
+
+
+@triton.jit
+def parted(level):
+    """Return which pairs [32, 32] are parted at this level: the first on the right of the middle, the other left."""
+    i = tl.arange(0, 32)[:, None]
+    j = tl.arange(0, 32)[None, :]
+    return ((i >> (level + 1)) == (j >> (level + 1))) & ((i >> level) > (j >> level))
+
+
+@triton.jit
+def times(x, factor):
+    """Return x times a float32 factor, in the type of x."""
+    return (x.to(tl.float32) * factor).to(x.dtype)
+
+
+@triton.jit
+def pairs_inside(
+    p, a, q, k, w, log_decay, ERASE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
+):  # fmt: skip
+    """Add the products <q_i, w_j> and <k_i, w_j> of the pairs within 32 tokens to p and a."""
+    i = tl.arange(0, 32)
+    same = i[:, None] == i[None, :]  # no decay lies between a token and itself
+    p += tl.where(same, tl.sum(q.to(tl.float32) * w.to(tl.float32), axis=1)[:, None], 0.0)
+    for level in tl.range(0, 5, loop_unroll_factor=1, num_stages=1):
+        factor = tl.exp(sum_tokens(level_mask(level), log_decay, PARTS))
+        pair = parted(level)
+        left = tl.trans(times(w, factor))
+        p += tl.where(pair, tl.dot(times(q, factor), left, input_precision=PRECISION), 0.0)
+        if ERASE:
+            a += tl.where(pair, tl.dot(times(k, factor), left, input_precision=PRECISION), 0.0)
+    return p, a
+
+
+@triton.jit
+def delta_rule_decay(
+    q_ptr, k_ptr, w_ptr, log_decay_ptr, pairs_ptr, decayed_q_ptr, decayed_k_ptr, decayed_w_ptr, carry_ptr,
+    H: tl.constexpr, HK: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
+    ERASE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
+):  # fmt: skip
+    """Decay one chunk of one head, in blocks of 32 tokens: 0 and, in chunks of 64, 1."""
+    program = tl.program_id(0).to(tl.int64)  # (batch, chunk, head)
+    h = program % H
+    i = tl.arange(0, 32)
+    row0 = program // H * C + i
+    row1 = row0 + 32
+    TWO: tl.constexpr = C == 64
+    key_head = h // (H // HK)
+    write_head = h // (H // HW)
+    p00 = tl.zeros((32, 32), tl.float32)
+    a00 = tl.zeros((32, 32), tl.float32)
+    p10 = tl.zeros((32, 32), tl.float32)
+    a10 = tl.zeros((32, 32), tl.float32)
+    p11 = tl.zeros((32, 32), tl.float32)
+    a11 = tl.zeros((32, 32), tl.float32)
+    for start in tl.range(0, K, BLOCK, loop_unroll_factor=1):
+        channel = start + tl.arange(0, BLOCK)
+        g0 = tl.load(log_decay_ptr + rows_at(row0, h, channel, H, K))
+        q0 = tl.load(q_ptr + rows_at(row0, key_head, channel, HK, K))
+        k0 = tl.load(k_ptr + rows_at(row0, key_head, channel, HK, K))
+        w0 = tl.load(w_ptr + rows_at(row0, write_head, channel, HW, K))
+        p00, a00 = pairs_inside(p00, a00, q0, k0, w0, g0, ERASE, PARTS, PRECISION)
+        from_start = tl.exp(sum_tokens(up_to_mask(), g0, PARTS))
+        at = rows_at(row0, h, channel, H, K)
+        tl.store(decayed_q_ptr + at, times(q0, from_start))
+        if ERASE:
+            tl.store(decayed_k_ptr + at, times(k0, from_start))
+        total = tl.sum(g0, axis=0)
+        to_end = sum_tokens(after_mask(), g0, PARTS)
+        if TWO:
+            g1 = tl.load(log_decay_ptr + rows_at(row1, h, channel, H, K))
+            q1 = tl.load(q_ptr + rows_at(row1, key_head, channel, HK, K))
+            k1 = tl.load(k_ptr + rows_at(row1, key_head, channel, HK, K))
+            w1 = tl.load(w_ptr + rows_at(row1, write_head, channel, HW, K))
+            p11, a11 = pairs_inside(p11, a11, q1, k1, w1, g1, ERASE, PARTS, PRECISION)
+            from_middle = sum_tokens(up_to_mask(), g1, PARTS)
+            factor = tl.exp(from_middle)
+            left = tl.trans(times(w0, tl.exp(to_end)))
+            p10 = tl.dot(times(q1, factor), left, p10, input_precision=PRECISION)
+            if ERASE:
+                a10 = tl.dot(times(k1, factor), left, a10, input_precision=PRECISION)
+            factor = tl.exp(from_middle + total[None, :])
+            at = rows_at(row1, h, channel, H, K)
+            tl.store(decayed_q_ptr + at, times(q1, factor))
+            if ERASE:
+                tl.store(decayed_k_ptr + at, times(k1, factor))
+            tl.store(decayed_w_ptr + at, times(w1, tl.exp(sum_tokens(after_mask(), g1, PARTS))))
+            later = tl.sum(g1, axis=0)
+            to_end += later[None, :]
+            total += later
+        tl.store(decayed_w_ptr + rows_at(row0, h, channel, H, K), times(w0, tl.exp(to_end)))
+        tl.store(carry_ptr + program * K + channel, tl.exp(total))
+    pairs_ptr += program * 2 * C * C
+    store_block(pairs_ptr, 0, 0, p00, C, 1)
+    if ERASE:
+        store_block(pairs_ptr + C * C, 0, 0, a00, C, 1)
+    if TWO:
+        store_block(pairs_ptr, 32, 0, p10, C, 1)
+        store_block(pairs_ptr, 32, 32, p11, C, 1)
+        if ERASE:
+            store_block(pairs_ptr + C * C, 32, 0, a10, C, 1)
+            store_block(pairs_ptr + C * C, 32, 32, a11, C, 1)
+
+
+def parts_of(dtype: jnp.dtype) -> int:
+    """Return in how many bfloat16 parts of 8 bits log decays are summed beside inputs of this type."""
+    return 2 if bits_of(dtype) == 16 else 3
+
+
+def decay(
+    q: jax.Array, k: jax.Array, w: jax.Array, log_decay: jax.Array, options: DeltaRuleOptions
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, jax.Array]:
+    """Return the products of keys, the decayed q, k and w, and the decay of the state over each chunk.
+
+    The products <q, w> and <k, w> [B, N, H, 2, C, C] are float32, undefined above the diagonal; the keys [B, T, H, K]
+    have the type of q, and without erase k is not decayed; the decay [B, N, H, K] is float32.
+
+    Args:
+        q, k: [B, T, Hk, K].
+        w: [B, T, Hw, K].
+        log_decay: [B, T, H, K] float32.
+        options: static options.
+    """
+    batch, length, heads, key_dim = log_decay.shape
+    chunk = options.chunk
+    by_chunk = (batch, length // chunk, heads)
+    chosen = settings("delta_rule_decay", options.target, bits_of(q.dtype), key_dim)
+    decayed = jax.ShapeDtypeStruct(log_decay.shape, q.dtype)
+    found = launch(
+        delta_rule_decay,
+        inputs={"q_ptr": q, "k_ptr": k, "w_ptr": w, "log_decay_ptr": log_decay},
+        outputs={
+            "pairs_ptr": jax.ShapeDtypeStruct((*by_chunk, 2, chunk, chunk), jnp.float32),
+            "decayed_q_ptr": decayed,
+            "decayed_k_ptr": decayed if options.erase else None,
+            "decayed_w_ptr": decayed,
+            "carry_ptr": jax.ShapeDtypeStruct((*by_chunk, key_dim), jnp.float32),
+        },
+        constants=constants_of(q, heads, options)
+        | {
+            "HW": w.shape[2],
+            "BLOCK": min(chosen.block, key_dim),
+            "ERASE": options.erase,
+            "PARTS": parts_of(q.dtype),
+        },
+        programs=by_chunk[1] * heads,
+        target=options.target,
+        warps=chosen.warps,
+        stages=chosen.stages,
+    )
+    k = found.decayed_k_ptr if options.erase else found.decayed_q_ptr
+    return found.pairs_ptr, found.decayed_q_ptr, k, found.decayed_w_ptr, found.carry_ptr
