@@ -21,6 +21,7 @@ from absl import flags, logging
 from ml_collections import config_flags
 
 from osdn_jax._files import write_atomically
+from osdn_jax.hardware import GPUS
 from osdn_jax.progress import say
 from osdn_jax.training import (
     CheckpointError,
@@ -49,7 +50,7 @@ _START_FROM = flags.DEFINE_string(
     "start_from", None, "Start a new run from the parameters of the run in this directory (to fine-tune, or train on)."
 )
 _PLAN = flags.DEFINE_string("plan", None, "Train nothing; report what the run needs on these devices: HOSTSxGPUS.")
-_GPU = flags.DEFINE_string("gpu", None, "GPU type to plan for: h100 or h200.")
+_GPU = flags.DEFINE_string("gpu", None, f"GPU type to plan for: {', '.join(sorted(GPUS))}.")
 _PLAN_JSON = flags.DEFINE_string("plan_json", None, "Write the plan's figures to this file.")
 
 

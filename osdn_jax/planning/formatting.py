@@ -71,9 +71,15 @@ def _traffic(plan: Plan) -> list[str]:
     lines = [f"{'collectives per step':<22}{'devices':>8}{'over':>9}{'count':>8}{'MB sent':>12}{'ms':>9}"]
     for row in plan.traffic:
         milliseconds = "" if row.seconds is None else f"{row.seconds * 1e3:.2f}"
-        over = "hosts" if row.across_hosts else "NVLink" if plan.gpu else "one host"
+        over = "hosts" if row.across_hosts else plan.gpu.link_name if plan.gpu else "one host"
         lines.append(
             f"  {row.kind:<20}{row.members:>8}{over:>9}{row.count:>8,}{row.sent / 1e6:>12,.1f}{milliseconds:>9}"
+        )
+    if plan.gpu is not None:
+        assumed = "" if plan.gpu.nvlink else ", an assumption"
+        lines.append(
+            f"  {plan.gpu.link_name} at {plan.gpu.link / 1e9:g} GB/s and direction, between hosts "
+            f"{plan.gpu.network / 1e9:g} GB/s for each GPU{assumed}"
         )
     if plan.uncounted_loops:
         lines.append(f"  {plan.uncounted_loops} loops with collectives have unknown length: each counted once")

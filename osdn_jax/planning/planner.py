@@ -122,7 +122,7 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
     Args:
         config: the configuration of the run, as of `osdn_jax.training.default_config`.
         topology: HOSTSxGPUS, such as "8x8".
-        gpu: a key of `hardware.GPUS`: "h200" or "h100"; default None: only what does not depend on a GPU.
+        gpu: a key of `hardware.GPUS`, such as "h200" or "rtx4090"; default None: only what does not depend on a GPU.
 
     Returns:
         The plan; `report` formats it as text, `as_json` as JSON.
@@ -208,8 +208,8 @@ def _traffic(found: Sequence[hlo.Collective], hosts: Sequence[int], gpu: hardwar
 
 
 def _seconds(sent: float, per_host: int | None, gpu: hardware.GPU) -> float:
-    # Between hosts, the members on a host share the traffic: one ring for each of their ports, and NVLink inside.
-    return sent / (gpu.nvlink if per_host is None else min(gpu.nvlink, per_host * gpu.network))
+    # Between hosts, the members on a host share the traffic: one ring for each of their ports, and the link inside.
+    return sent / (gpu.link if per_host is None else min(gpu.link, per_host * gpu.network))
 
 
 def _costs(

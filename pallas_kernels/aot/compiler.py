@@ -59,9 +59,19 @@ class Outcome:
     message: str = ""
 
 
-def targets() -> list[str]:
-    """Return the names of the GPUs that `pallas_kernels/targets` describes."""
+def described() -> list[str]:
+    """Return the names of the GPUs that `pallas_kernels/targets` describes; XLA compiles for all of them."""
     return sorted(file.name.removesuffix(".txtpb") for file in _TARGETS.iterdir() if file.name.endswith(".txtpb"))
+
+
+def targets() -> list[str]:
+    """Return the names of those for which the kernels are written, GPUs of compute capability 9.0."""
+    return [name for name in described() if "cuda_compute_capability { major: 9 " in description(name)]
+
+
+def description(gpu: str) -> str:
+    """Return the description of a GPU, one of `described`, as XLA reads it."""
+    return (_TARGETS / f"{gpu}.txtpb").read_text(encoding="utf-8")
 
 
 def versions() -> dict[str, str]:
@@ -158,15 +168,14 @@ def described_devices(gpu: str, hosts: int = 1, per_host: int = 1) -> list[Any]:
     """Return devices to compile for, without those GPUs, numbered host by host.
 
     Args:
-        gpu: one of `targets`.
+        gpu: one of `described`.
         hosts: number of hosts; default 1.
         per_host: GPUs per host; default 1.
     """
     from jax.experimental import topologies
 
-    description = (_TARGETS / f"{gpu}.txtpb").read_text(encoding="utf-8")
-    shape = f"1x{hosts}x{per_host}"
-    return list(topologies.get_topology_desc(platform="cuda", topology=shape, target_config=description).devices)
+    shape, config = f"1x{hosts}x{per_host}", description(gpu)
+    return list(topologies.get_topology_desc(platform="cuda", topology=shape, target_config=config).devices)
 
 
 @contextlib.contextmanager

@@ -7,7 +7,6 @@ import re
 import tomllib
 from concurrent.futures import Future
 from concurrent.futures.process import BrokenProcessPool
-from importlib import resources
 from pathlib import Path
 
 import pytest
@@ -106,7 +105,7 @@ def test_the_environment_has_its_own_assembler_first(monkeypatch, tmp_path):
 def test_the_descriptions_are_of_the_gpus_that_they_are_named_after():
     assert compiler.targets() == ["h100", "h200"]
     for name in compiler.targets():
-        text = (resources.files("pallas_kernels") / "targets" / f"{name}.txtpb").read_text()
+        text = compiler.description(name)
         assert f'device_description_str: "NVIDIA {name.upper()}' in text
         assert "cuda_compute_capability { major: 9 feature_extension: ACCELERATED_FEATURES }" in text
         assert text.count("{") == text.count("}")
@@ -122,7 +121,8 @@ def test_an_installed_package_has_its_data():
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     patterns = setuptools["package-data"]
     assert "pallas_kernels*" in setuptools["packages"]["find"]["include"]
-    files = {"pallas_kernels": ["targets/h100.txtpb", "targets/h200.txtpb"], "pallas_kernels.aot": ["record.json"]}
+    described = [f"targets/{name}.txtpb" for name in ("h100", "h200", "a100", "rtx4090")]
+    files = {"pallas_kernels": described, "pallas_kernels.aot": ["record.json"]}
     for package, names in files.items():
         folder = ROOT / package.replace(".", "/")
         assert (folder / "__init__.py").is_file()  # setuptools skips a folder without it

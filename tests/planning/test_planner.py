@@ -1,5 +1,6 @@
 """Whole plans of small models, for virtual devices."""
 
+import dataclasses
 import json
 import runpy
 import subprocess
@@ -11,7 +12,7 @@ import pytest
 from osdn_jax import planning
 from osdn_jax.hardware import GPUS
 from osdn_jax.nn import parameter_formula
-from osdn_jax.planning import advice, devices
+from osdn_jax.planning import advice, devices, planner
 from osdn_jax.planning.memory import activations, on_a_device
 from osdn_jax.planning.planner import Plan
 from osdn_jax.planning.program import build_program
@@ -140,10 +141,39 @@ def test_the_report_names_the_gpus_that_it_was_compiled_for(made):
 
 
 @pytest.mark.parametrize(
+    ("topology", "across", "seconds_per_gb"), [("1x8", None, 1 / 32), ("2x4", 4, 1 / 32), ("8x1", 1, 0.08)]
+)
+def test_collectives_without_nvlink_take_the_time_of_pcie(topology, across, seconds_per_gb):
+    # 4 members of a group on a host share 4 ports of 12.5 GB/s, more than the slot of each; one member has one port.
+    assert planner._seconds(1e9, across, GPUS["rtx4090"]) == pytest.approx(seconds_per_gb)
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "over", "links"),
+    [
+        (
+            "rtx3090",
+            "1x8",
+            "PCIe",
+            "PCIe at 32 GB/s and direction, between hosts 12.5 GB/s for each GPU, an assumption",
+        ),
+        ("a100", "1x8", "NVLink", "NVLink at 300 GB/s and direction, between hosts 25 GB/s for each GPU"),
+        ("h200", "2x4", "hosts", "NVLink at 450 GB/s and direction, between hosts 50 GB/s for each GPU"),
+    ],
+)
+def test_the_report_names_the_links(made, name, topology, over, links):
+    traffic = tuple(dataclasses.replace(row, across_hosts=over == "hosts") for row in made.traffic)
+    lines = planning.report(dataclasses.replace(made, gpu=GPUS[name], topology=topology, traffic=traffic)).splitlines()
+    assert f"  {links}" in lines
+    start = next(i for i, line in enumerate(lines) if line.startswith("collectives per step")) + 1
+    assert [line.split()[2] for line in lines[start : start + len(traffic)]] == [over] * len(traffic)
+
+
+@pytest.mark.parametrize(
     ("topology", "gpu", "changes", "said"),
     [
         ("8", None, {}, "plan: got '8', expected HOSTSxGPUS"),
-        ("1x8", "a100", {}, "gpu: got 'a100', expected one of h100, h200"),
+        ("1x8", "v100", {}, "gpu: got 'v100', expected one of a100, a100-40gb, a6000, h100, h200, l4, "),
         ("1x8", None, {"mesh__fsdp": 1}, "1 in all, expected the 8 devices of the plan; --config.mesh.fsdp=-1"),
         ("1x8", None, {"mesh__fsdp": 3}, "3 in all, expected the 8 devices"),
         ("1x6", None, {}, "batch_size / accumulate: got 16, expected a multiple of mesh.data × mesh.fsdp = 6"),

@@ -32,7 +32,7 @@ MISTAKES = {
     "none": (["--config.steps=None"], ["--config.steps=None: expected an int, such as 40"]),
     "no workdir": (None, ["give the run a directory: --workdir=runs/NAME"]),
     "topology": (["--plan=8"], ["plan: got '8', expected HOSTSxGPUS, such as 1x8 or 8x8"]),
-    "gpu": (["--plan=1x1", "--gpu=a100"], ["gpu: got 'a100', expected one of h100, h200"]),
+    "gpu": (["--plan=1x1", "--gpu=v100"], ["gpu: got 'v100', expected one of a100, a100-40gb, a6000, h100,"]),
     "gpu without a plan": (["--gpu=h200"], ["--gpu: got 'h200' without a plan, expected --plan=HOSTSxGPUS too"]),
     "devices left over": (["--plan=1x3"], ["1 in all, expected the 3 devices of the plan; --config.mesh.fsdp=-1"]),
     "no such file": (["--config=configs/shakespear.py"], ["no configuration file 'configs/shakespear.py'"]),
