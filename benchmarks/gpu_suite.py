@@ -117,8 +117,8 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
         metavar="NAME",
         help="what to check and time, without a fallback (default mosaic_gpu on Hopper and with --dry, else triton)",
     )
-    beside = "implementations to time in the same rounds, each a column of its own, e.g. triton; they are not checked"
-    add("--beside", metavar="NAME", nargs="+", default=[], help=beside)
+    also = "implementations to time in the same rounds, each a column of its own, e.g. triton; they are not checked"
+    add("--also", metavar="NAME", nargs="+", default=[], help=also)
     modules = "modules to import first; they may register other implementations"
     add("--import", dest="imports", metavar="MODULE", nargs="+", default=[], help=modules)
     silence = "kill a job without a sign of life for this long (default: depends on the stage)"
@@ -146,16 +146,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         if about["platform"] != "gpu" and not given.dry:
             raise Refused(f"got a {about['device']}, the suite needs a GPU; --dry shows on any machine that it runs")
         implementation = choice.implementation(given.implementation, given.dry)
-        beside = _beside(given, implementation)
+        also = _also(given, implementation)
         _check_pattern(given.cases, stages, given.dry, implementation)
         results = _open(given, about, implementation)
     except Refused as reason:
         print(f"gpu_suite: {reason}", file=sys.stderr)
         return 2
-    request = Request(implementation, given.dry, tuple(given.rules), given.cases, tuple(given.imports), beside)
+    request = Request(implementation, given.dry, tuple(given.rules), given.cases, tuple(given.imports), also)
     with tempfile.TemporaryDirectory() as folder:
         slots = given.slots or usable_cores()
-        variables = worker_environment(os.environ, given.dry, (implementation, *beside))
+        variables = worker_environment(os.environ, given.dry, (implementation, *also))
         runner = Runner(clock, Path(folder), slots, variables, results.add)
         for stage in stages:
             _run(stage, runner, results, request, _patience(stage, given))
@@ -179,16 +179,16 @@ def _patience(stage: str, given: argparse.Namespace) -> Patience:
     return Patience(_DRY_PATIENCE, _DRY_PATIENCE) if given.dry else PATIENCE[stage]
 
 
-def _beside(given: argparse.Namespace, implementation: str) -> tuple[str, ...]:
-    """Return the implementations to time beside the one that is checked, after a look at what this machine lacks."""
+def _also(given: argparse.Namespace, implementation: str) -> tuple[str, ...]:
+    """Return the implementations to time next to the one that is checked, if this machine has what they need."""
     if reason := choice.absent(implementation):
         raise Refused(f"--implementation {implementation}: {reason}")
-    names = tuple(dict.fromkeys(choice.implementation(name, given.dry) for name in given.beside))
+    names = tuple(dict.fromkeys(choice.implementation(name, given.dry) for name in given.also))
     for name in names:
         if name in (implementation, "chunk", *plan.CONTENDERS):
-            raise Refused(f"--beside: got {name}, which is timed anyway")
+            raise Refused(f"--also: got {name}, which is timed anyway")
         if reason := choice.absent(name):
-            raise Refused(f"--beside {name}: {reason}")
+            raise Refused(f"--also {name}: {reason}")
     return names
 
 

@@ -39,6 +39,7 @@ from support.runs import ROOT
 pytestmark = pytest.mark.slow
 
 SMALL = "B1T5H2Hk1K3V2"
+KNOWN = ("scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", "triton", "triton_interpret", "auto")
 
 
 @pytest.fixture
@@ -146,6 +147,15 @@ def test_an_implementation_that_cannot_run_says_why_and_fails_nothing(compare, m
     assert f"delta_net {SMALL} float32 kernel: not served: needs a Hopper GPU, this is a toaster" in printed
     assert (results["kernel"]["median_seconds"], results["kernel"]["error"]) == (None, None)
     assert picture.exists()
+
+
+def test_kernels_that_this_machine_does_not_run_are_a_row_each(compare):
+    names = [name for name in KNOWN if name.startswith(("mosaic_gpu", "triton"))]
+    status, printed, results, _ = compare("--implementations", *names, rules="osdn")
+    assert status == 0
+    for name in names:
+        assert results[name]["refusal"].startswith(f"implementation {name!r}: ")
+    assert "triton: not served: implementation 'triton': got a cpu, the kernels need an NVIDIA GPU" in printed
 
 
 def test_a_program_that_does_not_fit_in_memory_is_not_run(compare, monkeypatch, tmp_path):
@@ -282,7 +292,7 @@ def test_the_package_imports_its_names_on_first_use():
         (["--rules", "delta_net,deltanet"], ["--rules", "'deltanet'", *COMPARED_RULES]),
         (
             ["--implementations", "scan", "cuda"],
-            ["--implementations", "'cuda'", "scan, chunk, mosaic_gpu, mosaic_gpu_interpret, auto"],
+            ["--implementations", "'cuda'", ", ".join(KNOWN)],
         ),
         (["--dtypes", "f32"], ["--dtypes", "'f32'", *TOLERANCES]),
         (["--shapes", "B1T4"], ["--shapes", "'B1T4'", "without H, K, V", "B1T4096H4D128"]),
@@ -325,7 +335,7 @@ def test_help_names_what_there_is(capsys):
         main(["--help"])
     assert stop.value.code == 0
     out = " ".join(capsys.readouterr().out.split())
-    known = "scan, chunk, mosaic_gpu, mosaic_gpu_interpret, auto (default scan, chunk, auto)"
+    known = f"{', '.join(KNOWN)} (default scan, chunk, auto)"
     for text in (*COMPARED_RULES, known, *TOLERANCES, "B1T4096H4D128"):
         assert text in out
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PACKAGES = ("pallas_kernels", "osdn_jax")
+PACKAGES = ("pallas_kernels", "triton_kernels", "osdn_jax")
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in PACKAGES
@@ -23,8 +23,9 @@ SHARED = {"_errors", "_files", "_optional", "_versions", "command", "console", "
 SHARED = {f"osdn_jax.{name}" for name in SHARED}
 LAYERS = {
     "pallas_kernels": set(),
+    "triton_kernels": {"pallas_kernels"},
     **dict.fromkeys(SHARED, SHARED),
-    "osdn_jax.ops": {"pallas_kernels"},
+    "osdn_jax.ops": {"pallas_kernels", "triton_kernels"},
     "osdn_jax.nn": {"osdn_jax.ops"},
     "osdn_jax.data": SHARED,
     "osdn_jax.compare": {"osdn_jax.ops", *SHARED},
@@ -125,10 +126,36 @@ def test_every_library_is_declared():
             *extras["data"],
             *extras["tokenizers"],
             *extras["eval"],
+            *extras["triton"],
         ]
     }
     used = set().union(*(imports(module) for module in FILES)) - sys.stdlib_module_names
-    used = {name for name in used if name.partition(".")[0] not in PACKAGES} - {"jaxlib"}  # of jax
+    used = {name for name in used if name.partition(".")[0] not in PACKAGES} - {"jaxlib", "ml_dtypes"}  # of jax
     owners = metadata.packages_distributions()
-    undeclared = {name for name in used if not {o.lower().replace("_", "-") for o in owners[name]} & declared}
+    normal = lambda name: name.lower().replace("_", "-")
+    undeclared = {name for name in used if not {normal(owner) for owner in owners.get(name, [name])} & declared}
     assert undeclared == set()
+
+
+def test_only_kernels_have_parameters_without_types():
+    """Mypy demands types everywhere else; of Triton's kernels it cannot."""
+    missing = set()
+    for module in FILES:
+        if layer(module) != "triton_kernels":
+            continue
+        for node in ast.walk(ast.parse(FILES[module].read_text())):
+            if not isinstance(node, ast.FunctionDef) or any(
+                "triton.jit" in ast.unparse(d) for d in node.decorator_list
+            ):
+                continue
+            arguments = [
+                *node.args.posonlyargs,
+                *node.args.args,
+                *node.args.kwonlyargs,
+                node.args.vararg,
+                node.args.kwarg,
+            ]
+            typed = [argument.annotation for argument in arguments if argument and argument.arg not in ("self", "cls")]
+            if None in (*typed, node.returns):
+                missing.add(f"{module}.{node.name}")
+    assert missing == set()

@@ -25,7 +25,7 @@ def implementation(named: str | None, dry: bool) -> str:
 
 
 def absent(name: str) -> str | None:
-    """Return why this machine cannot run an implementation at all, None if it can or if only its calls can tell."""
+    """Return why this machine cannot run any call of an implementation; None if it can, or if only a call can tell."""
     if not is_triton(name):
         return None
     if name == "triton_interpret":  # the suite sets the variable that the interpreter needs for its processes
@@ -38,7 +38,4 @@ def _too_old() -> str | None:
     numbers = tuple(int(n) for n in re.findall(r"\d+", version)[:2])
     if numbers >= _OLDEST_TRITON:
         return None
-    return (
-        f"got Triton {version}, jax-triton needs 3.7 or later; "
-        "--programs runs kernels that another machine exported (python -m triton_kernels.export)"
-    )
+    return f"got Triton {version}, jax-triton needs 3.7 or later"

@@ -89,7 +89,7 @@ class Request:
     rules: Sequence[str] = TIMED_RULES
     cases: str = "*"  # a pattern
     imports: Sequence[str] = ()  # modules that every process imports first
-    beside: Sequence[str] = ()  # implementations that are timed in the same rounds
+    also: Sequence[str] = ()  # implementations that are timed in the same rounds
     programs: str | None = None  # folder of exported programs that stand in for the Triton kernels
 
     @property
@@ -136,7 +136,7 @@ def _ours(stage: str, known: Sequence[Row], request: Request) -> Plan:
     if ceilings:
         jobs.append(Job({**request.spec, "kind": "ceilings"}, ceilings))
     for shape, rule in _races(request):
-        owed = _open(_keys("time", shape, rule, ("ours", *request.beside, "xla")), known)
+        owed = _open(_keys("time", shape, rule, ("ours", *request.also, "xla")), known)
         hung = {program: _hung(_FAMILIES[rule], known, request.dry, gradient=program == BOTH) for program in PROGRAMS}
         blocked = [key for key in owed if key["contender"] == "ours" and hung[key["program"]]]
         for key in blocked:

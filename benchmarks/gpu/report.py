@@ -110,9 +110,8 @@ def _ceilings(row: Row | None, device: str) -> tuple[roofline.Ceilings | None, s
     reason = (row or {}).get("reason", "not measured")
     if sheet is None:
         return None, f"No ceilings: {reason}."
-    return roofline.Ceilings(
-        sheet.memory_bandwidth, sheet.flops
-    ), f"Ceilings of the data sheet: {told}; here: {reason}."
+    rates = roofline.Ceilings(sheet.memory_bandwidth, sheet.flops)
+    return rates, f"Ceilings of the data sheet: {told}; those of this device: {reason}."
 
 
 def _line(

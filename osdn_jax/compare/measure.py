@@ -36,8 +36,9 @@ def implementations() -> list[str]:
 
 def default_implementations() -> list[str]:
     """Return those compared by default: no interpreter, and kernels only on the device they are for."""
-    elsewhere = {"mosaic_gpu_interpret"} if selection.on_hopper() else {"mosaic_gpu_interpret", "mosaic_gpu"}
-    return [name for name in implementations() if name not in elsewhere]
+    for_this_device = {"mosaic_gpu": selection.on_hopper(), "triton": selection.on_triton_gpu()}
+    names = [name for name in implementations() if not name.endswith("_interpret")]
+    return [name for name in names if for_this_device.get(name, True)]
 
 
 @dataclasses.dataclass

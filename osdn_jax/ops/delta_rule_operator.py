@@ -6,7 +6,7 @@ import jax
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks, chunkwise, delta_rule_context, mosaic_gpu, scan, selection, sequence_parallel
+from osdn_jax.ops import checks, chunkwise, delta_rule_context, mosaic_gpu, scan, selection, sequence_parallel, triton
 from osdn_jax.ops.arguments import call_axes, call_names, check_call, resolve_scale
 from osdn_jax.ops.calls import DeltaRuleCall, DeltaRuleOptions
 from osdn_jax.ops.dispatch import dispatch
@@ -30,6 +30,13 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "mosaic_gpu_interpret": Implementation(
         functools.partial(mosaic_gpu.delta_rule, interpret=True),
         functools.partial(mosaic_gpu.delta_rule_limitation, interpret=True),
+    ),
+    "triton": Implementation(
+        triton.delta_rule, triton.delta_rule_limitation, lambda call, gradient: triton.by_default()
+    ),
+    "triton_interpret": Implementation(
+        functools.partial(triton.delta_rule, interpret=True),
+        functools.partial(triton.delta_rule_limitation, interpret=True),
     ),
     "scan": Implementation(
         _scan,
@@ -86,10 +93,16 @@ def delta_rule(
             sequence is split between two calls at the start of a segment, pass no state to the second call.
         chunk_size: tokens per chunk, for implementations with chunks; default 64, or 32 in "chunk" on a CPU with a
             decay per channel.
-        implementation: "scan" (one token at a time, the specification), "chunk" (matrix products), "mosaic_gpu"
-            (kernels for Hopper GPUs: bfloat16 or float16, K and V of 64, 128 or 256), "mosaic_gpu_interpret" (the same
-            kernels on any machine, slowly), or None for the faster of "scan" and "chunk" on this device (measured on
-            CPUs; the kernels, which no GPU has run yet, are not picked). Only "scan" supports forward-mode gradients.
+        implementation: how it is computed; the preconditioners and the rules have the same names.
+            "scan": one token at a time, the specification. Only it supports forward-mode gradients.
+            "chunk": matrix products over chunks of tokens.
+            "mosaic_gpu": kernels for Hopper GPUs. bfloat16 or float16, K and V of 64, 128 or 256.
+            "mosaic_gpu_interpret": the same kernels on any machine, slowly.
+            "triton": kernels for NVIDIA GPUs of compute capability 8.0 or later, with the extra `triton`. bfloat16,
+            float16 or float32, K and V of at most 256 (others than 32, 64, 128 and 256 are padded).
+            "triton_interpret": the same kernels on any machine, slowly, in a process started with TRITON_INTERPRET=1.
+            None, the default: the faster of "scan" and "chunk" on this device, measured on CPUs. It does not pick the
+            kernels, which no GPU has run yet.
         context_axis: inside `jax.shard_map`, the mesh axis that the sequence is split over in equal shards, in order.
             initial_state and the returned state are those before the first and after the last token of the whole
             sequence, the same on every device.

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks, gram_recurrence, mosaic_gpu, selection, sequence_parallel
+from osdn_jax.ops import checks, gram_recurrence, mosaic_gpu, selection, sequence_parallel, triton
 from osdn_jax.ops.calls import GramCall, GramOptions
 from osdn_jax.ops.dispatch import dispatch
 from osdn_jax.ops.selection import Implementation, Items, Results
@@ -24,6 +24,11 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "mosaic_gpu_interpret": Implementation(
         functools.partial(mosaic_gpu.gram, interpret=True),
         functools.partial(mosaic_gpu.gram_limitation, interpret=True),
+    ),
+    "triton": Implementation(triton.gram, triton.gram_limitation, lambda call, gradient: triton.by_default()),
+    "triton_interpret": Implementation(
+        functools.partial(triton.gram, interpret=True),
+        functools.partial(triton.gram_limitation, interpret=True),
     ),
     "scan": Implementation(
         gram_recurrence.by_scan,
@@ -66,9 +71,8 @@ def gram_preconditioner(
         initial: A before the first token, [B, Hk, K]; default zeros.
         segment_ids: [B, T] integers, for packed sequences: A is reset to zeros where the id changes.
         chunk_size: tokens per chunk of "chunk"; default 64.
-        implementation: "scan" (the specification), "chunk" (prefix sums by matrix products), "mosaic_gpu" (kernels for
-            Hopper GPUs: K of 64, 128 or 256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or
-            None for the fastest of "scan" and "chunk" on this device.
+        implementation: "scan" (the specification), "chunk" (prefix sums by matrix products), or a kernel: one of the
+            names listed under `delta_rule`. Default None, the fastest of "scan" and "chunk" on this device.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -126,8 +130,7 @@ def gram_write_key(
         initial: A before the first token, [B, Hk, K]; default zeros.
         segment_ids: [B, T] integers, for packed sequences: A is reset to zeros where the id changes.
         chunk_size: tokens per chunk of "chunk"; default 64.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest of "scan" and
-            "chunk" on this device; see `gram_preconditioner`.
+        implementation: as for `gram_preconditioner`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:

@@ -14,6 +14,7 @@ from osdn_jax.ops import (
     mosaic_gpu,
     selection,
     sequence_parallel,
+    triton,
 )
 from osdn_jax.ops.arguments import scaled
 from osdn_jax.ops.calls import HypergradientCall, HypergradientOptions, HypergradientStart
@@ -34,6 +35,13 @@ IMPLEMENTATIONS: dict[str, Implementation] = {
     "mosaic_gpu_interpret": Implementation(
         functools.partial(mosaic_gpu.hypergradient, interpret=True),
         functools.partial(mosaic_gpu.hypergradient_limitation, interpret=True),
+    ),
+    "triton": Implementation(
+        triton.hypergradient, triton.hypergradient_limitation, lambda call, gradient: triton.by_default()
+    ),
+    "triton_interpret": Implementation(
+        functools.partial(triton.hypergradient, interpret=True),
+        functools.partial(triton.hypergradient_limitation, interpret=True),
     ),
     # One token costs a CPU a few hundred nanoseconds, less than its share of a chunk's small products.
     "scan": Implementation(
@@ -111,9 +119,8 @@ def hypergradient_preconditioner(
             if `initial` is the final d of an earlier call.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default 64.
-        implementation: "scan" (the specification), "chunk", "mosaic_gpu" (kernels for Hopper GPUs: K of 64, 128 or
-            256), "mosaic_gpu_interpret" (the same kernels on any machine, slowly), or None for the fastest of "scan"
-            and "chunk" on this device.
+        implementation: "scan" (the specification), "chunk", or a kernel: one of the names listed under `delta_rule`.
+            Default None, the fastest of "scan" and "chunk" on this device.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`. The devices
             run at the same time if no projection binds at any token, and one after another otherwise.
 
@@ -190,8 +197,7 @@ def hypergradient_write_key(
             if `initial` is the final d of an earlier call.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default 64.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the fastest of "scan" and
-            "chunk" on this device; see `hypergradient_preconditioner`.
+        implementation: as for `hypergradient_preconditioner`.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see
             `hypergradient_preconditioner`.
 

@@ -11,10 +11,14 @@ from typing import Any, NamedTuple
 import jax
 
 from osdn_jax.ops.calls import DeltaRuleCall
+from triton_kernels.common import target
 
 # If True, None picks the Mosaic GPU kernels on Hopper. No GPU has run them yet. Set it when benchmarks/results holds a
 # GPU run (`python -m benchmarks.gpu_suite`) in which every check passed and the kernels were the fastest.
 MOSAIC_GPU_MEASURED = False
+
+# The same for the Triton kernels, on NVIDIA GPUs of compute capability 8.0 or later. No GPU has run them yet.
+TRITON_MEASURED = False
 
 _HOPPER = re.compile(r"\b(GH200|H20|H100|H200|H800)\b")
 
@@ -78,6 +82,11 @@ def on_hopper() -> bool:
     """Return True if the devices of the mesh in use, or else the first device of this process, are Hopper GPUs."""
     device = _device()
     return device.platform == "gpu" and _HOPPER.search(device.device_kind) is not None
+
+
+def on_triton_gpu() -> bool:
+    """Return True if the devices of the mesh in use, or else the first device, can run the Triton kernels."""
+    return target.limitation() is None
 
 
 def _device() -> Any:

@@ -36,7 +36,7 @@ def test_the_kernels_are_those_of_the_gpu(monkeypatch, named, dry, hopper, picke
     [
         ("got a Tesla T4 of compute capability 7.5", None, "3.9.0", "got a Tesla T4"),
         (None, "needs jax-triton: pip install", "3.9.0", "needs jax-triton"),
-        (None, None, "3.6.1", "got Triton 3.6.1, jax-triton needs 3.7 or later; --programs runs"),
+        (None, None, "3.6.1", "got Triton 3.6.1, jax-triton needs 3.7 or later"),
         (None, None, "3.7.0", None),
         (None, None, "3.10.0+git", None),
     ],
@@ -66,9 +66,9 @@ def test_the_interpreters_variable_is_set_for_its_processes_alone():
     ("arguments", "said"),
     [
         (["--implementation", "triton"], "--implementation triton_interpret: needs triton"),
-        (["--beside", "triton"], "--beside triton_interpret: needs triton"),
-        (["--beside", "mosaic_gpu"], "--beside: got mosaic_gpu_interpret, which is timed anyway"),
-        (["--beside", "chunk"], "--beside: got chunk, which is timed anyway"),
+        (["--also", "triton"], "--also triton_interpret: needs triton"),
+        (["--also", "mosaic_gpu"], "--also: got mosaic_gpu_interpret, which is timed anyway"),
+        (["--also", "chunk"], "--also: got chunk, which is timed anyway"),
         (["--cases", "*float32*"], "--cases: no case matches '*float32*'"),
     ],
 )
@@ -88,8 +88,8 @@ def test_each_kind_of_kernels_has_a_file_of_its_own(monkeypatch, tmp_path, capsy
     assert "scalar decay, float32, tiny" in (tmp_path / "gpu-dry-triton.md").read_text()
 
 
-def test_implementations_beside_ours_are_timed_in_the_same_rounds_and_must_run():
-    request = plan.Request("mosaic_gpu", dry=False, rules=("kda",), beside=("triton",))
+def test_other_implementations_are_timed_in_the_same_rounds_and_must_run():
+    request = plan.Request("mosaic_gpu", dry=False, rules=("kda",), also=("triton",))
     keys = [key for key in owed("ours", request=request) if key["section"] == "time"]
     assert [key["contender"] for key in keys[:3]] == ["ours", "triton", "xla"]
     assert len(keys) == 3 * 2 * len(plan.SHAPES)

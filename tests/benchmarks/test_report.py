@@ -45,7 +45,7 @@ def test_the_table_shows_differences_and_earlier_failures():
     assert "of 1e-02, before: hung" in table
 
 
-def test_another_implementation_is_a_column_beside_ours():
+def test_another_implementation_is_a_column():
     key = {"section": "time", "shape": plan.SHAPES[0], "rule": "kda", "program": plan.BOTH}
     rows = [measured({**key, "contender": "ours"}), measured({**key, "contender": "triton"}, ours_seconds=2e-3)]
     rows += [measured({**key, "contender": "xla"}, ours_seconds=5e-4)]

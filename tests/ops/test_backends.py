@@ -66,7 +66,8 @@ def test_a_back_end_is_one_function_and_one_entry(name, write_key, monkeypatch):
 @pytest.mark.parametrize("name", MODULES)
 def test_registries_have_one_form(name):
     implementations = MODULES[name].IMPLEMENTATIONS
-    assert sorted(implementations) == ["chunk", "mosaic_gpu", "mosaic_gpu_interpret", "scan"]
+    kernels = ["mosaic_gpu", "mosaic_gpu_interpret", "triton", "triton_interpret"]
+    assert sorted(implementations) == sorted(["chunk", "scan", *kernels])
     assert {type(entry) for entry in implementations.values()} == {Implementation}
     assert [key for key, entry in implementations.items() if not entry.mixes_segments] == ["scan"]
 

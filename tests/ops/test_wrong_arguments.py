@@ -199,7 +199,7 @@ def test_options(function):
         fails(function, ValueError, f"chunk_size: got {size}, expected at least 1", chunk_size=size)
     for size in (64.0, "64", True):
         fails(function, TypeError, "chunk_size: got .*, expected a positive int", chunk_size=size)
-    known = "chunk, mosaic_gpu, mosaic_gpu_interpret, scan"
+    known = "chunk, mosaic_gpu, mosaic_gpu_interpret, scan, triton, triton_interpret"
     fails(function, ValueError, f"implementation: got 'fast', expected None or one of {known}", implementation="fast")
     fails(function, TypeError, "chunksize", chunksize=64)
 

@@ -41,8 +41,8 @@ def capability_of(device: Any) -> int | None:
         return None
     found = getattr(device, "compute_capability", None)
     if found is not None:
-        major, _, minor = str(found).partition(".")
-        return 10 * int(major) + int(minor or 0)
+        version = re.fullmatch(r"(\d+)\.(\d)", str(found))  # of an AMD GPU it is a name such as gfx942
+        return version and 10 * int(version[1]) + int(version[2])
     kind = device.device_kind.upper()
     return next((capability for capability, names in _NAMES.items() if re.search(names, kind)), None)
 

@@ -49,8 +49,7 @@ def pdn(
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
-            see `delta_rule`.
+        implementation: one of those listed under `delta_rule`; default None, the choice for this device.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -127,8 +126,7 @@ def pgdn(
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
-            see `delta_rule`.
+        implementation: one of those listed under `delta_rule`; default None, the choice for this device.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -206,8 +204,7 @@ def pkda(
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
-            see `delta_rule`.
+        implementation: one of those listed under `delta_rule`; default None, the choice for this device.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -274,8 +271,7 @@ def exact_pdn(
         scale: factor on the output; default K^-1/2.
         segment_ids: must be None; the exact rule has no form for packed sequences.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
-            see `delta_rule`.
+        implementation: one of those listed under `delta_rule`; default None, the choice for this device.
         context_axis: must be None; the exact rule is a reference for one device.
 
     Returns:

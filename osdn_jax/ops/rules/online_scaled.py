@@ -54,8 +54,7 @@ def osdn(
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
-            see `delta_rule`.
+        implementation: one of those listed under `delta_rule`; default None, the choice for this device.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -141,8 +140,7 @@ def os_gdn(
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
-            see `delta_rule`.
+        implementation: one of those listed under `delta_rule`; default None, the choice for this device.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
@@ -229,8 +227,7 @@ def os_kda(
         scale: factor on the output; default K^-1/2.
         segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
         chunk_size: tokens per chunk, for implementations with chunks; default by device.
-        implementation: "scan", "chunk", "mosaic_gpu", "mosaic_gpu_interpret", or None for the default on this device;
-            see `delta_rule`.
+        implementation: one of those listed under `delta_rule`; default None, the choice for this device.
         context_axis: mesh axis that the sequence is split over, inside `jax.shard_map`; see `delta_rule`.
 
     Returns:
