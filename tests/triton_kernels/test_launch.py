@@ -132,9 +132,7 @@ def test_a_gpu_that_is_present_is_asked():
 
 
 def test_devices_that_cannot_run_the_kernels_are_named(monkeypatch):
-    with pytest.raises(
-        NotImplementedError, match="got a cpu, the kernels need an NVIDIA GPU of compute capability 8.0"
-    ):
+    with pytest.raises(NotImplementedError, match="got a cpu, the kernels need an NVIDIA GPU of compute"):
         target_in_use()
     turing = SimpleNamespace(platform="gpu", device_kind="Tesla T4", compute_capability="7.5")
     monkeypatch.setattr("triton_kernels.common.target.device_in_use", lambda: turing)
