@@ -9,7 +9,8 @@ Five stages, best run in separate calls, in this order:
     peers           their time and ours in turn, their outputs and gradients compared; on the same machine
 
 The kernels are those for this GPU, Mosaic GPU on Hopper and Triton on other GPUs of compute capability 8.0 or later,
-unless --implementation names others.
+unless --implementation names others. Where Triton is missing or too old, --programs runs what another machine compiled
+by `python -m triton_kernels.export`, from the calls that --list-calls writes.
 
 Each case, and each rule at a shape, is a separate process: a kernel that raises, dies or hangs is reported, and the
 others run. Kernels that hang in the smoke stage are not started later. A call has a budget of seconds for all its

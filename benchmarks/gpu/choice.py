@@ -36,7 +36,7 @@ def absent(name: str, exported: bool = False) -> str | None:
         return None
     if name == "triton_interpret":  # the suite sets the variable that the interpreter needs for its processes
         return None if importlib.util.find_spec("triton") else installation.missing(interpret=True)
-    return target.limitation() or (None if exported else installation.missing(interpret=False) or _too_old())
+    return target.limitation() or (_unreadable() if exported else installation.missing(interpret=False) or _too_old())
 
 
 def _too_old() -> str | None:
@@ -46,3 +46,9 @@ def _too_old() -> str | None:
         return None
     exports = "--programs runs what python -m triton_kernels.export has compiled on another machine"
     return f"got Triton {version}, jax-triton needs 3.7 or later; {exports}"
+
+
+def _unreadable() -> str | None:
+    if importlib.util.find_spec("flatbuffers") is None:
+        return "exported programs need flatbuffers to be read: pip install flatbuffers"
+    return None

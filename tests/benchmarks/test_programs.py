@@ -1,5 +1,6 @@
 """Exported programs in the GPU suite: the calls that they are needed for, and what the record says of them."""
 
+import importlib.util
 import json
 import re
 
@@ -45,7 +46,9 @@ def test_the_calls_of_a_check_are_listed_with_their_gradients(tmp_path, capsys):
     decays = [{name for name, *_ in call.arrays} & {"log_decay"} for call in calls[::2]]
     assert decays == [set(), {"log_decay"}, {"log_decay"}]
     # The kernels take head dimensions of 32, 64, 128 and 256; the operator pads the others.
-    (padded,) = {call.shapes()["v"].shape[-1] for call in listed(tmp_path, capsys, "--stage", "check", "--cases", "*K 48 V 96")}
+    (padded,) = {
+        call.shapes()["v"].shape[-1] for call in listed(tmp_path, capsys, "--stage", "check", "--cases", "*K 48 V 96")
+    }
     assert padded == 128
 
 
@@ -108,6 +111,7 @@ def a_gpu(monkeypatch):
     monkeypatch.setattr(target, "limitation", lambda: None)
     monkeypatch.setattr(installation, "missing", lambda *, interpret: None)
     monkeypatch.setattr(choice, "_too_old", lambda: "got Triton 3.6.0")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name == "flatbuffers")
 
 
 @pytest.mark.parametrize("by_variable", [False, True])
@@ -138,3 +142,11 @@ def test_programs_that_cannot_be_read_are_refused(tmp_path, a_gpu, capsys):
         error = capsys.readouterr().err
         assert error.startswith(f"gpu_suite: --programs: {said}")
         assert error.count("\n") == 1
+
+
+def test_what_reads_programs_may_be_missing(tmp_path, a_gpu, monkeypatch, capsys):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    call = ["--budget", "0", "--out", str(tmp_path), "--programs", str(folder(tmp_path / "programs"))]
+    assert gpu_suite.main(call) == 2
+    said = "--implementation triton: exported programs need flatbuffers to be read: pip install flatbuffers"
+    assert capsys.readouterr().err == f"gpu_suite: {said}\n"
