@@ -8,14 +8,17 @@ Five stages, best run in separate calls, in this order:
     peers-compile   flash-linear-attention's kernels (the package fla-core), compiled into Triton's cache
     peers           their time and ours in turn, their outputs and gradients compared; on the same machine
 
+The kernels are those for this GPU, Mosaic GPU on Hopper and Triton on other GPUs of compute capability 8.0 or later,
+unless --implementation names others.
+
 Each case, and each rule at a shape, is a separate process: a kernel that raises, dies or hangs is reported, and the
 others run. Kernels that hang in the smoke stage are not started later. A call has a budget of seconds for all its
 stages; what does not fit is recorded as not run, and repeating the call does the rest.
 
-All stages add to one file, gpu-DEVICE.json, and its table .md, in --out (default benchmarks/results), rewritten after
-every result. The file holds results of one device, one state of the sources and one set of versions; other results are
-refused unless --restart sets the old file aside. --from names a folder or file to continue if --out is a new folder.
-The output ends with the table of the call's stages.
+All stages add to one file, gpu-DEVICE.json (gpu-DEVICE-triton.json for the Triton kernels), and its table .md, in --out
+(default benchmarks/results), rewritten after every result. The file holds results of one device, one state of the
+sources and one set of versions; other results are refused unless --restart sets the old file aside. --from names a
+folder or file to continue if --out is a new folder. The output ends with the table of the call's stages.
 
 The exit status is 1 if a kernel fails a check or does not run, and 2 if the call itself is refused. --dry uses tiny
 shapes and the kernels' interpreter, on any machine, and writes nothing without --out.
@@ -34,7 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks.gpu import cases, plan, record
+from benchmarks.gpu import cases, choice, plan, record
 from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
 from benchmarks.gpu.plan import NOT_RUN, Request, Row
 from benchmarks.gpu.record import Record, Refused
@@ -60,7 +63,8 @@ def status(rows: Sequence[Row]) -> int:
     """Return 0 if every check of an existing kernel passed and all of ours ran or were out of time, else 1."""
     checks = [row for row in rows if row["section"] in ("smoke", "check")]
     wrong = any(row["status"] not in ("pass", "absent") for row in checks)
-    broken = any(row.get("contender") == "ours" and row["status"] not in ("measured", NOT_RUN) for row in rows)
+    timed = [row for row in rows if row.get("contender", "peer") not in ("peer", "xla")]
+    broken = any(row["status"] not in ("measured", NOT_RUN) for row in timed)
     return int(wrong or broken)
 
 
@@ -111,8 +115,10 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add(
         "--implementation",
         metavar="NAME",
-        help="what to check and time (default mosaic_gpu, with --dry mosaic_gpu_interpret); there is no fallback",
+        help="what to check and time, without a fallback (default mosaic_gpu on Hopper and with --dry, else triton)",
     )
+    also = "implementations to time in the same rounds, each a column of its own, e.g. triton; they are not checked"
+    add("--also", metavar="NAME", nargs="+", default=[], help=also)
     modules = "modules to import first; they may register other implementations"
     add("--import", dest="imports", metavar="MODULE", nargs="+", default=[], help=modules)
     silence = "kill a job without a sign of life for this long (default: depends on the stage)"
@@ -136,16 +142,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = [stage for stage in plan.STAGES if stage in given.stage]
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # before the device is asked for its name
     try:
-        _check_pattern(given.cases, stages, given.dry)
-        results = _open(given, shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))
+        about = environment(shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))
+        if about["platform"] != "gpu" and not given.dry:
+            raise Refused(f"got a {about['device']}, the suite needs a GPU; --dry shows on any machine that it runs")
+        implementation = choice.implementation(given.implementation, given.dry)
+        also = _also(given, implementation)
+        _check_pattern(given.cases, stages, given.dry, implementation)
+        results = _open(given, about, implementation)
     except Refused as reason:
         print(f"gpu_suite: {reason}", file=sys.stderr)
         return 2
-    implementation = results.identity["implementation"]
-    request = Request(implementation, given.dry, tuple(given.rules), given.cases, tuple(given.imports))
+    request = Request(implementation, given.dry, tuple(given.rules), given.cases, tuple(given.imports), also)
     with tempfile.TemporaryDirectory() as folder:
         slots = given.slots or usable_cores()
-        runner = Runner(clock, Path(folder), slots, worker_environment(os.environ, given.dry), results.add)
+        variables = worker_environment(os.environ, given.dry, (implementation, *also))
+        runner = Runner(clock, Path(folder), slots, variables, results.add)
         for stage in stages:
             _run(stage, runner, results, request, _patience(stage, given))
     sections = {plan.SECTIONS[stage] for stage in stages} | ({"ceilings"} if set(stages) & set(_TIMED) else set())
@@ -168,31 +179,42 @@ def _patience(stage: str, given: argparse.Namespace) -> Patience:
     return Patience(_DRY_PATIENCE, _DRY_PATIENCE) if given.dry else PATIENCE[stage]
 
 
-def _check_pattern(pattern: str, stages: Sequence[str], dry: bool) -> None:
+def _also(given: argparse.Namespace, implementation: str) -> tuple[str, ...]:
+    """Return the implementations to time next to the one that is checked, if this machine has what they need."""
+    if reason := choice.absent(implementation):
+        raise Refused(f"--implementation {implementation}: {reason}")
+    names = tuple(dict.fromkeys(choice.implementation(name, given.dry) for name in given.also))
+    for name in names:
+        if name in (implementation, "chunk", *plan.CONTENDERS):
+            raise Refused(f"--also: got {name}, which is timed anyway")
+        if reason := choice.absent(name):
+            raise Refused(f"--also {name}: {reason}")
+    return names
+
+
+def _check_pattern(pattern: str, stages: Sequence[str], dry: bool, implementation: str) -> None:
     sections = [stage for stage in ("smoke", "check") if stage in stages]
-    names = [name for section in sections for name in cases.cases_of(section, dry)]
+    names = [name for section in sections for name in cases.cases_of(section, dry, implementation)]
     if names and not fnmatch.filter(names, pattern):
         raise Refused(f"--cases: no case matches {pattern!r}; expected a pattern such as 'scalar*'")
 
 
-def _open(given: argparse.Namespace, command: str) -> Record:
+def _open(given: argparse.Namespace, about: dict[str, Any], implementation: str) -> Record:
     """Return the record to add to, of this device and these sources."""
-    about = environment(command)
-    if about["platform"] != "gpu" and not given.dry:
-        raise Refused(f"got a {about['device']}, the suite needs a GPU; --dry shows on any machine that it runs")
     versions = installed(record.PACKAGES)
     identity: dict[str, Any] = {
         "device": about["device"],
         "dry": given.dry,
         "source": record.source(),
-        "implementation": given.implementation or ("mosaic_gpu_interpret" if given.dry else "mosaic_gpu"),
+        "implementation": implementation,
         **{name: about[name] for name in ("jax", "jaxlib", "python")},
         **{name: versions.get(name) for name in record.PACKAGES},
     }
     call = {name: about[name] for name in ("date", "command", "cpu", "cpu_cores", "numpy", "osdn_jax")}
     call |= {"commit": record.commit(), "driver": record.driver(), "budget": given.budget}
     out = given.out or (None if given.dry else RESULTS)
-    name = f"gpu-{'dry' if given.dry else slug(about['device'])}.json"
+    kernels = "-triton" if cases.is_triton(implementation) else ""
+    name = f"gpu-{'dry' if given.dry else slug(about['device'])}{kernels}.json"
     file = None if out is None else out / name
     if file is not None:
         try:

@@ -43,6 +43,7 @@ MODULES = (
     "osdn_jax.regression",
     "osdn_jax.sweep",
     "pallas_kernels.aot",
+    "triton_kernels.aot",
 )
 # Programs of others: their lines have no more of ours than files, which must exist.
 OTHERS = ("pytest", "ruff", "mypy")
@@ -222,7 +223,7 @@ def check_command(words):
     """Raise AssertionError, SystemExit or ValueError for a command line that would be refused."""
     while re.fullmatch(r"[A-Z_]+=.*", words[0]):
         words = words[1:]
-    program, rest = words[0].removeprefix(".venv/bin/").removeprefix(".venv-aot/bin/"), words[1:]
+    program, rest = re.sub(r"^\.venv(?:-aot|-triton)?/bin/", "", words[0]), words[1:]
     check = {"make": _make, "pip": _pip, "git": _git, "export": _export, "cd": _cd, "python": _python}.get(program)
     if check is not None:
         check(rest)
@@ -260,6 +261,8 @@ def _make(words):
                 _parse(DEMO, given)
             case "aot":
                 _parse("pallas_kernels.aot", given)
+            case "aot-triton":
+                _parse("triton_kernels.aot", given)
             case _:
                 _files(given)
 

@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 MODULES = [
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-    for package in ("osdn_jax", "pallas_kernels")
+    for package in ("osdn_jax", "pallas_kernels", "triton_kernels")
     for path in sorted((ROOT / package).rglob("*.py"))
     if ">>>" in path.read_text()
 ]

@@ -3,6 +3,8 @@
 #   tools/make_venv.sh                            .venv with everything that the tests, the linters and the docs need
 #   tools/make_venv.sh .venv-aot gpu              another folder with other extras
 #   tools/make_venv.sh .venv-oldest test oldest   with the oldest versions that pyproject.toml allows
+#   tools/make_venv.sh .venv-triton triton newest "jax-cuda13-plugin"   and packages in the version of jaxlib, without
+#                                                 those that they depend on
 # The file .state in it holds "installing" from the start to the end of an installation, then "installed".
 # An environment without that file was made by hand and is kept if its Python will do.
 set -euo pipefail
@@ -11,6 +13,7 @@ cd "$(dirname "$0")/.."
 venv=${1:-.venv}
 extras=${2:-test,lint,docs}
 versions=${3:-newest}
+beside_jaxlib=${4:-}
 python=$venv/bin/python
 state=$venv/.state
 
@@ -58,6 +61,13 @@ constraints=$venv/constraints.txt
 if [ "$versions" = oldest ]; then
     $python tools/lower_bounds.py >$constraints
 fi
-$python -m pip install -qq --no-input --disable-pip-version-check -c $constraints -e ".[$extras]" </dev/null
+install() { $python -m pip install -qq --no-input --disable-pip-version-check "$@" </dev/null; }
+install -c $constraints -e ".[$extras]"
+if [ -n "$beside_jaxlib" ]; then
+    version=$($python -c 'from importlib.metadata import version; print(version("jaxlib"))')
+    for package in $beside_jaxlib; do
+        install --no-deps "$package==$version"
+    done
+fi
 echo installed >$state
 echo "Done in $((SECONDS - start)) s."

@@ -115,12 +115,31 @@ CASES = {
     "Gram, B4 H80 T200": _heads(4, 80, 200, preset="gram", seeds=1),
     "Gram, T 1": Case(preset="gram", length=1),
 }
+# Types and head dimensions that the Triton kernels serve and those for Hopper do not; sizes between theirs are padded.
+TRITON_CASES = {
+    "no decay, float32, D 64, write key": _square(64, dtype="float32", write_key=True),
+    "scalar decay, float32, documents": Case("scalar", dtype="float32", documents=True),
+    "channel decay, float32": Case("channel", dtype="float32"),
+    "scalar decay, float32, D 256": _square(256, batch=1, decay="scalar", dtype="float32"),
+    "scalar decay, D 32": _square(32, decay="scalar"),
+    "channel decay, D 32, write key, documents": _square(32, decay="channel", write_key=True, documents=True),
+    "no decay, K 32 V 256": Case(key_dim=32, value_dim=256),
+    "scalar decay, K 48 V 96": Case("scalar", key_dim=48, value_dim=96),
+    "hypergradient, float32, write keys": Case(preset="trust", beta_aware=True, dtype="float32", multiply=True),
+    "hypergradient, D 32, bounds that bind": _square(32, preset="binding", beta_aware=True),
+    "Gram, float32, write keys": Case(preset="gram", dtype="float32", multiply=True),
+    "Gram, D 32, documents": _square(32, preset="gram", documents=True),
+}
 _TINY: dict[str, Any] = {"batch": 1, "length": 40, "heads": 1, "key_heads": 1}
 DRY_CASES = {
     "scalar decay, tiny": _square(64, decay="scalar", **_TINY),
     "channel decay, tiny, judged by NumPy": _square(64, decay="channel", judge="numpy", **_TINY),
     "hypergradient, trust, tiny": _square(64, preset="trust", **_TINY),
     "Gram, tiny": _square(64, preset="gram", **_TINY),
+}
+DRY_TRITON_CASES = {
+    "scalar decay, float32, tiny": _square(32, decay="scalar", dtype="float32", **_TINY),
+    "Gram, float32, tiny": _square(32, preset="gram", dtype="float32", **_TINY),
 }
 
 
@@ -145,9 +164,17 @@ SMOKE = _smoke(batch=1, length=128, heads=4, key_heads=4)
 DRY_SMOKE = _smoke(**_TINY, key_dim=64, value_dim=64)
 
 
-def cases_of(section: str, dry: bool) -> dict[str, Case]:
+def is_triton(implementation: str) -> bool:
+    """Return True for the Triton kernels, on a GPU or in their interpreter."""
+    return implementation in ("triton", "triton_interpret")
+
+
+def cases_of(section: str, dry: bool, implementation: str = "") -> dict[str, Case]:
     """Return the cases of a section, "smoke" or "check", by name."""
-    return {"smoke": (SMOKE, DRY_SMOKE), "check": (CASES, DRY_CASES)}[section][dry]
+    if section == "smoke":
+        return DRY_SMOKE if dry else SMOKE
+    more = (TRITON_CASES, DRY_TRITON_CASES)[dry] if is_triton(implementation) else {}
+    return {**(CASES, DRY_CASES)[dry], **more}
 
 
 def draw(case: Case, keys: str, seed: int) -> tuple[Arrays, np.ndarray | None]:

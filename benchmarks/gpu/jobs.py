@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.plan import NOT_RUN, OUT_OF_TIME, Emit, Job, Row, missing_rows
+from triton_kernels.common import installation
 
 ROOT = Path(__file__).parents[2]
 POLL = 0.05  # seconds
@@ -217,7 +218,7 @@ class Runner:
             self.emit(row)
 
 
-def worker_environment(given: Any, dry: bool) -> dict[str, str]:
+def worker_environment(given: Any, dry: bool, implementations: Sequence[str] = ()) -> dict[str, str]:
     """Return the environment of the jobs' processes.
 
     Two frameworks and many processes share the device, so none preallocates its memory. Choices that
@@ -225,4 +226,6 @@ def worker_environment(given: Any, dry: bool) -> dict[str, str]:
     """
     out = {**given, "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "FLA_CACHE_RESULTS": "0", "PYTHONUNBUFFERED": "1"}
     out["PYTHONPATH"] = os.pathsep.join([str(ROOT), *filter(None, [given.get("PYTHONPATH")])])
+    if "triton_interpret" in implementations:
+        out[installation.VARIABLE] = "1"  # before Triton is imported
     return {**out, "JAX_PLATFORMS": "cpu"} if dry else out

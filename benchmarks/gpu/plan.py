@@ -5,7 +5,17 @@ import fnmatch
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from benchmarks.gpu.cases import CASES, DRY_CASES, DRY_SMOKE, KEYS, SMOKE, Case, cases_of
+from benchmarks.gpu.cases import (
+    CASES,
+    DRY_CASES,
+    DRY_SMOKE,
+    DRY_TRITON_CASES,
+    KEYS,
+    SMOKE,
+    TRITON_CASES,
+    Case,
+    cases_of,
+)
 from benchmarks.gpu.peers import NO_PEER, PEERS
 from osdn_jax.compare import parse_shapes
 
@@ -34,7 +44,7 @@ TIMED_RULES = tuple(_FAMILIES)
 
 FORWARD, BOTH = "forward", "forward + backward"
 PROGRAMS = (FORWARD, BOTH)
-CONTENDERS = ("ours", "peer", "xla")
+CONTENDERS = ("ours", "peer", "xla")  # and other implementations, by name
 
 # A repeated stage does not run rows in these states again; it does run those that hung, died, raised or were missing.
 FINAL = ("pass", "fail", "absent", "measured", "compiled")
@@ -79,10 +89,13 @@ class Request:
     rules: Sequence[str] = TIMED_RULES
     cases: str = "*"  # a pattern
     imports: Sequence[str] = ()  # modules that every process imports first
+    also: Sequence[str] = ()  # implementations that are timed in the same rounds
+    programs: str | None = None  # folder of exported programs that stand in for the Triton kernels
 
     @property
     def spec(self) -> Row:
-        return {"dry": self.dry, "implementation": self.implementation, "imports": list(self.imports)}
+        common = {"dry": self.dry, "implementation": self.implementation, "imports": list(self.imports)}
+        return {**common, "programs": self.programs}
 
 
 def plan_stage(stage: str, known: Sequence[Row], request: Request) -> Plan:
@@ -99,7 +112,7 @@ def plan_stage(stage: str, known: Sequence[Row], request: Request) -> Plan:
 
 def _checks(section: str, known: Sequence[Row], request: Request) -> Plan:
     jobs, skipped = [], []
-    for name, case in cases_of(section, request.dry).items():
+    for name, case in cases_of(section, request.dry, request.implementation).items():
         if not fnmatch.fnmatchcase(name, request.cases):
             continue
         owed = _open(({"section": section, "case": name, "keys": keys} for keys in KEYS[: _key_count(section)]), known)
@@ -123,7 +136,7 @@ def _ours(stage: str, known: Sequence[Row], request: Request) -> Plan:
     if ceilings:
         jobs.append(Job({**request.spec, "kind": "ceilings"}, ceilings))
     for shape, rule in _races(request):
-        owed = _open(_keys("time", shape, rule, ("ours", "xla")), known)
+        owed = _open(_keys("time", shape, rule, ("ours", *request.also, "xla")), known)
         hung = {program: _hung(_FAMILIES[rule], known, request.dry, gradient=program == BOTH) for program in PROGRAMS}
         blocked = [key for key in owed if key["contender"] == "ours" and hung[key["program"]]]
         for key in blocked:
@@ -217,16 +230,23 @@ def _hung(families: Sequence[str], known: Sequence[Row], dry: bool, *, gradient:
     return None
 
 
+_ORDER = [*SMOKE, *DRY_SMOKE, *CASES, *DRY_CASES, *TRITON_CASES, *DRY_TRITON_CASES]
+
+
 def place(row: Row) -> tuple:
     """Return a sort key of rows by importance: sections, then cases or shapes in the order of their lists."""
     section = ("smoke", "check", "ceilings", "time", "compile").index(row["section"])
     if row["section"] in ("smoke", "check"):
-        return section, [*SMOKE, *DRY_SMOKE, *CASES, *DRY_CASES].index(row["case"]), KEYS.index(row["keys"])
+        return section, _ORDER.index(row["case"]), KEYS.index(row["keys"])
     if row["section"] == "ceilings":
         return (section,)
     shape, program = [*SHAPES, *DRY_SHAPES].index(row["shape"]), PROGRAMS.index(row["program"])
-    contender = CONTENDERS.index(row.get("contender", "peer"))
-    return section, shape, TIMED_RULES.index(row["rule"]), program, contender
+    return section, shape, TIMED_RULES.index(row["rule"]), program, rank(row.get("contender", "peer"))
+
+
+def rank(contender: str) -> tuple[float, str]:
+    """Return a sort key of contenders: ours, other implementations by name, then the peer and XLA."""
+    return (CONTENDERS.index(contender), "") if contender in CONTENDERS else (0.5, contender)
 
 
 def is_of(row: Row, key: Row) -> bool:

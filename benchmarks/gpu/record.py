@@ -15,9 +15,9 @@ from benchmarks.gpu.report import markdown
 from osdn_jax._files import write_atomically
 
 ROOT = Path(__file__).parents[2]
-SOURCES = ("pallas_kernels", "osdn_jax/ops", "osdn_jax/compare", "benchmarks/gpu")
+SOURCES = ("pallas_kernels", "triton_kernels", "osdn_jax/ops", "osdn_jax/compare", "benchmarks/gpu")
 # fla-core is the only package of flash-linear-attention that is needed.
-PACKAGES = ("jax-cuda13-plugin", "torch", "triton", "fla-core", "tilelang")
+PACKAGES = ("jax-cuda13-plugin", "torch", "triton", "jax-triton", "fla-core", "tilelang")
 FORMAT = 2
 
 

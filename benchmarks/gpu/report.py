@@ -5,7 +5,8 @@ from typing import Any
 
 from benchmarks.gpu import roofline
 from benchmarks.gpu.cases import KEYS
-from benchmarks.gpu.plan import CONTENDERS, NOT_RUN, PROGRAMS, Row, is_of
+from benchmarks.gpu.plan import CONTENDERS, NOT_RUN, PROGRAMS, Row, is_of, rank
+from osdn_jax import hardware
 from osdn_jax.compare import parse_shapes
 
 LONGEST = 130  # characters of a reason
@@ -30,6 +31,7 @@ def markdown(record: Mapping[str, Any], sections: Collection[str] = _SECTIONS) -
         f"{name} {identity[name] or 'not installed'}" for name in packages
     )
     yield ""
+    yield from _what_ran(identity)
     for call in record["calls"]:
         where = f"commit {call['commit'] or 'unknown'}, driver {call['driver'] or 'unknown'}"
         yield f"- {call['date']}, {where}: `{call['command']}`, {call['seconds']:.0f} s of {call['budget']:.0f} s"
@@ -37,7 +39,7 @@ def markdown(record: Mapping[str, Any], sections: Collection[str] = _SECTIONS) -
     yield from _checks("check", "Against the reference", rows)
     times = [row for row in rows if row["section"] == "time"]
     if times:
-        yield from _times(times, next((row for row in rows if row["section"] == "ceilings"), None))
+        yield from _times(times, next((row for row in rows if row["section"] == "ceilings"), None), identity)
     yield from _apart(times)
     yield from _reasons(rows)
 
@@ -67,30 +69,61 @@ def _verdict(row: Row) -> str:
     return ("" if row["status"] == "pass" else f"**{row['status']}** ") + text + other + before
 
 
-def _times(rows: Sequence[Row], ceilings: Row | None) -> Iterator[str]:
+def _what_ran(identity: Mapping[str, Any]) -> Iterator[str]:
+    if identity["dry"]:
+        yield "Dry run on a CPU: tiny shapes, kernels in their interpreter. It says nothing about a GPU."
+        yield ""
+    if identity.get("programs"):
+        yield f"The Triton kernels are programs that were exported on another machine: {identity['programs']}."
+        yield ""
+
+
+def _times(rows: Sequence[Row], ceilings: Row | None, identity: Mapping[str, Any]) -> Iterator[str]:
     yield from ("", "## Time", "")
-    rates = None
-    if ceilings and "bytes_per_second" in ceilings:
-        rates = roofline.Ceilings(ceilings["bytes_per_second"], ceilings["flops_per_second"])
-        yield f"Ceilings measured here: copy {rates.bytes / 1e12:.2f} TB/s, matmul {rates.flops / 1e12:.0f} TFLOP/s."
-    else:
-        yield "No ceilings: " + (ceilings or {}).get("reason", "not measured") + "."
+    rates, said = _ceilings(ceilings, identity["device"])
+    yield said
     yield "f: forward, f+b: forward and backward. ±: half the interquartile range. ns: per head and token. mem, flop:"
-    yield "roofline bounds as fractions of our time. FLA, XLA: their times, and the ratios to ours of the same rounds."
+    yield "roofline bounds as fractions of our time. Others: their times, and the ratios to ours of the same rounds."
     yield "h: host-bound. ≠: outputs or gradients differ from those of the XLA form by more than 3 %."
-    yield from ("", "| | ours ms | ± | ns | mem | flop | FLA ms | /ours | XLA ms | /ours |", "|---|" + "---:|" * 9)
+    others = sorted({row["contender"] for row in rows} | set(CONTENDERS), key=rank)[1:]
+    names = {"peer": "FLA", "xla": "XLA"}
+    columns = [f"{identity['implementation']} ms", "±", "ns", "mem", "flop"]
+    columns += [text for other in others for text in (f"{names.get(other, other)} ms", "/ours")]
+    yield from ("", f"| | {' | '.join(columns)} |", "|---|" + "---:|" * len(columns))
     shape = None
     for pair in dict.fromkeys((row["shape"], row["rule"]) for row in rows):
         if pair[0] != shape:
             shape = pair[0]
-            yield f"| **{shape}** |" + " |" * 9
+            yield f"| **{shape}** |" + " |" * len(columns)
         for program in PROGRAMS:
-            yield _line(*pair, program, rows, rates)
+            yield _line(*pair, program, rows, rates, others)
 
 
-def _line(shape: str, rule: str, program: str, rows: Sequence[Row], rates: roofline.Ceilings | None) -> str:
+def _ceilings(row: Row | None, device: str) -> tuple[roofline.Ceilings | None, str]:
+    """Return the rates that bounds are computed with, those of the data sheet if none were measured, and say which."""
+    sheet = hardware.gpu_of(device)
+    told = "" if sheet is None else f"{sheet.memory_bandwidth / 1e12:.2f} TB/s, {sheet.flops / 1e12:.0f} TFLOP/s"
+    if row and "bytes_per_second" in row:
+        rates = roofline.Ceilings(row["bytes_per_second"], row["flops_per_second"])
+        said = f"Ceilings measured here: copy {rates.bytes / 1e12:.2f} TB/s, matmul {rates.flops / 1e12:.0f} TFLOP/s"
+        return rates, said + (f"; the data sheet says {told}." if told else ".")
+    reason = (row or {}).get("reason", "not measured")
+    if sheet is None:
+        return None, f"No ceilings: {reason}."
+    rates = roofline.Ceilings(sheet.memory_bandwidth, sheet.flops)
+    return rates, f"Ceilings of the data sheet: {told}; those of this device: {reason}."
+
+
+def _line(
+    shape: str,
+    rule: str,
+    program: str,
+    rows: Sequence[Row],
+    rates: roofline.Ceilings | None,
+    others: Sequence[str],
+) -> str:
     key = {"shape": shape, "rule": rule, "program": program}
-    found = [next((x for x in rows if is_of(x, {**key, "contender": c})), {"status": ""}) for c in CONTENDERS]
+    found = [next((x for x in rows if is_of(x, {**key, "contender": c})), {"status": ""}) for c in ("ours", *others)]
     ours = found[0]
     cells = [f"{rule} {_SHORT[program]}", *_milliseconds(ours), "", "", ""]
     seconds = ours.get("median_seconds")

@@ -20,7 +20,7 @@ CHUNK = 64
 
 @dataclasses.dataclass(frozen=True)
 class Ceilings:
-    """Measured peak rates of the device, per second."""
+    """Peak rates of the device, per second: measured, or those of its data sheet."""
 
     bytes: float  # copy in device memory, bytes read plus bytes written
     flops: float  # bfloat16 matrix product

@@ -22,6 +22,8 @@ class Case:
             multipliers) for both preconditioners.
         dtype: of q, k, v.
         length: tokens of a sequence.
+        batch: sequences.
+        heads: of values.
         mapped: size of a vmap around the call; 0 for no vmap.
         sharded: "batch" or "heads" to split that axis over two GPUs; the program may then gather nothing. None for
             one GPU.
@@ -35,6 +37,8 @@ class Case:
     options: tuple[str, ...] = ()
     dtype: str = "bfloat16"
     length: int = 1024
+    batch: int = 2
+    heads: int = 4
     mapped: int = 0
     sharded: str | None = None
 
@@ -44,6 +48,7 @@ class Case:
         size = f"K{self.key_dim}" + ("" if self.value_dim is None else f"V{self.value_dim}")
         direction = "gradient" if self.gradient else "forward"
         fields = [self.function, direction, self.decay, size, "+".join(self.options), self.dtype]
+        fields.append(f"B{self.batch}H{self.heads}" if (self.batch, self.heads) != (2, 4) else "")
         fields.append(f"T{self.length}" if self.length != 1024 else "")
         fields.append(f"vmap{self.mapped}" if self.mapped else "")
         fields.append(f"two-gpus-{self.sharded}" if self.sharded else "")

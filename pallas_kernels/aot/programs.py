@@ -1,5 +1,7 @@
 """The function that a case compiles, and the shapes of its arguments."""
 
+import functools
+import importlib
 from collections.abc import Callable
 from typing import Any
 
@@ -9,17 +11,21 @@ from jax.sharding import PartitionSpec as P
 
 from pallas_kernels.aot.cases import Case
 
-BATCH, HEADS = 2, 4
 
-
-def program(case: Case) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def program(case: Case, package: str = "pallas_kernels", **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return the function to compile and its arguments as shapes and types.
 
     A forward program returns the results of the public function. A gradient program takes their cotangents and returns
     the gradient in every array, but not the forward results: with them, the kernels that only the forward pass needs
     would be compiled a second time.
+
+    Args:
+        case: what to compile.
+        package: that has the public functions; default pallas_kernels.
+        options: given to the public function by name, next to those of the case.
     """
-    arrays, results, call = _PROGRAMS[case.function](case)
+    function = getattr(importlib.import_module(f"{package}.{case.function}"), case.function)
+    arrays, results, call = _PROGRAMS[case.function](case, functools.partial(function, **options))
     if case.mapped:
         mapped = lambda x: jax.ShapeDtypeStruct((case.mapped, *x.shape), x.dtype)
         (arrays, results), call = jax.tree.map(mapped, (arrays, results)), jax.vmap(call)
@@ -54,61 +60,63 @@ def _array(*shape: int, dtype: Any = jnp.float32) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-def _delta_rule(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
-    from pallas_kernels.delta_rule import delta_rule
-
+def _delta_rule(case: Case, function: Callable[..., Any]) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     key_dim, value_dim, dtype = case.key_dim, case.value_dim or case.key_dim, jnp.dtype(case.dtype)
-    keys = _array(BATCH, case.length, HEADS // 2 if "grouped" in case.options else HEADS, key_dim, dtype=dtype)
-    values = _array(BATCH, case.length, HEADS, value_dim, dtype=dtype)
-    state = _array(BATCH, HEADS, key_dim, value_dim)
-    arrays = {"q": keys, "k": keys, "v": values, "beta": _array(BATCH, case.length, HEADS), "initial_state": state}
+    keys = _array(
+        case.batch, case.length, case.heads // 2 if "grouped" in case.options else case.heads, key_dim, dtype=dtype
+    )
+    values = _array(case.batch, case.length, case.heads, value_dim, dtype=dtype)
+    state = _array(case.batch, case.heads, key_dim, value_dim)
+    arrays = {
+        "q": keys,
+        "k": keys,
+        "v": values,
+        "beta": _array(case.batch, case.length, case.heads),
+        "initial_state": state,
+    }
     if case.decay == "scalar":
-        arrays["log_decay"] = _array(BATCH, case.length, HEADS)
+        arrays["log_decay"] = _array(case.batch, case.length, case.heads)
     elif case.decay == "channel":
-        arrays["log_decay"] = _array(BATCH, case.length, HEADS, key_dim)
+        arrays["log_decay"] = _array(case.batch, case.length, case.heads, key_dim)
     if "write-key" in case.options:
-        arrays["write_key"] = _array(BATCH, case.length, HEADS, key_dim, dtype=dtype)
+        arrays["write_key"] = _array(case.batch, case.length, case.heads, key_dim, dtype=dtype)
     if "documents" in case.options:
-        arrays["resets"] = _array(BATCH, case.length, dtype=bool)
+        arrays["resets"] = _array(case.batch, case.length, dtype=bool)
     options = {"erase": "no-erase" not in case.options, "scale": key_dim**-0.5}
-    return arrays, (values, state), lambda given: delta_rule(**given, **options)
+    return arrays, (values, state), lambda given: function(**given, **options)
 
 
-def _hypergradient(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
-    from pallas_kernels.hypergradient import hypergradient
-
+def _hypergradient(case: Case, function: Callable[..., Any]) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     dtype, return_write_key = jnp.dtype(case.dtype), "multiply" in case.options
-    keys, tokens = (BATCH, case.length, HEADS, case.key_dim), _array(BATCH, case.length, HEADS)
-    state = _array(BATCH, HEADS, case.key_dim)
+    keys, tokens = (case.batch, case.length, case.heads, case.key_dim), _array(case.batch, case.length, case.heads)
+    state = _array(case.batch, case.heads, case.key_dim)
     arrays = {"k": _array(*keys, dtype=dtype), "step": tokens, "beta": tokens}
     arrays |= {"initial": state, "after_reset": state}
     if "forget" in case.options:
         arrays |= {"log_forget": tokens, "anchor": state}
     if "documents" in case.options:
-        arrays["resets"] = _array(BATCH, case.length, dtype=bool)
+        arrays["resets"] = _array(case.batch, case.length, dtype=bool)
     absent = dict.fromkeys(("log_forget", "resets", "anchor"))
     bounds = (0.0, 2.0) if "bounds" in case.options else None
     options: dict[str, Any] = {"bounds": bounds, "return_write_key": return_write_key}
     out = _array(*keys, dtype=dtype if return_write_key else jnp.float32)
-    return arrays, (out, state), lambda given: hypergradient(**(absent | given), **options)
+    return arrays, (out, state), lambda given: function(**(absent | given), **options)
 
 
-def _gram(case: Case) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
-    from pallas_kernels.gram import gram
-
+def _gram(case: Case, function: Callable[..., Any]) -> tuple[dict[str, Any], Any, Callable[..., Any]]:
     dtype, return_write_key = jnp.dtype(case.dtype), "multiply" in case.options
-    keys, tokens = (BATCH, case.length, HEADS, case.key_dim), _array(BATCH, case.length, HEADS)
-    state = _array(BATCH, HEADS, case.key_dim)
-    arrays = {"k": _array(*keys, dtype=dtype), "log_decay": tokens, "gain": tokens, "center": _array(HEADS)}
+    keys, tokens = (case.batch, case.length, case.heads, case.key_dim), _array(case.batch, case.length, case.heads)
+    state = _array(case.batch, case.heads, case.key_dim)
+    arrays = {"k": _array(*keys, dtype=dtype), "log_decay": tokens, "gain": tokens, "center": _array(case.heads)}
     arrays["initial"] = state
     if "documents" in case.options:
-        arrays["resets"] = _array(BATCH, case.length, dtype=bool)
+        arrays["resets"] = _array(case.batch, case.length, dtype=bool)
     out = _array(*keys, dtype=dtype if return_write_key else jnp.float32)
     options: dict[str, Any] = {"squash": 1.5, "return_write_key": return_write_key}
-    return arrays, (out, state), lambda given: gram(**({"resets": None} | given), **options)
+    return arrays, (out, state), lambda given: function(**({"resets": None} | given), **options)
 
 
-_PROGRAMS: dict[str, Callable[[Case], tuple[dict[str, Any], Any, Callable[..., Any]]]] = {
+_PROGRAMS: dict[str, Callable[[Case, Callable[..., Any]], tuple[dict[str, Any], Any, Callable[..., Any]]]] = {
     "delta_rule": _delta_rule,
     "hypergradient": _hypergradient,
     "gram": _gram,

@@ -1,13 +1,14 @@
-"""Worker processes that compile the cases.
+"""Worker processes that compile.
 
 The compiler may abort its process, and it ignores settings that are made after it has started.
 """
 
 import multiprocessing
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from queue import SimpleQueue
+from typing import Any
 
 from pallas_kernels.aot.cases import Case
 from pallas_kernels.aot.compiler import Outcome, compile_case
@@ -21,21 +22,36 @@ def compile_cases(cases: Sequence[Case], gpu: str, jobs: int) -> Iterator[Outcom
         gpu: one of `compiler.targets`.
         jobs: number of worker processes.
     """
+    died = lambda case, _: Outcome(case.name, "failed", message="the compiler ended its process")
+    return in_workers(compile_case, [(case, gpu) for case in cases], jobs, died)
+
+
+def in_workers[T](
+    function: Callable[..., T], calls: Sequence[tuple[Any, ...]], jobs: int, died: Callable[..., T]
+) -> Iterator[T]:
+    """Yield the results of calls in their order, each as soon as it and all before it are known.
+
+    Args:
+        function: to call in a worker process; it, its arguments and its results are pickled.
+        calls: the arguments of each call.
+        jobs: number of worker processes.
+        died: gives the result of a call during which the process ended, of the same arguments.
+    """
     idle: SimpleQueue[_Worker] = SimpleQueue()
     workers = [_Worker() for _ in range(jobs)]
     for worker in workers:
         idle.put(worker)
 
-    def compile_next(case: Case) -> Outcome:
+    def call_next(arguments: tuple[Any, ...]) -> T:
         worker = idle.get()
         try:
-            return worker.compile(case, gpu)
+            return worker.call(function, arguments, died)
         finally:
             idle.put(worker)
 
     threads = ThreadPoolExecutor(jobs)
     try:
-        yield from threads.map(compile_next, cases)
+        yield from threads.map(call_next, calls)
     finally:
         threads.shutdown(cancel_futures=True)
         for worker in workers:
@@ -43,7 +59,7 @@ def compile_cases(cases: Sequence[Case], gpu: str, jobs: int) -> Iterator[Outcom
 
 
 class _Worker:
-    """A process that compiles one case after another and is replaced when it dies."""
+    """A process that makes one call after another and is replaced when it dies."""
 
     def __init__(self) -> None:
         self.pool = self._start()
@@ -51,10 +67,10 @@ class _Worker:
     def _start(self) -> ProcessPoolExecutor:
         return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
 
-    def compile(self, case: Case, gpu: str) -> Outcome:
+    def call[T](self, function: Callable[..., T], arguments: tuple[Any, ...], died: Callable[..., T]) -> T:
         try:
-            return self.pool.submit(compile_case, case, gpu).result()
+            return self.pool.submit(function, *arguments).result()
         except BrokenProcessPool:
             self.pool.shutdown()
             self.pool = self._start()
-            return Outcome(case.name, "failed", message="the compiler ended its process")
+            return died(*arguments)

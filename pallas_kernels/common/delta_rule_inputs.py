@@ -1,4 +1,4 @@
-"""What the entry points of the delta rule's kernels share, of whatever back end: inputs, splits, sums over heads."""
+"""Parts that the entry points of the delta rule's kernels share in every back end: inputs, splits, sums over heads."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple

@@ -59,13 +59,29 @@ def test_peaked_keys_leave_the_bounds_nearly_leave_them_and_stay_far(keys):
     assert set().union(*ways(smoke, "random", 0).values()) == {"far", "kept", "again"}
 
 
+@pytest.mark.parametrize("implementation", ["mosaic_gpu", "triton"])
 @pytest.mark.parametrize("section", ["smoke", "check"])
-def test_every_case_reaches_its_kernel(section):
+def test_every_case_reaches_its_kernel(section, implementation):
     """Without a GPU it is refused for that reason alone, without a fallback."""
-    for case in cases.cases_of(section, dry=False).values():
+    for case in cases.cases_of(section, dry=False, implementation=implementation).values():
         arrays, ids = check.draw(dataclasses.replace(case, length=1, batch=1), "random", 0)
-        with pytest.raises(NotImplementedError, match="'mosaic_gpu': got a cpu, the kernels need a GPU"):
-            jax.eval_shape(lambda x, i, case=case: cases.outputs(case, x, i, "mosaic_gpu"), arrays, ids)
+        with pytest.raises(NotImplementedError, match=f"'{implementation}': got a cpu, the kernels need an? .*GPU"):
+            jax.eval_shape(lambda x, i, case=case: cases.outputs(case, x, i, implementation), arrays, ids)
+
+
+def test_what_only_triton_serves_is_only_checked_there():
+    of_hopper, of_triton = (cases.cases_of("check", False, name) for name in ("mosaic_gpu", "triton"))
+    assert of_hopper == cases.CASES
+    more = [case for name, case in of_triton.items() if name not in of_hopper]
+    assert {case.dtype for case in more} == {"bfloat16", "float32"}
+    assert {case.dtype for case in of_hopper.values()} == {"bfloat16", "float16"}
+    dims = {size for case in more for size in (case.key_dim, case.value_dim)}
+    assert {32, 48, 64, 96, 128, 256} == dims
+    for preset in (None, "gram", "trust"):
+        assert "float32" in {case.dtype for case in more if case.preset == preset}
+    with pytest.raises(KeyError):
+        cases.cases_of("check", True, "mosaic_gpu")["scalar decay, float32, tiny"]
+    assert "scalar decay, float32, tiny" in cases.cases_of("check", True, "triton_interpret")
 
 
 def test_the_cases_reach_splits_waves_types_and_lengths():

@@ -50,9 +50,11 @@ def test_a_value_that_is_not_finite_fails():
     assert not check.judge({"o": 1e-3, "d_q": float("inf")})["kept"]
 
 
-def test_float16_has_lower_limits():
+def test_narrower_errors_are_asked_of_more_precise_types():
     assert check.judge({"o": 5e-3})["kept"]
     assert not check.judge({"o": 5e-3}, "float16")["kept"]
+    assert check.judge({"o": 9e-6, "d_beta": 1.9e-5}, "float32")["kept"]
+    assert not check.judge({"o": 1.1e-5}, "float32")["kept"]
 
 
 @pytest.mark.parametrize(("decay", "options"), [(None, {}), ("scalar", {"erase": False}), ("channel", {})])

@@ -4,7 +4,7 @@ import jax
 import pytest
 
 from pallas_kernels.aot.cases import all_cases, matching
-from pallas_kernels.aot.programs import BATCH, HEADS, program, splits
+from pallas_kernels.aot.programs import program, splits
 from support.aot import NAME
 
 
@@ -82,5 +82,5 @@ def test_a_program_for_two_gpus_is_split_along_its_batch_or_its_heads(case):
         for x, spec in zip(*map(jax.tree.leaves, (arguments, specs)), strict=True)
         if "x" in tuple(spec)
     ]
-    assert set(sizes) <= ({BATCH} if case.sharded == "batch" else {HEADS, HEADS // 2})
+    assert set(sizes) <= ({case.batch} if case.sharded == "batch" else {case.heads, case.heads // 2})
     assert len(sizes) >= 4

@@ -111,10 +111,10 @@ def test_the_descriptions_are_of_the_gpus_that_they_are_named_after():
         assert text.count("{") == text.count("}")
         limits = dict(re.findall(r"(\w+): (\d+)\n", text))
         assert occupancy.WARP == int(limits["threads_per_warp"])
-        assert occupancy.WARPS * occupancy.WARP == int(limits["threads_per_core_limit"])
+        assert occupancy.HOPPER.warps * occupancy.WARP == int(limits["threads_per_core_limit"])
         assert occupancy.REGISTERS == int(limits["registers_per_core_limit"])
-        assert occupancy.SHARED_MEMORY == int(limits["shared_memory_per_core"])
-        assert occupancy.SHARED_MEMORY - occupancy.RESERVED == int(limits["shared_memory_per_block_optin"])
+        assert occupancy.HOPPER.shared_memory == int(limits["shared_memory_per_core"])
+        assert occupancy.HOPPER.shared_memory - occupancy.RESERVED == int(limits["shared_memory_per_block_optin"])
 
 
 def test_an_installed_package_has_its_data():

@@ -48,6 +48,6 @@ def finished(key):
     return measured(key)
 
 
-def text(rows, *sections):
-    content = {"identity": IDENTITY, "calls": [CALL], "rows": rows}
+def text(rows, *sections, **identity):
+    content = {"identity": IDENTITY | identity, "calls": [CALL], "rows": rows}
     return "\n".join(markdown(content, sections) if sections else markdown(content))

@@ -1,4 +1,4 @@
-"""What the launcher has to know of NVIDIA GPUs: compute capability and shared memory, by the name JAX gives them."""
+"""Compute capability and shared memory of NVIDIA GPUs, by the name JAX gives them."""
 
 import re
 from typing import Any

@@ -1,4 +1,4 @@
-"""What the kernels need beyond JAX, and how to get it."""
+"""Requirements of the kernels beyond JAX, and how to get them."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""What jax-triton 0.4.1 lacks; each repair does nothing where it is not needed.
+"""Repairs of jax-triton 0.4.1; each does nothing where it is not needed.
 
 - Under JAX 0.12 every jit around a kernel fails: JAX hands a rule for dead code three arguments, and that of jax-triton
   0.4.1 takes two. Under JAX 0.11, or with a jax-triton whose rule takes three, nothing is changed.

@@ -1,4 +1,4 @@
-"""What a kernel is launched on."""
+"""The device that kernels are launched on."""
 
 from typing import NamedTuple
 
@@ -6,7 +6,7 @@ from triton_kernels.common.cards import OLDEST, capability_of, device_in_use
 
 
 class Target(NamedTuple):
-    """Where kernels run; hashable, so that it can be static under jit.
+    """The device or interpreter that kernels run on; hashable, so that it can be static under jit.
 
     Attributes:
         capability: compute capability times 10, such as 89: it selects the settings of a kernel.

@@ -1,7 +1,7 @@
-"""What several kernels do with tiles: products of float32 matrices, inverses, sums over tokens.
+"""Operations on tiles that several kernels share: products of float32 matrices, inverses, sums over tokens.
 
-`PRECISION` is the `input_precision` of products of float32 matrices: tf32x3 beside float32 inputs (about 21 bits),
-bf16x3 beside 16-bit ones (about 16 bits). Products of 16-bit matrices are exact, with float32 sums.
+`PRECISION` is the `input_precision` of products of float32 matrices: tf32x3 for float32 inputs (about 21 bits),
+bf16x3 for 16-bit ones (about 16 bits). Products of 16-bit matrices are exact, with float32 sums.
 """
 
 import jax.numpy as jnp

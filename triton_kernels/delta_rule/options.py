@@ -1,4 +1,4 @@
-"""What is fixed when the kernels of the delta rule are built, and what every chunk of them reads."""
+"""Options that are fixed when the kernels of the delta rule are built, and the arrays that every chunk reads."""
 
 from typing import Any, NamedTuple
 
