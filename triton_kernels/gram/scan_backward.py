@@ -10,8 +10,8 @@ import triton.language as tl
 from triton_kernels.common.launch import launch
 from triton_kernels.delta_rule.tiles import FROM_START, GATES, TO_END, gate
 from triton_kernels.gram.chunk import (
-    EPSILON,
     CHUNK,
+    EPSILON,
     GAIN,
     Chunks,
     GramOptions,
@@ -92,7 +92,7 @@ def scan_backward(
     *,
     keep: Literal["gradients", "initial"],
 ) -> Any:
-    """Run the scan and return a namespace of `d_initial_ptr`, the gradient of the initial A [B, P, K] float32, and more.
+    """Run the scan; return a namespace of `d_initial_ptr`, the gradient of the initial A [B, P, K] float32, and more.
 
     Args:
         chunks: the inputs.
