@@ -56,6 +56,14 @@ def run(plan: Launch, arrays: Sequence[np.ndarray]) -> list[np.ndarray]:
     results = [np.full(x.shape, np.nan if x.dtype != np.int32 else -1, x.dtype) for x in plan.outputs.values()]
     pointers = dict(zip((*plan.inputs, *plan.outputs), map(_Pointer, (*arrays, *results)), strict=True))
     programs = results[0].shape[0] * plan.programs
+    from triton.runtime.errors import InterpreterError
+
     with _LOCK, np.errstate(all="ignore"), interpreter_watch.watching(plan.name, [*arrays, *results]):
-        plan.kernel[(programs,)](**pointers, **plan.scalars, **plan.constants)
+        try:
+            plan.kernel[(programs,)](**pointers, **plan.scalars, **plan.constants)
+        except InterpreterError as error:
+            cause: BaseException | None = error
+            while isinstance(cause, InterpreterError):  # one for every function that the kernel was in
+                cause = cause.__cause__
+            raise cause or error from None
     return results

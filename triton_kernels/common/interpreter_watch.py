@@ -76,6 +76,8 @@ class _Log:
             raise IndexError(
                 f"{self.name}, program {program}: {what} of {outside.sum()} elements outside of the arrays"
             )
+        if len(found) and array.min() != array.max():
+            raise IndexError(f"{self.name}, program {program}: one {what} of elements of two arrays")
         number = self.programs.setdefault(tuple(program), len(self.programs))
         self.touched.append((found, number, what == "store"))
 

@@ -54,7 +54,11 @@ _recorders: list[Callable[[Launch], None]] = []
 
 @contextlib.contextmanager
 def recorded() -> Iterator[list[Launch]]:
-    """Record the launches that are traced inside, with the shapes of their arrays; nothing is compiled or run."""
+    """Record the launches that are traced inside, with the shapes of their arrays; nothing is compiled or run.
+
+    Under vmap the launch for one element is traced too, before the one for the batch. A function under jit that has
+    been traced before is not traced again: `jax.clear_caches()`.
+    """
     found: list[Launch] = []
     _recorders.append(found.append)
     try:
