@@ -6,6 +6,7 @@ import re
 
 from benchmarks.gpu.cases import is_triton
 from osdn_jax.ops import selection
+from triton_kernels import exported
 from triton_kernels.common import installation, target
 
 _INTERPRETED = ("mosaic_gpu", "triton")
@@ -30,6 +31,8 @@ def absent(name: str) -> str | None:
         return None
     if name == "triton_interpret":  # the suite sets the variable that the interpreter needs for its processes
         return None if importlib.util.find_spec("triton") else installation.missing(interpret=True)
+    if exported.in_use():  # programs of another machine, which need no Triton here
+        return target.limitation()
     return target.limitation() or installation.missing(interpret=False) or _too_old()
 
 

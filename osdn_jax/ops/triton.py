@@ -28,6 +28,7 @@ from osdn_jax.ops.calls import (
     HypergradientCall,
     HypergradientOptions,
 )
+from triton_kernels import exported
 from triton_kernels.common import installation, target
 
 _DIMENSIONS = (32, 64, 128, 256)
@@ -50,7 +51,7 @@ def delta_rule_limitation(call: DeltaRuleCall, options: DeltaRuleOptions, *, int
     )
     if reason is not None:
         return reason
-    kernels = _kernels("delta_rule")
+    kernels = _kernels("delta_rule", interpret)
     key_dim, value_dim = (_padded_size(x.shape[-1]) for x in (call.q, call.v))
     padded = [_padded_type(x) for x in (call.q, call.k, call.v)]
     write_key = None if call.w is None else _padded_type(call.w)
@@ -69,7 +70,7 @@ def delta_rule(
         log_decay = _pad(log_decay)
     # Padding channels of the write key, and so of the state, are zeros.
     state = _pad(_pad(call.state), axis=-2)
-    out, final = _kernels("delta_rule").delta_rule(
+    out, final = _kernels("delta_rule", interpret).delta_rule(
         _pad(call.q),
         _pad(call.k),
         _pad(call.v),
@@ -93,7 +94,7 @@ def hypergradient_limitation(
         _argument_limitation("k", call.k)
         or _state_limitation("k", call.step)
         or _machine_limitation(interpret)
-        or _preconditioner_limitation("hypergradient", options.chunk_size, call.k)
+        or _preconditioner_limitation("hypergradient", interpret, options.chunk_size, call.k)
     )
 
 
@@ -108,7 +109,7 @@ def hypergradient(
     initial, after_reset, anchor = call.start
     if anchor is None and call.log_forget is not None and value != 0 and key_dim not in _DIMENSIONS:
         anchor = jnp.zeros_like(initial)
-    out, final = _kernels("hypergradient").hypergradient(
+    out, final = _kernels("hypergradient", interpret).hypergradient(
         _pad(call.k),
         call.step,
         call.beta,
@@ -130,7 +131,7 @@ def gram_limitation(call: GramCall, options: GramOptions, *, interpret: bool = F
         _argument_limitation("k", call.k)
         or _state_limitation("log_decay", call.log_decay)
         or _machine_limitation(interpret)
-        or _preconditioner_limitation("gram", options.chunk_size, call.k, call.log_decay)
+        or _preconditioner_limitation("gram", interpret, options.chunk_size, call.k, call.log_decay)
     )
 
 
@@ -138,7 +139,7 @@ def gram(call: GramCall, options: GramOptions, *, interpret: bool = False) -> tu
     """Run the Gram preconditioner: (multiplier, or write keys if options.write_key; final A)."""
     key_dim = call.k.shape[-1]
     # In padding channels A stays 0, and the multipliers, which are finite, get no cotangents.
-    out, final = _kernels("gram").gram(
+    out, final = _kernels("gram", interpret).gram(
         _pad(call.k),
         call.log_decay,
         call.gain,
@@ -152,8 +153,10 @@ def gram(call: GramCall, options: GramOptions, *, interpret: bool = False) -> tu
     return out[..., :key_dim], final[..., :key_dim]
 
 
-def _kernels(name: str) -> Any:
-    """Return the module of an operator's kernels, which imports Triton."""
+def _kernels(name: str, interpret: bool) -> Any:
+    """Return the module of an operator's kernels, which imports Triton, or the programs that are to run instead."""
+    if exported.in_use() and not interpret:
+        return exported.kernels(name)
     return importlib.import_module(f"triton_kernels.{name}")
 
 
@@ -213,11 +216,13 @@ def _state_limitation(name: str, x: jax.Array) -> str | None:
 
 def _machine_limitation(interpret: bool) -> str | None:
     device = None if interpret else target.limitation()
-    return device or installation.missing(interpret=interpret)
+    return device or (None if exported.in_use() and not interpret else installation.missing(interpret=interpret))
 
 
-def _preconditioner_limitation(name: str, chunk_size: int | None, k: jax.Array, *others: jax.Array) -> str | None:
-    kernels, padded = _kernels(name), _padded_type(k)
+def _preconditioner_limitation(
+    name: str, interpret: bool, chunk_size: int | None, k: jax.Array, *others: jax.Array
+) -> str | None:
+    kernels, padded = _kernels(name, interpret), _padded_type(k)
     served = kernels.chunk_size(k.dtype, padded.shape[-1])
     return _chunk_limitation(chunk_size, served) or kernels.limitation(padded, *others)
 

@@ -1,6 +1,5 @@
 """The function that a case compiles, and the shapes of its arguments."""
 
-import functools
 import importlib
 from collections.abc import Callable
 from typing import Any
@@ -12,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from pallas_kernels.aot.cases import Case
 
 
-def program(case: Case, package: str = "pallas_kernels", **options: Any) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+def program(case: Case, function: Callable[..., Any] | None = None) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """Return the function to compile and its arguments as shapes and types.
 
     A forward program returns the results of the public function. A gradient program takes their cotangents and returns
@@ -21,11 +20,10 @@ def program(case: Case, package: str = "pallas_kernels", **options: Any) -> tupl
 
     Args:
         case: what to compile.
-        package: that has the public functions; default pallas_kernels.
-        options: given to the public function by name, next to those of the case.
+        function: the public function; default that of this package.
     """
-    function = getattr(importlib.import_module(f"{package}.{case.function}"), case.function)
-    arrays, results, call = _PROGRAMS[case.function](case, functools.partial(function, **options))
+    function = function or public_function("pallas_kernels", case.function)
+    arrays, results, call = _PROGRAMS[case.function](case, function)
     if case.mapped:
         mapped = lambda x: jax.ShapeDtypeStruct((case.mapped, *x.shape), x.dtype)
         (arrays, results), call = jax.tree.map(mapped, (arrays, results)), jax.vmap(call)
@@ -38,6 +36,11 @@ def program(case: Case, package: str = "pallas_kernels", **options: Any) -> tupl
         return jax.vjp(lambda given: call(given | constants), variables)[1](cotangents)
 
     return gradient, (variables, constants, results)
+
+
+def public_function(package: str, name: str) -> Callable[..., Any]:
+    """Return an operator of a package of kernels, which imports the kernels."""
+    return getattr(importlib.import_module(f"{package}.{name}"), name)
 
 
 def splits(case: Case, arguments: Any, axis: str) -> Any:

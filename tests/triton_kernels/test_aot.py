@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from triton_kernels.aot.launches import Trace, Use
 from triton_kernels.aot.record import Record
 from triton_kernels.aot.results import Result
 from triton_kernels.aot.specialization import Specialization
+from triton_kernels.common.cards import capability_of
 
 CASE = "delta_rule/gradient/scalar/K64V64/B1H2/T32768"
 KERNEL = Kernel(200, 8, 12, 0, 4, 1024, 128, 1.5)
@@ -109,6 +111,11 @@ def test_the_list_of_cases():
     for name in ("delta_rule/gradient/*", "hypergradient/gradient/", "gram/gradient/"):
         for size in (32, 256):
             assert matching(f"{name}K{size}")
+
+
+def test_the_gpus_are_those_that_jax_names():
+    for gpu in GPUS.values():
+        assert capability_of(SimpleNamespace(platform="gpu", device_kind=gpu.device_kind)) == gpu.capability
 
 
 def test_a_kernel_is_told_by_what_it_is_compiled_for():

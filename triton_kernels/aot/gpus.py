@@ -12,10 +12,12 @@ class GPU(NamedTuple):
     Attributes:
         capability: compute capability times 10.
         multiprocessors: that are enabled.
+        device_kind: the name that JAX has for it.
     """
 
     capability: int
     multiprocessors: int
+    device_kind: str
 
     @property
     def shared_memory(self) -> int:
@@ -30,11 +32,11 @@ class GPU(NamedTuple):
 
 # NVIDIA's architecture white papers: A100 Tensor Core GPU, Ampere GA102, Ada GPU, L40S data sheet, H100 (SXM5).
 GPUS = {
-    "a100": GPU(80, 108),
-    "rtx3090": GPU(86, 82),
-    "rtx4090": GPU(89, 128),
-    "l40s": GPU(89, 142),
-    "h100": GPU(90, 132),
+    "a100": GPU(80, 108, "NVIDIA A100-SXM4-80GB"),
+    "rtx3090": GPU(86, 82, "NVIDIA GeForce RTX 3090"),
+    "rtx4090": GPU(89, 128, "NVIDIA GeForce RTX 4090"),
+    "l40s": GPU(89, 142, "NVIDIA L40S"),
+    "h100": GPU(90, 132, "NVIDIA H100 80GB HBM3"),
 }
 
 # CUDA C++ Programming Guide, table "Technical Specifications per Compute Capability".

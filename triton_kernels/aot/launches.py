@@ -1,11 +1,12 @@
 """The launches of a case, found by tracing it: nothing is compiled or run."""
 
+import functools
 from dataclasses import dataclass, field
 
 import jax
 
 from pallas_kernels.aot.cases import Case
-from pallas_kernels.aot.programs import program
+from pallas_kernels.aot.programs import program, public_function
 from triton_kernels.aot.cases import fills_the_gpu
 from triton_kernels.aot.specialization import Specialization, specialize
 from triton_kernels.common.launch import recorded
@@ -60,7 +61,8 @@ def trace(case: Case, capability: int) -> Trace:
 
 
 def _launches(case: Case, capability: int) -> list[tuple[Specialization, Use]]:
-    function, arguments = program(case, "triton_kernels", target=Target(capability))
+    operator = public_function("triton_kernels", case.function)
+    function, arguments = program(case, functools.partial(operator, target=Target(capability)))
     # A function under jit is traced once for the same shapes, and such a trace holds zeros in place of the results.
     jax.clear_caches()
     try:

@@ -16,11 +16,13 @@ class Settings(NamedTuple):
         block: channels that a program holds at once, of keys or of values; what it means is the kernel's.
         warps: per program.
         stages: of the software pipeline of its loop.
+        slab: key channels of one product in a scan; a product of float32 matrices holds its operands in registers.
     """
 
     block: int
     warps: int = 4
     stages: int = 1
+    slab: int = 128
 
 
 # By kernel, then by (bits of the inputs, K).
@@ -29,41 +31,41 @@ TABLE: dict[str, dict[tuple[int, int], Settings]] = {
     "delta_rule_prepare": {
         (16, 32): Settings(32),
         (16, 64): Settings(64),
-        (16, 128): Settings(64),
-        (16, 256): Settings(64),
+        (16, 128): Settings(128),
+        (16, 256): Settings(128),
         (32, 32): Settings(32),
         (32, 64): Settings(32),
         (32, 128): Settings(32),
         (32, 256): Settings(32),
     },
     # block: key channels per step of a loop
-    "delta_rule_decay": {(bits, size): Settings(32) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    "delta_rule_decay": {(bits, size): Settings(16) for bits in (16, 32) for size in (32, 64, 128, 256)},
     # block: values, of which a program keeps the columns of the state in registers
     "delta_rule_scan": {
-        (16, 32): Settings(64, stages=2),
-        (16, 64): Settings(64, stages=2),
-        (16, 128): Settings(32, stages=2),
-        (16, 256): Settings(32),
-        (32, 32): Settings(32),
-        (32, 64): Settings(32),
-        (32, 128): Settings(32),
-        (32, 256): Settings(32, warps=8),
+        (16, 32): Settings(32, stages=3),
+        (16, 64): Settings(32, stages=3),
+        (16, 128): Settings(32, warps=8, stages=2),
+        (16, 256): Settings(32, warps=8, stages=3),
+        (32, 32): Settings(16),
+        (32, 64): Settings(16),
+        (32, 128): Settings(16, warps=8, slab=32),
+        (32, 256): Settings(16, warps=8, slab=64),
     },
     "delta_rule_scan_backward": {
-        (16, 32): Settings(64, stages=2),
-        (16, 64): Settings(64, stages=2),
-        (16, 128): Settings(32, stages=2),
-        (16, 256): Settings(32),
-        (32, 32): Settings(32),
-        (32, 64): Settings(32),
-        (32, 128): Settings(32),
-        (32, 256): Settings(32, warps=8),
+        (16, 32): Settings(32, stages=2),
+        (16, 64): Settings(32, stages=2),
+        (16, 128): Settings(32, warps=8, stages=2),
+        (16, 256): Settings(32, warps=8, stages=2),
+        (32, 32): Settings(16),
+        (32, 64): Settings(16),
+        (32, 128): Settings(16, slab=64),
+        (32, 256): Settings(16, warps=8, slab=64),
     },
     # block: values per step of a loop
     "delta_rule_pairs": {(bits, size): Settings(32) for bits in (16, 32) for size in (32, 64, 128, 256)},
     # block: key channels of a program
-    "delta_rule_keys": {(bits, size): Settings(32) for bits in (16, 32) for size in (32, 64, 128, 256)},
-    "delta_rule_decay_backward": {(bits, size): Settings(32) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    "delta_rule_keys": {(bits, size): Settings(16) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    "delta_rule_decay_backward": {(bits, size): Settings(16) for bits in (16, 32) for size in (32, 64, 128, 256)},
     # block: key channels of a program
     "gram_scan": {
         **{(bits, 32): Settings(32, warps=8) for bits in (16, 32)},

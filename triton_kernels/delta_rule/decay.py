@@ -84,8 +84,7 @@ def delta_rule_decay(
     program = tl.program_id(0).to(tl.int64)  # (batch, chunk, head)
     h = program % H
     i = tl.arange(0, 32)
-    row0 = program // H * C + i
-    row1 = row0 + 32
+    token = program // H * C
     TWO: tl.constexpr = C == 64
     key_head = h // (H // HK)
     write_head = h // (H // HW)
@@ -97,23 +96,22 @@ def delta_rule_decay(
     a11 = tl.zeros((32, 32), tl.float32)
     for start in tl.range(0, K, BLOCK, loop_unroll_factor=1):
         channel = start + tl.arange(0, BLOCK)
-        g0 = tl.load(log_decay_ptr + rows_at(row0, h, channel, H, K))
-        q0 = tl.load(q_ptr + rows_at(row0, key_head, channel, HK, K))
-        k0 = tl.load(k_ptr + rows_at(row0, key_head, channel, HK, K))
-        w0 = tl.load(w_ptr + rows_at(row0, write_head, channel, HW, K))
+        g0 = tl.load(rows_at(log_decay_ptr, token, h, i, channel, H, K))
+        q0 = tl.load(rows_at(q_ptr, token, key_head, i, channel, HK, K))
+        k0 = tl.load(rows_at(k_ptr, token, key_head, i, channel, HK, K))
+        w0 = tl.load(rows_at(w_ptr, token, write_head, i, channel, HW, K))
         p00, a00 = pairs_inside(p00, a00, q0, k0, w0, g0, ERASE, PARTS, PRECISION)
         from_start = tl.exp(sum_tokens(up_to_mask(), g0, PARTS))
-        at = rows_at(row0, h, channel, H, K)
-        tl.store(decayed_q_ptr + at, times(q0, from_start))
+        tl.store(rows_at(decayed_q_ptr, token, h, i, channel, H, K), times(q0, from_start))
         if ERASE:
-            tl.store(decayed_k_ptr + at, times(k0, from_start))
+            tl.store(rows_at(decayed_k_ptr, token, h, i, channel, H, K), times(k0, from_start))
         total = tl.sum(g0, axis=0)
         to_end = sum_tokens(after_mask(), g0, PARTS)
         if TWO:
-            g1 = tl.load(log_decay_ptr + rows_at(row1, h, channel, H, K))
-            q1 = tl.load(q_ptr + rows_at(row1, key_head, channel, HK, K))
-            k1 = tl.load(k_ptr + rows_at(row1, key_head, channel, HK, K))
-            w1 = tl.load(w_ptr + rows_at(row1, write_head, channel, HW, K))
+            g1 = tl.load(rows_at(log_decay_ptr, token + 32, h, i, channel, H, K))
+            q1 = tl.load(rows_at(q_ptr, token + 32, key_head, i, channel, HK, K))
+            k1 = tl.load(rows_at(k_ptr, token + 32, key_head, i, channel, HK, K))
+            w1 = tl.load(rows_at(w_ptr, token + 32, write_head, i, channel, HW, K))
             p11, a11 = pairs_inside(p11, a11, q1, k1, w1, g1, ERASE, PARTS, PRECISION)
             from_middle = sum_tokens(up_to_mask(), g1, PARTS)
             factor = tl.exp(from_middle)
@@ -122,15 +120,15 @@ def delta_rule_decay(
             if ERASE:
                 a10 = tl.dot(times(k1, factor), left, a10, input_precision=PRECISION)
             factor = tl.exp(from_middle + total[None, :])
-            at = rows_at(row1, h, channel, H, K)
-            tl.store(decayed_q_ptr + at, times(q1, factor))
+            tl.store(rows_at(decayed_q_ptr, token + 32, h, i, channel, H, K), times(q1, factor))
             if ERASE:
-                tl.store(decayed_k_ptr + at, times(k1, factor))
-            tl.store(decayed_w_ptr + at, times(w1, tl.exp(sum_tokens(after_mask(), g1, PARTS))))
+                tl.store(rows_at(decayed_k_ptr, token + 32, h, i, channel, H, K), times(k1, factor))
+            factor = tl.exp(sum_tokens(after_mask(), g1, PARTS))
+            tl.store(rows_at(decayed_w_ptr, token + 32, h, i, channel, H, K), times(w1, factor))
             later = tl.sum(g1, axis=0)
             to_end += later[None, :]
             total += later
-        tl.store(decayed_w_ptr + rows_at(row0, h, channel, H, K), times(w0, tl.exp(to_end)))
+        tl.store(rows_at(decayed_w_ptr, token, h, i, channel, H, K), times(w0, tl.exp(to_end)))
         tl.store(carry_ptr + program * K + channel, tl.exp(total))
     pairs_ptr += program * 2 * C * C
     store_block(pairs_ptr, 0, 0, p00, C, 1)

@@ -18,12 +18,30 @@ from triton_kernels.delta_rule.tiles import rows_at
 
 
 @triton.jit
-def inside(
-    q, k, w, log_decay, d_p, d_a, d_q, d_k, d_w, d_log, ERASE: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
-):  # fmt: skip
-    """Add the terms of the pairs within 32 tokens to the gradients of q, k, w and the log decays."""
+def load_pairs(ptr, first, second, C: tl.constexpr):
+    """Return the block [32, 32] at (first, second) of a gradient of pairs [C, C]."""
     i = tl.arange(0, 32)
+    return tl.load(ptr + (first + i[:, None]) * C + second + i[None, :])
+
+
+@triton.jit
+def add_inside(
+    q_ptr, k_ptr, w_ptr, log_decay_ptr, d_p_ptr, d_a_ptr, d_q, d_k, d_w, d_log, token, first, h, channel,
+    H: tl.constexpr, HK: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Add the terms of the pairs within the 32 tokens from `first` to the gradients of q, k, w and the log decays.
+
+    It loads the keys again: held over from the terms before, they do not fit in registers.
+    """
+    i = tl.arange(0, 32)
+    q = tl.load(rows_at(q_ptr, token + first, h // (H // HK), i, channel, HK, K))
+    w = tl.load(rows_at(w_ptr, token + first, h // (H // HW), i, channel, HW, K))
+    log_decay = tl.load(rows_at(log_decay_ptr, token + first, h, i, channel, H, K))
+    d_p = load_pairs(d_p_ptr, first, first, C)
+    if ERASE:
+        k = tl.load(rows_at(k_ptr, token + first, h // (H // HK), i, channel, HK, K))
+        d_a = load_pairs(d_a_ptr, first, first, C)
     diagonal = tl.sum(tl.where(i[:, None] == i[None, :], d_p.to(tl.float32), 0.0), axis=1)[:, None]
     d_q += diagonal * w.to(tl.float32)
     d_w += diagonal * q.to(tl.float32)
@@ -51,13 +69,6 @@ def inside(
 
 
 @triton.jit
-def load_pairs(ptr, first, second, C: tl.constexpr):
-    """Return the block [32, 32] at (first, second) of a gradient of pairs [C, C]."""
-    i = tl.arange(0, 32)
-    return tl.load(ptr + (first + i[:, None]) * C + second + i[None, :])
-
-
-@triton.jit
 def delta_rule_decay_backward(
     q_ptr, k_ptr, w_ptr, log_decay_ptr, d_pairs_ptr, d_decayed_q_ptr, d_decayed_k_ptr, d_decayed_w_ptr,
     d_q_ptr, d_k_ptr, d_w_ptr, d_log_decay_ptr,
@@ -67,44 +78,41 @@ def delta_rule_decay_backward(
     """Differentiate BLOCK channels of one chunk of one head, in blocks of 32 tokens: 0 and, in chunks of 64, 1."""
     program = tl.program_id(0).to(tl.int64)  # (batch, chunk, block of channels, head)
     h = program % H
-    block = program // H % (K // BLOCK)
+    block = (program // H % (K // BLOCK)).to(tl.int32)
     chunk = program // (H * (K // BLOCK)) * H + h
     channel = block * BLOCK + tl.arange(0, BLOCK)
     i = tl.arange(0, 32)
-    row0 = chunk // H * C + i
-    row1 = row0 + 32
+    token = chunk // H * C
     TWO: tl.constexpr = C == 64
     key_head = h // (H // HK)
     write_head = h // (H // HW)
     d_p_ptr = d_pairs_ptr + chunk * 2 * HALVES * C * C
     d_a_ptr = d_p_ptr + HALVES * C * C
-    at0 = rows_at(row0, h, channel, H, K)
-    q0 = tl.load(q_ptr + rows_at(row0, key_head, channel, HK, K))
-    k0 = tl.load(k_ptr + rows_at(row0, key_head, channel, HK, K))
-    w0 = tl.load(w_ptr + rows_at(row0, write_head, channel, HW, K))
-    g0 = tl.load(log_decay_ptr + at0)
+    q0 = tl.load(rows_at(q_ptr, token, key_head, i, channel, HK, K))
+    k0 = tl.load(rows_at(k_ptr, token, key_head, i, channel, HK, K))
+    w0 = tl.load(rows_at(w_ptr, token, write_head, i, channel, HW, K))
+    g0 = tl.load(rows_at(log_decay_ptr, token, h, i, channel, H, K))
 
     # Through the states at the two ends of the chunk, and the pairs of a token of each block.
     factor = tl.exp(sum_tokens(up_to_mask(), g0, PARTS))
-    d_x = tl.load(d_decayed_q_ptr + at0).to(tl.float32)
+    d_x = tl.load(rows_at(d_decayed_q_ptr, token, h, i, channel, H, K)).to(tl.float32)
     d_q0 = factor * d_x
     from_start = times(q0, factor).to(tl.float32) * d_x
     d_k0 = tl.zeros((32, BLOCK), tl.float32)
     if ERASE:
-        d_x = tl.load(d_decayed_k_ptr + at0).to(tl.float32)
+        d_x = tl.load(rows_at(d_decayed_k_ptr, token, h, i, channel, H, K)).to(tl.float32)
         d_k0 = factor * d_x
         from_start += times(k0, factor).to(tl.float32) * d_x
     to_middle = sum_tokens(after_mask(), g0, PARTS)
     to_end = to_middle
     if TWO:
-        at1 = rows_at(row1, h, channel, H, K)
-        q1 = tl.load(q_ptr + rows_at(row1, key_head, channel, HK, K))
-        k1 = tl.load(k_ptr + rows_at(row1, key_head, channel, HK, K))
-        w1 = tl.load(w_ptr + rows_at(row1, write_head, channel, HW, K))
-        g1 = tl.load(log_decay_ptr + at1)
+        q1 = tl.load(rows_at(q_ptr, token + 32, key_head, i, channel, HK, K))
+        k1 = tl.load(rows_at(k_ptr, token + 32, key_head, i, channel, HK, K))
+        w1 = tl.load(rows_at(w_ptr, token + 32, write_head, i, channel, HW, K))
+        g1 = tl.load(rows_at(log_decay_ptr, token + 32, h, i, channel, H, K))
         to_end += tl.sum(g1, axis=0)[None, :]
     factor = tl.exp(to_end)
-    d_x = tl.load(d_decayed_w_ptr + at0).to(tl.float32)
+    d_x = tl.load(rows_at(d_decayed_w_ptr, token, h, i, channel, H, K)).to(tl.float32)
     d_w0 = factor * d_x
     d_to_end = times(w0, factor).to(tl.float32) * d_x
     d_log0 = sum_tokens(tl.trans(up_to_mask()), from_start, PARTS)
@@ -112,17 +120,17 @@ def delta_rule_decay_backward(
         d_later = tl.sum(d_to_end, axis=0)  # every log decay of block 1 lies between block 0 and the end
         from_middle = sum_tokens(up_to_mask(), g1, PARTS)
         factor = tl.exp(from_middle + tl.sum(g0, axis=0)[None, :])
-        d_x = tl.load(d_decayed_q_ptr + at1).to(tl.float32)
+        d_x = tl.load(rows_at(d_decayed_q_ptr, token + 32, h, i, channel, H, K)).to(tl.float32)
         d_q1 = factor * d_x
         d_from = times(q1, factor).to(tl.float32) * d_x
         d_k1 = tl.zeros((32, BLOCK), tl.float32)
         if ERASE:
-            d_x = tl.load(d_decayed_k_ptr + at1).to(tl.float32)
+            d_x = tl.load(rows_at(d_decayed_k_ptr, token + 32, h, i, channel, H, K)).to(tl.float32)
             d_k1 = factor * d_x
             d_from += times(k1, factor).to(tl.float32) * d_x
         d_earlier = tl.sum(d_from, axis=0)  # every log decay of block 0 lies between the start and block 1
         factor = tl.exp(sum_tokens(after_mask(), g1, PARTS))
-        d_x = tl.load(d_decayed_w_ptr + at1).to(tl.float32)
+        d_x = tl.load(rows_at(d_decayed_w_ptr, token + 32, h, i, channel, H, K)).to(tl.float32)
         d_w1 = factor * d_x
         d_log1 = sum_tokens(tl.trans(after_mask()), times(w1, factor).to(tl.float32) * d_x, PARTS)
 
@@ -146,23 +154,23 @@ def delta_rule_decay_backward(
         d_to_end += decayed_w.to(tl.float32) * d_left
         d_log0 += d_earlier[None, :]
         d_log1 += sum_tokens(tl.trans(up_to_mask()), d_from, PARTS) + d_later[None, :]
-        d_p = load_pairs(d_p_ptr, 32, 32, C)
-        d_a = load_pairs(d_a_ptr, 32, 32, C)
-        d_q1, d_k1, d_w1, d_log1 = inside(
-            q1, k1, w1, g1, d_p, d_a, d_q1, d_k1, d_w1, d_log1, ERASE, PARTS, PRECISION
+        d_q1, d_k1, d_w1, d_log1 = add_inside(
+            q_ptr, k_ptr, w_ptr, log_decay_ptr, d_p_ptr, d_a_ptr, d_q1, d_k1, d_w1, d_log1, token, 32, h, channel,
+            H, HK, HW, K, C, ERASE, PARTS, PRECISION,
         )  # fmt: skip
-        tl.store(d_q_ptr + at1, d_q1.to(d_q_ptr.dtype.element_ty))
-        tl.store(d_k_ptr + at1, d_k1.to(d_k_ptr.dtype.element_ty))
-        tl.store(d_w_ptr + at1, d_w1.to(d_w_ptr.dtype.element_ty))
-        tl.store(d_log_decay_ptr + at1, d_log1)
+        tl.store(rows_at(d_q_ptr, token + 32, h, i, channel, H, K), d_q1.to(d_q_ptr.dtype.element_ty))
+        tl.store(rows_at(d_k_ptr, token + 32, h, i, channel, H, K), d_k1.to(d_k_ptr.dtype.element_ty))
+        tl.store(rows_at(d_w_ptr, token + 32, h, i, channel, H, K), d_w1.to(d_w_ptr.dtype.element_ty))
+        tl.store(rows_at(d_log_decay_ptr, token + 32, h, i, channel, H, K), d_log1)
     d_log0 += sum_tokens(tl.trans(after_mask()), d_to_end, PARTS)
-    d_p = load_pairs(d_p_ptr, 0, 0, C)
-    d_a = load_pairs(d_a_ptr, 0, 0, C)
-    d_q0, d_k0, d_w0, d_log0 = inside(q0, k0, w0, g0, d_p, d_a, d_q0, d_k0, d_w0, d_log0, ERASE, PARTS, PRECISION)
-    tl.store(d_q_ptr + at0, d_q0.to(d_q_ptr.dtype.element_ty))
-    tl.store(d_k_ptr + at0, d_k0.to(d_k_ptr.dtype.element_ty))
-    tl.store(d_w_ptr + at0, d_w0.to(d_w_ptr.dtype.element_ty))
-    tl.store(d_log_decay_ptr + at0, d_log0)
+    d_q0, d_k0, d_w0, d_log0 = add_inside(
+        q_ptr, k_ptr, w_ptr, log_decay_ptr, d_p_ptr, d_a_ptr, d_q0, d_k0, d_w0, d_log0, token, 0, h, channel,
+        H, HK, HW, K, C, ERASE, PARTS, PRECISION,
+    )  # fmt: skip
+    tl.store(rows_at(d_q_ptr, token, h, i, channel, H, K), d_q0.to(d_q_ptr.dtype.element_ty))
+    tl.store(rows_at(d_k_ptr, token, h, i, channel, H, K), d_k0.to(d_k_ptr.dtype.element_ty))
+    tl.store(rows_at(d_w_ptr, token, h, i, channel, H, K), d_w0.to(d_w_ptr.dtype.element_ty))
+    tl.store(rows_at(d_log_decay_ptr, token, h, i, channel, H, K), d_log0)
 
 
 def decay_backward(

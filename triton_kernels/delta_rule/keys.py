@@ -11,7 +11,7 @@ from triton_kernels.common.launch import launch
 from triton_kernels.common.settings import settings
 from triton_kernels.common.tiles import bits_of
 from triton_kernels.delta_rule.options import Chunks, DeltaRuleOptions, constants_of
-from triton_kernels.delta_rule.tiles import BETA, FROM_START, GATES, TO_END, gate, rows_at
+from triton_kernels.delta_rule.tiles import BETA, FROM_START, GATES, TO_END, gate, halves_at, rows_at
 
 
 @triton.jit
@@ -28,11 +28,11 @@ def delta_rule_keys(
     """
     program = tl.program_id(0).to(tl.int64)  # (batch, chunk, block of channels, head)
     h = program % H
-    block = program // H % (K // BLOCK)
+    block = (program // H % (K // BLOCK)).to(tl.int32)
     chunk = program // (H * (K // BLOCK)) * H + h
     channel = block * BLOCK + tl.arange(0, BLOCK)
     i = tl.arange(0, C)
-    row = chunk // H * C + i
+    token = chunk // H * C
     gates = gates_ptr + chunk * GATES * C
     d_q = tl.zeros((C, BLOCK), tl.float32)
     d_k = tl.zeros((C, BLOCK), tl.float32)
@@ -40,26 +40,25 @@ def delta_rule_keys(
     d_carry = tl.zeros((BLOCK,), tl.float32)
     for start in tl.range(0, V, BLOCK_V, loop_unroll_factor=1):
         value = start + tl.arange(0, BLOCK_V)
-        at = ((row[:, None] * HALVES) * H + h) * V + value[None, :]
         cell = channel[:, None] * V + value[None, :]
         state = tl.load(states_ptr + chunk * K * V + cell)
         d_state = tl.load(d_states_ptr + chunk * HALVES * K * V + cell)
         d_exact = d_state.to(tl.float32)
-        d_out = tl.load(d_out_ptr + rows_at(row, h, value, H, V))
-        written = tl.load(written_ptr + at)
+        d_out = tl.load(rows_at(d_out_ptr, token, h, i, value, H, V))
+        written = tl.load(halves_at(written_ptr, token, h, i, value, H, V, HALVES))
         d_q = tl.dot(d_out, tl.trans(state), d_q, input_precision=PRECISION)
         if ERASE:
-            z = tl.load(z_ptr + at)
+            z = tl.load(halves_at(z_ptr, token, h, i, value, H, V, HALVES))
             d_k = tl.dot(z, tl.trans(state), d_k, input_precision=PRECISION)
         d_w = tl.dot(written, tl.trans(d_state), d_w, input_precision=PRECISION)
         if HALVES == 2:
             d_rest = tl.load(d_states_ptr + (chunk * HALVES + 1) * K * V + cell)
             d_exact += d_rest.to(tl.float32)
             d_w = tl.dot(written, tl.trans(d_rest), d_w, input_precision=PRECISION)
-            rest = tl.load(written_ptr + at + H * V)
+            rest = tl.load(halves_at(written_ptr, token, h, i, value, H, V, HALVES) + H * V)
             d_w = tl.dot(rest, tl.trans(d_state), d_w, input_precision=PRECISION)
             if ERASE:
-                z_rest = tl.load(z_ptr + at + H * V)
+                z_rest = tl.load(halves_at(z_ptr, token, h, i, value, H, V, HALVES) + H * V)
                 d_k = tl.dot(z_rest, tl.trans(state), d_k, input_precision=PRECISION)
         d_carry += tl.sum(state.to(tl.float32) * d_exact, axis=1)
     tl.store(d_carry_ptr + chunk * K + channel, d_carry)
@@ -75,8 +74,8 @@ def delta_rule_keys(
     if not DECAYED:
         square = i[:, None] * C + i[None, :]
         d_pairs_ptr += chunk * 2 * HALVES * C * C
-        w = tl.load(w_ptr + rows_at(row, h // (H // HW), channel, HW, K))
-        q = tl.load(q_ptr + rows_at(row, h // (H // HK), channel, HK, K))
+        w = tl.load(rows_at(w_ptr, token, h // (H // HW), i, channel, HW, K))
+        q = tl.load(rows_at(q_ptr, token, h // (H // HK), i, channel, HK, K))
         end = tl.sum(w.to(tl.float32) * d_w, axis=1)  # of the terms that reach later chunks
         for half in tl.static_range(HALVES):
             d_scores = tl.load(d_pairs_ptr + half * C * C + square)
@@ -84,7 +83,7 @@ def delta_rule_keys(
             d_w = tl.dot(tl.trans(d_scores), q, d_w, input_precision=PRECISION)
         cumulative = tl.sum(q.to(tl.float32) * d_q, axis=1)
         if ERASE:
-            k = tl.load(k_ptr + rows_at(row, h // (H // HK), channel, HK, K))
+            k = tl.load(rows_at(k_ptr, token, h // (H // HK), i, channel, HK, K))
             for half in tl.static_range(HALVES):
                 d_lower = tl.load(d_pairs_ptr + (HALVES + half) * C * C + square)
                 d_k = tl.dot(d_lower, w, d_k, input_precision=PRECISION)
@@ -94,11 +93,10 @@ def delta_rule_keys(
         sums_ptr += (chunk * (K // BLOCK) + block) * 2 * C
         tl.store(sums_ptr + i, cumulative)
         tl.store(sums_ptr + C + i, end)
-    at = rows_at(row, h, channel, H, K)
-    tl.store(d_q_ptr + at, d_q.to(d_q_ptr.dtype.element_ty))
-    tl.store(d_w_ptr + at, d_w.to(d_w_ptr.dtype.element_ty))
+    tl.store(rows_at(d_q_ptr, token, h, i, channel, H, K), d_q.to(d_q_ptr.dtype.element_ty))
+    tl.store(rows_at(d_w_ptr, token, h, i, channel, H, K), d_w.to(d_w_ptr.dtype.element_ty))
     if ERASE:
-        tl.store(d_k_ptr + at, d_k.to(d_k_ptr.dtype.element_ty))
+        tl.store(rows_at(d_k_ptr, token, h, i, channel, H, K), d_k.to(d_k_ptr.dtype.element_ty))
 
 
 def keys(

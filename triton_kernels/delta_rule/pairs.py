@@ -11,7 +11,7 @@ from triton_kernels.common.launch import launch
 from triton_kernels.common.settings import settings
 from triton_kernels.common.tiles import bits_of
 from triton_kernels.delta_rule.options import Chunks, DeltaRuleOptions, constants_of, halves_of
-from triton_kernels.delta_rule.tiles import BETA, GATES, gate, low, pair_decay, rows_at, store_halves
+from triton_kernels.delta_rule.tiles import BETA, GATES, gate, halves_at, low, pair_decay, rows_at, store_halves
 
 
 @triton.jit
@@ -24,7 +24,7 @@ def delta_rule_pairs(
     program = tl.program_id(0).to(tl.int64)  # (batch, chunk, head)
     h = program % H
     i = tl.arange(0, C)
-    row = program // H * C + i
+    token = program // H * C
     square = i[:, None] * C + i[None, :]
     gates = gates_ptr + program * GATES * C
     inverse_ptr += program * HALVES * C * C
@@ -33,11 +33,11 @@ def delta_rule_pairs(
     z_written = tl.zeros((C,), tl.float32)
     for start in tl.range(0, V, BLOCK, loop_unroll_factor=1):
         value = start + tl.arange(0, BLOCK)
-        at = ((row[:, None] * HALVES) * H + h) * V + value[None, :]
-        written = tl.load(residual_ptr + at)
+        at = halves_at(residual_ptr, token, h, i, value, H, V, HALVES)
+        written = tl.load(at)
         exact = written.to(tl.float32)
         if HALVES == 2:
-            rest = tl.load(residual_ptr + at + H * V)
+            rest = tl.load(at + H * V)
             exact += rest.to(tl.float32)
         if ERASE:
             inverse = tl.load(inverse_ptr + square)
@@ -47,19 +47,21 @@ def delta_rule_pairs(
                 inverse = tl.load(inverse_ptr + C * C + square)
                 exact = tl.dot(inverse, written, exact, input_precision=PRECISION)
             written = exact.to(written_ptr.dtype.element_ty)
-            tl.store(written_ptr + at, written)
+            at = halves_at(written_ptr, token, h, i, value, H, V, HALVES)
+            tl.store(at, written)
             if HALVES == 2:
                 rest = low(exact, written)
-                tl.store(written_ptr + at + H * V, rest)
-        d_out = tl.load(d_out_ptr + rows_at(row, h, value, H, V))
+                tl.store(at + H * V, rest)
+        d_out = tl.load(rows_at(d_out_ptr, token, h, i, value, H, V))
         d_scores = tl.dot(d_out, tl.trans(written), d_scores, input_precision=PRECISION)
-        z = tl.load(z_ptr + at)
+        at = halves_at(z_ptr, token, h, i, value, H, V, HALVES)
+        z = tl.load(at)
         z_exact = z.to(tl.float32)
         if ERASE:
             d_lower = tl.dot(z, tl.trans(written), d_lower, input_precision=PRECISION)
         if HALVES == 2:
             d_scores = tl.dot(d_out, tl.trans(rest), d_scores, input_precision=PRECISION)
-            z_rest = tl.load(z_ptr + at + H * V)
+            z_rest = tl.load(at + H * V)
             z_exact += z_rest.to(tl.float32)
             if ERASE:
                 d_lower = tl.dot(z, tl.trans(rest), d_lower, input_precision=PRECISION)
@@ -68,10 +70,10 @@ def delta_rule_pairs(
     tl.store(z_written_ptr + program * C + i, z_written)
     decay = pair_decay(gates, i, i, C, DECAY, RESETS)
     d_pairs_ptr += program * 2 * HALVES * C * C
-    store_halves(d_pairs_ptr, square, C * C, d_scores * decay * scale, HALVES)
+    store_halves(d_pairs_ptr + square, C * C, d_scores * decay * scale, HALVES)
     if ERASE:
         d_lower = tl.where(i[:, None] > i[None, :], -d_lower * decay, 0.0) * gate(gates, BETA, i, C)[:, None]
-        store_halves(d_pairs_ptr, HALVES * C * C + square, C * C, d_lower, HALVES)
+        store_halves(d_pairs_ptr + HALVES * C * C + square, C * C, d_lower, HALVES)
 
 
 def pairs(chunks: Chunks, d_out: jax.Array, residual: jax.Array, z: jax.Array, options: DeltaRuleOptions) -> Any:

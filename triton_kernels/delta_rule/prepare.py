@@ -22,7 +22,7 @@ def load_block(ptr, first, second, C: tl.constexpr):
 def store_block(ptr, first, second, x, C: tl.constexpr, HALVES: tl.constexpr):
     """Store the block [32, 32] at (first, second) of a matrix [C, C], in HALVES parts."""
     i = tl.arange(0, 32)
-    store_halves(ptr, (first + i[:, None]) * C + second + i[None, :], C * C, x, HALVES)
+    store_halves(ptr + (first + i[:, None]) * C + second + i[None, :], C * C, x, HALVES)
 
 
 @triton.jit
@@ -76,19 +76,19 @@ def delta_rule_prepare(
     else:
         for start in tl.range(0, K, BLOCK, loop_unroll_factor=1):
             channel = start + tl.arange(0, BLOCK)
-            w0 = tl.trans(tl.load(w_ptr + rows_at(token + i, write_head, channel, HW, K)))
-            q0 = tl.load(q_ptr + rows_at(token + i, key_head, channel, HK, K))
+            w0 = tl.trans(tl.load(rows_at(w_ptr, token, write_head, i, channel, HW, K)))
+            q0 = tl.load(rows_at(q_ptr, token, key_head, i, channel, HK, K))
             p00 = tl.dot(q0, w0, p00, input_precision=PRECISION)
             if ERASE:
-                k0 = tl.load(k_ptr + rows_at(token + i, key_head, channel, HK, K))
+                k0 = tl.load(rows_at(k_ptr, token, key_head, i, channel, HK, K))
                 a00 = tl.dot(k0, w0, a00, input_precision=PRECISION)
             if TWO:
-                w1 = tl.trans(tl.load(w_ptr + rows_at(token + 32 + i, write_head, channel, HW, K)))
-                q1 = tl.load(q_ptr + rows_at(token + 32 + i, key_head, channel, HK, K))
+                w1 = tl.trans(tl.load(rows_at(w_ptr, token + 32, write_head, i, channel, HW, K)))
+                q1 = tl.load(rows_at(q_ptr, token + 32, key_head, i, channel, HK, K))
                 p10 = tl.dot(q1, w0, p10, input_precision=PRECISION)
                 p11 = tl.dot(q1, w1, p11, input_precision=PRECISION)
                 if ERASE:
-                    k1 = tl.load(k_ptr + rows_at(token + 32 + i, key_head, channel, HK, K))
+                    k1 = tl.load(rows_at(k_ptr, token + 32, key_head, i, channel, HK, K))
                     a10 = tl.dot(k1, w0, a10, input_precision=PRECISION)
                     a11 = tl.dot(k1, w1, a11, input_precision=PRECISION)
 
@@ -135,16 +135,15 @@ def delta_rule_prepare(
             x11 *= gate(gates_ptr, TO_END, 32 + i, C)[:, None]
         for start in tl.range(0, K, BLOCK, loop_unroll_factor=1):
             channel = start + tl.arange(0, BLOCK)
-            w0 = tl.load(w_ptr + rows_at(token + i, write_head, channel, HW, K))
+            w0 = tl.load(rows_at(w_ptr, token, write_head, i, channel, HW, K))
             solved = add_transposed(tl.zeros((32, BLOCK), tl.float32), x00, w0, PRECISION, HALVES)
             if TWO:
-                w1 = tl.load(w_ptr + rows_at(token + 32 + i, write_head, channel, HW, K))
+                w1 = tl.load(rows_at(w_ptr, token + 32, write_head, i, channel, HW, K))
                 solved = add_transposed(solved, x10, w1, PRECISION, HALVES)
                 lower = add_transposed(tl.zeros((32, BLOCK), tl.float32), x11, w1, PRECISION, HALVES)
-                at = rows_at(token + 32 + i, h, channel, H, K)
-                tl.store(solved_ptr + at, lower.to(solved_ptr.dtype.element_ty))
-            at = rows_at(token + i, h, channel, H, K)
-            tl.store(solved_ptr + at, solved.to(solved_ptr.dtype.element_ty))
+                at = rows_at(solved_ptr, token + 32, h, i, channel, H, K)
+                tl.store(at, lower.to(w1.dtype))
+            tl.store(rows_at(solved_ptr, token, h, i, channel, H, K), solved.to(w0.dtype))
 
 
 def prepare(

@@ -12,7 +12,25 @@ from triton_kernels.common.settings import Settings, settings
 from triton_kernels.common.target import Target
 from triton_kernels.common.tiles import bits_of
 from triton_kernels.delta_rule.options import Chunks, DeltaRuleOptions, constants_of, halves_of
-from triton_kernels.delta_rule.tiles import BETA, FROM_START, GATES, TO_END, gate, rows_at, store_halves
+from triton_kernels.delta_rule.tiles import BETA, FROM_START, GATES, TO_END, gate, halves_at, rows_at, store_halves
+
+
+@triton.jit
+def load_state(ptr, value, K: tl.constexpr, V: tl.constexpr, SLAB: tl.constexpr):
+    """Return the columns `value` of a state [K, V] as a tuple of slabs [SLAB, values]."""
+    state = ()
+    for slab in tl.static_range(K // SLAB):
+        key = slab * SLAB + tl.arange(0, SLAB)
+        state = state + (tl.load(ptr + key[:, None] * V + value[None, :]),)  # type: ignore[assignment]
+    return state
+
+
+@triton.jit
+def store_state(ptr, value, state, K: tl.constexpr, V: tl.constexpr, SLAB: tl.constexpr):
+    """Store the slabs of a state, in the type of ptr."""
+    for slab in tl.static_range(K // SLAB):
+        key = slab * SLAB + tl.arange(0, SLAB)
+        tl.store(ptr + key[:, None] * V + value[None, :], state[slab].to(ptr.dtype.element_ty))
 
 
 @triton.jit
@@ -20,8 +38,8 @@ def delta_rule_scan(
     q_ptr, k_ptr, w_ptr, v_ptr, gates_ptr, scores_ptr, carry_ptr, initial_ptr,
     out_ptr, final_ptr, states_ptr, residual_ptr, scale, N,
     H: tl.constexpr, HK: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, V: tl.constexpr, C: tl.constexpr,
-    BLOCK: tl.constexpr, ERASE: tl.constexpr, GATED: tl.constexpr, CHANNEL: tl.constexpr, OUTPUTS: tl.constexpr,
-    STATES: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
+    BLOCK: tl.constexpr, SLAB: tl.constexpr, ERASE: tl.constexpr, GATED: tl.constexpr, CHANNEL: tl.constexpr,
+    OUTPUTS: tl.constexpr, STATES: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
     """Scan all chunks of BLOCK value channels of one head.
 
@@ -30,56 +48,65 @@ def delta_rule_scan(
     program = tl.program_id(0).to(tl.int64)  # (batch, block of values, head)
     h = program % H
     b = program // (H * (V // BLOCK))
-    value = program // H % (V // BLOCK) * BLOCK + tl.arange(0, BLOCK)
-    key = tl.arange(0, K)
+    value = (program // H % (V // BLOCK) * BLOCK).to(tl.int32) + tl.arange(0, BLOCK)
     i = tl.arange(0, C)
     key_head = h // (H // HK)
     write_head = h // (H // HW)
-    cell = key[:, None] * V + value[None, :]
-    state = tl.load(initial_ptr + (b * H + h) * K * V + cell)
+    state = load_state(initial_ptr + (b * H + h) * K * V, value, K, V, SLAB)
     for n in tl.range(0, N):
-        row = (b * N + n) * C + i
+        token = (b * N + n) * C
         chunk = (b * N + n) * H + h
         gates = gates_ptr + chunk * GATES * C
-        v = tl.load(v_ptr + rows_at(row, h, value, H, V))
-        w = tl.load(w_ptr + rows_at(row, write_head, key, HW, K))
-        rounded = state.to(w.dtype)
         if STATES:
-            tl.store(states_ptr + chunk * K * V + cell, rounded)
+            store_state(states_ptr + chunk * K * V, value, state, K, V, SLAB)
+        recalled = tl.zeros((C, BLOCK), tl.float32)
+        out = tl.zeros((C, BLOCK), tl.float32)
+        for slab in tl.static_range(K // SLAB):
+            key = slab * SLAB + tl.arange(0, SLAB)
+            rounded = state[slab].to(v_ptr.dtype.element_ty)
+            if ERASE:
+                k = tl.load(rows_at(k_ptr, token, key_head, i, key, HK, K))
+                recalled = tl.dot(k, rounded, recalled, input_precision=PRECISION)
+            if OUTPUTS:
+                q = tl.load(rows_at(q_ptr, token, key_head, i, key, HK, K))
+                out = tl.dot(q, rounded, out, input_precision=PRECISION)
+        v = tl.load(rows_at(v_ptr, token, h, i, value, H, V))
         residual = v.to(tl.float32)
         if ERASE:
-            k = tl.load(k_ptr + rows_at(row, key_head, key, HK, K))
-            recalled = tl.dot(k, rounded, input_precision=PRECISION)
             if GATED:
                 recalled *= gate(gates, FROM_START, i, C)[:, None]
             residual -= recalled
         residual *= gate(gates, BETA, i, C)[:, None]
-        written = residual.to(w.dtype)
+        written = residual.to(v.dtype)
         if STATES:
-            at = ((row[:, None] * HALVES) * H + h) * V + value[None, :]
-            store_halves(residual_ptr, at, H * V, residual, HALVES)
+            store_halves(halves_at(residual_ptr, token, h, i, value, H, V, HALVES), H * V, residual, HALVES)
         if OUTPUTS:
-            q = tl.load(q_ptr + rows_at(row, key_head, key, HK, K))
-            scores = tl.load(scores_ptr + chunk * C * C + i[:, None] * C + i[None, :])
-            out = tl.dot(q, rounded, input_precision=PRECISION) * scale
+            out *= scale
             if GATED:
                 out *= gate(gates, FROM_START, i, C)[:, None]
+            scores = tl.load(scores_ptr + chunk * C * C + i[:, None] * C + i[None, :])
             out = tl.dot(scores, written, out, input_precision=PRECISION)
-            tl.store(out_ptr + rows_at(row, h, value, H, V), out.to(out_ptr.dtype.element_ty))
+            tl.store(rows_at(out_ptr, token, h, i, value, H, V), out.to(v.dtype))
         if GATED and not ERASE:  # with erase the decay to the end of the chunk is already in the write keys
-            written = (residual * gate(gates, TO_END, i, C)[:, None]).to(w.dtype)
-        if CHANNEL:
-            state *= tl.load(carry_ptr + chunk * K + key)[:, None]
-        elif GATED:
-            state *= tl.load(gates + FROM_START * C + C - 1)
-        state = tl.dot(tl.trans(w), written, state, input_precision=PRECISION)
-    tl.store(final_ptr + (b * H + h) * K * V + cell, state)
+            written = (residual * gate(gates, TO_END, i, C)[:, None]).to(v.dtype)
+        after = ()
+        for slab in tl.static_range(K // SLAB):
+            key = slab * SLAB + tl.arange(0, SLAB)
+            kept = state[slab]
+            if CHANNEL:
+                kept *= tl.load(carry_ptr + chunk * K + key)[:, None]
+            elif GATED:
+                kept *= tl.load(gates + FROM_START * C + C - 1)
+            w = tl.load(rows_at(w_ptr, token, write_head, i, key, HW, K))
+            after = after + (tl.dot(tl.trans(w), written, kept, input_precision=PRECISION),)  # type: ignore[assignment]
+        state = after
+    store_state(final_ptr + (b * H + h) * K * V, value, state, K, V, SLAB)
 
 
 def scan_settings(name: str, target: Target, dtype: jnp.dtype, key_dim: int, value_dim: int) -> Settings:
-    """Return the settings of a scan, whose block is at most all values."""
+    """Return the settings of a scan, whose block is at most all values and whose slab is at most all keys."""
     chosen = settings(name, target, bits_of(dtype), key_dim)
-    return chosen._replace(block=min(chosen.block, value_dim))
+    return chosen._replace(block=min(chosen.block, value_dim), slab=min(chosen.slab, key_dim))
 
 
 def scan(
@@ -134,6 +161,7 @@ def scan(
             "HW": chunks.written_key.shape[2],
             "V": value_dim,
             "BLOCK": chosen.block,
+            "SLAB": chosen.slab,
             "ERASE": options.erase,
             "GATED": options.gated,
             "CHANNEL": chunks.carry is not None,

@@ -1,0 +1,1 @@
+"""Write the kernels as programs that run where JAX is, but no Triton that jax-triton takes."""
