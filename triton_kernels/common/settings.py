@@ -66,6 +66,15 @@ TABLE: dict[str, dict[tuple[int, int], Settings]] = {
     # block: key channels of a program
     "delta_rule_keys": {(bits, size): Settings(16) for bits in (16, 32) for size in (32, 64, 128, 256)},
     "delta_rule_decay_backward": {(bits, size): Settings(16) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    # block: key channels of a program
+    "gram_scan": {
+        **{(bits, 32): Settings(32, warps=8) for bits in (16, 32)},
+        **{(bits, size): Settings(64, warps=8, stages=2) for bits in (16, 32) for size in (64, 128, 256)},
+    },
+    "gram_scan_backward": {
+        **{(bits, 32): Settings(32, warps=8) for bits in (16, 32)},
+        **{(bits, size): Settings(64, warps=8, stages=2) for bits in (16, 32) for size in (64, 128, 256)},
+    },
 }
 
 # What differs on some GPUs, by compute capability times 10.
