@@ -53,7 +53,7 @@ def write_calls(file: Path, stages: Sequence[str], rules: Sequence[str], pattern
 
     Args:
         file: to write, a list in JSON.
-        stages: of `STAGES`; others have no calls of their own.
+        stages: those of `STAGES` among them have calls.
         rules: to time.
         pattern: of the cases.
     """
