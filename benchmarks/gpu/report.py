@@ -24,7 +24,7 @@ def markdown(record: Mapping[str, Any], sections: Collection[str] = _SECTIONS) -
     """
     rows: Sequence[Row] = [row for row in record["rows"] if row["section"] in sections]
     identity = record["identity"]
-    packages = [name for name in identity if name not in ("device", "implementation", "source", "dry")]
+    packages = [name for name in identity if name not in ("device", "implementation", "source", "dry", "programs")]
     yield "# Kernels on a GPU"
     yield ""
     yield f"{identity['device']}; {identity['implementation']}, sources {identity['source']}; " + ", ".join(
@@ -74,7 +74,8 @@ def _what_ran(identity: Mapping[str, Any]) -> Iterator[str]:
         yield "Dry run on a CPU: tiny shapes, kernels in their interpreter. It says nothing about a GPU."
         yield ""
     if identity.get("programs"):
-        yield f"The Triton kernels are programs that were exported on another machine: {identity['programs']}."
+        yield f"The Triton kernels were exported on another machine: {identity['programs']}."
+        yield "Their gradients keep only the arguments of the forward pass, and run again what else they need of it."
         yield ""
 
 
