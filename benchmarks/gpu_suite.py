@@ -9,7 +9,8 @@ Five stages, best run in separate calls, in this order:
     peers           their time and ours in turn, their outputs and gradients compared; on the same machine
 
 The kernels are those for this GPU, Mosaic GPU on Hopper and Triton on other GPUs of compute capability 8.0 or later,
-unless --implementation names others.
+unless --implementation names others. Where Triton is missing or too old, --programs runs what another machine compiled
+by `python -m triton_kernels.export`, from the calls that --list-calls writes.
 
 Each case, and each rule at a shape, is a separate process: a kernel that raises, dies or hangs is reported, and the
 others run. Kernels that hang in the smoke stage are not started later. A call has a budget of seconds for all its
@@ -37,14 +38,17 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from benchmarks.gpu import cases, choice, plan, record
+from benchmarks.gpu import cases, choice, plan, programs, record
 from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
 from benchmarks.gpu.plan import NOT_RUN, Request, Row
 from benchmarks.gpu.record import Record, Refused
 from benchmarks.gpu.report import markdown
 from osdn_jax._versions import installed
+from osdn_jax.command import output_file
 from osdn_jax.compare import environment
 from osdn_jax.compare.machine import usable_cores
+from triton_kernels import exported
+from triton_kernels.common.cards import capability_of, device_in_use
 
 RESULTS = Path(__file__).parent / "results"
 # The interpreter is slow, and so may be a machine without a GPU: a dry run waits this long before it reports a hang.
@@ -119,6 +123,15 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     )
     also = "implementations to time in the same rounds, each a column of its own, e.g. triton; they are not checked"
     add("--also", metavar="NAME", nargs="+", default=[], help=also)
+    folder = "run programs of python -m triton_kernels.export in place of the Triton kernels, without Triton (default: "
+    folder += f"{exported.VARIABLE})"
+    add("--programs", metavar="FOLDER", type=Path, help=folder)
+    add(
+        "--list-calls",
+        metavar="FILE",
+        type=Path,
+        help="write the calls of the Triton kernels, to export them",
+    )
     modules = "modules to import first; they may register other implementations"
     add("--import", dest="imports", metavar="MODULE", nargs="+", default=[], help=modules)
     silence = "kill a job without a sign of life for this long (default: depends on the stage)"
@@ -142,6 +155,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = [stage for stage in plan.STAGES if stage in given.stage]
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # before the device is asked for its name
     try:
+        if given.list_calls is not None:
+            return _list_calls(given, stages)
         about = environment(shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))
         if about["platform"] != "gpu" and not given.dry:
             raise Refused(f"got a {about['device']}, the suite needs a GPU; --dry shows on any machine that it runs")
@@ -156,6 +171,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as folder:
         slots = given.slots or usable_cores()
         variables = worker_environment(os.environ, given.dry, (implementation, *also))
+        if given.programs is not None:
+            variables[exported.VARIABLE] = str(given.programs.resolve())
         runner = Runner(clock, Path(folder), slots, variables, results.add)
         for stage in stages:
             _run(stage, runner, results, request, _patience(stage, given))
@@ -181,15 +198,43 @@ def _patience(stage: str, given: argparse.Namespace) -> Patience:
 
 def _also(given: argparse.Namespace, implementation: str) -> tuple[str, ...]:
     """Return the implementations to time next to the one that is checked, if this machine has what they need."""
-    if reason := choice.absent(implementation):
-        raise Refused(f"--implementation {implementation}: {reason}")
     names = tuple(dict.fromkeys(choice.implementation(name, given.dry) for name in given.also))
+    if given.programs is None and choice.TRITON in (implementation, *names) and os.environ.get(exported.VARIABLE):
+        given.programs = Path(os.environ[exported.VARIABLE])
+    if reason := choice.absent(implementation, given.programs is not None):
+        raise Refused(f"--implementation {implementation}: {reason}")
     for name in names:
         if name in (implementation, "chunk", *plan.CONTENDERS):
             raise Refused(f"--also: got {name}, which is timed anyway")
-        if reason := choice.absent(name):
+        if reason := choice.absent(name, given.programs is not None):
             raise Refused(f"--also {name}: {reason}")
+    if given.programs is not None and choice.TRITON not in (implementation, *names):
+        raise Refused(f"--programs: for triton on a GPU, here it is {', '.join((implementation, *names))}")
     return names
+
+
+def _programs(folder: Path | None) -> str | None:
+    """Return where exported programs come from."""
+    if folder is None:
+        return None
+    try:
+        return programs.described(folder, capability_of(device_in_use()))
+    except ValueError as error:
+        raise Refused(f"--programs: {str(error).removeprefix(f'{exported.VARIABLE}: ')}") from error
+
+
+def _list_calls(given: argparse.Namespace, stages: Sequence[str]) -> int:
+    try:
+        file = output_file("list-calls", str(given.list_calls))
+    except ValueError as error:
+        raise Refused(str(error)) from error
+    _check_pattern(given.cases, stages, False, "triton")
+    stages = [stage for stage in stages if stage in programs.STAGES]
+    if not stages:
+        raise Refused(f"--list-calls: name one of the stages {', '.join(programs.STAGES)}")
+    count = programs.write_calls(file, stages, given.rules, given.cases)
+    print(f"{count} calls in {file}: python -m triton_kernels.export --calls {file} --gpu GPU --out FOLDER")
+    return 0
 
 
 def _check_pattern(pattern: str, stages: Sequence[str], dry: bool, implementation: str) -> None:
@@ -207,6 +252,7 @@ def _open(given: argparse.Namespace, about: dict[str, Any], implementation: str)
         "dry": given.dry,
         "source": record.source(),
         "implementation": implementation,
+        "programs": _programs(given.programs),
         **{name: about[name] for name in ("jax", "jaxlib", "python")},
         **{name: versions.get(name) for name in record.PACKAGES},
     }

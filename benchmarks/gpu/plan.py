@@ -90,12 +90,10 @@ class Request:
     cases: str = "*"  # a pattern
     imports: Sequence[str] = ()  # modules that every process imports first
     also: Sequence[str] = ()  # implementations that are timed in the same rounds
-    programs: str | None = None  # folder of exported programs that stand in for the Triton kernels
 
     @property
     def spec(self) -> Row:
-        common = {"dry": self.dry, "implementation": self.implementation, "imports": list(self.imports)}
-        return {**common, "programs": self.programs}
+        return {"dry": self.dry, "implementation": self.implementation, "imports": list(self.imports)}
 
 
 def plan_stage(stage: str, known: Sequence[Row], request: Request) -> Plan:

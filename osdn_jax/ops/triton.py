@@ -227,7 +227,7 @@ def _preconditioner_limitation(
     return _chunk_limitation(chunk_size, served) or kernels.limitation(padded, *others)
 
 
-def _chunk_limitation(chunk_size: int | None, served: int) -> str | None:
+def _chunk_limitation(chunk_size: int | None, served: int | None) -> str | None:
     if chunk_size in (None, served):
         return None
     return f"chunk_size: got {chunk_size}, the kernels work in chunks of {served} with this type and head dimension"

@@ -73,7 +73,7 @@ def test_the_interpreters_variable_is_set_for_its_processes_alone():
     ],
 )
 def test_what_cannot_be_timed_is_refused_in_one_line(monkeypatch, capsys, arguments, said):
-    monkeypatch.setattr(choice, "absent", lambda name: "needs triton" if "triton" in name else None)
+    monkeypatch.setattr(choice, "absent", lambda name, _: "needs triton" if "triton" in name else None)
     assert gpu_suite.main(["--dry", "--budget", "0", *arguments]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"gpu_suite: {said}")
@@ -81,7 +81,7 @@ def test_what_cannot_be_timed_is_refused_in_one_line(monkeypatch, capsys, argume
 
 
 def test_each_kind_of_kernels_has_a_file_of_its_own(monkeypatch, tmp_path, capsys):
-    monkeypatch.setattr(choice, "absent", lambda name: None)
+    monkeypatch.setattr(choice, "absent", lambda name, exported: None)
     for name in ("mosaic_gpu", "triton"):
         gpu_suite.main(["--dry", "--budget", "0", "--stage", "check", "--implementation", name, "--out", str(tmp_path)])
     assert sorted(file.name for file in tmp_path.glob("*.json")) == ["gpu-dry-triton.json", "gpu-dry.json"]

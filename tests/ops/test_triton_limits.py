@@ -52,7 +52,7 @@ def fails(operator, said, implementation="triton", **changes):
 def machine(monkeypatch):
     """Return a function that pretends a device, an installation and a variable; importing the kernels is an error."""
 
-    def imported(name):
+    def imported(name, interpret):
         raise AssertionError(f"triton_kernels.{name} is imported")
 
     monkeypatch.setattr(triton, "_kernels", imported)
@@ -100,7 +100,9 @@ def kernels(machine, monkeypatch):
 
     found = {"delta_rule": delta, "hypergradient": hyper, "gram": squares}
     limits = {"chunk_size": lambda dtype, *_: 32 if dtype == jnp.float32 else 64, "limitation": lambda *_: None}
-    monkeypatch.setattr(triton, "_kernels", lambda name: types.SimpleNamespace(**{name: found[name]}, **limits))
+    monkeypatch.setattr(
+        triton, "_kernels", lambda name, interpret: types.SimpleNamespace(**{name: found[name]}, **limits)
+    )
     machine("NVIDIA A100-SXM4-80GB", "8.0", variable="1")
 
 

@@ -66,6 +66,48 @@ TABLE: dict[str, dict[tuple[int, int], Settings]] = {
     # block: key channels of a program
     "delta_rule_keys": {(bits, size): Settings(16) for bits in (16, 32) for size in (32, 64, 128, 256)},
     "delta_rule_decay_backward": {(bits, size): Settings(16) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    # block: key channels per step of a loop
+    "hypergradient_prepare": {(bits, size): Settings(32, warps=2) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    # block: tokens that are loaded at once
+    "hypergradient_expand": {(bits, size): Settings(8, warps=1) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    "hypergradient_prepare_backward": {
+        (bits, size): Settings(4 if size == 256 else 8, warps=1) for bits in (16, 32) for size in (32, 64, 128, 256)
+    },
+    "hypergradient_gradients": {
+        (bits, size): Settings(8 if size < 128 else 4, warps=2 if size == 256 else 1)
+        for bits in (16, 32)
+        for size in (32, 64, 128, 256)
+    },
+    # block: tokens of a chunk. Two stages: the next chunk is loaded into registers while one is computed.
+    "hypergradient_scan": {
+        (16, 32): Settings(64, stages=2),
+        (16, 64): Settings(64, stages=2),
+        (16, 128): Settings(64, warps=8, stages=2),
+        (16, 256): Settings(64, warps=8, stages=2),
+        (32, 32): Settings(64, stages=2),
+        (32, 64): Settings(64, warps=8, stages=2),
+        (32, 128): Settings(64, warps=8, stages=2),
+        (32, 256): Settings(64, warps=8),
+    },
+    "hypergradient_scan_backward": {
+        (16, 32): Settings(64, stages=2),
+        (16, 64): Settings(64, stages=2),
+        (16, 128): Settings(64, warps=8, stages=2),
+        (16, 256): Settings(64, warps=8, stages=2),
+        (32, 32): Settings(64, stages=2),
+        (32, 64): Settings(64, warps=8, stages=2),
+        (32, 128): Settings(64, warps=8, stages=2),
+        (32, 256): Settings(64, warps=8),
+    },
+    # block: key channels of a program
+    "gram_scan": {
+        **{(bits, 32): Settings(32, warps=8) for bits in (16, 32)},
+        **{(bits, size): Settings(64, warps=8, stages=2) for bits in (16, 32) for size in (64, 128, 256)},
+    },
+    "gram_scan_backward": {
+        **{(bits, 32): Settings(32, warps=8) for bits in (16, 32)},
+        **{(bits, size): Settings(64, warps=8, stages=2) for bits in (16, 32) for size in (64, 128, 256)},
+    },
 }
 
 # What differs on some GPUs, by compute capability times 10.
