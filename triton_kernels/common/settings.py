@@ -93,7 +93,7 @@ TABLE: dict[str, dict[tuple[int, int], Settings]] = {
         (16, 32): Settings(64, stages=2),
         (16, 64): Settings(64, stages=2),
         (16, 128): Settings(64, warps=8, stages=2),
-        (16, 256): Settings(64, warps=8, stages=2),
+        (16, 256): Settings(64, warps=8),
         (32, 32): Settings(64, stages=2),
         (32, 64): Settings(64, warps=8, stages=2),
         (32, 128): Settings(64, warps=8, stages=2),

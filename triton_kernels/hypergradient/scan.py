@@ -97,9 +97,34 @@ def load_inverse(inverse_ptr, chunk):
 
 
 @triton.jit
-def solve(d, k, inverse, gates_ptr, anchor, FORGETS: tl.constexpr, ANCHORED: tl.constexpr):
-    """Return the feedback of every token of a chunk [64] without a projection."""
+def load_gates(gates_ptr, FORGETS: tl.constexpr):
+    """Return what the chain reads of the gates of a chunk: (step, beta, decay before, decay to the end) of each token.
+
+    Without forgetting the last two are not used. All are loaded together: on the chain each load would be waited for.
+    """
     token = tl.arange(0, C)
+    step = gate(gates_ptr, STEP, token)
+    beta = gate(gates_ptr, BETA, token)
+    before = step
+    to_end = step
+    if FORGETS:
+        before = gate(gates_ptr, DECAY_BEFORE, token)
+        to_end = gate(gates_ptr, TO_END, token)
+    return step, beta, before, to_end
+
+
+@triton.jit
+def load_decay(gates_ptr, FORGETS: tl.constexpr):
+    """Return the decay over a chunk; without forgetting it is not used."""
+    decay = 1.0
+    if FORGETS:
+        decay = gate(gates_ptr, DECAY_BEFORE, C - 1) * gate(gates_ptr, FORGET, C - 1)
+    return decay
+
+
+@triton.jit
+def solve(d, k, inverse, beta, before, anchor, FORGETS: tl.constexpr, ANCHORED: tl.constexpr):
+    """Return the feedback of every token of a chunk [64] without a projection."""
     u = k.to(tl.float32)
     u *= u
     origin = d
@@ -107,16 +132,15 @@ def solve(d, k, inverse, gates_ptr, anchor, FORGETS: tl.constexpr, ANCHORED: tl.
         origin = d - anchor
     predicted = tl.sum(u * origin[None, :], axis=1)
     if FORGETS:
-        predicted *= gate(gates_ptr, DECAY_BEFORE, token)
+        predicted *= before
     if ANCHORED:
         predicted += tl.sum(u * anchor[None, :], axis=1)
-    wanted = 1.0 - gate(gates_ptr, BETA, token) * predicted
-    return tl.sum(inverse * wanted[None, :], axis=1)
+    return tl.sum(inverse * (1.0 - beta * predicted)[None, :], axis=1)
 
 
 @triton.jit
 def advance(
-    d, k, feedback, gates_ptr, anchor,
+    d, k, coefficient, to_end, decay, anchor,
     FORGETS: tl.constexpr, ANCHORED: tl.constexpr, BOUNDED: tl.constexpr, LO: tl.constexpr, HI: tl.constexpr,
 ):  # fmt: skip
     """Return d after a chunk without a projection, and above 0 if a d inside the chunk may be out of bounds.
@@ -125,20 +149,17 @@ def advance(
     chunk and its decayed value at the end, plus all negative contributions; and at most the larger of the two, plus all
     positive ones.
     """
-    token = tl.arange(0, C)
     u = k.to(tl.float32)
     u *= u
-    coefficient = gate(gates_ptr, STEP, token) * feedback
     decayed = d
-    to_end = coefficient
+    remaining = coefficient
     if FORGETS:
-        decay = gate(gates_ptr, DECAY_BEFORE, C - 1) * gate(gates_ptr, FORGET, C - 1)
-        to_end *= gate(gates_ptr, TO_END, token)
+        remaining = coefficient * to_end
         if ANCHORED:
             decayed = anchor + decay * (d - anchor)
         else:
             decayed = d * decay
-    after = decayed + tl.sum(u * to_end[:, None], axis=0)
+    after = decayed + tl.sum(u * remaining[:, None], axis=0)
     suspects = 0.0
     if BOUNDED:
         up = tl.sum(u * tl.where(coefficient > 0.0, coefficient, 0.0)[:, None], axis=0)
@@ -178,6 +199,8 @@ def hypergradient_scan(
     if PREFETCH:
         next_k = tile(tokens_at(k_ptr, b, p, 0, N, P, K), P, K)
         next_inverse = load_inverse(inverse_ptr, head * N)
+        next_gates = load_gates(gates_ptr + head * N * ROWS * C, FORGETS)
+        next_decay = load_decay(gates_ptr + head * N * ROWS * C, FORGETS)
     for n in range(0, N):
         chunk = head * N + n
         keys_at = tokens_at(k_ptr, b, p, n, N, P, K)
@@ -185,19 +208,26 @@ def hypergradient_scan(
         if PREFETCH:
             k = next_k
             inverse = next_inverse
+            gates = next_gates
+            decay = next_decay
             following = tl.minimum(n + 1, N - 1)
             next_k = tile(tokens_at(k_ptr, b, p, following, N, P, K), P, K)
             next_inverse = load_inverse(inverse_ptr, head * N + following)
+            next_gates = load_gates(gates_ptr + (head * N + following) * ROWS * C, FORGETS)
+            next_decay = load_decay(gates_ptr + (head * N + following) * ROWS * C, FORGETS)
         else:
             k = tile(keys_at, P, K)
             inverse = load_inverse(inverse_ptr, chunk)
+            gates = load_gates(gates_at, FORGETS)
+            decay = load_decay(gates_at, FORGETS)
         sequential = False
         if RESETS:
             d = tl.where(gate(gates_at, RESET, 0) > 0.0, after_reset, d)
             sequential = tl.max(tl.where(token > 0, gate(gates_at, RESET, token), 0.0), axis=0) > 0.0
         tl.store(start_ptr + chunk * K + channel, d)
-        feedback = solve(d, k, inverse, gates_at, anchor, FORGETS, ANCHORED)
-        after, suspects = advance(d, k, feedback, gates_at, anchor, FORGETS, ANCHORED, BOUNDED, LO, HI)
+        step, beta, before, to_end = gates
+        feedback = solve(d, k, inverse, beta, before, anchor, FORGETS, ANCHORED)
+        after, suspects = advance(d, k, step * feedback, to_end, decay, anchor, FORGETS, ANCHORED, BOUNDED, LO, HI)
         tl.store(feedback_ptr + chunk * C + token, feedback)
         if BOUNDED:
             if (suspects > 0.0) & (not sequential):

@@ -19,11 +19,9 @@ from triton_kernels.common.launch import launch
 from triton_kernels.hypergradient.chunk import (
     BETA,
     CHUNK,
-    DECAY_BEFORE,
     FORGET,
     RESET,
     STEP,
-    TO_END,
     WORDS,
     C,
     Chunks,
@@ -36,7 +34,7 @@ from triton_kernels.hypergradient.chunk import (
     tokens_at,
 )
 from triton_kernels.hypergradient.prepare_backward import Effects
-from triton_kernels.hypergradient.scan import load_inverse
+from triton_kernels.hypergradient.scan import load_decay, load_gates, load_inverse
 from triton_kernels.hypergradient.tokens import kept_at
 
 
@@ -101,20 +99,27 @@ def scan_backward(
 
 
 @triton.jit
-def run_chunk_backward(cotangent, k, inverse, d_coefficient_ptr, d_start, gates_ptr, FORGETS: tl.constexpr):
+def load_effects(d_coefficient_ptr, d_start_ptr, chunk, K: tl.constexpr):
+    """Return `Effects` of a chunk."""
+    d_coefficient = tl.load(d_coefficient_ptr + chunk * C + tl.arange(0, C))
+    return d_coefficient, tl.load(d_start_ptr + chunk * K + tl.arange(0, K))
+
+
+@triton.jit
+def run_chunk_backward(cotangent, k, inverse, gates, decay, effects, FORGETS: tl.constexpr):
     """Return (the cotangent of d before a chunk, that of its feedback [64]) from that of d after it [K]."""
-    token = tl.arange(0, C)
+    step, beta, before, to_end = gates
+    added, d_start = effects
     u = k.to(tl.float32)
     u *= u
     d_coefficient = tl.sum(u * cotangent[None, :], axis=1)
     if FORGETS:
-        d_coefficient *= gate(gates_ptr, TO_END, token)
-    d_coefficient += tl.load(d_coefficient_ptr + token)
-    d_feedback = tl.sum(inverse * (d_coefficient * gate(gates_ptr, STEP, token))[:, None], axis=0)
-    weights = d_feedback * gate(gates_ptr, BETA, token)
+        d_coefficient *= to_end
+    d_feedback = tl.sum(inverse * ((d_coefficient + added) * step)[:, None], axis=0)
+    weights = d_feedback * beta
     if FORGETS:
-        weights *= gate(gates_ptr, DECAY_BEFORE, token)
-        cotangent *= gate(gates_ptr, DECAY_BEFORE, C - 1) * gate(gates_ptr, FORGET, C - 1)
+        weights *= before
+        cotangent *= decay
     return cotangent + d_start - tl.sum(u * weights[:, None], axis=0), d_feedback
 
 
@@ -143,7 +148,8 @@ def run_tokens_backward(
         d_feedback = tl.where(token == t, found, d_feedback)
         if FORGETS:
             cotangent *= gate(gates_ptr, FORGET, t)
-        cotangent += g - (gate(gates_ptr, BETA, t) * found) * u
+        cotangent -= (gate(gates_ptr, BETA, t) * found) * u
+        cotangent += g
         if RESETS:
             reset = gate(gates_ptr, RESET, t) > 0.0
             d_after_reset += tl.where(reset, cotangent, 0.0)
@@ -168,6 +174,9 @@ def hypergradient_scan_backward(
     if PREFETCH:
         next_k = tile(tokens_at(k_ptr, b, p, N - 1, N, P, K), P, K)
         next_inverse = load_inverse(inverse_ptr, head * N + N - 1)
+        next_gates = load_gates(gates_ptr + (head * N + N - 1) * ROWS * C, FORGETS)
+        next_decay = load_decay(gates_ptr + (head * N + N - 1) * ROWS * C, FORGETS)
+        next_effects = load_effects(d_coefficient_ptr, d_start_ptr, head * N + N - 1, K)
     for done in range(0, N):
         n = N - 1 - done
         chunk = head * N + n
@@ -176,12 +185,21 @@ def hypergradient_scan_backward(
         if PREFETCH:
             k = next_k
             inverse = next_inverse
+            gates = next_gates
+            decay = next_decay
+            effects = next_effects
             following = tl.maximum(n - 1, 0)
             next_k = tile(tokens_at(k_ptr, b, p, following, N, P, K), P, K)
             next_inverse = load_inverse(inverse_ptr, head * N + following)
+            next_gates = load_gates(gates_ptr + (head * N + following) * ROWS * C, FORGETS)
+            next_decay = load_decay(gates_ptr + (head * N + following) * ROWS * C, FORGETS)
+            next_effects = load_effects(d_coefficient_ptr, d_start_ptr, head * N + following, K)
         else:
             k = tile(keys_at, P, K)
             inverse = load_inverse(inverse_ptr, chunk)
+            gates = load_gates(gates_at, FORGETS)
+            decay = load_decay(gates_at, FORGETS)
+            effects = load_effects(d_coefficient_ptr, d_start_ptr, chunk, K)
         tl.store(d_after_ptr + chunk * K + channel, cotangent)
         sequential = False
         if BOUNDED or RESETS:
@@ -197,10 +215,7 @@ def hypergradient_scan_backward(
                 first_kept, second_kept, P, K, FORGETS, RESETS, BOUNDED, WRITE_KEY,
             )  # fmt: skip
         else:
-            d_start = tl.load(d_start_ptr + chunk * K + channel)
-            cotangent, d_feedback = run_chunk_backward(
-                cotangent, k, inverse, d_coefficient_ptr + chunk * C, d_start, gates_at, FORGETS
-            )
+            cotangent, d_feedback = run_chunk_backward(cotangent, k, inverse, gates, decay, effects, FORGETS)
             if RESETS:
                 reset = gate(gates_at, RESET, 0) > 0.0
                 d_after_reset += tl.where(reset, cotangent, 0.0)
