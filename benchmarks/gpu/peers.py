@@ -5,6 +5,7 @@ import dataclasses
 import gc
 import importlib
 import inspect
+import os
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -56,6 +57,9 @@ PEERS = {
 }
 
 
+_CACHE = "TRITON_CACHE_DIR"
+_CACHE_AT_START = os.environ.get(_CACHE)  # jax-triton deletes it as it is imported
+
 NO_PEER = "flash-linear-attention has no such rule"
 # The message of version 0.6.0 in the backward pass of its gated rules, and its meaning in one line.
 _REFUSAL = "on Hopper GPUs produces incorrect results for gated chunk_bwd_dqkwg"
@@ -78,6 +82,8 @@ def load(rule: str, shape: Shape | None = None) -> Callable[[dict[str, Any]], An
     if rule not in PEERS:
         raise NoPeer(NO_PEER)
     peer = PEERS[rule]
+    if _CACHE_AT_START is not None:  # the stage that compiled the peers had it
+        os.environ[_CACHE] = _CACHE_AT_START
     if shape is not None and shape.heads != shape.key_heads and not peer.groups:
         raise NoPeer(f"{peer.module}.{peer.function} takes as many key heads as value heads only")
     try:

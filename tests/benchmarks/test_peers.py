@@ -1,6 +1,7 @@
 """flash-linear-attention's functions, replaced by fakes."""
 
 import dataclasses
+import os
 import sys
 import types
 
@@ -21,6 +22,16 @@ def test_a_peer_that_is_not_installed_says_so():
         peers.load("osdn")
     with pytest.raises(peers.NoPeer, match="as many key heads as value heads only"):
         peers.load("pkda", parse_shapes("B1T8H4Hk2D8")[0])
+
+
+def test_a_peers_cache_is_that_of_the_stage_that_compiled_it(monkeypatch):
+    monkeypatch.setenv("TRITON_CACHE_DIR", "/another")  # so that it is put back as it was before the test
+    monkeypatch.delenv("TRITON_CACHE_DIR")  # as jax-triton does on import
+    for at_start in (None, "/somewhere"):
+        monkeypatch.setattr(peers, "_CACHE_AT_START", at_start)
+        with pytest.raises(peers.NoPeer):
+            peers.load("kda")
+        assert os.environ.get("TRITON_CACHE_DIR") == at_start
 
 
 def test_a_peer_gets_our_arguments_by_its_names(monkeypatch):
