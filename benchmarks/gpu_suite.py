@@ -38,6 +38,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import jax
+
 from benchmarks.gpu import cases, choice, plan, programs, record
 from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
 from benchmarks.gpu.plan import NOT_RUN, Request, Row
@@ -155,6 +157,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     stages = [stage for stage in plan.STAGES if stage in given.stage]
     os.environ["XLA_PYTHON_CLIENT_PREALLOCATE"] = "false"  # before the device is asked for its name
     try:
+        if given.dry or given.list_calls is not None:
+            jax.config.update("jax_platforms", "cpu")  # as the jobs' processes; a GPU that is there is not asked
         if given.list_calls is not None:
             return _list_calls(given, stages)
         about = environment(shlex.join(["python", "-m", "benchmarks.gpu_suite", *argv]))

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("osdn_jax", "pallas_kernels", "benchmarks", "configs", "docs", "examples", "tests", "tools")
+FOLDERS = ("osdn_jax", "pallas_kernels", "triton_kernels", "benchmarks", "configs", "docs", "examples", "tests", "tools")
 FILES = [
     path
     for path in (*ROOT.glob("*.py"), *ROOT.glob("*.md"), *(p for f in FOLDERS for p in sorted((ROOT / f).rglob("*.*"))))

@@ -139,6 +139,7 @@ DRY_CASES = {
 }
 DRY_TRITON_CASES = {
     "scalar decay, float32, tiny": _square(32, decay="scalar", dtype="float32", **_TINY),
+    "hypergradient, float32, tiny": _square(32, preset="trust", dtype="float32", **_TINY),
     "Gram, float32, tiny": _square(32, preset="gram", dtype="float32", **_TINY),
 }
 

@@ -319,7 +319,10 @@ def arguments(**changes):
         ({"v": jnp.ones((1, 8, 1, 64), jnp.float16)}, "v: got float16 beside a q of bfloat16, the kernels take one"),
         (dict.fromkeys("qk", jnp.ones((1, 8, 1, 96), jnp.bfloat16)), "q: got a head dimension of 96, the kernels take"),
         ({"v": jnp.ones((1, 8, 1, 16), jnp.bfloat16)}, "v: got a head dimension of 16, the kernels take 32, 64, 128"),
-        ({"beta": jnp.ones((1, 8, 1), jnp.bfloat16)}, "beta: got bfloat16, the kernels keep gates and state in float32"),
+        (
+            {"beta": jnp.ones((1, 8, 1), jnp.bfloat16)},
+            "beta: got bfloat16, the kernels keep gates and state in float32",
+        ),
     ],
 )
 def test_unsupported_arguments(changes, message):
