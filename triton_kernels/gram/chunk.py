@@ -1,4 +1,4 @@
-"""The Gram preconditioner's options, and the values of a chunk that both of its kernels compute.
+"""The Gram preconditioner's options, and the values of a chunk that both of its kernels compute."""
 
 import math
 from typing import Any, NamedTuple
