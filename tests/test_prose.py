@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FOLDERS = ("osdn_jax", "pallas_kernels", "benchmarks", "configs", "docs", "examples", "tests", "tools")
+PACKAGES = ("osdn_jax", "pallas_kernels", "triton_kernels")
+FOLDERS = (*PACKAGES, "benchmarks", "configs", "docs", "examples", "tests", "tools")
 FILES = [
     path
     for path in (*ROOT.glob("*.py"), *ROOT.glob("*.md"), *(p for f in FOLDERS for p in sorted((ROOT / f).rglob("*.*"))))

@@ -10,7 +10,7 @@ from triton_kernels.common.target import Target
 
 
 class Settings(NamedTuple):
-    """How a kernel is compiled.
+    """Settings of one kernel.
 
     Attributes:
         block: channels that a program holds at once, of keys or of values; what it means is the kernel's.

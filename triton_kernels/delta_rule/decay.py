@@ -143,7 +143,7 @@ def delta_rule_decay(
 
 
 def parts_of(dtype: jnp.dtype) -> int:
-    """Return in how many bfloat16 parts of 8 bits log decays are summed beside inputs of this type."""
+    """Return in how many bfloat16 parts of 8 bits log decays are summed next to inputs of this type."""
     return 2 if bits_of(dtype) == 16 else 3
 
 

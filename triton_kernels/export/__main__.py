@@ -54,7 +54,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         parser.error(reason)
     if (given.out / exported.INDEX).exists():
         parser.error(f"--out: got {given.out}, which has programs; expected another folder")
-    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # there need not be a driver
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")  # a driver is not needed
     calls = _read(given.calls, parser) if given.calls else _calls(given)
     from triton_kernels.export.programs import write
 

@@ -1,4 +1,4 @@
-"""What both kernels of the Gram preconditioner share: options, and what they compute from a chunk."""
+"""The Gram preconditioner's options, and the values of a chunk that both of its kernels compute."""
 
 import math
 from typing import Any, NamedTuple
