@@ -4,6 +4,9 @@ The compiler may abort its process, and it ignores settings that are made after 
 """
 
 import multiprocessing
+import os
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -12,6 +15,8 @@ from typing import Any
 
 from pallas_kernels.aot.cases import Case
 from pallas_kernels.aot.compiler import Outcome, compile_case
+
+_PATIENCE = 2.0  # seconds between two looks at the parent
 
 
 def compile_cases(cases: Sequence[Case], gpu: str, jobs: int) -> Iterator[Outcome]:
@@ -65,7 +70,8 @@ class _Worker:
         self.pool = self._start()
 
     def _start(self) -> ProcessPoolExecutor:
-        return ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn"))
+        context = multiprocessing.get_context("spawn")
+        return ProcessPoolExecutor(1, mp_context=context, initializer=_end_with, initargs=(os.getpid(),))
 
     def call[T](self, function: Callable[..., T], arguments: tuple[Any, ...], died: Callable[..., T]) -> T:
         try:
@@ -74,3 +80,14 @@ class _Worker:
             self.pool.shutdown()
             self.pool = self._start()
             return died(*arguments)
+
+
+def _end_with(parent: int) -> None:
+    """End this process when its parent has been killed, which a pool does not notice."""
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PATIENCE)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()

@@ -61,7 +61,7 @@ class _Pool:
 
     made = 0
 
-    def __init__(self, workers, mp_context):
+    def __init__(self, workers, mp_context, initializer, initargs):
         type(self).made += 1
         self.broken = False
 

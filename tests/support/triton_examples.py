@@ -94,3 +94,15 @@ def pipelined(a_ptr, b_ptr, out_ptr, steps, SIZE: tl.constexpr):
     for step in range(steps):
         total = tl.dot(tl.load(a_ptr + step * SIZE * 64 + wide), tl.load(b_ptr + step * SIZE * 64 + tall), total)
     tl.store(out_ptr + tl.arange(0, SIZE)[:, None] * SIZE + tl.arange(0, SIZE)[None, :], total)
+
+
+@triton.jit
+def copy_rows(x_ptr, out_ptr, rows, SIZE: tl.constexpr, LONG: tl.constexpr):
+    """Copy x [batch, rows, SIZE], with offsets of 64 bits if LONG, else of 32, which wrap."""
+    program = tl.program_id(0)
+    if LONG:
+        program = program.to(tl.int64)
+    columns = tl.arange(0, SIZE)
+    for row in tl.range(rows):
+        at = (program * rows + row) * SIZE + columns
+        tl.store(out_ptr + at, tl.load(x_ptr + at))

@@ -17,7 +17,7 @@ import os
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -56,10 +56,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     compiler.prepare_environment()
     start = time.perf_counter()
     capability = GPUS[given.gpu].capability
-    traces = _watched("Tracing", results.traces(cases, capability, given.jobs), len(cases))
+    traces = _watched("Tracing", results.traces(cases, capability, given.jobs), len(cases), lambda one: "")
     kernels = results.gather(traces)
-    found = _watched("Compiling", results.compile_each(kernels, capability, given.jobs), len(kernels))
-    versions = compiler.versions()
+    run = Run(given.gpu, traces, [], record.load(), versions := compiler.versions())
+    found = _watched("Compiling", results.compile_each(kernels, capability, given.jobs), len(kernels), run.line)
     if given.record:
         refusals = {trace.case: trace.message for trace in traces if trace.status == "refused"}
         record.save(Path(str(record.FILE)), found, given.gpu, versions, refusals)
@@ -82,8 +82,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     return int(bool(run.problems()))
 
 
-def _watched[T](verb: str, items: Iterable[T], total: int) -> list[T]:
-    """Return the items, showing on stderr how many there are so far."""
+def _watched[T](verb: str, items: Iterable[T], total: int, line: Callable[[T], str]) -> list[T]:
+    """Return the items, showing on stderr how many there are so far, or without a terminal a line for each."""
     found = []
     console = Console(stderr=True)
     with Progress(console=console, transient=True, disable=not console.is_terminal) as progress:
@@ -91,8 +91,8 @@ def _watched[T](verb: str, items: Iterable[T], total: int) -> list[T]:
         for item in items:
             found.append(item)
             progress.advance(task)
-            if not console.is_terminal and (len(found) % 20 == 0 or len(found) == total):
-                print(f"{verb}: {len(found)} of {total}", file=sys.stderr, flush=True)
+            if not console.is_terminal and (text := line(item)):
+                print(f"{len(found)} of {total}: {text}", file=sys.stderr, flush=True)
     return found
 
 

@@ -62,6 +62,11 @@ class Run:
         """Return a message for everything that is wrong with a kernel."""
         return self.record.problems(result, self.gpu, GPUS[self.gpu])
 
+    def line(self, result: Result) -> str:
+        """Return a kernel and what is wrong with it, in one line."""
+        problems = [_shortened(text).partition("\n")[0] for text in self.problems_of(result)]
+        return f"{result.label}: {'; '.join(problems) or 'ok'}"
+
     def improvements(self) -> list[str]:
         """Return a message for everything that is better than recorded."""
         better = [
