@@ -1,0 +1,27 @@
+"""The list of cases of all operators by the Triton kernels against the scan: values and every gradient, in float32."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from support import assert_close, jit, random_like, value_and_gradient
+from support.cases import CASES
+
+TOLERANCE = 1e-5
+# Differences of large numbers, or sums over all tokens of terms of both signs, in any implementation.
+CANCELLING = ("center", "log_forget", "initial", "anchor", "restart")
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_values_and_gradients(case):
+    x = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), case.arrays)
+    run = functools.partial(case.run, chunk_size=None)
+    cotangents = random_like(jax.eval_shape(run("scan"), x), seed=1)
+    got = jax.jit(value_and_gradient(run("triton_interpret")))(x, cotangents)
+    want = jit(value_and_gradient(run("scan")))(x, cotangents)
+    for name in CANCELLING:
+        if name in x:
+            assert_close(got[1].pop(name), want[1].pop(name), 10 * TOLERANCE)
+    assert_close(got, want, TOLERANCE)
