@@ -40,7 +40,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from benchmarks.gpu import cases, choice, plan, programs, record
+from benchmarks.gpu import cases, choice, plan, programs, record, room
 from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
 from benchmarks.gpu.plan import NOT_RUN, Request, Row
 from benchmarks.gpu.record import Record, Refused
@@ -138,7 +138,12 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     add("--import", dest="imports", metavar="MODULE", nargs="+", default=[], help=modules)
     silence = "kill a job without a sign of life for this long (default: depends on the stage)"
     add("--patience", metavar="SECONDS", type=_seconds, help=silence)
-    add("--slots", metavar="N", type=_slots, help="processes to run or prepare in parallel (default: one per core)")
+    add(
+        "--slots",
+        metavar="N",
+        type=_slots,
+        help="processes to run or prepare in parallel (default: by cores and memory)",
+    )
     return parser.parse_args(argv)
 
 
@@ -173,7 +178,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
     request = Request(implementation, given.dry, tuple(given.rules), given.cases, tuple(given.imports), also)
     with tempfile.TemporaryDirectory() as folder:
-        slots = given.slots or usable_cores()
+        slots = given.slots or room.together(about["device"], usable_cores())
         variables = worker_environment(os.environ, given.dry, (implementation, *also))
         if given.programs is not None:
             variables[exported.VARIABLE] = str(given.programs.resolve())
@@ -191,7 +196,7 @@ def _run(stage: str, runner: Runner, results: Record, request: Request, patience
     results.owe(todo.owed)
     for row in todo.skipped:
         results.add(row)
-    runner.run(todo.jobs, patience, timed=stage in _TIMED)
+    runner.run(todo.jobs, patience, timed=stage in _TIMED, most=room.waiting(results.identity["device"]))
 
 
 def _patience(stage: str, given: argparse.Namespace) -> Patience:

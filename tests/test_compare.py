@@ -138,6 +138,12 @@ def test_a_registered_kernel_joins_by_itself(compare, monkeypatch):
     assert list(results) == ["scan", "chunk", "kernel", "auto"]
 
 
+def test_brackets_in_a_reason_are_printed(compare, monkeypatch):
+    install = "needs triton: pip install -e '.[triton]'"
+    monkeypatch.setitem(IMPLEMENTATIONS, "kernel", Implementation(None, lambda call, options: install))
+    assert install in compare("--implementations", "kernel")[1]
+
+
 def test_an_implementation_that_cannot_run_says_why_and_fails_nothing(compare, monkeypatch, tmp_path):
     monkeypatch.setitem(IMPLEMENTATIONS, "kernel", Implementation(refused))
     picture = tmp_path / "p.png"

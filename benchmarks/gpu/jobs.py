@@ -135,8 +135,20 @@ class Runner:
         self.clock, self.folder, self.slots, self.environment, self.emit = clock, folder, slots, environment, emit
         self.count = 0
 
-    def run(self, jobs: Sequence[Job], patience: Patience, *, timed: bool) -> None:
-        """Run all jobs in parallel; timed jobs only prepare in parallel, then each runs alone, in order."""
+    def run(self, jobs: Sequence[Job], patience: Patience, *, timed: bool, most: int | None = None) -> None:
+        """Run all jobs in parallel; timed jobs only prepare in parallel, then each runs alone, in order.
+
+        Args:
+            jobs: to run.
+            patience: with their silence.
+            timed: they need the device alone.
+            most: jobs that are prepared before they run; default all. The next ones are prepared after them.
+        """
+        size = len(jobs) if most is None or not timed else most
+        for start in range(0, len(jobs), max(1, size)):
+            self._run(jobs[start : start + size], patience, timed=timed)
+
+    def _run(self, jobs: Sequence[Job], patience: Patience, *, timed: bool) -> None:
         started: list[Running] = []
         until = self.clock.prepare_until() if timed else self.clock.until
         try:

@@ -20,8 +20,8 @@ _GAP = "  "
 
 def console() -> Console:
     """Return the console of the table; it is 132 columns wide unless a terminal or COLUMNS sets the width."""
-    ours = PipedConsole()
-    return ours if ours.is_terminal or "COLUMNS" in os.environ else PipedConsole(width=_WIDTH)
+    ours = PipedConsole(markup=False)  # [triton] in a message is no markup
+    return ours if ours.is_terminal or "COLUMNS" in os.environ else PipedConsole(width=_WIDTH, markup=False)
 
 
 def result_table(results: Sequence[Result], width: int = _WIDTH) -> Text:

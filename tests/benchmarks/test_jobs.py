@@ -3,8 +3,10 @@
 import os
 import re
 
+import pytest
+
 from benchmarks import gpu_suite
-from benchmarks.gpu import plan
+from benchmarks.gpu import plan, room
 from benchmarks.gpu.jobs import Clock, Patience, Runner, worker_environment
 from support.gpu_records import REQUEST
 
@@ -35,3 +37,28 @@ def test_a_process_that_hangs_is_ended(tmp_path):
     job = plan.plan_stage("ours", [], REQUEST).jobs[1]
     rows = run_jobs(tmp_path, [job], patience=0.0)
     assert [row["status"] for row in rows] == ["hung"] * len(job.owed)
+
+
+@pytest.mark.parametrize(
+    ("device", "together", "waiting"),
+    [
+        ("NVIDIA GeForce RTX 4090", 8, 23),
+        ("NVIDIA A100-SXM4-40GB", 13, 50),
+        ("NVIDIA H100 80GB HBM3", 16, 116),
+        ("cpu", 16, None),
+    ],
+)
+def test_a_small_gpu_has_room_for_fewer_processes(device, together, waiting):
+    assert room.together(device, 16) == together
+    assert room.together(device, 1) == 1
+    assert room.waiting(device) == waiting
+
+
+@pytest.mark.parametrize(("timed", "most", "sizes"), [(True, 23, [23, 12]), (True, None, [35]), (False, 23, [35])])
+def test_jobs_that_are_timed_wait_in_batches(tmp_path, monkeypatch, timed, most, sizes):
+    jobs = [plan.Job({"number": i}, ()) for i in range(35)]
+    found = []
+    monkeypatch.setattr(Runner, "_run", lambda self, some, patience, timed: found.append(some))
+    Runner(Clock(100.0), tmp_path, 2, {}, print).run(jobs, Patience(1.0, 1.0), timed=timed, most=most)
+    assert [len(some) for some in found] == sizes
+    assert [job for some in found for job in some] == jobs

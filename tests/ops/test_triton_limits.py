@@ -1,5 +1,6 @@
 """The Triton kernels as implementations, without Triton: what they refuse and how they say so, and padded heads."""
 
+import importlib.metadata
 import importlib.util
 import types
 
@@ -14,7 +15,7 @@ from osdn_jax.ops import delta_rule_operator, gram, hypergradient, selection, tr
 from osdn_jax.ops.calls import DeltaRuleOptions
 from osdn_jax.ops.selection import choose
 from support import assert_close, jit, random_like, value_and_gradient
-from triton_kernels.common import cards, target
+from triton_kernels.common import cards, installation, target
 
 B, T, H = 1, 7, 2
 OPERATORS = ("delta_rule", "hypergradient", "gram")
@@ -56,7 +57,8 @@ def machine(monkeypatch):
         raise AssertionError(f"triton_kernels.{name} is imported")
 
     monkeypatch.setattr(triton, "_kernels", imported)
-    real = importlib.util.find_spec
+    real, version = importlib.util.find_spec, importlib.metadata.version
+    monkeypatch.setattr(importlib.metadata, "version", lambda name: "3.9.0" if name == "triton" else version(name))
 
     def pretend(kind=None, capability=None, *, installed=True, variable=None):
         there = device(kind, capability) if kind else jax.devices()[0]
@@ -157,6 +159,18 @@ def test_an_installation_that_lacks_something_says_how_to_get_it(machine, operat
     for variable in (None, "0"):
         machine(variable=variable)
         fails(operator, "needs a process started with TRITON_INTERPRET=1", "triton_interpret")
+
+
+def test_a_triton_that_is_too_old(machine, monkeypatch):
+    versions = {"triton": "3.4.0"}
+    monkeypatch.setattr(importlib.metadata, "version", versions.__getitem__)
+    machine("NVIDIA A100-SXM4-80GB", "8.0")
+    fails("gram", "needs triton 3.7 or later, got 3.4.0")
+    machine(variable="1")
+    fails("gram", "needs triton 3.7 or later, got 3.4.0", "triton_interpret")
+    for version in ("3.7.0", "3.10.1+git123", "4.0.0"):
+        versions["triton"] = version
+        assert installation.missing(interpret=True) is None
 
 
 @pytest.mark.usefixtures("kernels")

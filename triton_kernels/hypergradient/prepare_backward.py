@@ -1,4 +1,4 @@
-"""What the cotangents of d do within each chunk that is not sequential, in parallel over all chunks."""
+"""The effect of the cotangents of d within each chunk that is not sequential, in parallel over all chunks."""
 
 from typing import NamedTuple
 
