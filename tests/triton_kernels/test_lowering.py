@@ -178,7 +178,7 @@ def test_too_much_shared_memory_is_refused_before_xla_sees_it():
     assert capabilities(lowered(functools.partial(tiles, capability=89, stages=2), a, b)) == {89}
 
 
-def test_code_is_written_for_an_assembler_of_cuda_12_9():
+def test_code_is_written_for_an_assembler_of_cuda_12_8():
     x = array(2, 3, 4, 64)
     for capability in (80, 90):
         call = lambda x: (
@@ -193,7 +193,7 @@ def test_code_is_written_for_an_assembler_of_cuda_12_9():
             ).out_ptr
         )
         (kernel,) = kernels(lowered(call, x))
-        assert b".version 8.8" in kernel
+        assert b".version 8.7" in kernel
 
 
 def test_the_repair_does_nothing_where_it_is_not_needed(monkeypatch):

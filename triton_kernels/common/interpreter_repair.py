@@ -56,7 +56,11 @@ def repair() -> None:
         product = x @ y if split is None else _sum_of_products(split(x), split(y))
         return handle(product + c.data, c.dtype.scalar)
 
+    def bfloat16_constant(self: Any, value: float) -> Any:  # Triton 3.7 has none
+        return handle(np.array([value], _BFLOAT16), tl.bfloat16)
+
     interpreter._get_np_dtype = numpy_type_of
+    builder.get_bf16 = bfloat16_constant
     builder.cast_impl, builder.create_dot = cast, dot
     builder.create_masked_load, builder.create_masked_store = masked_load, masked_store
     allowed = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
@@ -66,7 +70,12 @@ def repair() -> None:
 
 def _parts_of(interpreter: Any) -> dict[Any, Callable[[np.ndarray], list[np.ndarray]]]:
     """Return, by the precision of a product, the function that splits an operand as the GPU does."""
-    precision, round_to_tf32 = interpreter._ir.INPUT_PRECISION, interpreter._round_f32_to_tf32
+    precision = interpreter._ir.INPUT_PRECISION
+
+    def round_to_tf32(x: np.ndarray) -> np.ndarray:  # to the nearest even; Triton 3.7 has no function for it
+        bits = x.view(np.uint32)
+        rounded = (bits + np.uint32(0xFFF) + ((bits >> np.uint32(13)) & np.uint32(1))) & np.uint32(0xFFFFE000)
+        return np.where(np.isfinite(x), rounded.view(np.float32), x)
 
     def truncate_to_tf32(x: np.ndarray) -> np.ndarray:  # the tensor core ignores the low bits
         return (x.view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)

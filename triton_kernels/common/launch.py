@@ -12,9 +12,9 @@ from pallas_kernels.common.shard_map import match_varying_axes
 from triton_kernels.common.target import Target
 
 _MOST_PROGRAMS = 2**31 - 1  # of one launch along axis 0; along axes 1 and 2 it would be 65,535
-# PTX that an assembler of CUDA 12.9 or later reads. Triton 3.9 would write 9.4 for Hopper, and XLA takes the first
-# assembler on PATH, which may be older.
-PTX_VERSION = 88
+# PTX that an assembler of CUDA 12.8 or later reads; Triton 3.7 brings that one. Triton 3.9 would write 9.4 for Hopper,
+# and XLA takes the first assembler on PATH, which may be older.
+PTX_VERSION = 87
 
 
 class Launch(NamedTuple):
