@@ -201,7 +201,7 @@ def hypergradient_scan(
         next_inverse = load_inverse(inverse_ptr, head * N)
         next_gates = load_gates(gates_ptr + head * N * ROWS * C, FORGETS)
         next_decay = load_decay(gates_ptr + head * N * ROWS * C, FORGETS)
-    for n in range(0, N):
+    for n in tl.range(0, N):
         chunk = head * N + n
         keys_at = tokens_at(k_ptr, b, p, n, N, P, K)
         gates_at = gates_ptr + chunk * ROWS * C

@@ -177,7 +177,7 @@ def hypergradient_scan_backward(
         next_gates = load_gates(gates_ptr + (head * N + N - 1) * ROWS * C, FORGETS)
         next_decay = load_decay(gates_ptr + (head * N + N - 1) * ROWS * C, FORGETS)
         next_effects = load_effects(d_coefficient_ptr, d_start_ptr, head * N + N - 1, K)
-    for done in range(0, N):
+    for done in tl.range(0, N):
         n = N - 1 - done
         chunk = head * N + n
         keys_at = tokens_at(k_ptr, b, p, n, N, P, K)
