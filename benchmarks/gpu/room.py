@@ -1,4 +1,4 @@
-"""How many of the suite's processes have room on a GPU at once."""
+"""The number of processes of the suite that have room on a GPU at once."""
 
 from osdn_jax import hardware
 

@@ -106,3 +106,18 @@ def copy_rows(x_ptr, out_ptr, rows, SIZE: tl.constexpr, LONG: tl.constexpr):
     for row in tl.range(rows):
         at = (program * rows + row) * SIZE + columns
         tl.store(out_ptr + at, tl.load(x_ptr + at))
+
+
+@triton.jit
+def doubled(x):
+    """Return twice the sum of x, by a function of Triton's library."""
+    return 2 * tl.sum(x, axis=0)
+
+
+@triton.jit
+def calls_others(x_ptr, out_ptr, SIZE: tl.constexpr, CALLS: tl.constexpr):
+    """Call another function CALLS times."""
+    total = 0.0
+    for _ in range(CALLS):
+        total += doubled(tl.load(x_ptr + tl.arange(0, SIZE)))
+    tl.store(out_ptr, total)

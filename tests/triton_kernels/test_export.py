@@ -61,11 +61,12 @@ found = sorted({int(re.search(rb"\\.target sm_(\\d+)", x)[1]) for x in code})
 print(json.dumps([len(opaque), found, "triton" in sys.modules or "jax_triton" in sys.modules]))
 """
 SMALL = ["--batch", "1", "--length", "100", "--heads", "2", "--key-dim", "64"]
-OPERATORS = list(exported.ARRAYS)
 
 
-@pytest.mark.parametrize(("gpu", "capability"), [("a100", 80), ("rtx4090", 89)])
-@pytest.mark.parametrize("name", ["delta_rule"])
+@pytest.mark.parametrize(
+    ("name", "gpu", "capability"),
+    [("delta_rule", "a100", 80), ("delta_rule", "rtx4090", 89), ("hypergradient", "rtx4090", 89), ("gram", "a100", 80)],
+)
 def test_programs_are_read_without_triton(name, gpu, capability, tmp_path, capsys):
     folder = tmp_path / "programs"
     status = command.main(["--gpu", gpu, "--out", str(folder), "--operators", name, *SMALL])
@@ -80,7 +81,7 @@ def test_programs_are_read_without_triton(name, gpu, capability, tmp_path, capsy
     run = subprocess.run(line, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     count, found, has_triton = json.loads(run.stdout.splitlines()[-1])
-    assert count >= 4
+    assert count >= 2
     assert found == [capability]
     assert not has_triton
 

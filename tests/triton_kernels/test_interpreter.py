@@ -3,8 +3,10 @@
 import ml_dtypes
 import numpy as np
 import pytest
+import triton.language as tl
+from triton.runtime import interpreter
 
-from support.triton_examples import elementwise, faulty, load_with_other, product
+from support.triton_examples import calls_others, elementwise, faulty, load_with_other, product
 from triton_kernels.common import interpreter_watch
 from triton_kernels.common.interpreter import run
 from triton_kernels.common.interpreter_repair import repair
@@ -165,3 +167,19 @@ def test_the_watch_ends_with_its_context():
     with pytest.raises(KeyError), interpreter_watch.watch():
         raise KeyError
     assert interpreter_watch._on == before
+
+
+def test_the_language_is_replaced_once_per_launch_and_put_back(monkeypatch):
+    """However often a kernel calls other functions; after the launch `triton.language` is what it was."""
+    repair()
+    x, outputs = np.arange(4, dtype=np.float32), {"out_ptr": ((1,), np.float32)}
+    before, replaced, counts = dict(vars(tl)), [], []
+    real = interpreter._patch_builtin
+    monkeypatch.setattr(interpreter, "_patch_builtin", lambda *given: replaced.append(given[0]) or real(*given))
+    for calls in (1, 8, 1):
+        replaced.clear()
+        (out,) = call(calls_others, {"x_ptr": x}, outputs, SIZE=4, CALLS=calls)
+        assert out == [12.0 * calls]
+        assert vars(tl) == before
+        counts.append(len(replaced))
+    assert counts[1] == counts[2] > 0

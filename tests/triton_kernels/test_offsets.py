@@ -1,7 +1,6 @@
 """Offsets in arrays of more than 2^31 elements, which 32 bits do not hold."""
 
 import functools
-import importlib.util
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +12,6 @@ from support.triton_examples import copy_rows
 from support.triton_offsets import check_offsets
 from triton_kernels.common.launch import launch, recorded
 from triton_kernels.common.target import INTERPRETER, Target
-
-OPERATORS = [n for n in ("delta_rule", "hypergradient", "gram") if importlib.util.find_spec(f"triton_kernels.{n}")]
-
 
 CASES = [("delta_rule", decay, True) for decay in ("scalar", "channel")]
 CASES += [("delta_rule", "scalar", False)]
@@ -52,7 +48,7 @@ def test_offsets_of_32_bits_are_found(shape):
         check(launches(functools.partial(copy, long=False), x))
 
 
-@pytest.mark.parametrize(("name", "decay", "gradient"), [case for case in CASES if case[0] in OPERATORS])
+@pytest.mark.parametrize(("name", "decay", "gradient"), CASES)
 def test_offsets_of_the_kernels(name, decay, gradient):
     """Every array of tokens has 2^34 elements, 2^32 of them in one batch row."""
     is_delta_rule = name == "delta_rule"

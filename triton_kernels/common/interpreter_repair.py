@@ -3,10 +3,14 @@
 As it comes (3.9), it multiplies bfloat16 matrices by their bit patterns, rounds float32 to bfloat16 by truncation and
 ignores the precision that a product asks for. `repair` keeps bfloat16 as the type of ml_dtypes, and imitates the
 products of tensor cores: tf32, and sums of products of parts (tf32x3, bf16x3, bf16x6).
+
+It also spends half of its time on replacing the functions of `triton.language` again at every call of one kernel
+function by another; `repair` has them replaced once per launch.
 """
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -66,6 +70,41 @@ def repair() -> None:
     allowed = ("tf32", "tf32x3", "ieee", "bf16x3", "bf16x6")
     options = dataclasses.replace(interpreter.interpreter_builder.options, allowed_dot_input_precisions=allowed)
     interpreter.interpreter_builder.options = options
+    if hasattr(interpreter, "_LangPatchScope"):
+        interpreter._patch_lang = _once_per_launch(interpreter._patch_lang, interpreter._LangPatchScope)
+
+
+def _once_per_launch(patch: Callable[[Any], Any], scope_type: type) -> Callable[[Any], Any]:
+    """Return `patch`, which replaces the functions of the modules that a function sees, without repetition in a launch.
+
+    Args:
+        patch: called for the kernel, and again for every function that it calls; returns what it has replaced.
+        scope_type: of that; its method `restore` ends a launch, and is not called for functions that a kernel calls.
+    """
+    import triton.language as tl
+
+    replaced: set[int] = set()
+
+    @functools.cache
+    def seen_by(fn: Any) -> frozenset[int]:
+        modules = [x for x in fn.__globals__.values() if inspect.ismodule(x)]
+        return frozenset(id(x) for x in modules if x in (tl, tl.core))
+
+    def patch_once(fn: Any) -> Any:
+        if seen_by(fn) and seen_by(fn) <= replaced:
+            return scope_type()
+        scope = patch(fn)
+        replaced.update(seen_by(fn))
+        restore = scope.restore
+
+        def restore_all() -> None:
+            restore()
+            replaced.clear()
+
+        scope.restore = restore_all
+        return scope
+
+    return patch_once
 
 
 def _parts_of(interpreter: Any) -> dict[Any, Callable[[np.ndarray], list[np.ndarray]]]:

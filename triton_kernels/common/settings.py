@@ -48,8 +48,8 @@ TABLE: dict[str, dict[tuple[int, int], Settings]] = {
         (16, 256): Settings(32, warps=8, stages=3),
         (32, 32): Settings(16),
         (32, 64): Settings(16),
-        (32, 128): Settings(16, warps=8, slab=32),
-        (32, 256): Settings(16, warps=8, slab=64),
+        (32, 128): Settings(8, slab=64),
+        (32, 256): Settings(8, warps=8, slab=32),
     },
     "delta_rule_scan_backward": {
         (16, 32): Settings(32, stages=2),
@@ -58,14 +58,16 @@ TABLE: dict[str, dict[tuple[int, int], Settings]] = {
         (16, 256): Settings(32, warps=8, stages=2),
         (32, 32): Settings(16),
         (32, 64): Settings(16),
-        (32, 128): Settings(16, slab=64),
-        (32, 256): Settings(16, warps=8, slab=64),
+        (32, 128): Settings(8, slab=64),
+        (32, 256): Settings(8, slab=64),
     },
     # block: values per step of a loop
     "delta_rule_pairs": {(bits, size): Settings(32) for bits in (16, 32) for size in (32, 64, 128, 256)},
     # block: key channels of a program
     "delta_rule_keys": {(bits, size): Settings(16) for bits in (16, 32) for size in (32, 64, 128, 256)},
-    "delta_rule_decay_backward": {(bits, size): Settings(16) for bits in (16, 32) for size in (32, 64, 128, 256)},
+    "delta_rule_decay_backward": {
+        (bits, size): Settings(256 // bits) for bits in (16, 32) for size in (32, 64, 128, 256)
+    },
     # block: key channels per step of a loop
     "hypergradient_prepare": {(bits, size): Settings(32, warps=2) for bits in (16, 32) for size in (32, 64, 128, 256)},
     # block: tokens that are loaded at once

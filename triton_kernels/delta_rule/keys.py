@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from triton_kernels.common.gates import BETA, FROM_START, GATES, TO_END, gate
 from triton_kernels.common.launch import launch
 from triton_kernels.common.settings import settings
 from triton_kernels.common.tiles import bits_of
 from triton_kernels.delta_rule.options import Chunks, DeltaRuleOptions, constants_of
-from triton_kernels.delta_rule.tiles import BETA, FROM_START, GATES, TO_END, gate, halves_at, rows_at
+from triton_kernels.delta_rule.tiles import halves_at, rows_at
 
 
 @triton.jit

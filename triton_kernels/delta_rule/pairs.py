@@ -7,11 +7,12 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from triton_kernels.common.gates import BETA, GATES, gate, pair_decay
 from triton_kernels.common.launch import launch
 from triton_kernels.common.settings import settings
 from triton_kernels.common.tiles import bits_of
 from triton_kernels.delta_rule.options import Chunks, DeltaRuleOptions, constants_of, halves_of
-from triton_kernels.delta_rule.tiles import BETA, GATES, gate, halves_at, low, pair_decay, rows_at, store_halves
+from triton_kernels.delta_rule.tiles import halves_at, low, rows_at, store_halves
 
 
 @triton.jit

@@ -4,11 +4,12 @@ import jax
 import triton
 import triton.language as tl
 
+from triton_kernels.common.gates import BETA, GATES, TO_END, gate, pair_decay
 from triton_kernels.common.launch import launch
 from triton_kernels.common.settings import settings
 from triton_kernels.common.tiles import bits_of, product, unit_lower_inverse
 from triton_kernels.delta_rule.options import Chunks, DeltaRuleOptions, constants_of, halves_of
-from triton_kernels.delta_rule.tiles import BETA, GATES, TO_END, gate, low, pair_decay, rows_at, store_halves
+from triton_kernels.delta_rule.tiles import low, rows_at, store_halves
 
 
 @triton.jit

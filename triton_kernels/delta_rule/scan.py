@@ -7,12 +7,13 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from triton_kernels.common.gates import BETA, FROM_START, GATES, TO_END, gate
 from triton_kernels.common.launch import launch
 from triton_kernels.common.settings import Settings, settings
 from triton_kernels.common.target import Target
 from triton_kernels.common.tiles import bits_of
 from triton_kernels.delta_rule.options import Chunks, DeltaRuleOptions, constants_of, halves_of
-from triton_kernels.delta_rule.tiles import BETA, FROM_START, GATES, TO_END, gate, halves_at, rows_at, store_halves
+from triton_kernels.delta_rule.tiles import halves_at, rows_at, store_halves
 
 
 @triton.jit

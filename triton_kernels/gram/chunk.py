@@ -9,10 +9,10 @@ import triton
 import triton.language as tl
 
 from pallas_kernels.common import token_gates
+from triton_kernels.common.gates import FROM_START, gate, pair_decay
 from triton_kernels.common.settings import Settings, settings
 from triton_kernels.common.target import Target
 from triton_kernels.common.tiles import bits_of, precision_of
-from triton_kernels.delta_rule.tiles import FROM_START, gate, pair_decay
 
 CHUNK = 32  # tokens: the decays of all pairs and the sums of a chunk stay in registers
 GAIN = tl.constexpr(token_gates.BETA)  # the row of the gates that holds the gain

@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import triton
 import triton.language as tl
 
+from triton_kernels.common.gates import FROM_START, GATES, TO_END, gate
 from triton_kernels.common.launch import launch
-from triton_kernels.delta_rule.tiles import FROM_START, GATES, TO_END, gate
 from triton_kernels.gram.chunk import (
     CHUNK,
     GAIN,
