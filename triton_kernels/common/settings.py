@@ -52,8 +52,8 @@ TABLE: dict[str, dict[tuple[int, int], Settings]] = {
         (32, 256): Settings(8, warps=8, slab=32),
     },
     "delta_rule_scan_backward": {
-        (16, 32): Settings(32, stages=2),
-        (16, 64): Settings(32, stages=2),
+        (16, 32): Settings(32),
+        (16, 64): Settings(32, warps=8, stages=2),
         (16, 128): Settings(32, warps=8, stages=2),
         (16, 256): Settings(32, warps=8, stages=2),
         (32, 32): Settings(16),
