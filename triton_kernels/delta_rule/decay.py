@@ -58,10 +58,17 @@ def times(x, factor):
 
 @triton.jit
 def pairs_inside(
-    p, a, q, k, w, log_decay, ERASE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr
+    p, a, q_ptr, k_ptr, w_ptr, log_decay_ptr, token, h, channel,
+    H: tl.constexpr, HK: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, ERASE: tl.constexpr, PARTS: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the products <q_i, w_j> and <k_i, w_j> of the pairs within 32 tokens to p and a."""
+    """Add the products <q_i, w_j> and <k_i, w_j> of the pairs within the 32 tokens from `token` to p and a."""
     i = tl.arange(0, 32)
+    q = tl.load(rows_at(q_ptr, token, h // (H // HK), i, channel, HK, K))
+    w = tl.load(rows_at(w_ptr, token, h // (H // HW), i, channel, HW, K))
+    log_decay = tl.load(rows_at(log_decay_ptr, token, h, i, channel, H, K))
+    if ERASE:
+        k = tl.load(rows_at(k_ptr, token, h // (H // HK), i, channel, HK, K))
     same = i[:, None] == i[None, :]  # no decay lies between a token and itself
     p += tl.where(same, tl.sum(q.to(tl.float32) * w.to(tl.float32), axis=1)[:, None], 0.0)
     for level in tl.range(0, 5, loop_unroll_factor=1, num_stages=1):
@@ -100,7 +107,6 @@ def delta_rule_decay(
         q0 = tl.load(rows_at(q_ptr, token, key_head, i, channel, HK, K))
         k0 = tl.load(rows_at(k_ptr, token, key_head, i, channel, HK, K))
         w0 = tl.load(rows_at(w_ptr, token, write_head, i, channel, HW, K))
-        p00, a00 = pairs_inside(p00, a00, q0, k0, w0, g0, ERASE, PARTS, PRECISION)
         from_start = tl.exp(sum_tokens(up_to_mask(), g0, PARTS))
         tl.store(rows_at(decayed_q_ptr, token, h, i, channel, H, K), times(q0, from_start))
         if ERASE:
@@ -112,7 +118,6 @@ def delta_rule_decay(
             q1 = tl.load(rows_at(q_ptr, token + 32, key_head, i, channel, HK, K))
             k1 = tl.load(rows_at(k_ptr, token + 32, key_head, i, channel, HK, K))
             w1 = tl.load(rows_at(w_ptr, token + 32, write_head, i, channel, HW, K))
-            p11, a11 = pairs_inside(p11, a11, q1, k1, w1, g1, ERASE, PARTS, PRECISION)
             from_middle = sum_tokens(up_to_mask(), g1, PARTS)
             factor = tl.exp(from_middle)
             left = tl.trans(times(w0, tl.exp(to_end)))
@@ -130,6 +135,15 @@ def delta_rule_decay(
             total += later
         tl.store(rows_at(decayed_w_ptr, token, h, i, channel, H, K), times(w0, tl.exp(to_end)))
         tl.store(carry_ptr + program * K + channel, tl.exp(total))
+        # These load the keys again: held over from above, they do not fit in registers.
+        p00, a00 = pairs_inside(
+            p00, a00, q_ptr, k_ptr, w_ptr, log_decay_ptr, token, h, channel, H, HK, HW, K, ERASE, PARTS, PRECISION
+        )  # fmt: skip
+        if TWO:
+            p11, a11 = pairs_inside(
+                p11, a11, q_ptr, k_ptr, w_ptr, log_decay_ptr, token + 32, h, channel, H, HK, HW, K, ERASE, PARTS,
+                PRECISION,
+            )  # fmt: skip
     pairs_ptr += program * 2 * C * C
     store_block(pairs_ptr, 0, 0, p00, C, 1)
     if ERASE:
