@@ -1,6 +1,6 @@
 # The environment is .venv, made on first use by tools/make_venv.sh, with PYTHON=/path/to/python if that is given.
-# The targets aot, test-oldest, test-triton and aot-triton have environments of their own. ARGS goes to the command of a target, for example:
-# make test ARGS="-k ops -x"
+# The targets aot, test-oldest, test-triton and aot-triton have separate environments. ARGS goes to the command of a
+# target, for example: make test ARGS="-k ops -x"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast test-oldest test-triton lint format docs aot aot-triton venv clean

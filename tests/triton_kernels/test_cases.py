@@ -10,8 +10,6 @@ from support import assert_close, jit, random_like, value_and_gradient
 from support.cases import CASES
 
 TOLERANCE = 1e-5
-# Differences of large numbers, or sums over all tokens of terms of both signs, in any implementation.
-CANCELLING = ("center", "log_forget", "initial", "anchor", "restart")
 
 
 def last_row(case):
@@ -28,7 +26,4 @@ def test_values_and_gradients(case):
     cotangents = random_like(jax.eval_shape(case.run("scan"), x), seed=1)
     got = jax.jit(value_and_gradient(case.run("triton_interpret")))(x, cotangents)
     want = jit(value_and_gradient(case.run("scan")))(x, cotangents)
-    for name in CANCELLING:
-        if name in x:
-            assert_close(got[1].pop(name), want[1].pop(name), 10 * TOLERANCE)
     assert_close(got, want, TOLERANCE)

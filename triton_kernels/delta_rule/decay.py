@@ -58,26 +58,30 @@ def times(x, factor):
 
 @triton.jit
 def pairs_inside(
-    p, a, q_ptr, k_ptr, w_ptr, log_decay_ptr, token, h, channel,
-    H: tl.constexpr, HK: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, ERASE: tl.constexpr, PARTS: tl.constexpr,
-    PRECISION: tl.constexpr,
+    q_ptr, k_ptr, w_ptr, log_decay_ptr, token, h,
+    H: tl.constexpr, HK: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ERASE: tl.constexpr,
+    PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Add the products <q_i, w_j> and <k_i, w_j> of the pairs within the 32 tokens from `token` to p and a."""
+    """Return the products <q_i, w_j> and <k_i, w_j> of the pairs within the 32 tokens from `token`."""
     i = tl.arange(0, 32)
-    q = tl.load(rows_at(q_ptr, token, h // (H // HK), i, channel, HK, K))
-    w = tl.load(rows_at(w_ptr, token, h // (H // HW), i, channel, HW, K))
-    log_decay = tl.load(rows_at(log_decay_ptr, token, h, i, channel, H, K))
-    if ERASE:
-        k = tl.load(rows_at(k_ptr, token, h // (H // HK), i, channel, HK, K))
     same = i[:, None] == i[None, :]  # no decay lies between a token and itself
-    p += tl.where(same, tl.sum(q.to(tl.float32) * w.to(tl.float32), axis=1)[:, None], 0.0)
-    for level in tl.range(0, 5, loop_unroll_factor=1, num_stages=1):
-        factor = tl.exp(sum_tokens(level_mask(level), log_decay, PARTS))
-        pair = parted(level)
-        left = tl.trans(times(w, factor))
-        p += tl.where(pair, tl.dot(times(q, factor), left, input_precision=PRECISION), 0.0)
+    p = tl.zeros((32, 32), tl.float32)
+    a = tl.zeros((32, 32), tl.float32)
+    for start in tl.range(0, K, BLOCK, loop_unroll_factor=1):
+        channel = start + tl.arange(0, BLOCK)
+        q = tl.load(rows_at(q_ptr, token, h // (H // HK), i, channel, HK, K))
+        w = tl.load(rows_at(w_ptr, token, h // (H // HW), i, channel, HW, K))
+        log_decay = tl.load(rows_at(log_decay_ptr, token, h, i, channel, H, K))
         if ERASE:
-            a += tl.where(pair, tl.dot(times(k, factor), left, input_precision=PRECISION), 0.0)
+            k = tl.load(rows_at(k_ptr, token, h // (H // HK), i, channel, HK, K))
+        p += tl.where(same, tl.sum(q.to(tl.float32) * w.to(tl.float32), axis=1)[:, None], 0.0)
+        for level in tl.range(0, 5, loop_unroll_factor=1, num_stages=1):
+            factor = tl.exp(sum_tokens(level_mask(level), log_decay, PARTS))
+            pair = parted(level)
+            left = tl.trans(times(w, factor))
+            p += tl.where(pair, tl.dot(times(q, factor), left, input_precision=PRECISION), 0.0)
+            if ERASE:
+                a += tl.where(pair, tl.dot(times(k, factor), left, input_precision=PRECISION), 0.0)
     return p, a
 
 
@@ -95,12 +99,23 @@ def delta_rule_decay(
     TWO: tl.constexpr = C == 64
     key_head = h // (H // HK)
     write_head = h // (H // HW)
-    p00 = tl.zeros((32, 32), tl.float32)
-    a00 = tl.zeros((32, 32), tl.float32)
-    p10 = tl.zeros((32, 32), tl.float32)
-    a10 = tl.zeros((32, 32), tl.float32)
-    p11 = tl.zeros((32, 32), tl.float32)
-    a11 = tl.zeros((32, 32), tl.float32)
+    # In loops one after the other: together, their sums and keys do not fit in registers.
+    pairs_ptr += program * 2 * C * C
+    p, a = pairs_inside(
+        q_ptr, k_ptr, w_ptr, log_decay_ptr, token, h, H, HK, HW, K, BLOCK, ERASE, PARTS, PRECISION
+    )  # fmt: skip
+    store_block(pairs_ptr, 0, 0, p, C, 1)
+    if ERASE:
+        store_block(pairs_ptr + C * C, 0, 0, a, C, 1)
+    if TWO:
+        p, a = pairs_inside(
+            q_ptr, k_ptr, w_ptr, log_decay_ptr, token + 32, h, H, HK, HW, K, BLOCK, ERASE, PARTS, PRECISION
+        )  # fmt: skip
+        store_block(pairs_ptr, 32, 32, p, C, 1)
+        if ERASE:
+            store_block(pairs_ptr + C * C, 32, 32, a, C, 1)
+    p = tl.zeros((32, 32), tl.float32)
+    a = tl.zeros((32, 32), tl.float32)
     for start in tl.range(0, K, BLOCK, loop_unroll_factor=1):
         channel = start + tl.arange(0, BLOCK)
         g0 = tl.load(rows_at(log_decay_ptr, token, h, i, channel, H, K))
@@ -121,9 +136,9 @@ def delta_rule_decay(
             from_middle = sum_tokens(up_to_mask(), g1, PARTS)
             factor = tl.exp(from_middle)
             left = tl.trans(times(w0, tl.exp(to_end)))
-            p10 = tl.dot(times(q1, factor), left, p10, input_precision=PRECISION)
+            p = tl.dot(times(q1, factor), left, p, input_precision=PRECISION)
             if ERASE:
-                a10 = tl.dot(times(k1, factor), left, a10, input_precision=PRECISION)
+                a = tl.dot(times(k1, factor), left, a, input_precision=PRECISION)
             factor = tl.exp(from_middle + total[None, :])
             tl.store(rows_at(decayed_q_ptr, token + 32, h, i, channel, H, K), times(q1, factor))
             if ERASE:
@@ -135,25 +150,10 @@ def delta_rule_decay(
             total += later
         tl.store(rows_at(decayed_w_ptr, token, h, i, channel, H, K), times(w0, tl.exp(to_end)))
         tl.store(carry_ptr + program * K + channel, tl.exp(total))
-        # These load the keys again: held over from above, they do not fit in registers.
-        p00, a00 = pairs_inside(
-            p00, a00, q_ptr, k_ptr, w_ptr, log_decay_ptr, token, h, channel, H, HK, HW, K, ERASE, PARTS, PRECISION
-        )  # fmt: skip
-        if TWO:
-            p11, a11 = pairs_inside(
-                p11, a11, q_ptr, k_ptr, w_ptr, log_decay_ptr, token + 32, h, channel, H, HK, HW, K, ERASE, PARTS,
-                PRECISION,
-            )  # fmt: skip
-    pairs_ptr += program * 2 * C * C
-    store_block(pairs_ptr, 0, 0, p00, C, 1)
-    if ERASE:
-        store_block(pairs_ptr + C * C, 0, 0, a00, C, 1)
     if TWO:
-        store_block(pairs_ptr, 32, 0, p10, C, 1)
-        store_block(pairs_ptr, 32, 32, p11, C, 1)
+        store_block(pairs_ptr, 32, 0, p, C, 1)
         if ERASE:
-            store_block(pairs_ptr + C * C, 32, 0, a10, C, 1)
-            store_block(pairs_ptr + C * C, 32, 32, a11, C, 1)
+            store_block(pairs_ptr + C * C, 32, 0, a, C, 1)
 
 
 def parts_of(dtype: jnp.dtype) -> int:
