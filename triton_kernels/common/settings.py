@@ -113,9 +113,7 @@ TABLE: dict[str, dict[tuple[int, int], Settings]] = {
 }
 
 # What differs on some GPUs, by compute capability times 10.
-OVERRIDES: dict[int, dict[str, dict[tuple[int, int], Settings]]] = {
-    90: {"delta_rule_decay": {(16, size): Settings(16, warps=8) for size in (32, 64, 128, 256)}},
-}
+OVERRIDES: dict[int, dict[str, dict[tuple[int, int], Settings]]] = {}
 
 
 def settings(kernel: str, target: Target, bits: int, size: int) -> Settings:

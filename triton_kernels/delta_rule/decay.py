@@ -17,6 +17,10 @@ from triton_kernels.delta_rule.options import DeltaRuleOptions, constants_of
 from triton_kernels.delta_rule.prepare import store_block
 from triton_kernels.delta_rule.tiles import rows_at
 
+# Levels of halving of 32 tokens. A kernel gets them at run time: of a known number the compiler unrolls the loop, which
+# takes more registers than there are.
+LEVELS = 5
+
 
 @triton.jit
 def up_to_mask():
@@ -58,7 +62,7 @@ def times(x, factor):
 
 @triton.jit
 def pairs_inside(
-    q_ptr, k_ptr, w_ptr, log_decay_ptr, token, h,
+    q_ptr, k_ptr, w_ptr, log_decay_ptr, token, h, levels,
     H: tl.constexpr, HK: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, BLOCK: tl.constexpr, ERASE: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -75,7 +79,7 @@ def pairs_inside(
         if ERASE:
             k = tl.load(rows_at(k_ptr, token, h // (H // HK), i, channel, HK, K))
         p += tl.where(same, tl.sum(q.to(tl.float32) * w.to(tl.float32), axis=1)[:, None], 0.0)
-        for level in tl.range(0, 5, loop_unroll_factor=1, num_stages=1):
+        for level in tl.range(0, levels, loop_unroll_factor=1, num_stages=1):
             factor = tl.exp(sum_tokens(level_mask(level), log_decay, PARTS))
             pair = parted(level)
             left = tl.trans(times(w, factor))
@@ -87,7 +91,7 @@ def pairs_inside(
 
 @triton.jit
 def delta_rule_decay(
-    q_ptr, k_ptr, w_ptr, log_decay_ptr, pairs_ptr, decayed_q_ptr, decayed_k_ptr, decayed_w_ptr, carry_ptr,
+    q_ptr, k_ptr, w_ptr, log_decay_ptr, pairs_ptr, decayed_q_ptr, decayed_k_ptr, decayed_w_ptr, carry_ptr, levels,
     H: tl.constexpr, HK: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
     ERASE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -102,14 +106,14 @@ def delta_rule_decay(
     # In loops one after the other: together, their sums and keys do not fit in registers.
     pairs_ptr += program * 2 * C * C
     p, a = pairs_inside(
-        q_ptr, k_ptr, w_ptr, log_decay_ptr, token, h, H, HK, HW, K, BLOCK, ERASE, PARTS, PRECISION
+        q_ptr, k_ptr, w_ptr, log_decay_ptr, token, h, levels, H, HK, HW, K, BLOCK, ERASE, PARTS, PRECISION
     )  # fmt: skip
     store_block(pairs_ptr, 0, 0, p, C, 1)
     if ERASE:
         store_block(pairs_ptr + C * C, 0, 0, a, C, 1)
     if TWO:
         p, a = pairs_inside(
-            q_ptr, k_ptr, w_ptr, log_decay_ptr, token + 32, h, H, HK, HW, K, BLOCK, ERASE, PARTS, PRECISION
+            q_ptr, k_ptr, w_ptr, log_decay_ptr, token + 32, h, levels, H, HK, HW, K, BLOCK, ERASE, PARTS, PRECISION
         )  # fmt: skip
         store_block(pairs_ptr, 32, 32, p, C, 1)
         if ERASE:
@@ -119,36 +123,35 @@ def delta_rule_decay(
     for start in tl.range(0, K, BLOCK, loop_unroll_factor=1):
         channel = start + tl.arange(0, BLOCK)
         g0 = tl.load(rows_at(log_decay_ptr, token, h, i, channel, H, K))
-        q0 = tl.load(rows_at(q_ptr, token, key_head, i, channel, HK, K))
-        k0 = tl.load(rows_at(k_ptr, token, key_head, i, channel, HK, K))
-        w0 = tl.load(rows_at(w_ptr, token, write_head, i, channel, HW, K))
-        from_start = tl.exp(sum_tokens(up_to_mask(), g0, PARTS))
-        tl.store(rows_at(decayed_q_ptr, token, h, i, channel, H, K), times(q0, from_start))
+        factor = tl.exp(sum_tokens(up_to_mask(), g0, PARTS))
+        q = tl.load(rows_at(q_ptr, token, key_head, i, channel, HK, K))
+        tl.store(rows_at(decayed_q_ptr, token, h, i, channel, H, K), times(q, factor))
         if ERASE:
-            tl.store(rows_at(decayed_k_ptr, token, h, i, channel, H, K), times(k0, from_start))
+            k = tl.load(rows_at(k_ptr, token, key_head, i, channel, HK, K))
+            tl.store(rows_at(decayed_k_ptr, token, h, i, channel, H, K), times(k, factor))
         total = tl.sum(g0, axis=0)
         to_end = sum_tokens(after_mask(), g0, PARTS)
+        w = tl.load(rows_at(w_ptr, token, write_head, i, channel, HW, K))
         if TWO:
+            left = tl.trans(times(w, tl.exp(to_end)))
             g1 = tl.load(rows_at(log_decay_ptr, token + 32, h, i, channel, H, K))
-            q1 = tl.load(rows_at(q_ptr, token + 32, key_head, i, channel, HK, K))
-            k1 = tl.load(rows_at(k_ptr, token + 32, key_head, i, channel, HK, K))
-            w1 = tl.load(rows_at(w_ptr, token + 32, write_head, i, channel, HW, K))
-            from_middle = sum_tokens(up_to_mask(), g1, PARTS)
-            factor = tl.exp(from_middle)
-            left = tl.trans(times(w0, tl.exp(to_end)))
-            p = tl.dot(times(q1, factor), left, p, input_precision=PRECISION)
-            if ERASE:
-                a = tl.dot(times(k1, factor), left, a, input_precision=PRECISION)
-            factor = tl.exp(from_middle + total[None, :])
-            tl.store(rows_at(decayed_q_ptr, token + 32, h, i, channel, H, K), times(q1, factor))
-            if ERASE:
-                tl.store(rows_at(decayed_k_ptr, token + 32, h, i, channel, H, K), times(k1, factor))
-            factor = tl.exp(sum_tokens(after_mask(), g1, PARTS))
-            tl.store(rows_at(decayed_w_ptr, token + 32, h, i, channel, H, K), times(w1, factor))
             later = tl.sum(g1, axis=0)
             to_end += later[None, :]
+        tl.store(rows_at(decayed_w_ptr, token, h, i, channel, H, K), times(w, tl.exp(to_end)))
+        if TWO:
+            factor = tl.exp(sum_tokens(after_mask(), g1, PARTS))
+            w = tl.load(rows_at(w_ptr, token + 32, write_head, i, channel, HW, K))
+            tl.store(rows_at(decayed_w_ptr, token + 32, h, i, channel, H, K), times(w, factor))
+            from_middle = sum_tokens(up_to_mask(), g1, PARTS)
+            q = tl.load(rows_at(q_ptr, token + 32, key_head, i, channel, HK, K))
+            p = tl.dot(times(q, tl.exp(from_middle)), left, p, input_precision=PRECISION)
+            factor = tl.exp(from_middle + total[None, :])
+            tl.store(rows_at(decayed_q_ptr, token + 32, h, i, channel, H, K), times(q, factor))
+            if ERASE:
+                k = tl.load(rows_at(k_ptr, token + 32, key_head, i, channel, HK, K))
+                a = tl.dot(times(k, tl.exp(from_middle)), left, a, input_precision=PRECISION)
+                tl.store(rows_at(decayed_k_ptr, token + 32, h, i, channel, H, K), times(k, factor))
             total += later
-        tl.store(rows_at(decayed_w_ptr, token, h, i, channel, H, K), times(w0, tl.exp(to_end)))
         tl.store(carry_ptr + program * K + channel, tl.exp(total))
     if TWO:
         store_block(pairs_ptr, 32, 0, p, C, 1)
@@ -190,6 +193,7 @@ def decay(
             "decayed_w_ptr": decayed,
             "carry_ptr": jax.ShapeDtypeStruct((*by_chunk, key_dim), jnp.float32),
         },
+        scalars={"levels": LEVELS},
         constants=constants_of(q, heads, options)
         | {
             "HW": w.shape[2],

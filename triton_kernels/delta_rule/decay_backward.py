@@ -12,7 +12,7 @@ import triton.language as tl
 from triton_kernels.common.launch import launch
 from triton_kernels.common.settings import settings
 from triton_kernels.common.tiles import bits_of, sum_tokens
-from triton_kernels.delta_rule.decay import after_mask, level_mask, parted, parts_of, times, up_to_mask
+from triton_kernels.delta_rule.decay import LEVELS, after_mask, level_mask, parted, parts_of, times, up_to_mask
 from triton_kernels.delta_rule.options import DeltaRuleOptions, constants_of
 from triton_kernels.delta_rule.tiles import rows_at
 
@@ -26,7 +26,7 @@ def load_pairs(ptr, first, second, C: tl.constexpr):
 
 @triton.jit
 def add_inside(
-    q_ptr, k_ptr, w_ptr, log_decay_ptr, d_p_ptr, d_a_ptr, d_q, d_k, d_w, d_log, token, first, h, channel,
+    q_ptr, k_ptr, w_ptr, log_decay_ptr, d_p_ptr, d_a_ptr, d_q, d_k, d_w, d_log, token, first, h, channel, levels,
     H: tl.constexpr, HK: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, C: tl.constexpr, ERASE: tl.constexpr,
     PARTS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
@@ -45,7 +45,7 @@ def add_inside(
     diagonal = tl.sum(tl.where(i[:, None] == i[None, :], d_p.to(tl.float32), 0.0), axis=1)[:, None]
     d_q += diagonal * w.to(tl.float32)
     d_w += diagonal * q.to(tl.float32)
-    for level in tl.range(0, 5, loop_unroll_factor=1, num_stages=1):
+    for level in tl.range(0, levels, loop_unroll_factor=1, num_stages=1):
         factor = tl.exp(sum_tokens(level_mask(level), log_decay, PARTS))
         pair = parted(level)
         decayed_q = times(q, factor)
@@ -71,7 +71,7 @@ def add_inside(
 @triton.jit
 def delta_rule_decay_backward(
     q_ptr, k_ptr, w_ptr, log_decay_ptr, d_pairs_ptr, d_decayed_q_ptr, d_decayed_k_ptr, d_decayed_w_ptr,
-    d_q_ptr, d_k_ptr, d_w_ptr, d_log_decay_ptr,
+    d_q_ptr, d_k_ptr, d_w_ptr, d_log_decay_ptr, levels,
     H: tl.constexpr, HK: tl.constexpr, HW: tl.constexpr, K: tl.constexpr, C: tl.constexpr, BLOCK: tl.constexpr,
     ERASE: tl.constexpr, PARTS: tl.constexpr, PRECISION: tl.constexpr, HALVES: tl.constexpr,
 ):  # fmt: skip
@@ -156,7 +156,7 @@ def delta_rule_decay_backward(
         d_log1 += sum_tokens(tl.trans(up_to_mask()), d_from, PARTS) + d_later[None, :]
         d_q1, d_k1, d_w1, d_log1 = add_inside(
             q_ptr, k_ptr, w_ptr, log_decay_ptr, d_p_ptr, d_a_ptr, d_q1, d_k1, d_w1, d_log1, token, 32, h, channel,
-            H, HK, HW, K, C, ERASE, PARTS, PRECISION,
+            levels, H, HK, HW, K, C, ERASE, PARTS, PRECISION,
         )  # fmt: skip
         tl.store(rows_at(d_q_ptr, token + 32, h, i, channel, H, K), d_q1.to(d_q_ptr.dtype.element_ty))
         tl.store(rows_at(d_k_ptr, token + 32, h, i, channel, H, K), d_k1.to(d_k_ptr.dtype.element_ty))
@@ -165,7 +165,7 @@ def delta_rule_decay_backward(
     d_log0 += sum_tokens(tl.trans(after_mask()), d_to_end, PARTS)
     d_q0, d_k0, d_w0, d_log0 = add_inside(
         q_ptr, k_ptr, w_ptr, log_decay_ptr, d_p_ptr, d_a_ptr, d_q0, d_k0, d_w0, d_log0, token, 0, h, channel,
-        H, HK, HW, K, C, ERASE, PARTS, PRECISION,
+        levels, H, HK, HW, K, C, ERASE, PARTS, PRECISION,
     )  # fmt: skip
     tl.store(rows_at(d_q_ptr, token, h, i, channel, H, K), d_q0.to(d_q_ptr.dtype.element_ty))
     tl.store(rows_at(d_k_ptr, token, h, i, channel, H, K), d_k0.to(d_k_ptr.dtype.element_ty))
@@ -216,6 +216,7 @@ def decay_backward(
             "d_w_ptr": result,
             "d_log_decay_ptr": jax.ShapeDtypeStruct(log_decay.shape, jnp.float32),
         },
+        scalars={"levels": LEVELS},
         constants=constants_of(q, heads, options)
         | {"HW": w.shape[2], "BLOCK": block, "ERASE": options.erase, "PARTS": parts_of(q.dtype)},
         programs=(length // options.chunk) * (key_dim // block) * heads,
