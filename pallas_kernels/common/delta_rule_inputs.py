@@ -1,6 +1,6 @@
 """Parts that the entry points of the delta rule's kernels share in every back end: inputs, splits, sums over heads."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -66,7 +66,7 @@ class Splits(NamedTuple):
         return x.reshape(self.batch, self.number, *x.shape[1:])[:, -1]
 
 
-def chain(
+def _chain(
     equation: str, matrices: jax.Array, added: jax.Array, initial: jax.Array, *, reverse: bool = False
 ) -> jax.Array:
     """Return the state before every split [B P, H, K, V] of the recurrence S' = M S + N, in reverse order if asked.
@@ -87,3 +87,56 @@ def chain(
     splits = (matrices.swapaxes(0, 1), added.reshape(batch, count, *added.shape[1:]).swapaxes(0, 1))
     _, states = lax.scan(step, initial, splits, reverse=reverse)
     return states.swapaxes(0, 1).reshape(added.shape)
+
+
+def initial_states(
+    final_of: Callable[[jax.Array, jax.Array], jax.Array], v: jax.Array, initial: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Return the state that every split starts from [B P, H, K, V], and M of every split [B, P, H, K, K].
+
+    The state after a split is linear in the state before it, S' = M S + N: N is the result of the split started from
+    zeros, M that of the split started from the identity with all values zero.
+
+    Args:
+        final_of: (values, states before the splits) -> states after them; batch and splits are one axis.
+        v: [B P, T / P, H, V].
+        initial: initial state of the whole sequences [B, H, K, V] float32.
+    """
+    batch, heads, key_dim, value_dim = initial.shape
+    count, length = v.shape[0] // batch, v.shape[1]
+    from_zeros = final_of(v, jnp.zeros((batch * count, heads, key_dim, value_dim), jnp.float32))
+    identity = jnp.broadcast_to(jnp.eye(key_dim, dtype=jnp.float32), (batch * count, heads, key_dim, key_dim))
+    matrices = final_of(jnp.zeros((batch * count, length, heads, key_dim), v.dtype), identity)
+    matrices = matrices.reshape(batch, count, heads, key_dim, key_dim)
+    return _chain("bhij,bhjv->bhiv", matrices, from_zeros, initial), matrices
+
+
+def final_state_gradients(matrices: jax.Array, from_zeros: jax.Array, d_final: jax.Array) -> jax.Array:
+    """Return the gradient of the state that every split ends with [B P, H, K, V].
+
+    Args:
+        matrices: M of every split [B, P, H, K, K].
+        from_zeros: gradient of the state that every split starts from, given a zero gradient of the state that it ends
+            with [B P, H, K, V].
+        d_final: gradient of the final state of the whole sequences [B, H, K, V].
+    """
+    return _chain("bhji,bhjv->bhiv", matrices, from_zeros, d_final, reverse=True)
+
+
+def input_gradients(inputs: Inputs, found: Sequence[jax.Array], *, erase: bool) -> Inputs:
+    """Return the gradients of the inputs.
+
+    Args:
+        inputs: of the call.
+        found: gradients of q, k (with erase) and w by value head, of v, beta, the initial state and log_decay if given.
+        erase: as in the call; without it k gets none.
+    """
+    q, k, w, *_ = inputs
+    count = 2 + erase
+    d_keys, (d_v, d_beta, d_initial, *d_decays) = found[:count], found[count:]
+    d_log_decay = d_decays[0] if d_decays else None
+    d_q, d_w = per_key_head(d_keys[0], q), per_key_head(d_keys[-1], k if w is None else w)
+    d_k = per_key_head(d_keys[1], k) if erase else jnp.zeros_like(k)
+    if w is None:
+        return Inputs(d_q, d_k + d_w, None, d_v, d_beta, d_log_decay, d_initial)
+    return Inputs(d_q, d_k, d_w, d_v, d_beta, d_log_decay, d_initial)

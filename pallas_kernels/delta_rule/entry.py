@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common.delta_rule_inputs import Inputs, Splits, axes_of, per_key_head
+from pallas_kernels.common.delta_rule_inputs import (
+    Inputs,
+    Splits,
+    axes_of,
+    final_state_gradients,
+    initial_states,
+    input_gradients,
+)
 from pallas_kernels.common.partitioning import Axes, Heads, per_shard
 from pallas_kernels.common.shard_map import match_varying_axes
 from pallas_kernels.common.tiles import CHUNK
@@ -26,7 +33,7 @@ from pallas_kernels.delta_rule.prepare import Chunks, DeltaRuleOptions, prepare
 from pallas_kernels.delta_rule.prepare_channel_decay import prepare_channel_decay
 from pallas_kernels.delta_rule.scan import scan
 from pallas_kernels.delta_rule.scan_backward import scan_backward
-from pallas_kernels.delta_rule.split_sequence import final_state_gradients, initial_states, split_count
+from pallas_kernels.delta_rule.split_sequence import split_count
 
 DIMENSIONS = (64, 128, 256)
 _TYPES = (jnp.bfloat16, jnp.float16)
@@ -117,18 +124,10 @@ def _delta_rule_fwd(inputs: Inputs, resets: jax.Array | None, options: DeltaRule
 
 def _delta_rule_bwd(options: DeltaRuleOptions, saved: Any, cotangents: Any) -> Any:
     inputs, resets = saved
-    q, k, w, *_ = inputs
-    keys = 2 + options.erase  # q, k (with erase) and w
-    # Then those of v, beta, the initial state and perhaps log_decay.
-    results = [*["b.h."] * (keys + 1), "b.h", "bh..", *filter(None, [axes_of(inputs).log_decay])]
+    # Gradients of q, k (with erase), w, v, beta, the initial state and perhaps log_decay.
+    results = [*["b.h."] * (3 + options.erase), "b.h", "bh..", *filter(None, [axes_of(inputs).log_decay])]
     found = _per_shard(_backward, inputs, resets, tuple(cotangents), results, options)
-    d_keys, (d_v, d_beta, d_initial, *d_decays) = found[:keys], found[keys:]
-    d_log_decay = d_decays[0] if d_decays else None
-    d_q, d_w = per_key_head(d_keys[0], q), per_key_head(d_keys[-1], k if w is None else w)
-    d_k = per_key_head(d_keys[1], k) if options.erase else jnp.zeros_like(k)
-    if w is None:
-        return Inputs(d_q, d_k + d_w, None, d_v, d_beta, d_log_decay, d_initial), None
-    return Inputs(d_q, d_k, d_w, d_v, d_beta, d_log_decay, d_initial), None
+    return input_gradients(inputs, found, erase=options.erase), None
 
 
 def _per_shard(
@@ -169,7 +168,8 @@ def _forward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRule
     initial = inputs.initial
     chunks = _prepare(inputs, segment, options, gradient=False)
     if splits.number > 1:
-        initial, _ = initial_states(chunks, inputs.v, initial, options)
+        final_of = lambda v, states: scan(chunks, v, states, options, keep="final").final
+        initial, _ = initial_states(final_of, inputs.v, initial)
     results = scan(chunks, inputs.v, initial, options, keep="outputs")
     return [splits.join(results.out), splits.last(results.final)]
 
@@ -184,7 +184,8 @@ def _backward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRul
     beta = jnp.where(jnp.abs(inputs.beta) < smallest, smallest, inputs.beta)
     chunks = _prepare(inputs._replace(beta=beta), segment, options, gradient=True)
     if splits.number > 1:
-        initial, matrices = initial_states(chunks, inputs.v, initial, options)
+        final_of = lambda v, states: scan(chunks, v, states, options, keep="final").final
+        initial, matrices = initial_states(final_of, inputs.v, initial)
         from_zeros = scan_backward(chunks, d_out, jnp.zeros_like(initial), options).d_initial
         d_final = final_state_gradients(matrices, from_zeros, d_final)
     # The low-order halves fit in shared memory only for V <= 128.

@@ -10,20 +10,18 @@ Exit status:
     2  the command line is wrong, or Triton is not installed
 """
 
-import argparse
 import datetime
 import json
-import os
 import shlex
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
-from typing import NoReturn
 
 from rich.console import Console
 from rich.progress import Progress
 
+from pallas_kernels.aot.command_line import parser_of
 from triton_kernels.aot import compiler, record, results
 from triton_kernels.aot.cases import matching
 from triton_kernels.aot.gpus import GPUS
@@ -31,7 +29,6 @@ from triton_kernels.aot.report import Run
 
 _PROGRAM = "python -m triton_kernels.aot"
 _WIDTH = 180  # columns of the table if the output is not a terminal
-_JOBS = min(4, os.cpu_count() or 1)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -41,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments; default those of this process.
     """
     argv = sys.argv[1:] if argv is None else list(argv)
-    parser = _parser()
+    parser = parser_of(_PROGRAM, __doc__ or "", sorted(GPUS), "a100", "spills in loops")
     given = parser.parse_args(argv)
     cases = matching(given.cases)
     if not cases:
@@ -94,50 +91,6 @@ def _watched[T](verb: str, items: Iterable[T], total: int, line: Callable[[T], s
             if not console.is_terminal and (text := line(item)):
                 print(f"{len(found)} of {total}: {text}", file=sys.stderr, flush=True)
     return found
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        """Report a wrong command line in one line, without the usage text."""
-        self.exit(2, f"{self.prog}: error: {message}\n")
-
-
-def _parser() -> argparse.ArgumentParser:
-    description, *epilog = (__doc__ or "").split("\n", 1)
-    parser = _Parser(
-        prog=_PROGRAM,
-        description=description,
-        epilog="".join(epilog).strip("\n"),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--gpu", choices=sorted(GPUS), default="a100", help="GPU to compile for (default a100)")
-    add(
-        "--cases",
-        default="",
-        metavar="PATTERN",
-        help="compile only cases whose name contains PATTERN; * matches anything",
-    )
-    add("--list", action="store_true", help="print the names of the cases and exit")
-    add("--json", type=_output_file, metavar="FILE", help="write the results as JSON")
-    add("--markdown", type=_output_file, metavar="FILE", help="write the table as Markdown")
-    add("--jobs", type=_positive, default=_JOBS, metavar="N", help=f"number of compiler processes (default {_JOBS})")
-    add("--record", action="store_true", help="save the spills in loops of this run as the budgets of later runs")
-    return parser
-
-
-def _output_file(text: str) -> Path:
-    path = Path(text)
-    if path.is_dir() or not path.parent.is_dir():
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a file in an existing folder")
-    return path
-
-
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected a whole number of at least 1")
-    return int(text)
 
 
 if __name__ == "__main__":

@@ -14,14 +14,8 @@ from triton_kernels.common.settings import settings
 from triton_kernels.common.tiles import bits_of, sum_tokens
 from triton_kernels.delta_rule.decay import LEVELS, after_mask, level_mask, parted, parts_of, times, up_to_mask
 from triton_kernels.delta_rule.options import DeltaRuleOptions, constants_of
+from triton_kernels.delta_rule.prepare import load_block
 from triton_kernels.delta_rule.tiles import rows_at
-
-
-@triton.jit
-def load_pairs(ptr, first, second, C: tl.constexpr):
-    """Return the block [32, 32] at (first, second) of a gradient of pairs [C, C]."""
-    i = tl.arange(0, 32)
-    return tl.load(ptr + (first + i[:, None]) * C + second + i[None, :])
 
 
 @triton.jit
@@ -38,10 +32,10 @@ def add_inside(
     q = tl.load(rows_at(q_ptr, token + first, h // (H // HK), i, channel, HK, K))
     w = tl.load(rows_at(w_ptr, token + first, h // (H // HW), i, channel, HW, K))
     log_decay = tl.load(rows_at(log_decay_ptr, token + first, h, i, channel, H, K))
-    d_p = load_pairs(d_p_ptr, first, first, C)
+    d_p = load_block(d_p_ptr, first, first, C)
     if ERASE:
         k = tl.load(rows_at(k_ptr, token + first, h // (H // HK), i, channel, HK, K))
-        d_a = load_pairs(d_a_ptr, first, first, C)
+        d_a = load_block(d_a_ptr, first, first, C)
     diagonal = tl.sum(tl.where(i[:, None] == i[None, :], d_p.to(tl.float32), 0.0), axis=1)[:, None]
     d_q += diagonal * w.to(tl.float32)
     d_w += diagonal * q.to(tl.float32)
@@ -137,14 +131,14 @@ def delta_rule_decay_backward(
         factor = tl.exp(from_middle)
         factor_w = tl.exp(to_middle)
         decayed_w = times(w0, factor_w)
-        d_p = load_pairs(d_p_ptr, 32, 0, C)
+        d_p = load_block(d_p_ptr, 32, 0, C)
         decayed = times(q1, factor)
         d_x = tl.dot(d_p, decayed_w, input_precision=PRECISION)
         d_q1 += factor * d_x
         d_from += decayed.to(tl.float32) * d_x
         d_left = tl.dot(tl.trans(d_p), decayed, input_precision=PRECISION)
         if ERASE:
-            d_a = load_pairs(d_a_ptr, 32, 0, C)
+            d_a = load_block(d_a_ptr, 32, 0, C)
             decayed = times(k1, factor)
             d_x = tl.dot(d_a, decayed_w, input_precision=PRECISION)
             d_k1 += factor * d_x

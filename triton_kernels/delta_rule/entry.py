@@ -8,7 +8,14 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from pallas_kernels.common.delta_rule_inputs import Inputs, Splits, axes_of, per_key_head
+from pallas_kernels.common.delta_rule_inputs import (
+    Inputs,
+    Splits,
+    axes_of,
+    final_state_gradients,
+    initial_states,
+    input_gradients,
+)
 from pallas_kernels.common.partitioning import Axes, Heads, per_shard
 from pallas_kernels.common.shard_map import match_varying_axes
 from pallas_kernels.common.token_gates import BETA, FROM_START, clamped, from_chunks, gates_of, segments_of
@@ -22,7 +29,7 @@ from triton_kernels.delta_rule.pairs import pairs
 from triton_kernels.delta_rule.prepare import prepare
 from triton_kernels.delta_rule.scan import scan, scan_settings
 from triton_kernels.delta_rule.scan_backward import scan_backward
-from triton_kernels.delta_rule.split_sequence import final_state_gradients, initial_states, split_count
+from triton_kernels.delta_rule.split_sequence import split_count
 
 DIMENSIONS = (32, 64, 128, 256)
 _TYPES = (jnp.bfloat16, jnp.float16, jnp.float32)
@@ -128,18 +135,10 @@ def _delta_rule_fwd(inputs: Inputs, resets: jax.Array | None, options: DeltaRule
 
 def _delta_rule_bwd(options: DeltaRuleOptions, saved: Any, cotangents: Any) -> Any:
     inputs, resets = saved
-    q, k, w, *_ = inputs
     # Gradients of q, k (with erase), w, v, beta, the initial state and perhaps log_decay.
-    count = 2 + options.erase
-    results = [*["b.h."] * (count + 1), "b.h", "bh..", *filter(None, [axes_of(inputs).log_decay])]
+    results = [*["b.h."] * (3 + options.erase), "b.h", "bh..", *filter(None, [axes_of(inputs).log_decay])]
     found = _per_shard(_backward, inputs, resets, tuple(cotangents), results, options)
-    d_keys, (d_v, d_beta, d_initial, *d_decays) = found[:count], found[count:]
-    d_log_decay = d_decays[0] if d_decays else None
-    d_q, d_w = per_key_head(d_keys[0], q), per_key_head(d_keys[-1], k if w is None else w)
-    d_k = per_key_head(d_keys[1], k) if options.erase else jnp.zeros_like(k)
-    if w is None:
-        return Inputs(d_q, d_k + d_w, None, d_v, d_beta, d_log_decay, d_initial), None
-    return Inputs(d_q, d_k, d_w, d_v, d_beta, d_log_decay, d_initial), None
+    return input_gradients(inputs, found, erase=options.erase), None
 
 
 def _per_shard(
@@ -182,7 +181,8 @@ def _forward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRule
     initial = inputs.initial
     chunks = _prepare(inputs, segment, options, gradient=False)
     if splits.number > 1:
-        initial, _ = initial_states(chunks, inputs.v, initial, options)
+        final_of = lambda v, states: scan(chunks, v, states, options, keep="final").final_ptr
+        initial, _ = initial_states(final_of, inputs.v, initial)
     results = scan(chunks, inputs.v, initial, options, keep="outputs")
     return [splits.join(results.out_ptr), splits.last(results.final_ptr)]
 
@@ -197,7 +197,8 @@ def _backward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRul
     beta = jnp.where(jnp.abs(inputs.beta) < smallest, smallest, inputs.beta)
     chunks = _prepare(inputs._replace(beta=beta), segment, options, gradient=True)
     if splits.number > 1:
-        initial, matrices = initial_states(chunks, inputs.v, initial, options)
+        final_of = lambda v, states: scan(chunks, v, states, options, keep="final").final_ptr
+        initial, matrices = initial_states(final_of, inputs.v, initial)
         from_zeros = scan_backward(chunks, d_out, jnp.zeros_like(initial), options).d_initial_ptr
         d_final = final_state_gradients(matrices, from_zeros, d_final)
     forward = scan(chunks, inputs.v, initial, options, keep="states")
@@ -214,8 +215,7 @@ def _backward(arguments: tuple[Inputs, jax.Array | None, Any], options: DeltaRul
         *d_keys, d_inside = decay_backward(inputs.q, inputs.k, w, log_decay, from_pairs.d_pairs_ptr, d_decayed, options)
         d_keys = d_keys if options.erase else [d_keys[0], d_keys[-1]]
         # The decay of the state over a chunk, of which every token of the chunk has a part.
-        d_state = (chunks.carry * found.d_carry_ptr).astype(jnp.float32)
-        d_decays = [d_inside + jnp.repeat(d_state, options.chunk, axis=1)]
+        d_decays = [d_inside + jnp.repeat(chunks.carry * found.d_carry_ptr, options.chunk, axis=1)]
     d_beta = _from_chunk_rows(from_pairs.z_written_ptr / gates[..., BETA, :])
     d_keys, d_values, d_decays = (
         [splits.join(x) for x in group] for group in (d_keys, (backward.d_v_ptr, d_beta), d_decays)

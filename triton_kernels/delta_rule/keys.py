@@ -149,7 +149,7 @@ def keys(
             "d_carry_ptr": jax.ShapeDtypeStruct((*by_chunk, key_dim), jnp.float32),
         },
         scalars={"scale": options.scale},
-        constants=constants_of(chunks, heads, options)
+        constants=constants_of(chunks.q, heads, options)
         | {
             "HW": chunks.w.shape[2],
             "V": value_dim,

@@ -66,9 +66,8 @@ def halves_of(dtype: Any) -> int:
     return 32 // bits_of(dtype)
 
 
-def constants_of(chunks_or_q: Any, heads: int, options: DeltaRuleOptions) -> dict[str, Any]:
-    """Return the constants that all kernels share, from q or from the chunks."""
-    q = getattr(chunks_or_q, "q", chunks_or_q)
+def constants_of(q: jax.Array, heads: int, options: DeltaRuleOptions) -> dict[str, Any]:
+    """Return the constants that all kernels share, for queries [B, T, Hk, K] and a number of value heads."""
     return {
         "H": heads,
         "HK": q.shape[2],

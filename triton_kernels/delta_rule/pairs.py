@@ -110,7 +110,7 @@ def pairs(chunks: Chunks, d_out: jax.Array, residual: jax.Array, z: jax.Array, o
             "z_written_ptr": jax.ShapeDtypeStruct((*by_chunk, chunk), jnp.float32),
         },
         scalars={"scale": options.scale},
-        constants=constants_of(chunks, heads, options)
+        constants=constants_of(chunks.q, heads, options)
         | {
             "V": value_dim,
             "BLOCK": min(chosen.block, value_dim),

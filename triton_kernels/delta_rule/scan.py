@@ -157,7 +157,7 @@ def scan(
             "residual_ptr": residual if keep == "states" else None,
         },
         scalars={"scale": options.scale, "N": count},
-        constants=constants_of(chunks, heads, options)
+        constants=constants_of(chunks.q, heads, options)
         | {
             "HW": chunks.written_key.shape[2],
             "V": value_dim,

@@ -115,7 +115,7 @@ def scan_backward(chunks: Chunks, d_out: jax.Array, d_final: jax.Array, options:
             "d_initial_ptr": jax.ShapeDtypeStruct(d_final.shape, jnp.float32),
         },
         scalars={"scale": options.scale, "N": count},
-        constants=constants_of(chunks, heads, options)
+        constants=constants_of(chunks.q, heads, options)
         | {
             "HW": chunks.written_key.shape[2],
             "V": value_dim,

@@ -187,7 +187,7 @@ def _chain(splits: Splits, chunks: Chunks, added: jax.Array, first: jax.Array, *
     """
     count = splits.number
     decay = jnp.prod(chunks.gates[..., FROM_START, -1], axis=1).reshape(splits.batch, count, -1)
-    decay, added = decay, added.reshape(splits.batch, count, *added.shape[1:])
+    added = added.reshape(splits.batch, count, *added.shape[1:])
     if reverse:
         decay, added = decay[:, ::-1], added[:, ::-1]
     # The decay from the end of split j to the start of split i: the product over the splits between them.
