@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("our_checks")
         ({"heads": -2}, "heads: got -2"),
         ({"key_dim": 2.0}, "key_dim: got 2.0"),
         ({"value_dim": True}, "value_dim: got True"),
-        ({"conv_size": 0}, "conv_size: got 0"),
+        ({"conv_size": -1}, "conv_size: got -1"),
         ({"key_heads": 0}, "key_heads: got 0, expected an int of at least 1"),
         ({"key_heads": 3}, "key_heads: got 3, expected a divisor of the 4 heads"),
         ({"key_heads": 8}, "key_heads: got 8"),
@@ -57,7 +57,7 @@ def test_a_mixer_names_the_field_that_is_wrong(changes, said):
         ({"rotary_base": float("nan")}, "rotary_base: got nan"),
         ({"chunk_size": 0}, "chunk_size: got 0"),
         ({"implementation": "mosaic_gpu"}, "implementation: got 'mosaic_gpu', expected None or one of chunk, cudnn"),
-        ({"implementation": "cudnn", "value_dim": 8}, "implementation: got 'cudnn' with key_dim=4 and value_dim=8"),
+        ({"implementation": "cudnn", "value_dim": 8}, "implementation: got 'cudnn' with key_dim=4, value_dim=8 and window=None"),
     ],
 )
 def test_attention_names_the_field_that_is_wrong(changes, said):
