@@ -28,6 +28,7 @@ LAYERS = {
     "osdn_jax.ops": {"pallas_kernels", "triton_kernels"},
     "osdn_jax.nn": {"osdn_jax.ops"},
     "osdn_jax.data": SHARED,
+    "osdn_jax.interop": {"osdn_jax.nn", "osdn_jax.data", *SHARED},
     "osdn_jax.compare": {"osdn_jax.ops", *SHARED},
     "osdn_jax.regression": {"osdn_jax.ops", "osdn_jax.compare", *SHARED},
     "osdn_jax.sampling": {"osdn_jax.nn"},
@@ -48,7 +49,7 @@ LAYERS = {
 }
 CORE = {"jax", "flax", "jaxtyping", "numpy"}
 # Packages that have to be importable without an extra.
-BASIC = ("pallas_kernels", "osdn_jax.ops", "osdn_jax.nn")
+BASIC = ("pallas_kernels", "osdn_jax.ops", "osdn_jax.nn", "osdn_jax.interop")
 
 
 def layer(module):

@@ -1,0 +1,13 @@
+"""Models of other libraries, in and out: folders with config.json and safetensors files.
+
+`load_pretrained` reads such a folder as an `nn.CausalLM`, also straight onto a mesh, and `logits` runs it;
+`save_pretrained` writes the layout that the other library reads, or our own. docs/interop.md lists the models.
+"""
+
+from osdn_jax.interop.families import FAMILIES
+from osdn_jax.interop.family import Family
+from osdn_jax.interop.loading import load_pretrained, logits
+from osdn_jax.interop.origin import Origin
+from osdn_jax.interop.saving import save_pretrained
+
+__all__ = ["FAMILIES", "Family", "Origin", "load_pretrained", "logits", "save_pretrained"]

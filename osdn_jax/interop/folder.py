@@ -1,0 +1,190 @@
+"""A folder with a model as other libraries save it: its configuration, and where each of its tensors lies."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from osdn_jax._files import naming_the_file
+from osdn_jax.interop.safetensors import DTYPES, Tensor, read_header
+
+CONFIG_FILE = "config.json"
+SINGLE_FILE = "model.safetensors"
+INDEX_FILE = "model.safetensors.index.json"
+
+_MAX_JSON = 1 << 28  # bytes
+_PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "*.pt", "*.pth", "*.bin", "*.ckpt", "*.pkl")
+_REMOTE_CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
+
+
+class Folder:
+    """The configuration and the tensors of a folder; opening one reads headers only.
+
+    Args:
+        path: the folder.
+        ignore_remote_code: read a config.json that names code to run, without running it.
+
+    Attributes:
+        path: the folder.
+        config: the entries of config.json.
+        text: config.json as it is.
+        tensors: {name: where it lies}.
+        files: the safetensors files.
+        metadata: the metadata of the first of them.
+
+    Raises:
+        FileNotFoundError: no folder, no config.json, no weights, or a file of the index is missing.
+        ValueError: malformed files; weights as pickles only; a config that asks for remote code; quantised weights.
+    """
+
+    def __init__(self, path: str | os.PathLike[str], *, ignore_remote_code: bool = False) -> None:
+        """Read the configuration, the index and the headers."""
+        self.path = existing_folder(path)
+        self.text, self.config = read_config(self.path)
+        check_served(self.path / CONFIG_FILE, self.config, ignore_remote_code=ignore_remote_code)
+        index = self.path / INDEX_FILE
+        self.files = _indexed_files(index) if index.is_file() else {self._single(): None}
+        self.tensors: dict[str, Tensor] = {}
+        self.metadata: dict[str, str] = {}
+        for file, expected in self.files.items():
+            header = read_header(file)
+            self.metadata = self.metadata or header.metadata
+            _check_indexed(file, header.tensors, expected)
+            for name, tensor in header.tensors.items():
+                if name in self.tensors:
+                    raise ValueError(f"{file}: has the key {name!r}, which {self.tensors[name].file.name} has too")
+                self.tensors[name] = tensor
+        _check_types(self.tensors)
+
+    @property
+    def size(self) -> int:
+        """Bytes of all tensors."""
+        return sum(tensor.size for tensor in self.tensors.values())
+
+    def _single(self) -> Path:
+        file = self.path / SINGLE_FILE
+        if file.is_file():
+            return file
+        others = sorted(self.path.glob("*.safetensors"))
+        if len(others) == 1:
+            return others[0]
+        if others:
+            names = ", ".join(other.name for other in others[:3]) + (", …" if len(others) > 3 else "")
+            raise FileNotFoundError(f"{self.path}: got {names} without {INDEX_FILE}, expected it or {SINGLE_FILE}")
+        pickles = sorted({file.name for pattern in _PICKLES for file in self.path.glob(pattern)})
+        if pickles:
+            raise ValueError(
+                f"{self.path}: got weights in {pickles[0]} only, a pickle, which can run code and is never opened; "
+                "expected safetensors files: save the model again with save_pretrained of its library"
+            )
+        raise FileNotFoundError(f"{self.path}: has no {SINGLE_FILE} and no {INDEX_FILE}")
+
+
+def existing_folder(path: str | os.PathLike[str]) -> Path:
+    """Return the path of a folder that exists. Raises TypeError, FileNotFoundError or NotADirectoryError."""
+    if not isinstance(path, str | os.PathLike):
+        raise TypeError(f"path: got {type(path).__name__}, expected the path of a folder")
+    folder = Path(path).expanduser()
+    if not folder.exists():
+        raise FileNotFoundError(f"path: got {str(folder)!r}, which does not exist; expected a folder of this machine")
+    if not folder.is_dir():
+        raise NotADirectoryError(f"path: got {str(folder)!r}, which is a file; expected the folder with config.json")
+    return folder
+
+
+def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
+    """Return the text of a folder's config.json and its entries."""
+    file = folder / CONFIG_FILE
+    if not file.is_file():
+        raise FileNotFoundError(f"{folder}: has no {CONFIG_FILE}; expected a folder that a save_pretrained wrote")
+    return read_json(file)
+
+
+def read_json(file: Path) -> tuple[str, dict[str, Any]]:
+    """Return the text of a file and the JSON object in it. Raises ValueError if it is none."""
+    with naming_the_file(file):
+        if file.stat().st_size > _MAX_JSON:
+            raise ValueError(f"{file}: got {file.stat().st_size:,} bytes, expected at most {_MAX_JSON:,}")
+        data = file.read_bytes()
+    try:
+        text = data.decode("utf-8")
+        values = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: is not JSON: {error}") from error
+    if not isinstance(values, dict):
+        raise ValueError(f"{file}: got a JSON {type(values).__name__}, expected an object")
+    return text, values
+
+
+def check_served(file: Path, config: Mapping[str, Any], *, ignore_remote_code: bool) -> None:
+    """Raise ValueError for a config that asks to run code, or for quantised weights."""
+    places = {"": config} | {f"{key}.": value for key, value in config.items() if isinstance(value, dict)}
+    for prefix, values in places.items():
+        for name in _REMOTE_CODE:
+            if values.get(name) and not ignore_remote_code:
+                raise ValueError(
+                    f"{file}: got {prefix}{name}, which asks to run code that is not part of this package; none was "
+                    "run. If the model is of a supported family, ignore_remote_code=True loads it without that code"
+                )
+        if values.get("quantization_config"):
+            raise ValueError(f"{file}: got {prefix}quantization_config, expected weights that are not quantised")
+
+
+def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
+    """Return {file: the keys that the index puts there}."""
+    _, values = read_json(index)
+    places = values.get("weight_map")
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index}: got no weight_map, expected an object from keys to files")
+    files: dict[Path, set[str] | None] = {}
+    for key, name in places.items():
+        if not isinstance(name, str) or not name:
+            raise ValueError(f"{index}: got {name!r} as the file of {key!r}, expected the name of a file")
+        file = index.parent / name
+        if _is_outside(index.parent, name):
+            raise ValueError(f"{index}: got the file {name!r} of {key!r}, which lies outside the folder")
+        if not name.endswith(".safetensors"):
+            raise ValueError(f"{index}: got the file {name!r} of {key!r}, expected a safetensors file")
+        keys = files.setdefault(file, set())
+        if keys is not None:
+            keys.add(key)
+    for file in files:
+        if not file.is_file():
+            raise FileNotFoundError(f"{index}: names the file {file.name!r}, which does not exist")
+    return files
+
+
+def _is_outside(folder: Path, name: str) -> bool:
+    """Return whether a file of an index lies outside the folder, also by a link.
+
+    In the cache of the Hugging Face hub, a folder snapshots/REVISION holds links to files in blobs, which are allowed.
+    """
+    if os.path.isabs(name) or ".." in Path(name).parts:
+        return True
+    try:
+        file, inside = (folder / name).resolve(), folder.resolve()
+    except (OSError, ValueError, RuntimeError):  # a circle of links, or a NUL character
+        return True
+    blobs = inside.parent.parent / "blobs"
+    return not (file.is_relative_to(inside) or (inside.parent.name == "snapshots" and file.parent == blobs))
+
+
+def _check_indexed(file: Path, found: Mapping[str, Tensor], expected: set[str] | None) -> None:
+    lacking = sorted((expected or set()) - set(found))
+    if lacking:
+        raise ValueError(f"{file}: lacks {_several(lacking)}, which {INDEX_FILE} puts there")
+
+
+def _check_types(tensors: Mapping[str, Tensor]) -> None:
+    wrong: dict[str, list[str]] = {}
+    for name, tensor in tensors.items():
+        if tensor.type not in DTYPES:
+            wrong.setdefault(tensor.type, []).append(name)
+    if wrong:
+        kinds = "; ".join(f"{kind} in {_several(names)}" for kind, names in wrong.items())
+        raise ValueError(f"weights: got the types {kinds}; expected {', '.join(DTYPES)}: quantised ones are not read")
+
+
+def _several(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more keys"
