@@ -30,6 +30,7 @@ from osdn_jax.ops.rules import (
     pkda,
 )
 from osdn_jax.ops.scan import delta_rule_step
+from osdn_jax.ops.squares import squares_preconditioner, squares_write_key
 
 __all__ = [
     "State",
@@ -55,4 +56,6 @@ __all__ = [
     "pdn",
     "pgdn",
     "pkda",
+    "squares_preconditioner",
+    "squares_write_key",
 ]

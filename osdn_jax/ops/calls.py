@@ -1,4 +1,4 @@
-"""Checked calls of the three operators: their arrays, and the options that are static under jit.
+"""Checked calls of the operators: their arrays, and the options that are static under jit.
 
 Every implementation of an operator is a function of one such pair. Each call has a field `resets`, since
 `osdn_jax.ops.dispatch` handles packed sequences for all operators.
@@ -108,6 +108,31 @@ class GramOptions(NamedTuple):
     """Static options of the Gram preconditioner."""
 
     squash: float
+    chunk_size: int | None
+    context_axis: str | None
+    write_key: bool  # return multiplier * k in the type of k, not the multiplier
+
+
+class SquaresCall(NamedTuple):
+    """Arrays of the preconditioners of squared keys. P is the number of key heads.
+
+    `after_reset` is the public argument `restart`. Decay and gain are the same for all tokens; they are arrays since
+    tokens that pad a block have a decay of 1 and a gain of 0.
+    """
+
+    k: jax.Array  # [B, T, P, K]
+    log_decay: jax.Array  # [B, T, P]
+    gain: jax.Array  # [B, T, P]
+    initial: jax.Array  # [B, P, K]
+    after_reset: jax.Array  # state at the start of every later segment [B, P, K]
+    resets: jax.Array | None  # [B, T] bool
+
+
+class SquaresOptions(NamedTuple):
+    """Static options of the preconditioners of squared keys."""
+
+    average: bool  # a moving average, which each token reads before its own square is added, not a sum
+    normalize: bool
     chunk_size: int | None
     context_axis: str | None
     write_key: bool  # return multiplier * k in the type of k, not the multiplier

@@ -136,6 +136,15 @@ def number(name: str, value: Any) -> float:
     return float(value)
 
 
+def array_or_number(name: str, value: Any, shapes: Sequence[Shape]) -> jax.Array | float | None:
+    """Return None, a static number or an array of one of the shapes, or raise TypeError or ValueError."""
+    if value is None:
+        return None
+    if is_number(value):
+        return number(name, value)  # not an array: it takes the type of the state
+    return shaped_array(name, value, shapes, "a number, [Hk, K] or [B, Hk, K]")
+
+
 def bounds(value: Any) -> tuple[float, float] | None:
     """Return (lo, hi) with lo <= hi, each possibly infinite, or None; or raise TypeError or ValueError."""
     if value is None:

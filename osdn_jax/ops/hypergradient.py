@@ -267,7 +267,7 @@ def _checked(
     normalize = checks.flag("normalize", normalize)
     shapes: list[tuple[int, ...]] = [(batch, heads, key_dim), (heads, key_dim), ()]
     values = {
-        name: _array_or_number(name, x, shapes)
+        name: checks.array_or_number(name, x, shapes)
         for name, x in (("initial", initial), ("anchor", anchor), ("restart", restart))
     }
     dtype = checks.accumulator_dtype(k, beta, log_forget, *(x for x in values.values() if isinstance(x, jax.Array)))
@@ -296,14 +296,6 @@ def _checked(
     )
     options = HypergradientOptions(bounds, chunk_size, context_axis, write_key=False)
     return HypergradientCall(k, beta, step, log_forget, start, resets), options
-
-
-def _array_or_number(name: str, value: object, shapes: list[tuple[int, ...]]) -> jax.Array | float | None:
-    if value is None:
-        return None
-    if checks.is_number(value):
-        return checks.number(name, value)  # not an array: it takes the type of the state
-    return checks.shaped_array(name, value, shapes, "a number, [Hk, K] or [B, Hk, K]")
 
 
 def _apply(implementation: str | None, options: HypergradientOptions, call: HypergradientCall) -> Results:

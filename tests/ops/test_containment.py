@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 from osdn_jax import ops
 from osdn_jax.ops.containment import all_finite, scan_in_blocks
 from support import assert_close, jit, random_like, value_and_gradient
-from support.cases import NAMED, TRUST, delta, gram, hypergradient, ids
+from support.cases import NAMED, TRUST, delta, gram, hypergradient, ids, squares
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -32,6 +32,8 @@ MIXED = [
     packed(hypergradient("hypergradient: unbounded", beta=True, forget=True, eta=0.5, initial=("head", 0.5, 1.5))),
     packed(hypergradient("hypergradient: bounds", **TRUST, anchor=1.0, restart=1.0)),
     packed(gram("gram")),
+    packed(squares("squares: sum", initial=("head", 0.5, 1.5))),
+    packed(squares("squares: average", average=0.9, normalize=True, initial=0.1)),
 ]
 
 
@@ -63,6 +65,8 @@ def spoil(case, fault):
 @pytest.mark.parametrize("case", MIXED, ids=lambda case: case.name)
 def test_other_segments_keep_values_and_gradients(case, fault):
     """They equal those with a finite second segment, whatever the cotangents of that segment's outputs are."""
+    if (case.name, fault) == ("squares: sum", "overflow"):
+        pytest.skip("1 / (D + 1) is 0, and so finite, after an overflow of D")
     arrays, (tokens, final) = spoil(case, fault), case.operator.outputs
     clean_value, clean_gradient = case.by_scan
     cotangents = case.cotangents

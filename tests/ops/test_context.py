@@ -53,7 +53,7 @@ def test_values_and_gradients(case):
 
 
 @pytest.mark.parametrize("initial", [True, False], ids=["initial state", "from zeros"])
-@pytest.mark.parametrize("operator", ["hypergradient", "gram"])
+@pytest.mark.parametrize("operator", ["hypergradient", "gram", "squares"])
 def test_write_keys_without_tokens(operator, initial):
     case = NAMED[f"{operator}: no tokens"]
     write_key = getattr(ops, f"{operator}_write_key")

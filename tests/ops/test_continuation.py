@@ -9,7 +9,7 @@ import pytest
 
 from osdn_jax import ops
 from support import assert_close, jit, value_and_gradient
-from support.cases import CASES, DELTA, GRAM, HYPERGRADIENT, IMPLEMENTATIONS, NAMED
+from support.cases import CASES, DELTA, GRAM, HYPERGRADIENT, IMPLEMENTATIONS, NAMED, SQUARES
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -19,7 +19,11 @@ PACKED = [
     NAMED["delta: channel decay, write key per value head"],
     NAMED["hypergradient: all options"],
     NAMED["gram: packed"],
+    NAMED["squares: sum"],
+    NAMED["squares: average"],
 ]
+PRECONDITIONERS = {HYPERGRADIENT: "hypergradient", GRAM: "gram", SQUARES: "squares"}
+RESTARTING = (HYPERGRADIENT, SQUARES)  # segments start from a value that is not zero
 
 
 def cut(case, x, start, stop):
@@ -40,7 +44,7 @@ def test_packed_segments_equal_separate_sequences(case):
         for start, stop in itertools.pairwise(edges):
             x, options = cut(case, one_row, start, stop), dict(case.options)
             restart = x.pop("restart", options.pop("restart", None))
-            if start > 0 and case.operator is not HYPERGRADIENT:
+            if start > 0 and case.operator not in RESTARTING:
                 x.pop(state_argument, None)
             elif start > 0 and restart is not None:
                 options.pop(state_argument, None)
@@ -56,7 +60,7 @@ def in_several_calls(case, implementation, edges):
 
     def outputs(x):
         x, results = dict(x), []
-        if case.operator is HYPERGRADIENT:
+        if case.operator in RESTARTING and "restart" not in case.options:
             x.setdefault("restart", x["initial"])
         for start, stop in itertools.pairwise(edges):
             ids = jnp.asarray(case.segment_ids[:, start:stop])
@@ -81,7 +85,7 @@ def test_calls_that_pass_the_state_on_equal_one_call(case, implementation):
 
 
 @pytest.mark.parametrize("implementation", ["scan", "chunk"])
-@pytest.mark.parametrize("case", PACKED, ids=lambda case: case.name)
+@pytest.mark.parametrize("case", [c for c in PACKED if c.operator is not SQUARES], ids=lambda case: case.name)
 def test_padding_changes_nothing(case, implementation):
     """Tokens with beta 0 and log decay 0 after the sequence have no effect and no gradient."""
     token, state = case.operator.outputs
@@ -142,7 +146,9 @@ def test_steps_equal_the_sequence(case):
     assert_close(decode(case.arrays), case.expected, TOLERANCE)
 
 
-@pytest.mark.parametrize("operator", [DELTA, HYPERGRADIENT, GRAM], ids=["delta", "hypergradient", "gram"])
+@pytest.mark.parametrize(
+    "operator", [DELTA, HYPERGRADIENT, GRAM, SQUARES], ids=["delta", "hypergradient", "gram", "squares"]
+)
 @pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
 def test_first_id_of_a_call_is_no_reset(operator, implementation):
     """Only a change of the id resets the state, whatever the first id is."""

@@ -138,7 +138,7 @@ def test_rule_and_its_decoding(name):
 def test_all_rules_are_tested():
     helpers = {"State", "delta_rule", "delta_rule_step", "exact_gram_write_key", "exact_pdn"}
     helpers |= {"gram_preconditioner", "hypergradient_preconditioner", "hypergradient_preset"}
-    helpers |= {"gram_write_key", "hypergradient_write_key"}
+    helpers |= {"gram_write_key", "hypergradient_write_key", "squares_preconditioner", "squares_write_key"}
     assert {rule.__name__ for rule, *_ in RULES.values()} == set(ops.__all__) - helpers
 
 

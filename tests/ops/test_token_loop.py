@@ -19,6 +19,7 @@ HYPERGRADIENT = {"eta": 0.5, "bounds": BOUNDS, "restart": 1.0, "anchor": 0.97, "
 OPERATORS = {
     "hypergradient": functools.partial(ops.hypergradient_write_key, **HYPERGRADIENT),
     "gram": functools.partial(ops.gram_write_key),
+    "squares": functools.partial(ops.squares_write_key, average=0.9, normalize=True, restart=1.0),
 }
 
 
@@ -28,6 +29,7 @@ def arrays(operator, length):
     x = {"beta": x["beta"], "log_forget": -0.1 * x["log_forget"]}
     if operator == "gram":
         x = {"gain": x["beta"], "log_decay": x["log_forget"], "center": rng.normal(size=H)}
+    x = {} if operator == "squares" else x
     x |= {"k": rng.normal(size=(B, length, H, K)) / 2, "initial": rng.uniform(0.9, 1.05, size=(B, H, K))}
     return jax.tree.map(jnp.asarray, x)
 

@@ -27,12 +27,16 @@ OPERATORS = {
         functools.partial(ops.gram_write_key, center=-0.2),
         functools.partial(ops.gram_preconditioner, center=-0.2),
     ),
+    "squares": (
+        functools.partial(ops.squares_write_key, restart=1.0),
+        functools.partial(ops.squares_preconditioner, restart=1.0),
+    ),
 }
 
 
 def arrays(operator):
     rng = np.random.default_rng(0)
-    gates = {"hypergradient": ("beta", "log_forget"), "gram": ("gain", "log_decay")}[operator]
+    gates = {"hypergradient": ("beta", "log_forget"), "gram": ("gain", "log_decay")}.get(operator, ())
     x = {name: rng.uniform(0.1, 0.9, size=(B, T, H)) for name in gates}
     x = {name: -0.1 * array if name.startswith("log") else array for name, array in x.items()}
     x |= {"k": rng.normal(size=(B, T, H, K)) / 2, "initial": rng.uniform(0.9, 1.05, size=(B, H, K))}

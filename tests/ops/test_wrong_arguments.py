@@ -34,6 +34,8 @@ FUNCTIONS = {
     "gram": (ops.gram_preconditioner, GRAM),
     "hypergradient_write_key": (ops.hypergradient_write_key, KEYS | {"eta": 1.0}),
     "gram_write_key": (ops.gram_write_key, GRAM),
+    "squares": (ops.squares_preconditioner, KEYS),
+    "squares_write_key": (ops.squares_write_key, KEYS),
     "exact": (ops.exact_gram_write_key, KEYS),
     "delta_net": (ops.delta_net, SEQUENCE),
     "gated_delta_net": (ops.gated_delta_net, SEQUENCE | {"log_decay": SCALAR}),
@@ -124,6 +126,9 @@ ARRAYS = [
     ("gram", "gain", "[B, T, Hk]", (B, T, HK)),
     ("gram", "center", "[Hk] or a number", (HK,)),
     ("gram", "initial", "[B, Hk, K]", (B, HK, K)),
+    ("squares", "k", "[B, T, Hk, K]", (B, T, HK, K)),
+    ("squares", "initial", "a number, [Hk, K] or [B, Hk, K]", (HK, K)),
+    ("squares", "restart", "a number, [Hk, K] or [B, Hk, K]", (B, HK, K)),
     ("gdn2", "erase_gate", "[B, T, Hk or H, K]", (B, T, H, K)),
     ("gdn2", "write_gate", "[B, T, H, V]", (B, T, H, V)),
     ("gated_delta_net", "log_decay", "[B, T, H]", (B, T, H)),
@@ -153,7 +158,7 @@ def test_arrays(function, name, layout, shape):
                 fails(function, ValueError, f"^{name}: got .*, expected", **{name: Z(wrong)})
 
 
-FIRST = {("delta_rule", "q"), ("delta_rule_step", "q"), ("hypergradient", "k"), ("gram", "k")}
+FIRST = {("delta_rule", "q"), ("delta_rule_step", "q"), ("hypergradient", "k"), ("gram", "k"), ("squares", "k")}
 FREE = {("delta_rule", "v", 3), ("delta_rule_step", "v", 2)}
 RANKS = {  # other ranks that are valid, too
     ("delta_rule", "log_decay", 3),
@@ -162,6 +167,8 @@ RANKS = {  # other ranks that are valid, too
     ("hypergradient", "initial", 3),
     ("hypergradient", "restart", 2),
     ("hypergradient", "anchor", 3),
+    ("squares", "initial", 3),
+    ("squares", "restart", 2),
 }
 
 
@@ -229,6 +236,10 @@ def test_numbers():
     fails("gram", ValueError, "^squash: got 0.0, expected more than 0", squash=0)
     fails("gram", ValueError, "^squash: got -1.5", squash=-1.5)
     fails("gram", TypeError, "^squash: got None", squash=None)
+    for average in (0.0, 1, -0.5, 1.5):
+        fails("squares", ValueError, f"^average: got {average}, expected None or a number above 0", average=average)
+    fails("squares", TypeError, "^average: got '0.9'", average="0.9")
+    fails("squares", ValueError, "^normalize: got True with average=None, expected it with a mov", normalize=True)
 
 
 @pytest.mark.parametrize("function", ["hypergradient", "osdn", "os_gdn", "os_kda"])
@@ -246,6 +257,7 @@ def test_flags():
         fails("delta_rule_step", TypeError, "^erase: got", erase=value)
         fails("hypergradient", TypeError, "^normalize: got", normalize=value)
         fails("os_gdn", TypeError, "^beta_aware: got", beta_aware=value)
+        fails("squares", TypeError, "^normalize: got", average=0.9, normalize=value)
 
 
 def test_numpy_scalars_are_numbers():

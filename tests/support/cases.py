@@ -29,6 +29,7 @@ class Operator:
 DELTA = Operator(ops.delta_rule, oracle.delta_rule, ("o", "state"), "initial_state")
 HYPERGRADIENT = Operator(ops.hypergradient_preconditioner, oracle.hypergradient, ("d", "final"), "initial")
 GRAM = Operator(ops.gram_preconditioner, oracle.gram, ("multiplier", "final"), "initial")
+SQUARES = Operator(ops.squares_preconditioner, oracle.squares, ("multiplier", "final"), "initial")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -192,12 +193,8 @@ def hypergradient(
         x["beta"] = rng.uniform(size=(batch, length, heads))
     if forget:
         x["log_forget"] = -rng.uniform(0, 0.1, size=(batch, length, heads))
-    for argument, value in (("initial", initial), ("anchor", anchor), ("restart", restart)):
-        if isinstance(value, tuple):
-            lead = (batch,) if value[0] == "batch" else ()
-            x[argument] = rng.uniform(*value[1:], size=(*lead, heads, key_dim))
-        elif value is not None:
-            options[argument] = value
+    starts = {"initial": initial, "anchor": anchor, "restart": restart}
+    add_starts(x, options, rng, starts, (batch, heads, key_dim))
     return Case(name, HYPERGRADIENT, x, options, ids(STARTS, batch, length) if packed else None, chunk_size)
 
 
@@ -232,6 +229,24 @@ def gram(
     if change is not None:
         change(x, rng)
     return Case(name, GRAM, x, options, ids(STARTS, batch, length) if packed else None, chunk_size)
+
+
+def squares(name, *, length=57, initial=None, restart=None, packed=False, chunk_size=16, batch=2, heads=3, key_dim=8,
+            seed=0, **options):  # fmt: skip
+    """Return a case of a preconditioner of squared keys; initial and restart as for `hypergradient`."""
+    rng = np.random.default_rng(seed)
+    x = {"k": unit(rng.normal(size=(batch, length, heads, key_dim)))}
+    add_starts(x, options, rng, {"initial": initial, "restart": restart}, (batch, heads, key_dim))
+    return Case(name, SQUARES, x, options, ids(STARTS, batch, length) if packed else None, chunk_size)
+
+
+def add_starts(x, options, rng, values, shape):
+    """Add random arrays to x, for values ("head" or "batch", lowest, highest), and numbers to options."""
+    for argument, value in values.items():
+        if isinstance(value, tuple):
+            x[argument] = rng.uniform(*value[1:], size=shape if value[0] == "batch" else shape[1:])
+        elif value is not None:
+            options[argument] = value
 
 
 TRUST = {"beta": True, "forget": True, "eta": 0.5, "bounds": (2 / 3, 3 / 2), "initial": ("batch", 0.7, 1.4)}
@@ -270,5 +285,11 @@ CASES = [
     gram("gram: from zeros", length=63, initial=False, center=-0.2, squash=2.5, chunk_size=7),
     gram("gram: defaults", length=64, chunk_size=None),
     gram("gram: decays of 0 and -20", length=65, packed=True, change=strong_decay),
+    squares("squares: no tokens", length=0, packed=True),
+    squares("squares: one token", length=1, packed=True, initial=("head", 0.5, 1.5)),
+    squares("squares: sum", length=65, packed=True, initial=("batch", 0.5, 1.5), restart=("head", 0.5, 1.5)),
+    squares("squares: sum from zeros", length=63, chunk_size=None),
+    squares("squares: average", length=200, packed=True, average=0.9, initial=("batch", 0.1, 0.3), restart=0.2),
+    squares("squares: normalized average", length=64, average=0.5, normalize=True, initial=0.1, packed=True),
 ]  # fmt: skip
 NAMED = {case.name: case for case in CASES}

@@ -88,6 +88,28 @@ def gram(k, log_decay, gain, *, center, squash=1.5, initial=None, segment_ids=No
     return multiplier, running
 
 
+def squares(k, *, average=None, normalize=False, initial=None, restart=None, segment_ids=None):
+    """Return (multiplier, final sum or average) of `osdn_jax.ops.squares_preconditioner`."""
+    batch, length, heads, key_dim = k.shape
+    arrays = (x for x in (initial, restart) if x is not None)
+    state = np.zeros((batch, heads, key_dim), np.result_type(k, *arrays))
+    initial = 0.0 if initial is None else initial
+    restart = initial if restart is None else restart
+    kept = state + initial
+    multiplier = np.zeros(k.shape, state.dtype)
+    for t in range(length):
+        kept = _reset(kept, state + restart, segment_ids, t)
+        u = k[:, t] ** 2
+        if average is None:
+            kept = kept + u
+            multiplier[:, t] = 1 / (kept + 1)
+            continue
+        d = 1 / (kept + 1e-6)
+        multiplier[:, t] = d / (np.sum(d * u, axis=-1, keepdims=True) + 1e-6) if normalize else d
+        kept = average * kept + (1 - average) * u
+    return multiplier, kept
+
+
 def _reset(state, fresh, segment_ids, t):
     """Return fresh in the rows where a segment starts at token t > 0."""
     if segment_ids is None or t == 0:

@@ -5,9 +5,9 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from osdn_jax.ops import checks, delta_rule_operator, gram, hypergradient
+from osdn_jax.ops import checks, delta_rule_operator, gram, hypergradient, squares
 from osdn_jax.ops.arguments import per_value_head
-from osdn_jax.ops.rules.state import GramState, HypergradientState, InitialState, State, check_state
+from osdn_jax.ops.rules.state import GramState, HypergradientState, InitialState, SquaresState, State, check_state
 
 
 class Hypergradient(NamedTuple):
@@ -35,6 +35,14 @@ class Gram(NamedTuple):
     squash: float = gram.SQUASH
 
 
+class Squares(NamedTuple):
+    """Arguments of a preconditioner of squared keys; see `squares_preconditioner`."""
+
+    average: float | None = None
+    normalize: bool = False
+    initial: jax.Array | float | None = None  # [B, Hk, K], [Hk, K] or a number
+
+
 def preconditioned_delta_rule(
     q: jax.Array,
     k: jax.Array,
@@ -43,7 +51,7 @@ def preconditioned_delta_rule(
     beta: jax.Array | None,
     log_decay: jax.Array | None = None,
     erase: bool = True,
-    preconditioner: Hypergradient | Gram | None = None,
+    preconditioner: Hypergradient | Gram | Squares | None = None,
     match_step: bool = False,
     initial_state: InitialState = None,
     scale: float | None = None,
@@ -91,6 +99,8 @@ def preconditioned_delta_rule(
         state, state_class = check_state(initial_state)
     elif isinstance(preconditioner, Hypergradient):
         write_key, final, state, state_class = _by_hypergradient(k, v, beta, preconditioner, initial_state, shared)
+    elif isinstance(preconditioner, Squares):
+        write_key, final, state, state_class = _by_squares(k, preconditioner, initial_state, shared)
     else:
         write_key, final, state, state_class = _by_gram(k, preconditioner, initial_state, shared)
     if match_step and write_key is not None:
@@ -157,6 +167,18 @@ def _by_gram(k: jax.Array, arguments: Gram, initial_state: Any, shared: dict[str
     shared = _supported(shared, gram.IMPLEMENTATIONS)
     initial = None if state is None else state.preconditioner
     write_key, final = gram.gram_write_key(k, initial=initial, **arguments._asdict(), **shared)
+    return write_key, final, state, state_class
+
+
+def _by_squares(k: jax.Array, arguments: Squares, initial_state: Any, shared: dict[str, Any]) -> Keys:
+    batch, _, heads, key_dim = k.shape
+    options = arguments._asdict()
+    state, state_class = check_state(initial_state, SquaresState, (batch, heads, key_dim), "[B, Hk, K]")
+    if state is not None and state.preconditioner is not None:
+        options["restart"] = 0.0 if arguments.initial is None else arguments.initial
+        options["initial"] = state.preconditioner
+    shared = _supported(shared, squares.IMPLEMENTATIONS)
+    write_key, final = squares.squares_write_key(k, **options, **shared)
     return write_key, final, state, state_class
 
 

@@ -20,8 +20,9 @@ class State(NamedTuple):
 
     Attributes:
         recurrent: S, [B, H, K, V] float32 (float64 for float64 inputs).
-        preconditioner: d of the hypergradient preconditioner [B, P, K], A of the Gram preconditioner [B, Hk, K] or the
-            matrix of the exact one [B, Hk, K, K]; None for rules without a preconditioner.
+        preconditioner: d of the hypergradient preconditioner [B, P, K], A of the Gram preconditioner [B, Hk, K], the
+            sum or average of squared keys [B, Hk, K], or the matrix of the exact Gram preconditioner [B, Hk, K, K];
+            None for rules without a preconditioner.
 
     Example:
         >>> import jax.numpy as jnp
@@ -47,6 +48,12 @@ class HypergradientState(State):
 
 class GramState(State):
     """The state of pdn, pgdn and pkda: its preconditioner is the running sum A."""
+
+    __slots__ = ()
+
+
+class SquaresState(State):
+    """The state of the delta rule with a preconditioner of squared keys, which is their sum or average."""
 
     __slots__ = ()
 
