@@ -1,6 +1,7 @@
 """The Gram preconditioner of Preconditioned DeltaNet: a running diagonal of squared keys."""
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -8,6 +9,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.ops import checks, gram_recurrence, mosaic_gpu, selection, sequence_parallel, triton
+from osdn_jax.ops.arguments import scaled
 from osdn_jax.ops.calls import GramCall, GramOptions
 from osdn_jax.ops.dispatch import dispatch
 from osdn_jax.ops.selection import Implementation, Items, Results
@@ -46,7 +48,7 @@ def gram_preconditioner(
     gain: Float[Array, "B T Hk"],
     *,
     center: Float[Array, " Hk"] | float,
-    squash: float = SQUASH,
+    squash: Float[Array, " Hk"] | float = SQUASH,
     initial: Float[Array, "B Hk K"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     chunk_size: int | None = None,
@@ -67,7 +69,8 @@ def gram_preconditioner(
         center: value of log A at which the multiplier is 1, per key head [Hk] or a number. The paper learns it, from
             -0.2.
         squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and 1 disables the preconditioner.
-            Below 1 the multiplier is inverted. Default 1.5.
+            Below 1 the multiplier is inverted. A number, or a positive one per key head, [Hk], which can be learned: at
+            1 its own gradient is the only one that is not zero. Default 1.5.
         initial: A before the first token, [B, Hk, K]; default zeros.
         segment_ids: [B, T] integers, for packed sequences: A is reset to zeros where the id changes.
         chunk_size: tokens per chunk of "chunk"; default 64.
@@ -93,10 +96,9 @@ def gram_preconditioner(
         >>> bool(multiplier[0, 0, 0, 0] < 1 < multiplier[0, 0, 0, 1])
         True
     """
-    call, options = _checked(
-        k, log_decay, gain, center, squash, initial, segment_ids, chunk_size, implementation, context_axis
+    return _run(
+        False, k, log_decay, gain, center, squash, initial, segment_ids, chunk_size, implementation, context_axis
     )
-    return _apply(implementation, options, call)
 
 
 def gram_write_key(
@@ -105,7 +107,7 @@ def gram_write_key(
     gain: Float[Array, "B T Hk"],
     *,
     center: Float[Array, " Hk"] | float,
-    squash: float = SQUASH,
+    squash: Float[Array, " Hk"] | float = SQUASH,
     initial: Float[Array, "B Hk K"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     chunk_size: int | None = None,
@@ -126,7 +128,8 @@ def gram_write_key(
         center: value of log A at which the multiplier is 1, per key head [Hk] or a number. The paper learns it, from
             -0.2.
         squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and 1 disables the preconditioner.
-            Below 1 the multiplier is inverted. Default 1.5.
+            Below 1 the multiplier is inverted. A number, or a positive one per key head, [Hk], which can be learned: at
+            1 its own gradient is the only one that is not zero. Default 1.5.
         initial: A before the first token, [B, Hk, K]; default zeros.
         segment_ids: [B, T] integers, for packed sequences: A is reset to zeros where the id changes.
         chunk_size: tokens per chunk of "chunk"; default 64.
@@ -151,10 +154,27 @@ def gram_write_key(
         >>> write_key, a = ops.gram_write_key(k, log_decay=-gate, gain=gate, center=-0.2)
         >>> o, state = ops.delta_rule(q, k, v, gate, write_key=write_key)
     """
-    call, options = _checked(
-        k, log_decay, gain, center, squash, initial, segment_ids, chunk_size, implementation, context_axis
+    return _run(
+        True, k, log_decay, gain, center, squash, initial, segment_ids, chunk_size, implementation, context_axis
     )
-    return _apply(implementation, options._replace(write_key=True), call)
+
+
+def _run(write_key: bool, k: Any, log_decay: Any, gain: Any, center: Any, squash: Any, *more: Any) -> Results:
+    """Return the multipliers, or the write keys, and the final A.
+
+    With a squash per head they come from the multipliers exp(-r / (1 + |r|)), which all back ends compute as those of
+    the squash e.
+    """
+    if checks.is_number(squash):
+        call, options = _checked(k, log_decay, gain, center, squash, *more)
+        return _apply(more[3], options._replace(write_key=write_key), call)
+    call, options = _checked(k, log_decay, gain, center, math.e, *more)
+    squash = checks.shaped_array("squash", squash, (call.k.shape[2],), "[Hk] or a number")
+    multiplier, final = _apply(more[3], options, call)
+    dtype = checks.accumulator_dtype(multiplier, squash)
+    power = jnp.log(squash.astype(dtype))[None, None, :, None]
+    multiplier = jnp.exp(power * jnp.log(multiplier.astype(dtype)))
+    return scaled(call.k, multiplier) if write_key else multiplier, final
 
 
 def _checked(

@@ -125,6 +125,7 @@ ARRAYS = [
     ("gram", "log_decay", "[B, T, Hk]", (B, T, HK)),
     ("gram", "gain", "[B, T, Hk]", (B, T, HK)),
     ("gram", "center", "[Hk] or a number", (HK,)),
+    ("gram", "squash", "[Hk] or a number", (HK,)),
     ("gram", "initial", "[B, Hk, K]", (B, HK, K)),
     ("squares", "k", "[B, T, Hk, K]", (B, T, HK, K)),
     ("squares", "initial", "a number, [Hk, K] or [B, Hk, K]", (HK, K)),

@@ -204,6 +204,7 @@ def gram(
     length=57,
     initial=True,
     center=None,
+    squash=None,
     packed=False,
     change=None,
     chunk_size=16,
@@ -213,7 +214,10 @@ def gram(
     seed=0,
     **options,
 ):
-    """Return a case of the Gram preconditioner; center is a number, or None for an array."""
+    """Return a case of the Gram preconditioner.
+
+    center is a number, or None for an array; squash None, a number, or (lowest, highest) for an array.
+    """
     rng = np.random.default_rng(seed)
     x = {
         "k": rng.normal(size=(batch, length, heads, key_dim)),
@@ -226,6 +230,10 @@ def gram(
         options["center"] = center
     if initial:
         x["initial"] = rng.uniform(0, 2, size=(batch, heads, key_dim))
+    if isinstance(squash, float):
+        options["squash"] = squash
+    elif squash is not None:
+        x["squash"] = rng.uniform(*squash, size=heads)
     if change is not None:
         change(x, rng)
     return Case(name, GRAM, x, options, ids(STARTS, batch, length) if packed else None, chunk_size)
@@ -285,6 +293,7 @@ CASES = [
     gram("gram: from zeros", length=63, initial=False, center=-0.2, squash=2.5, chunk_size=7),
     gram("gram: defaults", length=64, chunk_size=None),
     gram("gram: decays of 0 and -20", length=65, packed=True, change=strong_decay),
+    gram("gram: squash per head", length=65, packed=True, squash=(0.7, 2.0)),
     squares("squares: no tokens", length=0, packed=True),
     squares("squares: one token", length=1, packed=True, initial=("head", 0.5, 1.5)),
     squares("squares: sum", length=65, packed=True, initial=("batch", 0.5, 1.5), restart=("head", 0.5, 1.5)),

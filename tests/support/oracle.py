@@ -74,17 +74,17 @@ def hypergradient(
 def gram(k, log_decay, gain, *, center, squash=1.5, initial=None, segment_ids=None):
     """Return (multiplier, final A) of `osdn_jax.ops.gram_preconditioner`."""
     batch, length, heads, key_dim = k.shape
-    arrays = (x for x in (log_decay, gain, center, initial) if x is not None)
+    arrays = (x for x in (log_decay, gain, center, squash, initial) if x is not None)
     running = np.zeros((batch, heads, key_dim), np.result_type(k, *arrays))
     if initial is not None:
         running = running + initial
-    center = np.broadcast_to(center, (heads,))
+    center, squash = (np.broadcast_to(x, (heads,)) for x in (center, squash))
     multiplier = np.zeros(k.shape, running.dtype)
     for t in range(length):
         running = _reset(running, 0.0, segment_ids, t)
         running = np.exp(log_decay[:, t])[..., None] * running + gain[:, t, :, None] * k[:, t] ** 2
         r = np.log(running + 1e-6) - center[:, None]
-        multiplier[:, t] = np.exp(-np.log(squash) * r / (1 + r * np.sign(r.real)))
+        multiplier[:, t] = np.exp(-np.log(squash[:, None]) * r / (1 + r * np.sign(r.real)))
     return multiplier, running
 
 

@@ -32,7 +32,7 @@ class Gram(NamedTuple):
     log_decay: jax.Array  # [B, T, Hk]
     gain: jax.Array  # [B, T, Hk]
     center: jax.Array | float = gram.CENTER  # [Hk] or a number
-    squash: float = gram.SQUASH
+    squash: jax.Array | float = gram.SQUASH  # [Hk] or a number
 
 
 class Squares(NamedTuple):
