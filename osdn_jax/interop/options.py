@@ -39,13 +39,17 @@ class Options:
 
     Args:
         config: the entries.
+        place: prefix of the names in messages, such as "text_config.".
     """
 
-    def __init__(self, config: Mapping[str, Any]) -> None:
+    def __init__(self, config: Mapping[str, Any], place: str = "") -> None:
         """Read nothing yet."""
         self.config = config
         self.problems: list[str] = []
+        self._place = place
         self._known = set(_WITHOUT_EFFECT)
+        self._parent: Options | None = None
+        self._sections: list[Options] = []
 
     def __contains__(self, name: str) -> bool:
         """Return whether the config has an entry that is not null."""
@@ -87,6 +91,52 @@ class Options:
         """Return one of the known words; an absent or null one is the default."""
         return self._read(name, default, f"one of {', '.join(known)}", lambda x: x in known, default)
 
+    def name_of(self, *names: str) -> str:
+        """Return the name under which the config has an entry, of several for the same option; without one, the first.
+
+        A problem is noted if two of them differ.
+        """
+        self._known.update(names)
+        found = [name for name in names if name in self]
+        for other in found[1:]:
+            if self.config[other] != self.config[found[0]]:
+                self.problem(other, self.config[other], f"{_shown(self.config[found[0]])}, as {found[0]} says")
+        return found[0] if found else names[0]
+
+    def section(self, name: str) -> "Options":
+        """Return the options of an entry that is an object; it is empty if the entry is absent or null."""
+        value = self.any(name, {})
+        if not isinstance(value, dict):
+            self.problem(name, value, "an object")
+            value = {}
+        section = Options(value, f"{self._place}{name}.")
+        section.problems, section._parent = self.problems, self
+        self._sections.append(section)
+        return section
+
+    def words(self, name: str, count: int, known: Collection[str]) -> list[str] | None:
+        """Return a list of `count` words, each one of the known ones; None if it is absent or null."""
+        value = self.any(name)
+        if value is None:
+            return None
+        if not isinstance(value, list) or len(value) != count or any(word not in known for word in value):
+            self.problem(name, value, f"a list of {count} of {', '.join(known)}")
+            return None
+        return value
+
+    def indices(self, name: str, count: int, first: int = 0) -> list[int]:
+        """Return a list of numbers of layers, counted from `first`, of `count` layers; empty if absent or null."""
+        value = self.any(name, [])
+        if not isinstance(value, list) or any(type(i) is not int or not 0 <= i - first < count for i in value):
+            self.problem(name, value, f"a list of numbers from {first} to {first + count - 1}")
+            return []
+        return [i - first for i in value]
+
+    def divisor(self, name: str, value: int, of: str, total: int) -> None:
+        """Note a problem unless the value of an option divides that of another."""
+        if total % value:
+            self.problem(name, value, f"a divisor of {of}, {total}")
+
     def require(self, name: str, *allowed: Any) -> None:
         """Note a problem unless the entry is absent, null or one of the values that this package can serve."""
         value = self.any(name)
@@ -100,28 +150,28 @@ class Options:
 
     def problem(self, name: str, value: Any, expected: str) -> None:
         """Note a problem of an entry."""
-        self.problems.append(f"{name}: got {_shown(value)}, expected {expected}")
+        self.problems.append(f"{self._place}{name}: got {_shown(value)}, expected {expected}")
 
-    def finish(self, *, allow: Collection[str] = ()) -> None:
-        """Raise ValueError if there are problems, or entries that nothing has read.
-
-        Args:
-            allow: names of further entries without effect.
-        """
-        unknown = [name for name in self.config if name not in self._known and name not in allow]
-        for name in unknown:
-            self.problems.append(f"{name}: got {_shown(self.config[name])}, which is an unknown option here")
-        self.raise_problems()
-
-    def raise_problems(self) -> None:
-        """Raise ValueError if there are problems so far."""
+    def finish(self) -> None:
+        """Raise ValueError if the config, of which this may be a section, has problems or entries that nothing read."""
+        if self._parent is not None:
+            self._parent.finish()
+            return
+        self._note_unknown()
         if self.problems:
             raise ValueError("; ".join(["config.json: " + self.problems[0], *self.problems[1:]]))
+
+    def _note_unknown(self) -> None:
+        for name in self.config:
+            if name not in self._known:
+                self.problem(name, self.config[name], "no such option: it is unknown here")
+        for section in self._sections:
+            section._note_unknown()
 
     def _read(self, name: str, default: Any, expected: str, fits: Any, stand_in: Any) -> Any:
         value = self.any(name, default)
         if value is _MISSING:
-            self.problems.append(f"{name}: is missing, expected {expected}")
+            self.problems.append(f"{self._place}{name}: is missing, expected {expected}")
             return stand_in
         if value is not default and not fits(value):
             self.problem(name, value, expected)

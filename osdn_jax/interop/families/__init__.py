@@ -3,13 +3,20 @@
 from collections.abc import Mapping
 from typing import Any
 
-from osdn_jax.interop.families import (
-    own,
-)
+from osdn_jax.interop.families import kimi_linear, olmo_hybrid, own, qwen3
 from osdn_jax.interop.family import Family
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (own.FAMILY,)}
-"""{name: family}, in the order in which the documentation lists them."""
+_ALL = (
+    qwen3.QWEN3_NEXT,
+    qwen3.QWEN3_5,
+    qwen3.QWEN3_5_MOE,
+    olmo_hybrid.FAMILY,
+    kimi_linear.FAMILY,
+    own.FAMILY,
+)
+
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
+"""{name: family}, the layouts that can be read and written."""
 
 MODEL_TYPES: dict[str, Family] = {kind: family for family in FAMILIES.values() for kind in family.types}
 """{model_type of a config.json: its family}."""
