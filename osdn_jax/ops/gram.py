@@ -48,7 +48,8 @@ def gram_preconditioner(
     gain: Float[Array, "B T Hk"],
     *,
     center: Float[Array, " Hk"] | float,
-    squash: Float[Array, " Hk"] | float = SQUASH,
+    squash: float = SQUASH,
+    log_squash: Float[Array, " Hk"] | None = None,
     initial: Float[Array, "B Hk K"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     chunk_size: int | None = None,
@@ -69,8 +70,9 @@ def gram_preconditioner(
         center: value of log A at which the multiplier is 1, per key head [Hk] or a number. The paper learns it, from
             -0.2.
         squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and 1 disables the preconditioner.
-            Below 1 the multiplier is inverted. A number, or a positive one per key head, [Hk], which can be learned: at
-            1 its own gradient is the only one that is not zero. Default 1.5.
+            Below 1 the multiplier is inverted. Default 1.5.
+        log_squash: log(x) per key head, [Hk], in place of `squash`. It can be learned, also from 0, where its own
+            gradient is the only one that is not zero. Default None.
         initial: A before the first token, [B, Hk, K]; default zeros.
         segment_ids: [B, T] integers, for packed sequences: A is reset to zeros where the id changes.
         chunk_size: tokens per chunk of "chunk"; default 64.
@@ -96,9 +98,8 @@ def gram_preconditioner(
         >>> bool(multiplier[0, 0, 0, 0] < 1 < multiplier[0, 0, 0, 1])
         True
     """
-    return _run(
-        False, k, log_decay, gain, center, squash, initial, segment_ids, chunk_size, implementation, context_axis
-    )
+    arguments = (initial, segment_ids, chunk_size, implementation, context_axis)
+    return _run(False, log_squash, k, log_decay, gain, center, squash, *arguments)
 
 
 def gram_write_key(
@@ -107,7 +108,8 @@ def gram_write_key(
     gain: Float[Array, "B T Hk"],
     *,
     center: Float[Array, " Hk"] | float,
-    squash: Float[Array, " Hk"] | float = SQUASH,
+    squash: float = SQUASH,
+    log_squash: Float[Array, " Hk"] | None = None,
     initial: Float[Array, "B Hk K"] | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
     chunk_size: int | None = None,
@@ -128,8 +130,9 @@ def gram_write_key(
         center: value of log A at which the multiplier is 1, per key head [Hk] or a number. The paper learns it, from
             -0.2.
         squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and 1 disables the preconditioner.
-            Below 1 the multiplier is inverted. A number, or a positive one per key head, [Hk], which can be learned: at
-            1 its own gradient is the only one that is not zero. Default 1.5.
+            Below 1 the multiplier is inverted. Default 1.5.
+        log_squash: log(x) per key head, [Hk], in place of `squash`. It can be learned, also from 0, where its own
+            gradient is the only one that is not zero. Default None.
         initial: A before the first token, [B, Hk, K]; default zeros.
         segment_ids: [B, T] integers, for packed sequences: A is reset to zeros where the id changes.
         chunk_size: tokens per chunk of "chunk"; default 64.
@@ -154,25 +157,22 @@ def gram_write_key(
         >>> write_key, a = ops.gram_write_key(k, log_decay=-gate, gain=gate, center=-0.2)
         >>> o, state = ops.delta_rule(q, k, v, gate, write_key=write_key)
     """
-    return _run(
-        True, k, log_decay, gain, center, squash, initial, segment_ids, chunk_size, implementation, context_axis
-    )
+    arguments = (initial, segment_ids, chunk_size, implementation, context_axis)
+    return _run(True, log_squash, k, log_decay, gain, center, squash, *arguments)
 
 
-def _run(write_key: bool, k: Any, log_decay: Any, gain: Any, center: Any, squash: Any, *more: Any) -> Results:
+def _run(write_key: bool, log_squash: Any, *arguments: Any) -> Results:
     """Return the multipliers, or the write keys, and the final A.
 
-    With a squash per head they come from the multipliers exp(-r / (1 + |r|)), which all back ends compute as those of
-    the squash e.
+    With a squash per head they come from the multipliers of e, exp(-r / (1 + |r|)), which all back ends compute.
     """
-    if checks.is_number(squash):
-        call, options = _checked(k, log_decay, gain, center, squash, *more)
-        return _apply(more[3], options._replace(write_key=write_key), call)
-    call, options = _checked(k, log_decay, gain, center, math.e, *more)
-    squash = checks.shaped_array("squash", squash, (call.k.shape[2],), "[Hk] or a number")
-    multiplier, final = _apply(more[3], options, call)
-    dtype = checks.accumulator_dtype(multiplier, squash)
-    power = jnp.log(squash.astype(dtype))[None, None, :, None]
+    (call, options), implementation = _checked(*arguments), arguments[-2]
+    if log_squash is None:
+        return _apply(implementation, options._replace(write_key=write_key), call)
+    log_squash = checks.shaped_array("log_squash", log_squash, (call.k.shape[2],), "[Hk]")
+    multiplier, final = _apply(implementation, options._replace(squash=math.e), call)
+    dtype = checks.accumulator_dtype(multiplier, log_squash)
+    power = log_squash.astype(dtype)[None, None, :, None]
     multiplier = jnp.exp(power * jnp.log(multiplier.astype(dtype)))
     return scaled(call.k, multiplier) if write_key else multiplier, final
 

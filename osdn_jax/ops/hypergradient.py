@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from osdn_jax.ops import (
@@ -83,7 +84,7 @@ def hypergradient_preconditioner(
     k: Float[Array, "B T Hk K"],
     beta: Float[Array, "B T Hk"] | None = None,
     *,
-    eta: float,
+    eta: Float[Array, " Hk"] | float,
     log_forget: Float[Array, "B T Hk"] | None = None,
     initial: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float | None = None,
     anchor: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float = 0.0,
@@ -107,7 +108,7 @@ def hypergradient_preconditioner(
     Args:
         k: keys, [B, T, Hk, K], as the delta rule reads them (L2-normalised in the paper).
         beta: b_t, one per key head, [B, T, Hk]; default 1 at every token, as in `osdn`.
-        eta: step size of the preconditioner.
+        eta: step size of the preconditioner, a number or one per key head, [Hk], which can be learned.
         log_forget: natural log of g_t, [B, T, Hk], at most 0; -inf forgets everything. Default None, no forgetting.
         initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used unclipped, even outside the bounds.
         anchor: the value that forgetting moves d toward, [B, Hk, K], [Hk, K] or a number; default 0, as in the paper.
@@ -164,7 +165,7 @@ def hypergradient_write_key(
     k: Float[Array, "B T Hk K"],
     beta: Float[Array, "B T Hk"] | None = None,
     *,
-    eta: float,
+    eta: Float[Array, " Hk"] | float,
     log_forget: Float[Array, "B T Hk"] | None = None,
     initial: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float | None = None,
     anchor: Float[Array, "B Hk K"] | Float[Array, "Hk K"] | float = 0.0,
@@ -186,7 +187,7 @@ def hypergradient_write_key(
     Args:
         k: keys, [B, T, Hk, K], as the delta rule reads them (L2-normalised in the paper).
         beta: b_t, one per key head, [B, T, Hk]; default 1 at every token, as in `osdn`.
-        eta: step size of the preconditioner.
+        eta: step size of the preconditioner, a number or one per key head, [Hk], which can be learned.
         log_forget: natural log of g_t, [B, T, Hk], at most 0; -inf forgets everything. Default None, no forgetting.
         initial: d_0, [B, Hk, K], [Hk, K] or a number; default 0. It is used unclipped, even outside the bounds.
         anchor: the value that forgetting moves d toward, [B, Hk, K], [Hk, K] or a number; default 0, as in the paper.
@@ -257,9 +258,12 @@ def _checked(
     chunk_size = checks.chunk_size(chunk_size)
     context_axis = sequence_parallel.check_axis(context_axis)
     bounds = checks.bounds(bounds)
-    eta = checks.number("eta", eta)
+    if checks.is_number(eta) or not isinstance(eta, (jax.Array, np.ndarray)):
+        eta = checks.number("eta", eta)
     k = checks.floating_array("k", k, 4, "[B, T, Hk, K]")
     batch, length, heads, key_dim = k.shape
+    if not checks.is_number(eta):
+        eta = checks.shaped_array("eta", eta, (heads,), "[Hk] or a number")
     if beta is not None:
         beta = checks.shaped_array("beta", beta, (batch, length, heads), "[B, T, Hk], one per key head")
     if log_forget is not None:
@@ -270,7 +274,9 @@ def _checked(
         name: checks.array_or_number(name, x, shapes)
         for name, x in (("initial", initial), ("anchor", anchor), ("restart", restart))
     }
-    dtype = checks.accumulator_dtype(k, beta, log_forget, *(x for x in values.values() if isinstance(x, jax.Array)))
+    dtype = checks.accumulator_dtype(
+        k, beta, log_forget, *(x for x in [eta, *values.values()] if isinstance(x, jax.Array))
+    )
 
     resets = None
     if segment_ids is not None:
@@ -278,6 +284,8 @@ def _checked(
     if log_forget is not None:
         log_forget = checks.bounded_log(log_forget.astype(dtype))
     beta = None if beta is None else beta.astype(dtype)
+    if not checks.is_number(eta):
+        eta = eta.astype(dtype)[None, None]
     step = jnp.full(k.shape[:-1], eta, dtype) if beta is None else eta * beta
     if normalize:
         step = step / (jnp.sum(jnp.square(k.astype(dtype)), axis=-1) + _EPSILON)

@@ -14,7 +14,7 @@ from support.cases import CASES, DELTA, GRAM, HYPERGRADIENT, IMPLEMENTATIONS, NA
 pytestmark = pytest.mark.usefixtures("float64")
 
 TOLERANCE = 1e-12
-ONCE = {"initial_state", "initial", "center", "squash", "anchor", "restart"}  # arrays without a time axis
+ONCE = {"initial_state", "initial", "center", "log_squash", "eta", "anchor", "restart"}  # arrays without a time axis
 PACKED = [
     NAMED["delta: channel decay, write key per value head"],
     NAMED["hypergradient: all options"],

@@ -125,7 +125,7 @@ ARRAYS = [
     ("gram", "log_decay", "[B, T, Hk]", (B, T, HK)),
     ("gram", "gain", "[B, T, Hk]", (B, T, HK)),
     ("gram", "center", "[Hk] or a number", (HK,)),
-    ("gram", "squash", "[Hk] or a number", (HK,)),
+    ("gram", "log_squash", "[Hk]", (HK,)),
     ("gram", "initial", "[B, Hk, K]", (B, HK, K)),
     ("squares", "k", "[B, T, Hk, K]", (B, T, HK, K)),
     ("squares", "initial", "a number, [Hk, K] or [B, Hk, K]", (HK, K)),
@@ -230,6 +230,7 @@ def test_numbers():
     fails("delta_rule_step", ValueError, "^scale: got nan", scale=float("nan"))
     fails("hypergradient", ValueError, "^eta: got nan, expected a finite number", eta=float("nan"))
     fails("hypergradient", TypeError, "^eta: got None", eta=None)
+    fails("hypergradient", ValueError, r"^eta: got shape \(3,\), expected \[Hk\] or a number = \(2,\)", eta=Z((3,)))
     fails("osdn", ValueError, "^eta: got nan", eta=float("nan"))
     for name in ("initial", "anchor", "restart"):
         fails("hypergradient", ValueError, f"^{name}: got nan", **{name: float("nan")})

@@ -168,6 +168,7 @@ def delta(
 def hypergradient(
     name,
     *,
+    eta,
     length=57,
     beta=False,
     forget=False,
@@ -185,7 +186,8 @@ def hypergradient(
 ):
     """Return a case of the hypergradient preconditioner.
 
-    initial, anchor and restart are None, a number, or ("head" or "batch", lowest, highest) for random arrays.
+    initial, anchor and restart are None, a number, or ("head" or "batch", lowest, highest) for random arrays; eta is a
+    number, or (lowest, highest) for an array.
     """
     rng = np.random.default_rng(seed)
     x = {"k": key_norm * unit(rng.normal(size=(batch, length, heads, key_dim)))}
@@ -195,6 +197,10 @@ def hypergradient(
         x["log_forget"] = -rng.uniform(0, 0.1, size=(batch, length, heads))
     starts = {"initial": initial, "anchor": anchor, "restart": restart}
     add_starts(x, options, rng, starts, (batch, heads, key_dim))
+    if isinstance(eta, tuple):
+        x["eta"] = rng.uniform(*eta, size=heads)
+    else:
+        options["eta"] = eta
     return Case(name, HYPERGRADIENT, x, options, ids(STARTS, batch, length) if packed else None, chunk_size)
 
 
@@ -204,7 +210,7 @@ def gram(
     length=57,
     initial=True,
     center=None,
-    squash=None,
+    log_squash=None,
     packed=False,
     change=None,
     chunk_size=16,
@@ -216,7 +222,7 @@ def gram(
 ):
     """Return a case of the Gram preconditioner.
 
-    center is a number, or None for an array; squash None, a number, or (lowest, highest) for an array.
+    center is a number, or None for an array; log_squash None, or (lowest, highest) for an array.
     """
     rng = np.random.default_rng(seed)
     x = {
@@ -230,10 +236,8 @@ def gram(
         options["center"] = center
     if initial:
         x["initial"] = rng.uniform(0, 2, size=(batch, heads, key_dim))
-    if isinstance(squash, float):
-        options["squash"] = squash
-    elif squash is not None:
-        x["squash"] = rng.uniform(*squash, size=heads)
+    if log_squash is not None:
+        x["log_squash"] = rng.uniform(*log_squash, size=heads)
     if change is not None:
         change(x, rng)
     return Case(name, GRAM, x, options, ids(STARTS, batch, length) if packed else None, chunk_size)
@@ -283,6 +287,7 @@ CASES = [
         "hypergradient: all options", length=65, **TRUST, anchor=("head", 0.5, 1.5), restart=("batch", 0.3, 2),
         packed=True, normalize=True,
     ),
+    hypergradient("hypergradient: eta per head", length=65, **TRUST | {"eta": (0.1, 0.6)}, packed=True),
     hypergradient(
         "hypergradient: scalar options", forget=True, anchor=1.0, restart=0.3, initial=0.1, eta=0.3, packed=True,
         chunk_size=24,
@@ -293,7 +298,7 @@ CASES = [
     gram("gram: from zeros", length=63, initial=False, center=-0.2, squash=2.5, chunk_size=7),
     gram("gram: defaults", length=64, chunk_size=None),
     gram("gram: decays of 0 and -20", length=65, packed=True, change=strong_decay),
-    gram("gram: squash per head", length=65, packed=True, squash=(0.7, 2.0)),
+    gram("gram: squash per head", length=65, packed=True, log_squash=(-0.3, 0.7)),
     squares("squares: no tokens", length=0, packed=True),
     squares("squares: one token", length=1, packed=True, initial=("head", 0.5, 1.5)),
     squares("squares: sum", length=65, packed=True, initial=("batch", 0.5, 1.5), restart=("head", 0.5, 1.5)),

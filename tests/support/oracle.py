@@ -49,12 +49,12 @@ def hypergradient(
 ):
     """Return (d before each token, final d) of `osdn_jax.ops.hypergradient_preconditioner`."""
     batch, length, heads, key_dim = k.shape
-    arrays = (x for x in (beta, log_forget, initial, anchor, restart) if x is not None)
+    arrays = (x for x in (beta, eta, log_forget, initial, anchor, restart) if x is not None)
     state = np.zeros((batch, heads, key_dim), np.result_type(k, *arrays))
     initial = 0.0 if initial is None else initial
     restart = initial if restart is None else restart
     d = state + initial
-    used = np.zeros(k.shape, state.dtype)
+    used, rate = np.zeros(k.shape, state.dtype), np.broadcast_to(eta, (heads,))[:, None]
     for t in range(length):
         d = _reset(d, state + restart, segment_ids, t)
         used[:, t] = d
@@ -64,27 +64,28 @@ def hypergradient(
         if normalize:
             gradient = gradient / (np.sum(u, axis=-1, keepdims=True) + 1e-5)
         forget = np.ones((batch, heads, 1)) if log_forget is None else np.exp(log_forget[:, t])[..., None]
-        d = forget * d + (1 - forget) * anchor + eta * gradient
+        d = forget * d + (1 - forget) * anchor + rate * gradient
         if bounds is not None:
             lo, hi = bounds
             d = np.where(d.real < lo, lo, np.where(d.real > hi, hi, d))
     return used, d
 
 
-def gram(k, log_decay, gain, *, center, squash=1.5, initial=None, segment_ids=None):
+def gram(k, log_decay, gain, *, center, squash=1.5, log_squash=None, initial=None, segment_ids=None):
     """Return (multiplier, final A) of `osdn_jax.ops.gram_preconditioner`."""
     batch, length, heads, key_dim = k.shape
-    arrays = (x for x in (log_decay, gain, center, squash, initial) if x is not None)
+    arrays = (x for x in (log_decay, gain, center, log_squash, initial) if x is not None)
     running = np.zeros((batch, heads, key_dim), np.result_type(k, *arrays))
     if initial is not None:
         running = running + initial
-    center, squash = (np.broadcast_to(x, (heads,)) for x in (center, squash))
+    log_squash = np.log(squash) if log_squash is None else log_squash
+    center, log_squash = (np.broadcast_to(x, (heads,)) for x in (center, log_squash))
     multiplier = np.zeros(k.shape, running.dtype)
     for t in range(length):
         running = _reset(running, 0.0, segment_ids, t)
         running = np.exp(log_decay[:, t])[..., None] * running + gain[:, t, :, None] * k[:, t] ** 2
         r = np.log(running + 1e-6) - center[:, None]
-        multiplier[:, t] = np.exp(-np.log(squash[:, None]) * r / (1 + r * np.sign(r.real)))
+        multiplier[:, t] = np.exp(-log_squash[:, None] * r / (1 + r * np.sign(r.real)))
     return multiplier, running
 
 

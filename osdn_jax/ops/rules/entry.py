@@ -17,7 +17,7 @@ class Hypergradient(NamedTuple):
     key head has one (P = Hk), updated with beta = 1.
     """
 
-    eta: float = hypergradient.PAPER["eta"]
+    eta: jax.Array | float = hypergradient.PAPER["eta"]  # [P] or a number
     log_forget: jax.Array | None = None  # [B, T, P]
     initial: jax.Array | float | None = None  # [B, P, K], [P, K] or a number
     anchor: jax.Array | float = 0.0  # [B, P, K], [P, K] or a number
@@ -32,7 +32,8 @@ class Gram(NamedTuple):
     log_decay: jax.Array  # [B, T, Hk]
     gain: jax.Array  # [B, T, Hk]
     center: jax.Array | float = gram.CENTER  # [Hk] or a number
-    squash: jax.Array | float = gram.SQUASH  # [Hk] or a number
+    squash: float = gram.SQUASH
+    log_squash: jax.Array | None = None  # [Hk], in place of squash
 
 
 class Squares(NamedTuple):

@@ -21,7 +21,7 @@ def pdn(
     gram_log_decay: Float[Array, "B T Hk"],
     gram_gain: Float[Array, "B T Hk"],
     center: Float[Array, " Hk"] | float = CENTER,
-    squash: Float[Array, " Hk"] | float = SQUASH,
+    squash: float = SQUASH,
     initial_state: InitialState = None,
     scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -43,8 +43,7 @@ def pdn(
         gram_log_decay: natural log of the decay of A, [B, T, Hk], at most 0.
         gram_gain: weight of each token in A, [B, T, Hk], at least 0.
         center: value of log A at which the multiplier is 1, [Hk] or a number; default -0.2 (initial in the paper).
-        squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and is inverted below 1. A number, or
-            one per key head, [Hk]; default 1.5.
+        squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and is inverted below 1; default 1.5.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V] (A then starts from zeros);
             default zeros.
         scale: factor on the output; default K^-1/2.
@@ -98,7 +97,7 @@ def pgdn(
     gram_log_decay: Float[Array, "B T Hk"],
     gram_gain: Float[Array, "B T Hk"],
     center: Float[Array, " Hk"] | float = CENTER,
-    squash: Float[Array, " Hk"] | float = SQUASH,
+    squash: float = SQUASH,
     initial_state: InitialState = None,
     scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -121,8 +120,7 @@ def pgdn(
         gram_log_decay: natural log of the decay of A, [B, T, Hk], at most 0.
         gram_gain: weight of each token in A, [B, T, Hk], at least 0.
         center: value of log A at which the multiplier is 1, [Hk] or a number; default -0.2 (initial in the paper).
-        squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and is inverted below 1. A number, or
-            one per key head, [Hk]; default 1.5.
+        squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and is inverted below 1; default 1.5.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V] (A then starts from zeros);
             default zeros.
         scale: factor on the output; default K^-1/2.
@@ -177,7 +175,7 @@ def pkda(
     gram_log_decay: Float[Array, "B T Hk"],
     gram_gain: Float[Array, "B T Hk"],
     center: Float[Array, " Hk"] | float = CENTER,
-    squash: Float[Array, " Hk"] | float = SQUASH,
+    squash: float = SQUASH,
     initial_state: InitialState = None,
     scale: float | None = None,
     segment_ids: Int[Array, "B T"] | None = None,
@@ -200,8 +198,7 @@ def pkda(
         gram_log_decay: natural log of the decay of A, [B, T, Hk], at most 0.
         gram_gain: weight of each token in A, [B, T, Hk], at least 0.
         center: value of log A at which the multiplier is 1, [Hk] or a number; default -0.2 (initial in the paper).
-        squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and is inverted below 1. A number, or
-            one per key head, [Hk]; default 1.5.
+        squash: x, at least 1 in the paper: the multiplier stays within [1/x, x], and is inverted below 1; default 1.5.
         initial_state: the State that an earlier call returned, or S alone, [B, H, K, V] (A then starts from zeros);
             default zeros.
         scale: factor on the output; default K^-1/2.
