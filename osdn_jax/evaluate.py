@@ -34,7 +34,7 @@ from osdn_jax.evaluation.recall_tasks import RecallTask, parse_recall_task, reca
 from osdn_jax.evaluation.results import Outcome, position_table, record, result_table
 from osdn_jax.evaluation.suites import SUITES, Positions, Suite
 from osdn_jax.evaluation.text_model import TextModel
-from osdn_jax.nn import AttentionConfig
+from osdn_jax.nn import MixerConfig
 from osdn_jax.training import CheckpointError, CheckpointMismatchError
 from osdn_jax.training.command_line import fail
 from osdn_jax.training.data import build_corpus
@@ -196,7 +196,7 @@ def _positions(
 
 
 def _text_model(given: argparse.Namespace, trained: Trained) -> TextModel:
-    attention = isinstance(trained.model.mixer, AttentionConfig)
+    attention = any(not isinstance(block.mixer, MixerConfig) for block in trained.model.stack)
     return TextModel(
         trained.apply,
         trained.parameters,

@@ -15,7 +15,7 @@ from osdn_jax.ops import chunk_step
 def unchecked() -> Iterator[None]:
     """Remove the check for packed documents that are not finite from the operators and attention."""
     with contextlib.ExitStack() as stack:
-        for module in ("ops.dispatch", "nn.attention"):
+        for module in ("ops.dispatch", "nn.softmax"):
             name = f"osdn_jax.{module}.contained"
             stack.enter_context(mock.patch(name, lambda fast, exact, inputs, starts: fast(inputs, starts)))
         yield

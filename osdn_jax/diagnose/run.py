@@ -67,7 +67,7 @@ def diagnose_run(
         if value is not None and (not isinstance(value, int) or isinstance(value, bool) or value < least):
             raise ValueError(f"{name}: got {value!r}, expected an int of at least {least}")
     run = open_trained(workdir)
-    mixer = check_delta_rule(run.model.mixer)
+    mixer = check_delta_rule(run.model)
     config = copy.deepcopy(run.config)
     if length is not None:
         config.validation.sequence_length = length
@@ -81,7 +81,7 @@ def diagnose_run(
     # Padding has the id 0; the examples of a task, which are not padded, have no other.
     valid = (ids != 0) | np.all(ids == 0, axis=1, keepdims=True)
     trained = run.load()
-    layers = run.model.layers
+    layers = run.model.depth
     found = diagnose_model(
         build_trained_model(trained.model, trained.parameters),
         tokens,

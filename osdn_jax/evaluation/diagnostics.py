@@ -13,7 +13,7 @@ from jaxtyping import Int
 
 from osdn_jax.evaluation.hindsight import STEPS
 from osdn_jax.evaluation.layer_diagnostics import LayerDiagnostics, bin_positions, diagnose_layer
-from osdn_jax.nn.config import MixerConfig
+from osdn_jax.nn.config import MixerConfig, ModelConfig
 from osdn_jax.nn.mixer import WriteInputs
 from osdn_jax.nn.model import CausalLM
 from osdn_jax.ops import checks
@@ -33,20 +33,25 @@ class Diagnostics(NamedTuple):
     tokens: int
 
 
-def check_delta_rule(mixer: Any) -> MixerConfig:
-    """Return the configuration of a mixer if it is a delta rule.
+def check_delta_rule(model: ModelConfig) -> MixerConfig:
+    """Return the configuration of a model's mixers if they are one delta rule.
 
     Args:
-        mixer: `ModelConfig.mixer`.
+        model: the configuration of the model.
 
     Raises:
-        ValueError: it is softmax attention, or it does not erase: then there is no residual to look at.
+        ValueError: a mixer is softmax attention or does not erase, so that there is no residual to look at; or the
+            mixers differ.
     """
-    if not isinstance(mixer, MixerConfig):
+    mixers = [block.mixer for block in model.stack]
+    delta_rules = [mixer for mixer in mixers if isinstance(mixer, MixerConfig)]
+    if len(delta_rules) < len(mixers):
         raise ValueError("model: got softmax attention, expected a delta rule: it keeps no state that it corrects")
-    if not mixer.erase:
+    if any(not mixer.erase for mixer in delta_rules):
         raise ValueError("model: got linear attention (erase=False), expected a delta rule: it writes no residuals")
-    return mixer
+    if any(mixer != delta_rules[0] for mixer in delta_rules):
+        raise ValueError("model: got blocks with different mixers, expected one delta rule in all of them")
+    return delta_rules[0]
 
 
 def diagnose_model(
@@ -95,7 +100,7 @@ def diagnose_model(
     """
     if not isinstance(model, CausalLM):
         raise TypeError(f"model: got {type(model).__name__}, expected an nn.CausalLM")
-    mixer = check_delta_rule(model.config.mixer)
+    mixer = check_delta_rule(model.config)
     for name, value, least in (("bins", bins, 1), ("hindsight_steps", hindsight_steps, 0)):
         if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
             raise TypeError(f"{name}: got {value!r}, expected an int")
@@ -154,4 +159,4 @@ def _run_block(
     parameters: Any, x: jax.Array, segment_ids: jax.Array | None, *, graph: nnx.GraphDef
 ) -> tuple[WriteInputs, jax.Array]:
     block = nnx.merge(graph, parameters)
-    return block.mixer.write_inputs(block.mixer_norm(x), segment_ids), block(x, None, segment_ids)[0]
+    return block.mixer.write_inputs(block.mixed(x), segment_ids), block(x, None, segment_ids)[0]

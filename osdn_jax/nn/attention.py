@@ -1,9 +1,8 @@
-"""Causal softmax attention with rotary positions: the baseline that the delta rules are compared with."""
+"""Causal softmax attention: the baseline that the delta rules are compared with, and their partner in hybrids."""
 
 import dataclasses
 import functools
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
@@ -11,24 +10,22 @@ from flax import nnx
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.nn import arguments, initializers
+from osdn_jax.nn import arguments, cache, initializers
 from osdn_jax.nn.config import AttentionConfig
 from osdn_jax.nn.layers import RMSNorm, linear
 from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
+from osdn_jax.nn.softmax import attend, attend_cudnn, rotate
 from osdn_jax.ops import checks
-from osdn_jax.ops.containment import contained
-
-_CHUNK = 512  # queries in a chunk, by default
 
 
 class AttentionState(NamedTuple):
-    """The cache of attention: the last S = max_length keys and values, the newest at the end.
+    """The cache of attention: the last S = max_length keys and values (with a window no more than the window).
 
     Attributes:
-        keys: [B, S, Hk, K], already rotated.
-        values: [B, S, Hk, V].
-        position: position of the next token; the last key is at the position before it.
+        keys: [B, S, Hk, K], already rotated; the key of position p is in slot p modulo S.
+        values: [B, S, Hk, V], in the same slots.
+        position: position of the next token.
         start: [B], position at which the current segment began; the next token sees nothing before it.
     """
 
@@ -39,13 +36,15 @@ class AttentionState(NamedTuple):
 
 
 class SoftmaxAttention(nnx.Module):
-    """Multi-head or grouped-query attention (arXiv 2305.13245), causal, with rotary positions (2104.09864).
+    """Multi-head or grouped-query attention (arXiv 2305.13245), causal, with rotary positions (2104.09864) or none.
 
-    The projections have no bias; softmax is in float32. Optionally q and k are normalised per head before they are
-    rotated (2302.05442), and the output is multiplied by a logistic gate of the input (2505.06708).
+    Softmax is in float32. Optionally q and k are normalised, per head or all heads together, before they are rotated
+    (2302.05442), only the first channels of a head are rotated, each token sees a window of tokens only (2004.05150),
+    and the output is multiplied by a logistic gate of the input (2505.06708).
 
-    A continuation sees its own tokens and the max_length tokens before it. Up to that length, processing a sequence in
-    several calls equals one call; beyond it the oldest tokens drop out. A call without a state is not limited.
+    A token of a continuation sees itself and the max_length - 1 tokens before it. Up to that length, processing a
+    sequence in several calls equals one call; beyond it the oldest tokens drop out. A call without a state is not
+    limited.
 
     Args:
         config: sizes and options.
@@ -65,28 +64,32 @@ class SoftmaxAttention(nnx.Module):
         width, results = config.width, config.heads * config.value_dim
         self.queries, self.keys = config.heads * config.key_dim, config.num_key_heads * config.key_dim
         outputs = self.queries + self.keys + config.num_key_heads * config.value_dim
-        self.project = linear(width, outputs, dtype, rngs=rngs)  # q, k and v, fused
+        self.project = linear(width, outputs, dtype, bias=config.qkv_bias, rngs=rngs)  # q, k and v, fused
         self.output = linear(results, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
         self.gate = linear(width, results, dtype, rngs=rngs) if config.output_gate else None
 
-        def norm() -> RMSNorm | None:
+        def norm(heads: int) -> "RMSNorm | HeadsNorm | None":
             if not config.qk_norm:
                 return None
-            return RMSNorm(config.key_dim, config.norm_epsilon, rngs=rngs)
+            settings = (config.norm_epsilon, config.qk_norm_offset)
+            if config.qk_norm_over == "all":
+                return HeadsNorm(heads * config.key_dim, *settings, rngs=rngs)
+            return RMSNorm(config.key_dim, *settings, rngs=rngs)
 
-        self.query_norm, self.key_norm = norm(), norm()
+        self.query_norm, self.key_norm = norm(config.heads), norm(config.num_key_heads)
 
     @property
     def fused(self) -> dict[str, tuple[int, ...]]:
         """Sizes of the projections fused along the last axis of a parameter, by the parameter's name."""
         values = self.config.num_key_heads * self.config.value_dim
-        return {"project/kernel": (self.queries, self.keys, values)}
+        names = ("project/kernel", "project/bias") if self.config.qkv_bias else ("project/kernel",)
+        return dict.fromkeys(names, (self.queries, self.keys, values))
 
     def shard(self, count: int) -> nnx.GraphDef:
         """Return the graph of the mixer with 1/count of the heads; see `TensorParallel`."""
         heads = shard_size("heads", self.config.heads, count)
         key_heads = shard_size("key_heads", self.config.num_key_heads, count)
-        return _graph(dataclasses.replace(self.config, heads=heads, key_heads=key_heads), self.dtype)
+        return _graph(dataclasses.replace(self.config, heads=heads, key_heads=key_heads), self.dtype, count)
 
     def __call__(
         self,
@@ -136,7 +139,10 @@ class SoftmaxAttention(nnx.Module):
         if state is None:
             position, start = jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32)
         else:
-            _check_state(state, batch, config)
+            slots = (config.cache_length, heads)
+            keys_and_values = {"keys": (state.keys, config.key_dim), "values": (state.values, config.value_dim)}
+            cache.check_arrays(batch, {name: (x, (*slots, size)) for name, (x, size) in keys_and_values.items()})
+            cache.check_arrays(batch, {"start": (state.start, ())})
             position, start = state.position, state.start
         total, offset = length, jnp.zeros((), jnp.int32)
         if context_axis is not None:
@@ -144,186 +150,85 @@ class SoftmaxAttention(nnx.Module):
             if segment_ids is not None:
                 segment_ids = jax.lax.all_gather(segment_ids, context_axis, axis=1, tiled=True)
         positions = position + offset + jnp.arange(length, dtype=jnp.int32)
-        q, k = (rotate(y, positions, config.rotary_base) for y in (q, k))
+        if config.rotary_base is not None:
+            q, k = (rotate(y, positions, config.rotary_base, config.rotary_dim) for y in (q, k))
         if context_axis is not None:
             k, v = (jax.lax.all_gather(y, context_axis, axis=1, tiled=True) for y in (k, v))
-        all_starts = _segment_starts(position + jnp.arange(total, dtype=jnp.int32), start, segment_ids)
+        of_keys = position + jnp.arange(total, dtype=jnp.int32)
+        all_starts = cache.segment_starts(of_keys, start, segment_ids)
         starts = jax.lax.dynamic_slice_in_dim(all_starts, offset, length, axis=1)
+        window = config.window if state is None else config.cache_length
+        if window is not None:
+            starts = jnp.maximum(starts, positions[None] - (window - 1))
 
-        if state is None:
-            keys, values, first = k, v, starts
-        else:
-            keys, values = jnp.concatenate([state.keys, k], axis=1), jnp.concatenate([state.values, v], axis=1)
-            first = starts - position + config.max_length
+        after, keys, values = self._extended(state, k, v)
+        if state is not None:
+            of_slots = cache.slot_positions(config.cache_length, position + 1 if length == 1 else position)
+            of_keys = of_slots if length == 1 else jnp.concatenate([of_slots, of_keys])
         if state is None and context_axis is None and config.implementation == "cudnn":
-            out = _attend_cudnn(q, k, v, None if segment_ids is None else starts)
+            out = attend_cudnn(q, k, v, None if segment_ids is None else starts)
         else:
-            own_key = keys.shape[1] - total + offset
-            out = attend(q, keys, values, first, first_query=own_key, chunk_size=config.chunk_size)
+            options: dict[str, Any] = {"key_positions": of_keys, "chunk_size": config.chunk_size}
+            out = attend(q, keys, values, starts, first_query=position + offset, **options)
 
         out = out.reshape(batch, length, config.heads * config.value_dim)
         if self.gate is not None:
             out = out * jax.nn.sigmoid(self.gate(x))
-        new_state = AttentionState(
-            _last(keys, config.max_length),
-            _last(values, config.max_length),
-            position + total,
-            jnp.concatenate([start[:, None], all_starts], axis=1)[:, -1],
-        )
-        return self.output(out), new_state
+        start = jnp.concatenate([start[:, None], all_starts], axis=1)[:, -1]
+        return self.output(out), AttentionState(*after, position + total, start)
+
+    def _extended(
+        self, state: AttentionState | None, k: jax.Array, v: jax.Array
+    ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
+        """Return (the cache after the tokens of k and v, keys and values that these tokens see some of)."""
+        slots = self.config.cache_length
+        if state is None:
+            return (cache.first_cache(k, slots), cache.first_cache(v, slots)), k, v
+        before, new = (state.keys, state.values), (k, v)
+        after = tuple(cache.append(old, x, state.position) for old, x in zip(before, new, strict=True))
+        if k.shape[1] == 1:  # the cache holds all that the token sees
+            keys, values = (x.astype(k.dtype) for x in after)
+        else:
+            both = zip(before, new, strict=True)
+            keys, values = (jnp.concatenate([old.astype(x.dtype), x], axis=1) for old, x in both)
+        return cast(tuple[jax.Array, jax.Array], after), keys, values
 
 
-def _check_state(state: AttentionState, batch: int, config: AttentionConfig) -> None:
-    lead = (batch, config.max_length, config.num_key_heads)
-    for name, x, shape in (
-        ("keys", state.keys, (*lead, config.key_dim)),
-        ("values", state.values, (*lead, config.value_dim)),
-        ("start", state.start, (batch,)),
-    ):
-        if x.shape != shape:
-            raise ValueError(f"state: got {name} of shape {x.shape}, expected {shape}")
+class HeadsNorm(nnx.Module):
+    """RMS norm over the channels of all heads together, as of queries and keys in OLMo 2 (arXiv 2501.00656).
+
+    Args:
+        features: H K, channels of all heads.
+        epsilon: added to the mean of squares.
+        offset: constant added to the scale, which starts at 1 - offset.
+        rngs: random streams for the parameters.
+    """
+
+    def __init__(self, features: int, epsilon: float, offset: float, shards: int = 1, *, rngs: nnx.Rngs) -> None:
+        """Create the scale of each channel; `shards` is the number of devices that share the heads."""
+        self.scale = nnx.Param(jnp.full((features,), 1.0 - offset, jnp.float32))
+        self.epsilon, self.offset, self.shards = epsilon, offset, shards
+
+    @jax.named_scope("norm")
+    def __call__(self, x: Float[Array, "B T H K"]) -> Float[Array, "B T H K"]:
+        """Return x / sqrt(mean(x^2) + epsilon) * (offset + scale), the mean over heads and channels."""
+        wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+        squares = jnp.mean(jnp.square(wide), axis=(-2, -1), keepdims=True)
+        scale = self.scale[...].astype(wide.dtype) + self.offset
+        if self.shards > 1:  # every device has the whole scale and some of the heads
+            squares = jax.lax.pmean(squares, "tensor")
+            size = x.shape[-2] * x.shape[-1]
+            scale = jax.lax.dynamic_slice_in_dim(scale, jax.lax.axis_index("tensor") * size, size)
+        return (wide * jax.lax.rsqrt(squares + self.epsilon) * scale.reshape(1, 1, *x.shape[-2:])).astype(x.dtype)
 
 
 @functools.cache
-def _graph(config: AttentionConfig, dtype: jnp.dtype) -> nnx.GraphDef:
-    return nnx.graphdef(nnx.eval_shape(lambda: SoftmaxAttention(config, 1, dtype, rngs=nnx.Rngs(0))))
+def _graph(config: AttentionConfig, dtype: jnp.dtype, shards: int) -> nnx.GraphDef:
+    def build() -> SoftmaxAttention:
+        attention = SoftmaxAttention(config, 1, dtype, rngs=nnx.Rngs(0))
+        for norm in (attention.query_norm, attention.key_norm):
+            if isinstance(norm, HeadsNorm):
+                norm.shards = shards
+        return attention
 
-
-def rotate(x: Float[Array, "B T H K"], positions: Int[Array, " T"], base: float) -> Float[Array, "B T H K"]:
-    """Rotate each pair (x_i, x_{i + K/2}) by the angle position * base^(-2i / K): rotary position embedding.
-
-    The product of a query and a key then depends on the difference of their positions only. The pairs are those of
-    Llama's code in Transformers; the paper (arXiv 2104.09864) pairs neighbours. Angles are float32.
-
-    Args:
-        x: queries or keys, [B, T, H, K] with even K.
-        positions: [T] integers.
-        base: base of the geometric series of frequencies, 10,000 in the paper.
-    """
-    half, wide = x.shape[-1] // 2, _wide(x.dtype)
-    angles = positions.astype(wide)[:, None] * base ** (-jnp.arange(half, dtype=wide) / half)[None]
-    cosine, sine = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
-    a, b = jnp.split(x.astype(wide), 2, axis=-1)
-    return jnp.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1).astype(x.dtype)
-
-
-def attend(
-    q: Float[Array, "B T H K"],
-    k: Float[Array, "B S Hk K"],
-    v: Float[Array, "B S Hk V"],
-    first: Int[Array, "B T"],
-    *,
-    first_query: Int[Array, ""] | int | None = None,
-    chunk_size: int | None = None,
-) -> Float[Array, "B T H V"]:
-    """Return softmax(q kᵀ / sqrt(K)) v, where query t sees the keys first[t] .. first_query + t.
-
-    Whatever a query does not see does not affect it, NaN included. Chunks of queries are computed one after another,
-    and recomputed in the backward pass, so that only [B, H, chunk_size, S] scores exist at a time; scores of keys that
-    a query does not see are computed too. Key head h serves the query heads h H / Hk to (h + 1) H / Hk - 1. Scores and
-    softmax are float32 (float64 for float64 inputs). Gradients exist in reverse mode only.
-
-    Args:
-        q: queries.
-        k: keys.
-        v: values.
-        first: [B, T], index of the first key that each query sees; 0 or less for all of them.
-        first_query: index of the first query's own key. Default: S - T, queries for the last keys.
-        chunk_size: number of queries at a time. Default: 512.
-    """
-    last = (k.shape[1] - q.shape[1] if first_query is None else first_query) + jnp.arange(q.shape[1], dtype=jnp.int32)
-    return _attend((q, k, v), first, last, chunk_size or _CHUNK)
-
-
-@functools.partial(jax.jit, static_argnums=3)
-def _attend(
-    heads: tuple[jax.Array, jax.Array, jax.Array], first: jax.Array, last: jax.Array, chunk_size: int
-) -> jax.Array:
-    """Attend by chunks of queries; if that is not finite, by single queries that leave out what they do not see."""
-
-    def chunks(heads: Any, seen: Any) -> jax.Array:
-        return _by_chunks(_attend_chunk, heads, seen, chunk_size)
-
-    return contained(chunks, _by_queries, heads, (first, last))
-
-
-def _by_queries(heads: Any, seen: Any) -> jax.Array:
-    return _by_chunks(_attend_query, heads, seen, 1)
-
-
-def _by_chunks(attend: Callable[..., jax.Array], heads: Any, seen: Any, size: int) -> jax.Array:
-    """Return attend(q, k, v, first, last), computed for `size` queries at a time."""
-    (q, k, v), (first, last) = heads, seen
-    length = q.shape[1]
-    if length <= size:
-        return attend(q, k, v, first, last)
-
-    def chunks(x: jax.Array, axis: int) -> jax.Array:
-        padding = [(0, -length % size if i == axis else 0) for i in range(x.ndim)]
-        shape = (*x.shape[:axis], -(-length // size), size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(shape), axis, 0)
-
-    rows = (chunks(q, 1), chunks(first, 1), chunks(last, 0))
-    out = jax.lax.map(lambda row: attend(row[0], k, v, *row[1:]), rows)
-    return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -(-length // size) * size, q.shape[2], v.shape[-1])[:, :length]
-
-
-@jax.checkpoint
-def _attend_chunk(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-    (batch, rows, heads, size), (columns, key_heads) = q.shape, k.shape[1:3]
-    wide = _wide(q.dtype)
-    groups = q.reshape(batch, rows, key_heads, heads // key_heads, size)
-    scores = jnp.einsum("bthgk,bshk->bhgts", groups, k, preferred_element_type=wide) * size**-0.5
-    visible = _visible(columns, first, last)
-    weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("bhgts,bshv->bthgv", weights.astype(v.dtype), v, preferred_element_type=wide)
-    return out.reshape(batch, rows, heads, v.shape[-1]).astype(v.dtype)
-
-
-@jax.checkpoint
-def _attend_query(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array) -> jax.Array:
-    """Return `_attend_chunk` of one query, with zeros for the keys and values that it does not see."""
-    visible = jnp.any(_visible(k.shape[1], first, last), axis=1)[..., None, None]
-    k, v = (jnp.where(visible, x, jnp.zeros_like(x)) for x in (k, v))
-    return _attend_chunk(q, k, v, first, last)
-
-
-def _visible(columns: int, first: jax.Array, last: jax.Array) -> jax.Array:
-    """Return a mask of the keys that each query sees, [B, T, S]."""
-    column = jnp.arange(columns, dtype=jnp.int32)[None, None]
-    return (column >= first[..., None]) & (column <= last[None, :, None])
-
-
-@jax.jit
-def _attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | None) -> jax.Array:
-    def cudnn(heads: Any, seen: Any) -> jax.Array:
-        q, k, v = heads
-        mask = None
-        if first is not None:
-            mask = (jnp.arange(k.shape[1], dtype=jnp.int32)[None, None] >= seen[0][..., None])[:, None]
-        return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
-
-    last = jnp.arange(q.shape[1], dtype=jnp.int32)
-    return contained(
-        cudnn, _by_queries, (q, k, v), (jnp.zeros(q.shape[:2], jnp.int32) if first is None else first, last)
-    )
-
-
-def _segment_starts(positions: jax.Array, start: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
-    """Return the position at which each token's segment began, [B, T]; the first token continues the segment."""
-    shape = (start.shape[0], positions.shape[0])
-    if segment_ids is None:
-        return jnp.broadcast_to(start[:, None], shape)
-    before = jnp.concatenate([segment_ids[:, :1], segment_ids[:, :-1]], axis=1)
-    begun = jnp.where(segment_ids != before, jnp.broadcast_to(positions[None], shape), start[:, None])
-    return jax.lax.cummax(begun, axis=1)
-
-
-def _last(x: jax.Array, size: int) -> jax.Array:
-    """Return the last `size` tokens, padded with zeros in front if there are fewer."""
-    missing = max(size - x.shape[1], 0)
-    return jnp.pad(x, ((0, 0), (missing, 0), (0, 0), (0, 0)))[:, x.shape[1] + missing - size :]
-
-
-def _wide(dtype: jnp.dtype) -> jnp.dtype:
-    return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
+    return nnx.graphdef(nnx.eval_shape(build))

@@ -10,6 +10,10 @@ recomputes. A gradient costs two forward passes. The forward pass, per token and
       in chunks  plus 4 H C (K + V) for chunks of C tokens (2406.06484): k w^T, q w^T, and two products with R
     attention    2 (T + 1) / 2 H (K + V), for q k^T and p v: causal, one segment per sequence (2205.14135)
 
+    window       no more than the window in place of (T + 1) / 2
+    latent       attention with heads of K + shared channels
+    mixture      the experts that a token is sent to, of all
+
 Elementwise work is not counted, and so neither are the preconditioners, whose states are vectors.
 """
 
@@ -18,7 +22,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from osdn_jax.nn.config import AttentionConfig, ModelConfig
+from osdn_jax.nn.config import AttentionConfig, LatentAttentionConfig, Mixer, MixtureConfig, ModelConfig
 
 CHUNK = 64  # tokens in a chunk of the kernels
 
@@ -68,17 +72,29 @@ def per_token(config: ModelConfig, parameters: Mapping[str, Any], length: int) -
     """
     sizes = {name: math.prod(x.shape) for name, x in parameters.items()}
     kernels = sum(size for name, size in sizes.items() if name.endswith("/kernel") and name.startswith("blocks/"))
-    mixer = config.mixer
-    heads, states = mixer.heads, mixer.key_dim * mixer.value_dim
-    key_and_value = mixer.key_dim + mixer.value_dim
-    if isinstance(mixer, AttentionConfig):
-        mixing, chunks = (length + 1) * heads * key_and_value, 0
-    else:
-        chunk = CHUNK if mixer.chunk_size is None else mixer.chunk_size
-        mixing, chunks = (6 if mixer.erase else 4) * heads * states, 4 * heads * min(chunk, length) * key_and_value
+    for block in config.stack:
+        if isinstance(block.mlp, MixtureConfig):
+            kernels += 3 * config.width * block.mlp.active * block.mlp.hidden
+    mixing, chunks = (
+        sum(parts) for parts in zip(*(_mixing(block.mixer, length) for block in config.stack), strict=True)
+    )
     return Flops(
         matrices=2.0 * kernels,
         head=2.0 * sizes["embedding/embedding" if config.tied_embeddings else "head/kernel"],
-        mixing=float(config.layers * mixing),
-        chunks=float(config.layers * chunks),
+        mixing=float(mixing),
+        chunks=float(chunks),
     )
+
+
+def _mixing(mixer: Mixer, length: int) -> tuple[float, float]:
+    """Return the FLOPs per token of a recurrence or attention, and what its chunkwise form adds."""
+    heads, key_and_value = mixer.heads, mixer.key_dim + mixer.value_dim
+    if isinstance(mixer, LatentAttentionConfig):
+        return (length + 1) * heads * (key_and_value + mixer.shared_key_dim), 0
+    if isinstance(mixer, AttentionConfig):
+        seen = min(mixer.window or length, length)  # tokens; those at the start of a sequence see fewer
+        mean = (seen * (seen + 1) / 2 + (length - seen) * seen) / length
+        return 2 * mean * heads * key_and_value, 0
+    chunk = CHUNK if mixer.chunk_size is None else mixer.chunk_size
+    recurrence = (6 if mixer.erase else 4) * heads * mixer.key_dim * mixer.value_dim
+    return recurrence, 4 * heads * min(chunk, length) * key_and_value

@@ -1,6 +1,6 @@
-"""Gates of the recurrences: decay of the state, erase and write gates, forgetting of the preconditioners.
+"""Gates of the recurrences: decay of the state, erase and write gates, forgetting of the preconditioners, output gate.
 
-All of them return float32.
+All of them but the output gate return float32.
 """
 
 import jax
@@ -26,26 +26,41 @@ class DecayGate(nnx.Module):
         heads: H, number of heads.
         channels: K, key channels of a head, for a decay per channel; None for a decay per head.
         dtype: of the projections.
+        rank: channels between the two projections of a decay per channel. Default: K.
+        bound: b < 0 for the log decay b sigmoid(exp(A_log) (f(x) + dt_bias)) of a decay per channel, which is never
+            below b (github.com/fla-org/flash-linear-attention). Default: None, the decay above.
         rngs: random streams for the parameters.
     """
 
-    def __init__(self, width: int, heads: int, channels: int | None, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self,
+        width: int,
+        heads: int,
+        channels: int | None,
+        dtype: DTypeLike,
+        rank: int | None = None,
+        bound: float | None = None,
+        *,
+        rngs: nnx.Rngs,
+    ) -> None:
         """Create the parameters."""
-        self.heads, self.channels = heads, channels
-        outputs = heads * (channels or 1)
-        self.down = None if channels is None else linear(width, channels, dtype, rngs=rngs)
-        self.project = linear(channels or width, outputs, dtype, rngs=rngs)
+        self.heads, self.channels, self.bound = heads, channels, bound
+        outputs, inner = heads * (channels or 1), rank or channels
+        self.down = None if inner is None else linear(width, inner, dtype, rngs=rngs)
+        self.project = linear(inner or width, outputs, dtype, rngs=rngs)
         self.log_rate = NoDecayParam(initializers.log_decay_rate(rngs.params(), (heads,), jnp.float32))
         self.bias = NoDecayParam(initializers.time_step_bias(rngs.params(), (outputs,), jnp.float32))
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"] | Float[Array, "B T H K"]:
         """Return the log decay of each token, [B, T, H] or [B, T, H, K], at most 0."""
         x = x if self.down is None else self.down(x)
-        step = jax.nn.softplus(self.project(x).astype(jnp.float32) + self.bias[...][None, None])
-        rate = jnp.exp(self.log_rate[...])[None, None]
-        if self.channels is None:
-            return -rate * step
-        return -rate[..., None] * step.reshape(*step.shape[:2], self.heads, self.channels)
+        step = self.project(x).astype(jnp.float32) + self.bias[...].astype(jnp.float32)[None, None]
+        rate = jnp.exp(self.log_rate[...].astype(jnp.float32))[None, None]
+        if self.channels is not None:
+            rate, step = rate[..., None], step.reshape(*step.shape[:2], self.heads, self.channels)
+        if self.bound is not None:
+            return self.bound * jax.nn.sigmoid(rate * step)
+        return -rate * jax.nn.softplus(step)
 
 
 class ChannelGate(nnx.Module):
@@ -89,7 +104,8 @@ class ForgetGate(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T P"]:
         """Return the log of the fraction of the preconditioner that each token keeps."""
-        return jax.nn.log_sigmoid(project(x.astype(jnp.float32), self.kernel[...]) + self.bias[...][None, None])
+        kernel, bias = (parameter[...].astype(jnp.float32) for parameter in (self.kernel, self.bias))
+        return jax.nn.log_sigmoid(project(x.astype(jnp.float32), kernel) + bias[None, None])
 
 
 class HeadForgetGate(nnx.Module):
@@ -107,5 +123,29 @@ class HeadForgetGate(nnx.Module):
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T P"]:
         """Return the log of the fraction of the preconditioner that each token keeps."""
-        bias = self.bias[...]
+        bias = self.bias[...].astype(jnp.float32)
         return jnp.broadcast_to(jax.nn.log_sigmoid(bias)[None, None], (*x.shape[:2], *bias.shape))
+
+
+class OutputGate(nnx.Module):
+    """Projection to the output gate of a mixer, of low rank or with a bias (KDA, arXiv 2510.26692).
+
+    Args:
+        width: D, size of the residual stream.
+        outputs: number of channels that the gate multiplies.
+        rank: channels between the two projections; None for one projection.
+        bias: add a bias to the last projection.
+        dtype: of the projections.
+        rngs: random streams for the parameters.
+    """
+
+    def __init__(
+        self, width: int, outputs: int, rank: int | None, bias: bool, dtype: DTypeLike, *, rngs: nnx.Rngs
+    ) -> None:
+        """Create the parameters."""
+        self.down = None if rank is None else linear(width, rank, dtype, rngs=rngs)
+        self.project = linear(rank or width, outputs, dtype, bias=bias, rngs=rngs)
+
+    def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T C"]:
+        """Return the gate before its activation."""
+        return self.project(x if self.down is None else self.down(x))

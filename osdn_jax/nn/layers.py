@@ -1,6 +1,7 @@
 """Small layers of the blocks: short convolution, normalisation, MLP, embedding lookup, dropout."""
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
@@ -18,16 +19,30 @@ class NoDecayParam(nnx.Param):
 
 
 class RMSNorm(nnx.RMSNorm):
-    """Flax's RMSNorm over the last axis, computed in float32; the output has the dtype of the input."""
+    """Flax's RMSNorm over the last axis, computed in float32; the output has the dtype of the input.
 
-    def __init__(self, features: int, epsilon: float, *, rngs: nnx.Rngs) -> None:
+    Args:
+        features: size of the last axis.
+        epsilon: added to the mean of squares.
+        offset: constant added to the scale, which starts at 1 - offset; 1 in Qwen's models. Default: 0.
+        rngs: random streams for the parameters.
+    """
+
+    def __init__(self, features: int, epsilon: float, offset: float = 0.0, *, rngs: nnx.Rngs) -> None:
         """Create the scale of each of the `features` of the last axis."""
-        super().__init__(features, epsilon=epsilon, dtype=jnp.float32, rngs=rngs)
+        start = nnx.initializers.constant(1.0 - offset)
+        super().__init__(features, epsilon=epsilon, dtype=jnp.float32, scale_init=start, rngs=rngs)
+        self.offset = offset
 
     @jax.named_scope("norm")
     def __call__(self, x: Float[Array, "*B D"], mask: jax.Array | None = None) -> Float[Array, "*B D"]:
-        """Return x / sqrt(mean(x^2) + epsilon) * scale."""
-        return super().__call__(x, mask).astype(x.dtype)
+        """Return x / sqrt(mean(x^2) + epsilon) * (offset + scale)."""
+        if self.offset == 0.0:
+            return super().__call__(x, mask).astype(x.dtype)
+        wide = x.astype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
+        normed = wide * jax.lax.rsqrt(jnp.mean(jnp.square(wide), axis=-1, keepdims=True) + self.epsilon)
+        scale = cast(nnx.Param, self.scale)[...].astype(wide.dtype) + self.offset
+        return (normed * scale.reshape(*[1] * (x.ndim - 1), -1)).astype(x.dtype)
 
 
 class ShortConvolution(nnx.Module):
@@ -123,19 +138,23 @@ def _convolve(kernel: jax.Array, padded: jax.Array, ids: jax.Array | None) -> ja
 
 
 class SwiGLU(nnx.Module):
-    """Gated MLP: down(silu(gate(x)) * up(x)), without biases (arXiv 2002.05202).
+    """Gated MLP: down(activation(gate(x)) * up(x)), without biases (arXiv 2002.05202).
 
     Args:
         width: D, size of the residual stream.
         hidden: number of hidden units.
         layers: number of layers of the whole model, which scales the initial `down` projection.
         dtype: of activations and matrix products; the parameters are float32.
+        activation: "silu" (the default) or "powlu", as in `MLPConfig`.
         rngs: random streams for the parameters.
     """
 
-    def __init__(self, width: int, hidden: int, layers: int, dtype: DTypeLike, *, rngs: nnx.Rngs) -> None:
+    def __init__(
+        self, width: int, hidden: int, layers: int, dtype: DTypeLike, activation: str = "silu", *, rngs: nnx.Rngs
+    ) -> None:
         """Create the parameters."""
         self.width, self.hidden, self.dtype = width, hidden, checks.floating_dtype("dtype", dtype)
+        self.activation = activation
         self.gate_and_up = linear(width, 2 * hidden, dtype, rngs=rngs)
         self.down = linear(hidden, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
 
@@ -147,13 +166,24 @@ class SwiGLU(nnx.Module):
     def shard(self, count: int) -> nnx.GraphDef:
         """Return the graph of the MLP with 1/count of the hidden units; see `TensorParallel`."""
         hidden = shard_size("mlp_dim", self.hidden, count)
-        return nnx.graphdef(nnx.eval_shape(lambda: SwiGLU(self.width, hidden, 1, self.dtype, rngs=nnx.Rngs(0))))
+        shape, kind = (self.width, hidden, 1, self.dtype), self.activation
+        return nnx.graphdef(nnx.eval_shape(lambda: SwiGLU(*shape, kind, rngs=nnx.Rngs(0))))
 
     @jax.named_scope("mlp")
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
         """Apply the MLP to each token."""
         gate, up = jnp.split(self.gate_and_up(x), 2, axis=-1)
-        return self.down(jax.nn.silu(gate) * up)
+        return self.down(ACTIVATIONS[self.activation](gate) * up)
+
+
+def powlu(x: Float[Array, "*B D"]) -> Float[Array, "*B D"]:
+    """Return x^(3 / (sqrt(x) + 1)) sigmoid(x) for x > 0 and silu(x) otherwise, as in flash-linear-attention."""
+    positive = jnp.where(x > 0, x, jnp.ones_like(x))  # so that the gradient of the branch not taken is finite
+    power = jnp.power(positive, 3.0 / (jnp.sqrt(positive) + 1.0))
+    return jnp.where(x > 0, power * jax.nn.sigmoid(x), jax.nn.silu(x))
+
+
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {"silu": jax.nn.silu, "powlu": powlu}
 
 
 @jax.named_scope("embedding")
@@ -167,12 +197,13 @@ def linear(
     outputs: int,
     dtype: DTypeLike,
     *,
+    bias: bool = False,
     kernel_init: nnx.Initializer = initializers.kernel,
     rngs: nnx.Rngs,
 ) -> nnx.Linear:
-    """Return a projection without bias, with float32 parameters and computation in dtype."""
+    """Return a projection, by default without bias, with float32 parameters and computation in dtype."""
     return nnx.Linear(
-        inputs, outputs, use_bias=False, dtype=dtype, kernel_init=kernel_init, dot_general=_dot_general, rngs=rngs
+        inputs, outputs, use_bias=bias, dtype=dtype, kernel_init=kernel_init, dot_general=_dot_general, rngs=rngs
     )
 
 

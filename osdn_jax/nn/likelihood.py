@@ -24,11 +24,14 @@ class LikelihoodSums(NamedTuple):
         nats: sum of negative log likelihoods; divided by `targets` it is the mean loss.
         squared_normalizers: sum of logsumexp(logits)^2, for a z-loss.
         targets: sum of the weights.
+        balance: load-balancing loss, the mean over the model's mixtures and all tokens, if it was asked for, else 0. It
+            is no sum.
     """
 
     nats: Float[Array, ""]
     squared_normalizers: Float[Array, ""]
     targets: Float[Array, ""]
+    balance: Float[Array, ""]
 
 
 def likelihood_sums(
@@ -38,6 +41,7 @@ def likelihood_sums(
     *,
     chunks: Chunks = DEFAULT_CHUNKS,
     dropout_key: jax.Array | None = None,
+    balance: bool = False,
 ) -> LikelihoodSums:
     """Return the summed negative log likelihood of a batch and its weights, without forming all logits at once.
 
@@ -53,6 +57,8 @@ def likelihood_sums(
             these tokens of each row, and no other token has logits.
         chunks: sizes of the logits that exist at a time, as in `nn.cross_entropy`.
         dropout_key: random key of the model's dropout. Default: None, no dropout.
+        balance: compute the load-balancing loss of the model's mixtures, by its method `balanced_features`. Default:
+            False.
 
     Raises:
         ValueError: batch lacks an array, targets or weights have another shape than inputs (or positions), or there are
@@ -60,8 +66,9 @@ def likelihood_sums(
         TypeError: batch is not a mapping.
     """
     _check_batch(batch)
-    hidden, _ = apply(
-        parameters, batch["inputs"], segment_ids=batch["segment_ids"], dropout_key=dropout_key, method="features"
+    method = "balanced_features" if balance else "features"
+    hidden, _, *balances = apply(
+        parameters, batch["inputs"], segment_ids=batch["segment_ids"], dropout_key=dropout_key, method=method
     )
     if "positions" in batch:
         hidden = hidden_at(hidden, jnp.asarray(batch["positions"]))
@@ -73,7 +80,8 @@ def likelihood_sums(
     def weighted(x: jax.Array) -> jax.Array:
         return jnp.sum(jnp.where(weights == 0, 0.0, x) * weights)
 
-    return LikelihoodSums(weighted(nats), weighted(jnp.square(normalizers)), jnp.sum(weights))
+    found = balances[0] if balances else jnp.zeros((), jnp.float32)
+    return LikelihoodSums(weighted(nats), weighted(jnp.square(normalizers)), jnp.sum(weights), found)
 
 
 def hidden_at(hidden: Float[Array, "B T D"], positions: Int[Array, "B N"]) -> Float[Array, "B N D"]:

@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from osdn_jax import ops
 from osdn_jax.nn import arguments, initializers
 from osdn_jax.nn.config import MixerConfig
-from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate, HeadForgetGate
+from osdn_jax.nn.gates import ChannelGate, DecayGate, ForgetGate, HeadForgetGate, OutputGate
 from osdn_jax.nn.layers import NoDecayParam, RMSNorm, ShortConvolution, linear, unit_norm
 from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
@@ -26,7 +26,7 @@ class MixerState(NamedTuple):
     """The state of a mixer after the tokens of a call, of a size that does not depend on their number; a pytree.
 
     Attributes:
-        window: the last inputs of the short convolution, [B, conv_size - 1, channels].
+        window: the last inputs of the short convolution, [B, conv_size - 1, channels]; [B, 0, 0] without one.
         rule: the state of the rule.
     """
 
@@ -60,10 +60,10 @@ class WriteInputs(NamedTuple):
 class DeltaMixer(nnx.Module):
     """A token mixer of the delta-rule family; its config selects the rule.
 
-    q, k and v are projections without bias, each followed by a short convolution and SiLU; q and k are normalised to
-    unit length (k only if config.key_norm is True). beta is a logistic gate, or config.fixed_beta; the erase gate (per
-    key head) and the write gate that replace it in GDN-2 are logistic too. The output is normalised per head, gated if
-    config.output_gate is True, and projected back.
+    q, k and v are projections without bias, each followed by a short convolution (unless config.conv_size is 0) and
+    SiLU; q and k are normalised to unit length (k only if config.key_norm is True). beta is a logistic gate, or
+    config.fixed_beta; the erase gate (per key head) and the write gate that replace it in GDN-2 are logistic too. The
+    output is normalised per head, then gated if config.output_gate is True, and projected back.
 
     Args:
         config: sizes and rule, as `mixer_config` returns them.
@@ -95,17 +95,19 @@ class DeltaMixer(nnx.Module):
         width, heads, key_heads = config.width, config.heads, config.num_key_heads
         self.keys, self.values = key_heads * config.key_dim, heads * config.value_dim
         self.project = linear(width, 2 * self.keys + self.values, dtype, rngs=rngs)  # q, k and v, fused
-        self.convolution = ShortConvolution(2 * self.keys + self.values, config.conv_size, rngs=rngs)
+        channels = 2 * self.keys + self.values
+        self.convolution = ShortConvolution(channels, config.conv_size, rngs=rngs) if config.conv_size else None
         by_channel = config.strength == "channel"
         gate_of_beta = config.gated_write and config.fixed_beta is None
-        self.beta = linear(width, heads, dtype, rngs=rngs) if gate_of_beta else None
+        betas = key_heads if config.beta_per_key_head else heads
+        self.beta = linear(width, betas, dtype, rngs=rngs) if gate_of_beta else None
         self.norm = RMSNorm(config.value_dim, config.norm_epsilon, rngs=rngs)
         self.output = linear(self.values, width, dtype, kernel_init=initializers.residual_kernel(layers), rngs=rngs)
-        self.gate = linear(width, self.values, dtype, rngs=rngs) if config.output_gate else None
+        self.gate = _output_gate(config, self.values, dtype, rngs) if config.output_gate else None
 
         # Each of these is assigned once: NNX decides at the first assignment whether an attribute holds parameters.
-        channels = config.key_dim if config.decay == "channel" else None
-        self.decay = None if config.decay == "none" else DecayGate(width, heads, channels, dtype, rngs=rngs)
+        by_decay = (config.key_dim if config.decay == "channel" else None, dtype, config.decay_rank, config.decay_bound)
+        self.decay = None if config.decay == "none" else DecayGate(width, heads, *by_decay, rngs=rngs)
 
         self.erase_gate = ChannelGate(width, key_heads, config.key_dim, dtype, rngs=rngs) if by_channel else None
         self.write_gate = ChannelGate(width, heads, config.value_dim, dtype, rngs=rngs) if by_channel else None
@@ -124,7 +126,8 @@ class DeltaMixer(nnx.Module):
     @property
     def fused(self) -> dict[str, tuple[int, ...]]:
         """Sizes of the projections fused along the last axis of a parameter, by the parameter's name."""
-        return dict.fromkeys(("project/kernel", "convolution/kernel"), (self.keys, self.keys, self.values))
+        names = ("project/kernel", "convolution/kernel") if self.config.conv_size else ("project/kernel",)
+        return dict.fromkeys(names, (self.keys, self.keys, self.values))
 
     def shard(self, count: int) -> nnx.GraphDef:
         """Return the graph of the mixer with 1/count of the heads; see `TensorParallel`."""
@@ -169,7 +172,8 @@ class DeltaMixer(nnx.Module):
         out, rule = self._rule(x, q, k, v, carried, segment_ids, context_axis)
         out = self.norm(out)
         if self.gate is not None:
-            out = out * jax.nn.silu(self.gate(x)).reshape(out.shape)
+            activation = jax.nn.silu if self.config.output_gate_activation == "silu" else jax.nn.sigmoid
+            out = out * activation(self.gate(x)).reshape(out.shape)
         return self.output(out.reshape(*x.shape[:2], self.values)), MixerState(window, rule)
 
     def multipliers(
@@ -193,13 +197,14 @@ class DeltaMixer(nnx.Module):
         shared: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": config.chunk_size}
         if config.preconditioner == "none":
             raise ValueError("multipliers: got a mixer with preconditioner='none', expected 'hypergradient' or 'gram'")
+        k = self._preconditioned_keys(k)
         if config.preconditioner == "gram":
             factors = ops.gram_preconditioner(k, **self._gram(x)._asdict(), **shared)[0]
         else:
             settings = self._hypergradient(x)._asdict()
             beta = None
             if settings.pop("beta_aware"):
-                beta, k = self._beta(x), jnp.repeat(k, config.heads // config.num_key_heads, axis=2)
+                beta, k = self._beta(x), jnp.repeat(k, config.heads // k.shape[2], axis=2)
             factors = ops.hypergradient_preconditioner(k, beta, **settings, **shared)[0]
         return jnp.broadcast_to(matched_step(factors * k, k), factors.shape) if config.match_step else factors
 
@@ -235,7 +240,11 @@ class DeltaMixer(nnx.Module):
     ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array]:
         """Return queries, keys and values by head, and the convolution's window after the last token."""
         config, lead = self.config, x.shape[:2]
-        mixed, window = self.convolution(self.project(x), window, segment_ids, context_axis)
+        mixed = self.project(x)
+        if self.convolution is None:
+            window = jnp.zeros((x.shape[0], 0, 0), x.dtype)
+        else:
+            mixed, window = self.convolution(mixed, window, segment_ids, context_axis)
         q, k, v = jnp.split(jax.nn.silu(mixed), [self.keys, 2 * self.keys], axis=-1)
         q, k = (y.reshape(*lead, config.num_key_heads, config.key_dim) for y in (q, k))
         q, k = unit_norm(q), unit_norm(k) if config.key_norm else k
@@ -246,7 +255,15 @@ class DeltaMixer(nnx.Module):
             return jnp.full((*x.shape[:2], self.config.heads), self.config.fixed_beta, jnp.float32)
         gate: Any = self.beta
         beta = jax.nn.sigmoid(gate(x).astype(jnp.float32))
+        if self.config.beta_per_key_head:
+            beta = jnp.repeat(beta, self.config.heads // beta.shape[2], axis=2)
         return 2.0 * beta if self.config.negative_eigenvalues else beta
+
+    def _preconditioned_keys(self, k: jax.Array) -> jax.Array:
+        """Return keys [B, T, P, K] of the preconditioners that do not depend on beta."""
+        if not self.config.preconditioner_per_value_head:
+            return k
+        return jnp.repeat(k, self.config.heads // k.shape[2], axis=2)
 
     def _hypergradient(self, x: jax.Array) -> Hypergradient:
         """Return the preconditioner's arguments for the tokens x."""
@@ -254,7 +271,7 @@ class DeltaMixer(nnx.Module):
         return Hypergradient(
             eta=settings.eta,
             log_forget=self._log_forget(x),
-            initial=initial[...],
+            initial=initial[...].astype(jnp.float32),
             anchor=settings.anchor,
             bounds=settings.bounds,
             normalize=settings.normalize,
@@ -277,7 +294,7 @@ class DeltaMixer(nnx.Module):
         return Gram(
             log_decay=decay(x),
             gain=jax.nn.sigmoid(gain(x).astype(jnp.float32)),
-            center=center[...],
+            center=center[...].astype(jnp.float32),
             squash=self.config.gram.squash,
         )
 
@@ -310,6 +327,8 @@ class DeltaMixer(nnx.Module):
             preconditioner = self._hypergradient(x)
         elif config.preconditioner == "gram":
             preconditioner = self._gram(x)
+        if preconditioner is not None:
+            q, k = self._preconditioned_keys(q), self._preconditioned_keys(k)
         return preconditioned_delta_rule(
             q,
             k,
@@ -321,6 +340,12 @@ class DeltaMixer(nnx.Module):
             match_step=config.match_step,
             **shared,
         )
+
+
+def _output_gate(config: MixerConfig, outputs: int, dtype: DTypeLike, rngs: nnx.Rngs) -> nnx.Module:
+    if config.output_gate_rank is None and not config.output_gate_bias:
+        return linear(config.width, outputs, dtype, rngs=rngs)
+    return OutputGate(config.width, outputs, config.output_gate_rank, config.output_gate_bias, dtype, rngs=rngs)
 
 
 @functools.cache

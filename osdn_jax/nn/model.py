@@ -1,44 +1,62 @@
 """The causal language model: embedding, residual blocks, norm and head."""
 
 import functools
-from typing import Any
+from collections.abc import Hashable
+from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Bool, Float, Int
 
 from osdn_jax.nn import arguments, initializers
 from osdn_jax.nn.attention import AttentionState, SoftmaxAttention
-from osdn_jax.nn.config import AttentionConfig, ModelConfig
+from osdn_jax.nn.config import (
+    MLP,
+    AttentionConfig,
+    LatentAttentionConfig,
+    MixerConfig,
+    MixtureConfig,
+    ModelConfig,
+)
+from osdn_jax.nn.latent_attention import LatentAttention, LatentState
 from osdn_jax.nn.layers import RMSNorm, SwiGLU, dropout, embed, linear
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
+from osdn_jax.nn.mixture import MixtureOfExperts
 from osdn_jax.nn.parallel import look_up, over_mesh
 from osdn_jax.nn.sharding import ambient_mesh, constrain, module_with_auto_axes
 from osdn_jax.ops import checks
 
-BlockState = MixerState | AttentionState
+BlockState = MixerState | AttentionState | LatentState
 """State of a block between calls, that of its mixer: the type of the elements of a model's states."""
 
 
+_MIXERS: dict[type, Any] = {
+    MixerConfig: DeltaMixer,
+    AttentionConfig: SoftmaxAttention,
+    LatentAttentionConfig: LatentAttention,
+}
+
+
 class Block(nnx.Module):
-    """A pre-norm residual block: x + mixer(norm(x)), then x + mlp(norm(x)).
+    """A residual block: x + mixer(norm(x)), then x + mlp(norm(x)); in a post-norm block x + norm(mixer(x)) and so on.
 
     Args:
         config: the configuration of the whole model.
+        number: index of the block in `config.stack`. Default: 0.
         rngs: random streams for the parameters.
     """
 
-    def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs) -> None:
+    def __init__(self, config: ModelConfig, number: int = 0, *, rngs: nnx.Rngs) -> None:
         """Create the parameters."""
         arguments.module(config, ModelConfig, rngs)
-        width, dtype = config.mixer.width, jnp.dtype(config.dtype)
-        self.dropout = config.dropout
-        self.mixer_norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
-        mixer: Any = SoftmaxAttention if isinstance(config.mixer, AttentionConfig) else DeltaMixer
-        self.mixer = mixer(config.mixer, config.layers, dtype, rngs=rngs)
-        self.mlp_norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
-        self.mlp = SwiGLU(width, config.mlp_dim, config.layers, dtype, rngs=rngs)
+        own, dtype = config.stack[number], jnp.dtype(config.dtype)
+        norm = (config.width, config.norm_epsilon, config.norm_offset)
+        self.config, self.dropout = own, config.dropout
+        self.mixer_norm = RMSNorm(*norm, rngs=rngs)
+        self.mixer = _MIXERS[type(own.mixer)](own.mixer, config.depth, dtype, rngs=rngs)
+        self.mlp_norm = RMSNorm(*norm, rngs=rngs)
+        self.mlp = _mlp(own.mlp, config, dtype, rngs)
 
     def __call__(
         self,
@@ -61,24 +79,54 @@ class Block(nnx.Module):
         Raises:
             ValueError: a state over a mesh.
         """
+        return self.balanced(x, state, segment_ids, dropout_key)[:2]
+
+    def balanced(
+        self,
+        x: Float[Array, "B T D"],
+        state: BlockState | None,
+        segment_ids: Int[Array, "B T"] | None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], BlockState | None, Float[Array, ""] | None]:
+        """Apply the block and return the load-balancing loss of its mixture too, None for another MLP.
+
+        The arguments and errors are those of a call.
+        """
         keys = (None, None) if dropout_key is None else jax.random.split(dropout_key)
-        mixed, state = self._mix(self.mixer_norm(x), state, segment_ids)
-        x = x + dropout(mixed, self.dropout, keys[0])
-        mesh, normed = ambient_mesh(), self.mlp_norm(x)
-        out = self.mlp(normed) if mesh is None else over_mesh(self.mlp, "mlp", lambda mlp, x, _: mlp(x), mesh, normed)
-        return x + dropout(out, self.dropout, keys[1]), state
+        pre = self.config.norm == "pre"
+        mixed, state = self._mix(self.mixed(x), state, segment_ids)
+        x = x + dropout(mixed if pre else self.mixer_norm(mixed), self.dropout, keys[0])
+        out, balance = self._apply_mlp(self.mlp_norm(x) if pre else x)
+        return x + dropout(out if pre else self.mlp_norm(out), self.dropout, keys[1]), state, balance
+
+    def mixed(self, x: Float[Array, "B T D"]) -> Float[Array, "B T D"]:
+        """Return what the mixer is applied to: the normalised stream, or in a post-norm block the stream itself."""
+        return self.mixer_norm(x) if self.config.norm == "pre" else x
 
     def preconditioner(self, x: Float[Array, "B T D"], segment_ids: Int[Array, "B T"] | None) -> dict[str, jax.Array]:
-        """Return the statistics of `CausalLM.preconditioners` for this block."""
+        """Return the statistics of `CausalLM.preconditioners` for this block.
+
+        Raises:
+            ValueError: the block's mixer has no preconditioner.
+        """
         config = self.mixer.config
         if getattr(config, "preconditioner", "none") == "none":
-            raise ValueError("preconditioners: got a model whose rule has none")
-        d = self.mixer.multipliers(self.mixer_norm(x), segment_ids)
+            raise ValueError("preconditioners: got a block whose mixer has none")
+        d = self.mixer.multipliers(self.mixed(x), segment_ids)
         statistics = {"mean": jnp.mean(d), "min": jnp.min(d), "max": jnp.max(d)}
         if config.preconditioner == "hypergradient" and config.hypergradient.bounds is not None:
             lo, hi = config.hypergradient.bounds
             statistics["clipped"] = jnp.mean(((d <= lo) | (d >= hi)).astype(d.dtype))
         return statistics
+
+    def _apply_mlp(self, x: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        mesh, mlp = ambient_mesh(), cast(Any, self.mlp)
+        if isinstance(mlp, MixtureOfExperts):
+            experts, weights, balance = mlp.route(x)  # over a mesh each device needs the whole router's choice
+            if mesh is None:
+                return mlp.mix(x, experts, weights), balance
+            return over_mesh(mlp, "mlp", MixtureOfExperts.mix, mesh, x, experts, weights), balance
+        return mlp(x) if mesh is None else over_mesh(mlp, "mlp", lambda mlp, x: mlp(x), mesh, x), None
 
     def _mix(
         self, x: jax.Array, state: BlockState | None, segment_ids: jax.Array | None
@@ -94,11 +142,17 @@ class Block(nnx.Module):
         ), None
 
 
+def _mlp(mlp: MLP, config: ModelConfig, dtype: jnp.dtype, rngs: nnx.Rngs) -> nnx.Module:
+    if isinstance(mlp, MixtureConfig):
+        return MixtureOfExperts(mlp, config.width, config.depth, dtype, rngs=rngs)
+    return SwiGLU(config.width, mlp.hidden, config.depth, dtype, mlp.activation, rngs=rngs)
+
+
 class CausalLM(nnx.Module):
     """A causal language model over tokens; positions come from the recurrence, or from attention's rotations.
 
     Args:
-        config: sizes and rule.
+        config: sizes and rule, or the blocks of a hybrid.
         rngs: random streams; `params` initialises the parameters.
 
     Example:
@@ -148,12 +202,13 @@ class CausalLM(nnx.Module):
         """Create the parameters."""
         arguments.module(config, ModelConfig, rngs)
         self.config = config
-        width, dtype = config.mixer.width, jnp.dtype(config.dtype)
+        self.origin: Hashable = None  # what `interop.load_pretrained` notes about the folder that it read
+        width, dtype = config.width, jnp.dtype(config.dtype)
         self.embedding = nnx.Embed(
             config.vocab_size, width, dtype=dtype, embedding_init=initializers.embedding, rngs=rngs
         )
-        self.blocks = nnx.List([Block(config, rngs=rngs) for _ in range(config.layers)])
-        self.norm = RMSNorm(width, config.norm_epsilon, rngs=rngs)
+        self.blocks = nnx.List([Block(config, number, rngs=rngs) for number in range(config.depth)])
+        self.norm = RMSNorm(width, config.norm_epsilon, config.norm_offset, rngs=rngs)
         self.head = None if config.tied_embeddings else linear(width, config.vocab_size, dtype, rngs=rngs)
 
     def __call__(
@@ -186,7 +241,7 @@ class CausalLM(nnx.Module):
         return module_with_auto_axes(CausalLM._logits, self, tokens, states, segment_ids, dropout_key)
 
     def _logits(self, tokens: jax.Array, *more: Any) -> tuple[jax.Array, tuple[BlockState | None, ...]]:
-        x, after = self._features(tokens, *more)
+        x, after, _ = self._features(tokens, *more)
         logits = constrain(self.embedding.attend(x) if self.head is None else self.head(x), "batch", "time", None)
         return logits.astype(jnp.float32), after
 
@@ -201,25 +256,95 @@ class CausalLM(nnx.Module):
 
         The arguments and errors are those of a call.
         """
+        return self.balanced_features(tokens, states, segment_ids, dropout_key)[:2]
+
+    def balanced_features(
+        self,
+        tokens: Int[Array, "B T"],
+        states: tuple[BlockState | None, ...] | None = None,
+        segment_ids: Int[Array, "B T"] | None = None,
+        dropout_key: jax.Array | None = None,
+    ) -> tuple[Float[Array, "B T D"], tuple[BlockState | None, ...], Float[Array, ""]]:
+        """Return the inputs of the head, the states, and the load-balancing loss: its mean over the mixtures.
+
+        The arguments and errors are those of a call. The loss is 1 if all experts have equal shares (arXiv 2101.03961,
+        equation 4), and 0 for a model without a mixture.
+        """
         tokens = self._check_tokens(tokens)
         return module_with_auto_axes(CausalLM._features, self, tokens, states, segment_ids, dropout_key)
 
     def _features(
         self, tokens: jax.Array, states: Any, segment_ids: jax.Array | None, dropout_key: jax.Array | None
-    ) -> tuple[jax.Array, tuple[BlockState | None, ...]]:
+    ) -> tuple[jax.Array, tuple[BlockState | None, ...], jax.Array]:
         x = self._embed(tokens)
         if segment_ids is not None:
             segment_ids = checks.segment_ids(segment_ids, tokens.shape)
         if states is not None:
             self._check_states(states)
-        after = []
+        after, balances = [], []
         for i, block in enumerate(self.blocks):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
             graph, parameters = nnx.split(block)
             before = None if states is None else states[i]
-            x, state = _run(parameters, x, before, segment_ids, key, graph=graph, remat=self.config.remat)
+            x, state, balance = _run(parameters, x, before, segment_ids, key, graph=graph, remat=self.config.remat)
             after.append(state)
-        return self.norm(x), tuple(after)
+            balances += [] if balance is None else [balance]
+        mean = jnp.mean(jnp.stack(balances)) if balances else jnp.zeros((), jnp.float32)
+        return self.norm(x), tuple(after), mean
+
+    def with_config(self, config: ModelConfig) -> "CausalLM":
+        """Return a model with these parameters and another configuration, such as another `max_length` of the caches.
+
+        Args:
+            config: with parameters of the same names and shapes.
+
+        Raises:
+            ValueError: a model of this configuration has other parameters.
+        """
+        abstract = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0)))
+        graph, expected = nnx.split(abstract)
+        parameters = nnx.state(self)
+        shapes = [
+            {path: x.get_value().shape for path, x in nnx.to_flat_state(state)} for state in (parameters, expected)
+        ]
+        if shapes[0] != shapes[1]:
+            odd = [path for path in shapes[0] | shapes[1] if shapes[0].get(path) != shapes[1].get(path)]
+            name = "/".join(map(str, odd[0]))
+            raise ValueError(
+                f"config: got one whose model has {name} of shape {shapes[1].get(odd[0])}, expected that of this "
+                f"model, {shapes[0].get(odd[0])} ({len(odd)} parameters differ)"
+            )
+        model = nnx.merge(graph, parameters)
+        model.origin = self.origin
+        return model
+
+    def start_states(self, batch: int) -> tuple[BlockState, ...]:
+        """Return the states before the first token, for `batch` rows."""
+        return cast(tuple[BlockState, ...], self(jnp.zeros((batch, 0), jnp.int32))[1])
+
+    def restart(self, states: tuple[BlockState, ...], rows: Bool[Array, " B"]) -> tuple[BlockState, ...]:
+        """Return the states with these rows at the start of a sequence: their next token sees nothing before it.
+
+        Args:
+            states: one per block, as returned by an earlier call.
+            rows: [B], True for the rows that start again.
+
+        Raises:
+            ValueError: states are not one per block.
+        """
+        self._check_states(states)
+        start = self.start_states(rows.shape[0])
+
+        def select(fresh: jax.Array, old: jax.Array) -> jax.Array:
+            return jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), fresh.astype(old.dtype), old)
+
+        restarted: list[BlockState] = []
+        for fresh, old in zip(start, states, strict=True):
+            if isinstance(old, MixerState):
+                restarted.append(jax.tree.map(select, fresh, old))
+            else:  # the tokens before stay in the cache, unseen
+                restarted.append(old._replace(start=jnp.where(rows, old.position, old.start)))
+        return tuple(restarted)
 
     def preconditioners(
         self, tokens: Int[Array, "B T"], segment_ids: Int[Array, "B T"] | None = None
@@ -232,10 +357,10 @@ class CausalLM(nnx.Module):
 
         Returns:
             {"mean", "min", "max": [L]} over all tokens, heads and channels; for bounded preconditioners also "clipped",
-            the fraction of factors on a bound.
+            the fraction of factors on a bound. In a hybrid L counts the blocks that have a preconditioner.
 
         Raises:
-            ValueError: the model's rule has no preconditioner.
+            ValueError: no block has a preconditioner.
         """
         return module_with_auto_axes(CausalLM._preconditioners, self, self._check_tokens(tokens), segment_ids)
 
@@ -244,8 +369,11 @@ class CausalLM(nnx.Module):
         if segment_ids is not None:
             segment_ids = checks.segment_ids(segment_ids, tokens.shape)
         for block in self.blocks:
-            rows.append(block.preconditioner(x, segment_ids))
+            if getattr(block.mixer.config, "preconditioner", "none") != "none":
+                rows.append(block.preconditioner(x, segment_ids))
             x, _ = block(x, None, segment_ids)
+        if not rows:
+            raise ValueError("preconditioners: got a model whose rule has none")
         return {name: jnp.stack([row[name] for row in rows]) for name in rows[0]}
 
     def unembedding(self) -> Float[Array, "Vocab D"]:
@@ -263,12 +391,12 @@ class CausalLM(nnx.Module):
 
     def _check_states(self, states: Any) -> None:
         several = isinstance(states, (tuple, list)) and not isinstance(states, BlockState)
-        if not several or len(states) != self.config.layers:
+        if not several or len(states) != self.config.depth:
             got = f"{len(states)} of them" if several else arguments.described(states)
-            raise ValueError(f"states: got {got}, expected a tuple of {self.config.layers}, one per block, or None")
+            raise ValueError(f"states: got {got}, expected a tuple of {self.config.depth}, one per block, or None")
 
 
-# All blocks have the same graph: as a function of its parameters, a block is traced and lowered once for all of them.
+# Equal blocks have the same graph: as a function of its parameters, a block is traced and lowered once for all of them.
 @functools.partial(jax.jit, static_argnames=("graph", "remat"))
 def _run(
     parameters: Any,  # the state that `nnx.split` returns
@@ -279,11 +407,11 @@ def _run(
     *,
     graph: nnx.GraphDef,
     remat: str,
-) -> tuple[jax.Array, BlockState | None]:
+) -> tuple[jax.Array, BlockState | None, jax.Array | None]:
     """Apply a block; its gradient recomputes what `ModelConfig.remat` does not keep."""
 
-    def block(parameters: Any, *arguments: Any) -> tuple[jax.Array, BlockState | None]:
-        return nnx.merge(graph, parameters)(*arguments)
+    def block(parameters: Any, *arguments: Any) -> tuple[jax.Array, BlockState | None, jax.Array | None]:
+        return nnx.merge(graph, parameters).balanced(*arguments)
 
     if remat != "none":
         kept = jax.checkpoint_policies.dots_with_no_batch_dims_saveable if remat == "blocks" else None

@@ -5,7 +5,7 @@ of the shards over the axis tensor are partial sums, reduced over that axis.
 """
 
 from collections.abc import Callable
-from typing import Any, Protocol, runtime_checkable
+from typing import Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -36,23 +36,23 @@ class TensorParallel(Protocol):
 def over_mesh(
     module: TensorParallel,
     prefix: str,
-    call: Callable[[Any, jax.Array, jax.Array | None], jax.Array],
+    call: Callable[..., jax.Array],
     mesh: jax.sharding.AbstractMesh,
     x: jax.Array,
-    segment_ids: jax.Array | None = None,
+    *rows: jax.Array | None,
 ) -> jax.Array:
-    """Return call(module, x, segment_ids), [B, T, D], computed over a mesh.
+    """Return call(module, x, *rows), [B, T, D], computed over a mesh.
 
     Args:
         module: the module; its output is the sum of its shards' outputs.
         prefix: the module's name in the parameter table of `nn.sharding`, "mixer" or "mlp".
-        call: (shard of the module, x, segment_ids) -> output, on each device's shards of the arrays.
+        call: (shard of the module, x, *rows) -> output, on each device's shards of the arrays.
         mesh: the mesh of `jax.set_mesh`.
         x: the residual stream, [B, T, D].
-        segment_ids: [B, T] integers, for packed sequences: the state is reset where the id changes.
+        *rows: further arrays [B, T, ...], such as segment_ids, or None.
 
     Raises:
-        ValueError: the axis tensor has a size that does not divide the heads or hidden units.
+        ValueError: the axis tensor has a size that does not divide the heads, hidden units or experts.
     """
     graph = module.shard(mesh.shape["tensor"])
     variables, axes, parameters = {}, {}, {}
@@ -60,16 +60,17 @@ def over_mesh(
         name = "/".join(map(str, path))
         variables[name] = (path, variable.type)
         axes[name], value = parameter_axes(f"{prefix}/{name}"), variable[...]
-        if variable.type is nnx.Param and value.ndim == 2:
+        if variable.type is nnx.Param and value.ndim >= 2:
             value = value.astype(x.dtype)  # as the layer does, but before the all-gather
         parameters[name] = [value]  # one array per fused projection
         if name in module.fused:
             sizes = module.fused[name]
             ends = [sum(sizes[: i + 1]) for i in range(len(sizes) - 1)]
             parameters[name] = jnp.split(value, ends, axis=-1)  # so that each is sharded by its own heads
-            axes[name] = ("width" if axes[name][0] == "fused" else None, "heads")
+            whole = ("width" if axes[name][0] == "fused" else None,) if value.ndim == 2 else ()
+            axes[name] = (*whole, "heads")
 
-    def body(parameters: dict[str, list[jax.Array]], x: jax.Array, segment_ids: jax.Array | None) -> jax.Array:
+    def body(parameters: dict[str, list[jax.Array]], x: jax.Array, *rows: jax.Array | None) -> jax.Array:
         state = []
         for name, projections in parameters.items():
             if "width" in axes[name]:
@@ -77,12 +78,12 @@ def over_mesh(
                 projections = [lax.all_gather(y, "fsdp", axis=axis, tiled=True) for y in projections]
             path, variable = variables[name]
             state.append((path, variable(jnp.concatenate(projections, axis=-1))))
-        return lax.psum(call(nnx.merge(graph, nnx.from_flat_state(state)), x, segment_ids), "tensor")
+        return lax.psum(call(nnx.merge(graph, nnx.from_flat_state(state)), x, *rows), "tensor")
 
-    stream, tokens = spec("batch", "time", None), spec("batch", "time")
+    stream, tokens = spec("batch", "time", None), [spec("batch", "time")] * len(rows)
     of_parameters = {name: [spec(*axes[name])] * len(projections) for name, projections in parameters.items()}
-    in_specs = (of_parameters, stream, tokens)
-    return jax.shard_map(body, in_specs=in_specs, out_specs=stream)(parameters, x, segment_ids)
+    in_specs = (of_parameters, stream, *tokens)
+    return jax.shard_map(body, in_specs=in_specs, out_specs=stream)(parameters, x, *rows)
 
 
 def look_up(table: jax.Array, tokens: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ AXIS_RULES: dict[str | None, Any] = {
     "fused": ("fsdp", "tensor"),  # the residual stream, in matrices that fuse several projections
     "heads": "tensor",  # heads, and everything that belongs to one head
     "hidden": "tensor",  # units of the MLP
+    "experts": "tensor",  # of a mixture
     "vocabulary": "tensor",
     None: None,
 }
@@ -32,15 +33,21 @@ AXIS_RULES: dict[str | None, Any] = {
 _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"embedding/embedding", ("vocabulary", "width")),
     (r"head/kernel", ("width", "vocabulary")),
-    (r"mlp/gate_and_up/kernel", ("fused", None)),
-    (r"mlp/down/kernel", ("hidden", "width")),
+    (r"mlp/(shared/)?gate_and_up/kernel", ("fused", None)),
+    (r"mlp/(shared/)?down/kernel", ("hidden", "width")),
+    (r"mlp/(router|shared_gate)/kernel", ("width", None)),
+    (r"mlp/router_bias", (None,)),
+    (r"mlp/experts_gate_and_up", ("experts", "width", None)),
+    (r"mlp/experts_down", ("experts", None, "width")),
     (r"mixer/project/kernel", ("fused", None)),
+    (r"mixer/project/bias", ("heads",)),
     (r"mixer/convolution/kernel", (None, None)),
     (r"mixer/output/kernel", ("heads", "width")),
-    (r"mixer/decay/down/kernel", ("width", None)),
-    (r"mixer/decay/project/kernel", (None, "heads")),
+    (r"mixer/(decay/down|gate/down|query_down|down)/kernel", ("width", None)),
+    (r"mixer/(decay/project|gate/project|up)/kernel", (None, "heads")),
+    (r"mixer/gate/project/bias", ("heads",)),
     (r"mixer/(gram_)?decay/(log_rate|bias)", ("heads",)),
-    (r"mixer/(beta|gate|gram_gain|(erase_gate|write_gate|gram_decay)/project|forget)/kernel", ("width", "heads")),
+    (r"mixer/(beta|gate|query|gram_gain|(erase_gate|write_gate|gram_decay)/project|forget)/kernel", ("width", "heads")),
     (r"mixer/(forget/bias|gram_center)", ("heads",)),
     (r"mixer/initial", ("heads", None)),
     (r"(\w+_)?norm/scale", (None,)),

@@ -21,6 +21,7 @@ class StepConfig:
     accumulate: int = 1  # number of micro-batches
     chunks: Chunks = DEFAULT_CHUNKS  # tokens and vocabulary entries per block of logits
     z_loss: float = 0.0  # coefficient of the mean of logsumexp(logits)^2 (arXiv 2204.02311)
+    balance: float = 0.0  # coefficient of the load-balancing loss of mixtures of experts (arXiv 2101.03961)
     ema: float = 0.0  # decay of the moving average of the parameters; 0: none
 
 
@@ -79,7 +80,8 @@ def make_train_step(
         step(state, batch) -> (state, metrics), which donates the old state. The batch is as in
         `nn.likelihood_sums`. Metrics are scalars: loss (nats per target token), gradient_norm (before clipping),
         update_norm (also of a skipped update) and parameter_norm in float32; skipped_steps and skipped_in_a_row in
-        int32. When it is traced, the step raises ValueError for a batch whose rows config.accumulate does not divide.
+        int32; with config.balance also balance, 1 if all experts have equal shares. When it is
+        traced, the step raises ValueError for a batch whose rows config.accumulate does not divide.
 
     Example:
         >>> import jax
@@ -103,7 +105,7 @@ def make_train_step(
 
     def step(state: TrainState, batch: Window) -> tuple[TrainState, dict[str, jax.Array]]:
         key, dropout_key = jax.random.split(jax.random.wrap_key_data(state.random))
-        loss, gradient = _loss_and_gradient(apply, config, state.params, batch, dropout_key)
+        (loss, balance), gradient = _loss_and_gradient(apply, config, state.params, batch, dropout_key)
         with jax.numpy_dtype_promotion("standard"):  # optax mixes int32 counts and floats
             update, optimizer_state = optimizer.update(gradient, state.optimizer, state.params)
         gradient_norm, update_norm = optax.tree.norm(gradient), optax.tree.norm(update)
@@ -133,6 +135,8 @@ def make_train_step(
             "skipped_steps": after.skipped,
             "skipped_in_a_row": after.skipped_in_a_row,
         }
+        if config.balance:
+            metrics["balance"] = balance
         return after, metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=None if shardings is None else (shardings, None))
@@ -140,26 +144,29 @@ def make_train_step(
 
 def _loss_and_gradient(
     apply: Callable[..., Any], config: StepConfig, params: Parameters, batch: Window, dropout_key: jax.Array
-) -> tuple[jax.Array, Parameters]:
-    """Return the loss of the whole batch in nats per target, and the gradient of the loss plus the z-loss, float32."""
+) -> tuple[tuple[jax.Array, jax.Array], Parameters]:
+    """Return (loss of the whole batch in nats per target, balance) and the gradient of all losses, float32."""
     count = config.accumulate
     targets = jnp.maximum(jnp.sum(jnp.asarray(batch["weights"])), 1.0)
 
-    def objective(params: Parameters, rows: Window, key: jax.Array) -> tuple[jax.Array, jax.Array]:
-        sums = likelihood_sums(apply, params, rows, chunks=config.chunks, dropout_key=key)
-        return (sums.nats + config.z_loss * sums.squared_normalizers) / targets, sums.nats / targets
+    def objective(params: Parameters, rows: Window, key: jax.Array) -> tuple[jax.Array, tuple[jax.Array, jax.Array]]:
+        mixtures = config.balance > 0
+        sums = likelihood_sums(apply, params, rows, chunks=config.chunks, dropout_key=key, balance=mixtures)
+        balance = sums.balance / count  # the mean over micro-batches
+        total = (sums.nats + config.z_loss * sums.squared_normalizers) / targets + config.balance * balance
+        return total, (sums.nats / targets, balance)
 
     gradient_of = jax.grad(objective, has_aux=True)
     if count == 1:
-        gradient, loss = gradient_of(params, batch, dropout_key)
-        return loss, gradient
+        gradient, losses = gradient_of(params, batch, dropout_key)
+        return losses, gradient
 
-    def add(total: tuple[jax.Array, Parameters], index: jax.Array) -> tuple[tuple[jax.Array, Parameters], None]:
+    def add(total: Any, index: jax.Array) -> tuple[Any, None]:
         rows = _micro_batch(batch, index, count)
-        gradient, loss = gradient_of(params, rows, jax.random.fold_in(dropout_key, index))
-        return jax.tree.map(jnp.add, total, (loss, gradient)), None
+        gradient, losses = gradient_of(params, rows, jax.random.fold_in(dropout_key, index))
+        return jax.tree.map(jnp.add, total, (losses, gradient)), None
 
-    zero = (jnp.zeros((), jnp.float32), jax.tree.map(jnp.zeros_like, params))
+    zero = ((jnp.zeros((), jnp.float32),) * 2, jax.tree.map(jnp.zeros_like, params))
     return jax.lax.scan(add, zero, jnp.arange(count))[0]
 
 

@@ -66,7 +66,7 @@ def _make_statistics(
     apply: Callable[..., Any], model: ModelConfig, layout: Layout
 ) -> Callable[[Parameters, Window], dict[str, float]]:
     """Return the function (parameters, window) -> statistics of the preconditioners; {} for a rule without one."""
-    if getattr(model.mixer, "preconditioner", "none") == "none":
+    if all(getattr(block.mixer, "preconditioner", "none") == "none" for block in model.stack):
         return lambda parameters, window: {}
     embedding, rows = "embedding/embedding", layout.sharding("vocabulary", None)
 

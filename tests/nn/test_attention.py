@@ -9,8 +9,8 @@ import pytest
 from flax import nnx
 
 from osdn_jax.nn import AttentionConfig, SoftmaxAttention
-from osdn_jax.nn.attention import attend, rotate
 from osdn_jax.nn.parameters import weight_decay_mask
+from osdn_jax.nn.softmax import attend, rotate
 from osdn_jax.nn.split import split_model
 from support import jit, random_like, relative_error
 from support.models import LENGTH, LENGTHS, SEGMENTS, reference_attention
@@ -226,8 +226,12 @@ def test_a_state_holds_the_last_tokens_and_forgets_those_before():
     _, state = apply(parameters, x[:, :16])
     assert state.keys.shape == (2, 5, 2, 6)
     out, _ = apply(parameters, x[:, 16:17], state)
-    seen, _ = apply(parameters, x[:, 11:17])
+    seen, _ = apply(parameters, x[:, 12:17])
     assert relative_error(out[:, 0], seen[:, -1]) < 1e-5
+    several, _ = apply(parameters, x[:, 16:20], state)
+    assert relative_error(several[:, 0], out[:, 0]) < 1e-5
+    seen, _ = apply(parameters, x[:, 15:20])
+    assert relative_error(several[:, -1], seen[:, -1]) < 1e-5
     assert relative_error(out[:, 0], apply(parameters, x[:, :17])[0][:, -1]) > 1e-3
 
 

@@ -57,7 +57,10 @@ def test_a_mixer_names_the_field_that_is_wrong(changes, said):
         ({"rotary_base": float("nan")}, "rotary_base: got nan"),
         ({"chunk_size": 0}, "chunk_size: got 0"),
         ({"implementation": "mosaic_gpu"}, "implementation: got 'mosaic_gpu', expected None or one of chunk, cudnn"),
-        ({"implementation": "cudnn", "value_dim": 8}, "implementation: got 'cudnn' with key_dim=4, value_dim=8 and window=None"),
+        (
+            {"implementation": "cudnn", "value_dim": 8},
+            "implementation: got 'cudnn' with key_dim=4, value_dim=8 and window=None",
+        ),
     ],
 )
 def test_attention_names_the_field_that_is_wrong(changes, said):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from osdn_jax.nn.attention import attend
+from osdn_jax.nn.softmax import attend
 from support import jit, random_like, value_and_gradient
 from support.models import SEGMENTS, VOCABULARY, model_config, parameters_of
 

@@ -8,8 +8,8 @@ import pytest
 from flax import nnx
 
 from osdn_jax import nn, ops
-from osdn_jax.nn.attention import attend
 from osdn_jax.nn.chunked_loss import Chunks, cross_entropy
+from osdn_jax.nn.softmax import attend
 
 
 @pytest.fixture

@@ -96,6 +96,11 @@ class AttentionConfig:
         """Hk, the number of key and value heads."""
         return self.key_heads or self.heads
 
+    @property
+    def cache_length(self) -> int:
+        """Tokens in a state: `max_length`, or the window if that is shorter."""
+        return self.max_length if self.window is None else min(self.max_length, self.window)
+
 
 @dataclasses.dataclass(frozen=True)
 class LatentAttentionConfig:
