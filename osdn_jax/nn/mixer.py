@@ -19,7 +19,7 @@ from osdn_jax.nn.layers import NoDecayParam, RMSNorm, ShortConvolution, linear, 
 from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
 from osdn_jax.ops import State, checks
-from osdn_jax.ops.rules.entry import Gram, Hypergradient, matched_step, preconditioned_delta_rule
+from osdn_jax.ops.rules.entry import Gram, Hypergradient, Squares, matched_step, preconditioned_delta_rule
 
 
 class MixerState(NamedTuple):
@@ -114,8 +114,9 @@ class DeltaMixer(nnx.Module):
 
         scales, settings = config.preconditioner_heads, config.hypergradient
         by_feedback, by_gram = (config.preconditioner == name for name in ("hypergradient", "gram"))
-        start = jnp.full((scales, config.key_dim), settings.initial, jnp.float32)
-        self.initial = NoDecayParam(start) if by_feedback else None
+        first = config.squares.initial if config.preconditioner == "squares" else settings.initial
+        start = jnp.full((scales, config.key_dim), first, jnp.float32)
+        self.initial = NoDecayParam(start) if config.preconditioner in ("hypergradient", "squares") else None
         gate = settings.forget_gate if by_feedback and settings.forget else "constant"
         by_token = ForgetGate(width, scales) if gate == "token" else None
         self.forget = HeadForgetGate(scales) if gate == "head" else by_token
@@ -196,10 +197,12 @@ class DeltaMixer(nnx.Module):
         _, k, _, _ = self._heads(x, None, segment_ids, None)
         shared: dict[str, Any] = {"segment_ids": segment_ids, "chunk_size": config.chunk_size}
         if config.preconditioner == "none":
-            raise ValueError("multipliers: got a mixer with preconditioner='none', expected 'hypergradient' or 'gram'")
+            raise ValueError("multipliers: got a mixer with preconditioner='none', expected one with a preconditioner")
         k = self._preconditioned_keys(k)
         if config.preconditioner == "gram":
             factors = ops.gram_preconditioner(k, **self._gram(x)._asdict(), **shared)[0]
+        elif config.preconditioner == "squares":
+            factors = ops.squares_preconditioner(k, **self._squares()._asdict(), **shared)[0]
         else:
             settings = self._hypergradient(x)._asdict()
             beta = None
@@ -298,6 +301,11 @@ class DeltaMixer(nnx.Module):
             squash=self.config.gram.squash,
         )
 
+    def _squares(self) -> Squares:
+        """Return the preconditioner's arguments."""
+        settings, initial = self.config.squares, cast(NoDecayParam, self.initial)
+        return Squares(settings.average, settings.normalize, initial[...].astype(jnp.float32))
+
     def _rule(
         self,
         x: jax.Array,
@@ -322,11 +330,13 @@ class DeltaMixer(nnx.Module):
             erase_gate, write_gate, decay = self.erase_gate(x), self.write_gate(x), cast(jax.Array, log_decay)
             erase_gate = 2.0 * erase_gate if config.negative_eigenvalues else erase_gate
             return ops.gdn2(q, k, v, erase_gate=erase_gate, write_gate=write_gate, log_decay=decay, **shared)
-        preconditioner: Hypergradient | Gram | None = None
+        preconditioner: Hypergradient | Gram | Squares | None = None
         if config.preconditioner == "hypergradient":
             preconditioner = self._hypergradient(x)
         elif config.preconditioner == "gram":
             preconditioner = self._gram(x)
+        elif config.preconditioner == "squares":
+            preconditioner = self._squares()
         if preconditioner is not None:
             q, k = self._preconditioned_keys(q), self._preconditioned_keys(k)
         return preconditioned_delta_rule(

@@ -38,6 +38,7 @@ KDA = mixer_config(
     output_gate_activation="sigmoid",
     beta_per_key_head=True,
 )
+SUMS = mixer_config("gated_delta_net", **SHAPES, preconditioner="squares")
 NEITHER = mixer_config("pgdn", **SHAPES, conv_size=0, preconditioner_per_value_head=True)
 ATTENTION = mixer_config(
     "transformer", **SHAPES, rotary_dim=4, window=7, qk_norm=True, qk_norm_offset=1.0, qkv_bias=True, max_length=T
@@ -55,6 +56,7 @@ STACK = ModelConfig(
         BlockConfig(ATTENTION, MLPConfig(10, "powlu"), "post"),
         BlockConfig(UNPOSITIONED, SIGMOID),
         BlockConfig(LATENT, MIXTURE),
+        BlockConfig(SUMS, MLPConfig(10)),
     ),
 )
 IDS = np.stack([np.repeat([1, 2, 3], (5, 1, 18)), np.repeat([4, 9], (13, 11))]).astype(np.int32)
@@ -109,7 +111,7 @@ def test_rows_restart():
     continued, _ = model(tokens())
     assert relative_error(got[0], fresh[0]) < 1e-5
     assert relative_error(got[1], continued[1, 9:]) < 1e-5
-    with pytest.raises(ValueError, match="states: got 2 of them, expected a tuple of 5"):
+    with pytest.raises(ValueError, match="states: got 2 of them, expected a tuple of 6"):
         model.restart(states[:2], jnp.asarray([True, False]))
 
 
@@ -138,7 +140,7 @@ def test_flops_count_the_experts_that_are_used():
     flops = [per_token(config, parameters, T).matrices for config in (STACK, wider)]
     assert flops[1] - flops[0] == 2 * 2 * 3 * 12 * 6
     # 7 tokens at most in the window, and 1 to 6 at the start; (T + 1) / 2 on average without one
-    mixing = sum((6 * 4 * 6 * 5) for _ in range(2)) + 2 * (28 + 17 * 7) / T * 44 + 25 * 44 + 25 * 4 * 11
+    mixing = sum((6 * 4 * 6 * 5) for _ in range(3)) + 2 * (28 + 17 * 7) / T * 44 + 25 * 44 + 25 * 4 * 11
     assert per_token(STACK, parameters, T).mixing == pytest.approx(mixing)
 
 
@@ -188,7 +190,7 @@ def test_the_stack_of_a_uniform_model():
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"layers": 4}, ValueError, "layers: got 4 with 5 blocks"),
+        ({"layers": 4}, ValueError, "layers: got 4 with 6 blocks"),
         ({"mlp_dim": 4}, ValueError, "blocks: got some beside mixer or mlp_dim"),
         ({"blocks": ()}, TypeError, r"blocks: got \(\), expected a tuple"),
         ({"blocks": (KDA,)}, TypeError, "blocks: got MixerConfig at 0, expected a BlockConfig"),

@@ -11,8 +11,14 @@ from jax.sharding import PartitionSpec as P
 from osdn_jax.nn import (
     MESH_AXES,
     RULES,
+    BlockConfig,
     CausalLM,
     DeltaMixer,
+    LatentAttention,
+    LatentAttentionConfig,
+    MixtureConfig,
+    MixtureOfExperts,
+    MLPConfig,
     ModelConfig,
     SwiGLU,
     TensorParallel,
@@ -64,7 +70,12 @@ def pure(module):
 def test_mixers(rule, mesh):
     """Gates are always float32, so the last digits differ."""
     kind = SoftmaxAttention if rule == "transformer" else DeltaMixer
-    module, parameters = pure(kind(small_mixer(rule), 1, jnp.dtype("float64"), rngs=nnx.Rngs(0)))
+    check_mixer(kind(small_mixer(rule), 1, jnp.dtype("float64"), rngs=nnx.Rngs(0)), mesh)
+
+
+def check_mixer(mixer, mesh):
+    """Compare a mixer over a mesh with the same mixer on one device, value and gradient."""
+    module, parameters = pure(mixer)
     x = jnp.asarray(np.random.default_rng(1).normal(size=(B, T, D)))
     ids = documents()
 
@@ -86,6 +97,55 @@ def test_mixers(rule, mesh):
     assert_close(got, want, 2e-6)
 
 
+LATENT = LatentAttentionConfig(width=D, heads=4, key_dim=4, value_dim=6, rank=6, shared_key_dim=2, query_rank=4)
+GATES = {"decay_rank": 2, "output_gate_rank": 2, "output_gate_bias": True, "beta_per_key_head": True}
+ALL_HEADS = {"qk_norm": True, "qk_norm_over": "all", "window": 9, "rotary_dim": 2, "qkv_bias": True}
+HYBRID = {
+    "latent": (LatentAttention, LATENT, "all"),
+    "latent over context": (LatentAttention, LATENT, "data and context"),
+    "norm over all heads": (SoftmaxAttention, small_mixer("transformer", key_heads=2, **ALL_HEADS), "all"),
+    "gates of low rank": (DeltaMixer, small_mixer("kda", key_heads=2, **GATES), "fsdp and tensor"),
+    "squares": (DeltaMixer, small_mixer("delta_net", preconditioner="squares", conv_size=0), "all"),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("name", HYBRID)
+def test_mixers_of_hybrids(name):
+    kind, config, mesh = HYBRID[name]
+    check_mixer(kind(config, 1, jnp.dtype("float64"), rngs=nnx.Rngs(0)), mesh)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("router", ["softmax", "sigmoid"])
+def test_a_hybrid_with_mixtures(router):
+    """Logits, balance and gradients are those of one device; experts are split over tensor."""
+    mixture = MixtureConfig(experts=4, active=2, hidden=6, router=router, shared_hidden=4, shared_gate=True)
+    mixers = (small_mixer("pgdn"), LATENT)
+    blocks = tuple(BlockConfig(mixer, mlp) for mixer, mlp in zip(mixers, (MLPConfig(8), mixture), strict=True))
+    apply, parameters = split_model(CausalLM(ModelConfig(vocab_size=8, blocks=blocks), rngs=nnx.Rngs(0)))
+    tokens = jnp.asarray(np.random.default_rng(4).integers(8, size=(B, T)), jnp.int32)
+    cotangent = jnp.asarray(random_like(jnp.zeros((B, T, D)), seed=2), jnp.float32)
+
+    def loss(parameters):
+        hidden, _, balance = apply(parameters, tokens, segment_ids=documents(), method="balanced_features")
+        return jnp.vdot(hidden, cotangent) + 3.0 * balance, balance
+
+    want, want_gradient = jit(jax.value_and_grad(loss, has_aux=True))(parameters)
+    with jax.set_mesh(make_mesh(MESHES["all"])):
+        got, gradient = jit(jax.value_and_grad(loss, has_aux=True))(parameters)
+    np.testing.assert_allclose(got, want, rtol=2e-5)
+    assert_close(gradient, want_gradient, 2e-5)
+    assert parameter_spec("blocks/1/mlp/experts_gate_and_up") == P("tensor", "fsdp", None)
+
+
+def test_a_mixture_names_what_the_mesh_does_not_divide():
+    mixture = MixtureOfExperts(MixtureConfig(experts=6, active=2, hidden=6), D, 1, jnp.float32, rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="experts: got 6, expected a multiple of the 4 devices"):
+        mixture.shard(4)
+
+
 @pytest.mark.usefixtures("float64")
 @pytest.mark.parametrize("mesh", MESHES)
 def test_mlp_and_embedding(mesh):
@@ -100,7 +160,7 @@ def test_mlp_and_embedding(mesh):
     def parted(arguments):
         parameters, table = arguments
         mesh = jax.sharding.get_abstract_mesh()
-        return over_mesh(module(parameters), "mlp", lambda m, x, _: m(x), mesh, look_up(table, tokens))
+        return over_mesh(module(parameters), "mlp", lambda m, x: m(x), mesh, look_up(table, tokens))
 
     cotangent = random_like(jnp.zeros((B, T, D)), seed=2)
     want = jit(value_and_gradient(whole))((parameters, table), cotangent)
