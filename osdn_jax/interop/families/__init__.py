@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from osdn_jax.interop.families import kimi_linear, olmo_hybrid, own, qwen3
+from osdn_jax.interop.families import fla, kimi_linear, olmo_hybrid, osdn, own, qwen3
 from osdn_jax.interop.family import Family
 
 _ALL = (
@@ -12,6 +12,14 @@ _ALL = (
     qwen3.QWEN3_5_MOE,
     olmo_hybrid.FAMILY,
     kimi_linear.FAMILY,
+    fla.DELTA_NET,
+    fla.GATED_DELTANET,
+    fla.KDA,
+    fla.PRECOND_GATED_DELTANET,
+    fla.PRECOND_KDA,
+    osdn.OSLA_DELTA_NET,
+    osdn.OS_GATED_DELTANET,
+    osdn.OS_KDA,
     own.FAMILY,
 )
 
