@@ -23,7 +23,7 @@ def describe(config: Mapping[str, Any]) -> ModelConfig:
             "ModelConfig"
         )
     try:
-        return ModelConfig(**config["model"])
+        return ModelConfig.from_dict(config["model"])
     except TypeError as error:  # an unknown field, as a later version may write
         raise ValueError(f"config.json: model: {error}") from error
 
