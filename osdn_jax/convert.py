@@ -1,7 +1,8 @@
 """Convert a model to another layout:  python -m osdn_jax.convert SOURCE DESTINATION --layout gated_deltanet
 
 SOURCE is a folder with config.json and safetensors files, or the working directory of a run of train.py, of which the
-newest checkpoint is read. DESTINATION is a new folder, which `osdn_jax.interop.load_pretrained` reads; in the layout of
+newest checkpoint is read. A run that started from a folder (config.init) is written in the layout of that folder if its
+rule was not changed. DESTINATION is a new folder, which `osdn_jax.interop.load_pretrained` reads; in the layout of
 another library, that library reads it too.
 """
 
@@ -15,6 +16,7 @@ if __name__ == "__main__":
     command.start()
 
 from osdn_jax import interop
+from osdn_jax.interop.loading import open_folder, origin_of
 from osdn_jax.nn import CausalLM
 from osdn_jax.training import CheckpointError, CheckpointMismatchError
 from osdn_jax.training.command_line import fail
@@ -68,7 +70,10 @@ def _trained(workdir: Path) -> tuple[CausalLM, Path | None]:
     """Return the model of a run at its newest checkpoint, and the file of its tokenizer if it has one."""
     trained = load_trained(workdir)
     file = Path(trained.tokenizer.name)
-    return interop.assembled(trained.model, trained.parameters), file if file.is_file() else None
+    model = interop.assembled(trained.model, trained.parameters)
+    if trained.config.init and Path(trained.config.init).is_dir():  # the folder that the run started from
+        model.origin = origin_of(open_folder(trained.config.init, ignore_remote_code=True))
+    return model, file if file.is_file() else None
 
 
 if __name__ == "__main__":

@@ -10,10 +10,10 @@ from flax import nnx
 
 from osdn_jax import convert, interop
 from osdn_jax.nn import CausalLM
-from osdn_jax.training import load_trained
+from osdn_jax.training import load_trained, train
 from support.models import model_config, tokens
 from support.pretrained import read_folder
-from support.runs import finished
+from support.runs import finished, tiny_config
 
 
 def run(capsys, *arguments):
@@ -35,6 +35,26 @@ def test_a_run_becomes_a_folder(tmp_path, capsys):
     ids = np.arange(12).reshape(1, 12)
     expected = trained.apply(trained.parameters, jnp.asarray(ids))[0]
     np.testing.assert_allclose(interop.logits(model, ids), expected, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_run_that_started_from_another_librarys_folder_becomes_one(tmp_path, capsys):
+    """Not so if its rule was changed: then the folder is in our own layout."""
+    model = CausalLM(model_config("gated_delta_net", value_dim=6, norm_epsilon=1e-6), rngs=nnx.Rngs(0))
+    start = tmp_path / "start"
+    interop.save_pretrained(model, start, layout="gated_deltanet", dtype=jnp.bfloat16)
+    task = {"data__path": "", "data__task": "mqar:length=16,pairs=2,vocabulary=16", "data__task_examples": 8}
+    task |= {"data__validation_examples": 2, "init": str(start)}
+    train(tiny_config("", **task), tmp_path / "run", stop_at=2)
+    train(tiny_config("", **task, surgery__preconditioner="hypergradient"), tmp_path / "changed", stop_at=1)
+    assert run(capsys, tmp_path / "run", tmp_path / "back")[1] == f"{tmp_path / 'back'}: gated_deltanet\n"
+    assert (tmp_path / "back/config.json").read_text() == (start / "config.json").read_text()
+    before, after = read_folder(start), read_folder(tmp_path / "back")
+    assert {name: (x.shape, x.dtype) for name, x in before.items()} == {
+        name: (x.shape, x.dtype) for name, x in after.items()
+    }
+    assert any((before[name] != after[name]).any() for name in before)
+    assert run(capsys, tmp_path / "changed", tmp_path / "ours")[1] == f"{tmp_path / 'ours'}: osdn_jax\n"
 
 
 def test_layouts_and_types(tmp_path, capsys):
