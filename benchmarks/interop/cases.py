@@ -313,7 +313,7 @@ CASES: dict[str, Case] = {
     "kda_hybrid": Case("kda", {"num_hidden_layers": 3, "attn": _ATTENTION, "use_short_conv": False}),
     "precond_gated_deltanet_value_heads": Case(
         "precond_gated_deltanet",
-        {"num_heads": 2, "num_v_heads": 4, "head_dim": 12, "squash_x": 2.0, "squash_eps": 1e-3},
+        {"num_heads": 2, "num_v_heads": 4, "head_dim": 12, "squash_x": 2.0},
     ),
     "precond_gated_deltanet_no_gate": Case(
         "precond_gated_deltanet", {"use_gate": False, "allow_neg_eigval": True, "conv_size": 3}
@@ -351,5 +351,5 @@ REFUSABLE: dict[str, Case] = {
     "kimi_linear_tied": Case("kimi_linear", {"tie_word_embeddings": True}),  # Transformers ignores it
     "delta_net_relu": Case("delta_net", {"qk_activation": "relu"}),
     "delta_net_sum_norm": Case("delta_net", {"qk_activation": "elu", "qk_norm": "sum"}),
-    "gated_deltanet_residuals": Case("gated_deltanet", {"attnres_block_size": 2}),
+    "precond_gated_deltanet_epsilon": Case("precond_gated_deltanet", {"squash_eps": 1e-3}),
 }
