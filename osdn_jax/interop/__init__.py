@@ -6,8 +6,21 @@
 
 from osdn_jax.interop.families import FAMILIES
 from osdn_jax.interop.family import Family
+from osdn_jax.interop.inspection import Inspection, inspect
 from osdn_jax.interop.loading import load_pretrained, logits
 from osdn_jax.interop.origin import Origin
 from osdn_jax.interop.saving import save_pretrained
+from osdn_jax.interop.tokens import FolderTokenizer, tokenizer
 
-__all__ = ["FAMILIES", "Family", "Origin", "load_pretrained", "logits", "save_pretrained"]
+__all__ = [
+    "FAMILIES",
+    "Family",
+    "FolderTokenizer",
+    "Inspection",
+    "Origin",
+    "inspect",
+    "load_pretrained",
+    "logits",
+    "save_pretrained",
+    "tokenizer",
+]

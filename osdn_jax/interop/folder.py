@@ -1,5 +1,6 @@
 """A folder with a model as other libraries save it: its configuration, and where each of its tensors lies."""
 
+import dataclasses
 import json
 import os
 from collections.abc import Mapping
@@ -7,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from osdn_jax._files import naming_the_file
+from osdn_jax.interop.plan import summary
 from osdn_jax.interop.safetensors import DTYPES, Tensor, read_header
 
 CONFIG_FILE = "config.json"
@@ -29,56 +31,98 @@ class Folder:
         path: the folder.
         config: the entries of config.json.
         text: config.json as it is.
-        tensors: {name: where it lies}.
-        files: the safetensors files.
-        metadata: the metadata of the first of them.
+        weights: the tensors.
 
     Raises:
         FileNotFoundError: no folder, no config.json, no weights, or a file of the index is missing.
-        ValueError: malformed files; weights as pickles only; a config that asks for remote code; quantised weights.
+        ValueError: malformed files; weights as pickles only; a config that asks for remote code; quantised weights. All
+            problems of the weights are listed.
     """
 
     def __init__(self, path: str | os.PathLike[str], *, ignore_remote_code: bool = False) -> None:
         """Read the configuration, the index and the headers."""
         self.path = existing_folder(path)
         self.text, self.config = read_config(self.path)
-        check_served(self.path / CONFIG_FILE, self.config, ignore_remote_code=ignore_remote_code)
-        index = self.path / INDEX_FILE
-        self.files = _indexed_files(index) if index.is_file() else {self._single(): None}
-        self.tensors: dict[str, Tensor] = {}
-        self.metadata: dict[str, str] = {}
-        for file, expected in self.files.items():
-            header = read_header(file)
-            self.metadata = self.metadata or header.metadata
-            _check_indexed(file, header.tensors, expected)
-            for name, tensor in header.tensors.items():
-                if name in self.tensors:
-                    raise ValueError(f"{file}: has the key {name!r}, which {self.tensors[name].file.name} has too")
-                self.tensors[name] = tensor
-        _check_types(self.tensors)
+        problems = unserved(self.path / CONFIG_FILE, self.config, ignore_remote_code=ignore_remote_code)
+        if problems:
+            raise ValueError("; ".join(problems))
+        self.weights = read_weights(self.path)
+        if self.weights.problems:
+            raise _joined(self.path, self.weights.problems)
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """Return {name: where it lies}."""
+        return self.weights.tensors
+
+
+@dataclasses.dataclass
+class Weights:
+    """The tensors of a folder.
+
+    Args:
+        tensors: {name: where it lies}.
+        files: the safetensors files.
+        metadata: the metadata of the first of them.
+        problems: the errors of files that cannot be read as they are.
+    """
+
+    tensors: dict[str, Tensor] = dataclasses.field(default_factory=dict)
+    files: list[Path] = dataclasses.field(default_factory=list)
+    metadata: dict[str, str] = dataclasses.field(default_factory=dict)
+    problems: list[Exception] = dataclasses.field(default_factory=list)
 
     @property
     def size(self) -> int:
         """Bytes of all tensors."""
         return sum(tensor.size for tensor in self.tensors.values())
 
-    def _single(self) -> Path:
-        file = self.path / SINGLE_FILE
-        if file.is_file():
-            return file
-        others = sorted(self.path.glob("*.safetensors"))
-        if len(others) == 1:
-            return others[0]
-        if others:
-            names = ", ".join(other.name for other in others[:3]) + (", …" if len(others) > 3 else "")
-            raise FileNotFoundError(f"{self.path}: got {names} without {INDEX_FILE}, expected it or {SINGLE_FILE}")
-        pickles = sorted({file.name for pattern in _PICKLES for file in self.path.glob(pattern)})
-        if pickles:
-            raise ValueError(
-                f"{self.path}: got weights in {pickles[0]} only, a pickle, which can run code and is never opened; "
-                "expected safetensors files: save the model again with save_pretrained of its library"
-            )
-        raise FileNotFoundError(f"{self.path}: has no {SINGLE_FILE} and no {INDEX_FILE}")
+
+def read_weights(folder: Path) -> Weights:
+    """Read the index and all headers of a folder, and note every problem."""
+    weights = Weights()
+    index = folder / INDEX_FILE
+    try:
+        files = _indexed_files(index) if index.is_file() else {_single_file(folder): None}
+    except (ValueError, OSError) as error:
+        weights.problems.append(error)
+        return weights
+    for file, expected in files.items():
+        weights.files.append(file)
+        try:
+            header = read_header(file)
+            _check_indexed(file, header.tensors, expected)
+        except (ValueError, OSError) as error:
+            weights.problems.append(error)
+            continue
+        weights.metadata = weights.metadata or header.metadata
+        for name, tensor in header.tensors.items():
+            if name in weights.tensors:
+                other = weights.tensors[name].file.name
+                weights.problems.append(ValueError(f"{file}: has the key {name!r}, which {other} has too"))
+            weights.tensors[name] = tensor
+    weights.problems += _wrong_types(weights.tensors)
+    return weights
+
+
+def _single_file(folder: Path) -> Path:
+    """Return the safetensors file of a folder without an index."""
+    file = folder / SINGLE_FILE
+    if file.is_file():
+        return file
+    others = sorted(folder.glob("*.safetensors"))
+    if len(others) == 1:
+        return others[0]
+    if others:
+        names = ", ".join(other.name for other in others[:3]) + (", …" if len(others) > 3 else "")
+        raise FileNotFoundError(f"{folder}: got {names} without {INDEX_FILE}, expected it or {SINGLE_FILE}")
+    pickles = sorted({file.name for pattern in _PICKLES for file in folder.glob(pattern)})
+    if pickles:
+        raise ValueError(
+            f"{folder}: got weights in {pickles[0]} only, a pickle, which can run code and is never opened; "
+            "expected safetensors files: save the model again with save_pretrained of its library"
+        )
+    raise FileNotFoundError(f"{folder}: has no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
 def existing_folder(path: str | os.PathLike[str]) -> Path:
@@ -117,18 +161,20 @@ def read_json(file: Path) -> tuple[str, dict[str, Any]]:
     return text, values
 
 
-def check_served(file: Path, config: Mapping[str, Any], *, ignore_remote_code: bool) -> None:
-    """Raise ValueError for a config that asks to run code, or for quantised weights."""
+def unserved(file: Path, config: Mapping[str, Any], *, ignore_remote_code: bool) -> list[str]:
+    """Return a line for each entry of a config that asks to run code, or says that the weights are quantised."""
+    problems = []
     places = {"": config} | {f"{key}.": value for key, value in config.items() if isinstance(value, dict)}
     for prefix, values in places.items():
         for name in _REMOTE_CODE:
             if values.get(name) and not ignore_remote_code:
-                raise ValueError(
+                problems.append(
                     f"{file}: got {prefix}{name}, which asks to run code that is not part of this package; none was "
                     "run. If the model is of a supported family, ignore_remote_code=True loads it without that code"
                 )
         if values.get("quantization_config"):
-            raise ValueError(f"{file}: got {prefix}quantization_config, expected weights that are not quantised")
+            problems.append(f"{file}: got {prefix}quantization_config, expected weights that are not quantised")
+    return problems
 
 
 def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
@@ -176,14 +222,23 @@ def _check_indexed(file: Path, found: Mapping[str, Tensor], expected: set[str] |
         raise ValueError(f"{file}: lacks {_several(lacking)}, which {INDEX_FILE} puts there")
 
 
-def _check_types(tensors: Mapping[str, Tensor]) -> None:
+def _wrong_types(tensors: Mapping[str, Tensor]) -> list[Exception]:
     wrong: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         if tensor.type not in DTYPES:
             wrong.setdefault(tensor.type, []).append(name)
-    if wrong:
-        kinds = "; ".join(f"{kind} in {_several(names)}" for kind, names in wrong.items())
-        raise ValueError(f"weights: got the types {kinds}; expected {', '.join(DTYPES)}: quantised ones are not read")
+    known = ", ".join(DTYPES)
+    return [
+        ValueError(f"{_several(names)}: got the type {kind}, expected one of {known}: quantised weights are not read")
+        for kind, names in wrong.items()
+    ]
+
+
+def _joined(folder: Path, problems: list[Exception]) -> Exception:
+    """Return one error for all problems."""
+    if len(problems) == 1:
+        return problems[0]
+    return ValueError(summary([str(problem) for problem in problems], f"{folder}: {len(problems)} problems"))
 
 
 def _several(names: list[str]) -> str:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 import os
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -21,7 +22,7 @@ from osdn_jax.interop.mapping import Shape
 from osdn_jax.interop.origin import Origin
 from osdn_jax.interop.plan import Plan, Source, grouped, match, summary
 from osdn_jax.interop.safetensors import DTYPES
-from osdn_jax.nn import CausalLM, MixerConfig, ModelConfig, parameter_spec, split_model
+from osdn_jax.nn import MESH_AXES, CausalLM, MixerConfig, ModelConfig, parameter_spec, split_model
 
 MAX_LENGTH = 2048
 """Tokens that the caches of attention hold by default, if the model's own limit is not lower."""
@@ -91,6 +92,7 @@ def load_pretrained(
             summary(opened.plan.problems, f"{opened.folder.path}: the tensors do not fit {opened.family.name}")
         )
     wanted = checked_dtype(dtype)
+    check_mesh(mesh, opened.shapes)
     config = dataclasses.replace(opened.config, dtype=_computation(opened, wanted))
     graph, state = nnx.split(nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0))))
     arrays, bad = {}, []
@@ -212,7 +214,7 @@ def origin_of(opened: Opened) -> Origin:
         opened.folder.text,
         tensors,
         tuple(opened.plan.left_out),
-        dict(opened.folder.metadata),
+        dict(opened.folder.weights.metadata),
     )
 
 
@@ -250,6 +252,21 @@ def _placed(name: str, value: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax
         return jnp.asarray(value)
     sharding = NamedSharding(mesh, parameter_spec(name))
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def check_mesh(mesh: jax.sharding.Mesh | None, shapes: Mapping[str, Shape]) -> None:
+    """Raise TypeError or ValueError unless the mesh has the axes of models and divides every parameter."""
+    if mesh is None:
+        return
+    if not isinstance(mesh, jax.sharding.Mesh):
+        raise TypeError(f"mesh: got {type(mesh).__name__}, expected a jax.sharding.Mesh")
+    if not set(MESH_AXES) <= set(mesh.axis_names):
+        raise ValueError(f"mesh: got the axes {', '.join(mesh.axis_names)}, expected {', '.join(MESH_AXES)}")
+    for name, shape in shapes.items():
+        for size, axes in zip(shape, parameter_spec(name), strict=False):
+            parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
+            if size % parts:
+                raise ValueError(f"mesh: got {parts} parts for an axis of {size} of {name}, expected a divisor of it")
 
 
 def _own_length(config: Mapping[str, Any]) -> int:

@@ -164,7 +164,7 @@ class Options:
     def _note_unknown(self) -> None:
         for name in self.config:
             if name not in self._known:
-                self.problem(name, self.config[name], "no such option: it is unknown here")
+                self.problems.append(f"{self._place}{name}: got {_shown(self.config[name])}, an option unknown here")
         for section in self._sections:
             section._note_unknown()
 

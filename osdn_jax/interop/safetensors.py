@@ -182,7 +182,7 @@ def write(
     with naming_the_file(path), open(path, "wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for name, shape, dtype in tensors:
-            value = np.ascontiguousarray(values(name), dtype)
+            value = np.asarray(values(name), dtype, order="C")
             if value.shape != tuple(shape):
                 raise ValueError(f"{name}: got shape {value.shape}, expected {tuple(shape)}")
             file.write(value.reshape(-1).view(np.uint8).data)

@@ -38,6 +38,7 @@ COMPANIONS = (
 )
 """Files next to the weights that are copied along."""
 
+_KEPT = ("bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range")
 _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "pytorch_model*.bin*")
 
 
@@ -116,12 +117,14 @@ def _target(config: ModelConfig, origin: Origin | None, layout: str | None, dtyp
         raise ValueError(f"layout: got {layout!r}, expected one of {', '.join(FAMILIES)}")
     if origin is not None and layout in (None, origin.family):
         family, entries = FAMILIES[origin.family], json.loads(origin.config)
-        if not differences(family.describe(entries), config):
-            if origin.left_out:
-                raise ValueError(
-                    f"model: {len(origin.left_out)} tensors of {origin.folder} were not loaded, such as "
-                    f"{origin.left_out[0]}, so its layout cannot be written; layout={own.MODEL_TYPE!r} saves what was"
-                )
+        same = not differences(family.describe(entries), config)
+        if same and origin.left_out and layout is None:
+            raise ValueError(
+                f"model: {len(origin.left_out)} tensors of {origin.folder} were not loaded, such as "
+                f"{origin.left_out[0]}, so that folder cannot be written again; layout={family.name!r} or "
+                f"{own.MODEL_TYPE!r} saves what was loaded"
+            )
+        if same and not origin.left_out:
             found = {name: shape for name, (_, shape) in origin.tensors.items()}
             sources = _sources(family, config, entries, found)
             types = {name: kind for name, (kind, _) in origin.tensors.items()}
@@ -140,9 +143,20 @@ def _target(config: ModelConfig, origin: Origin | None, layout: str | None, dtyp
         for group in source.names
         for name in group
     }
-    entries = {"dtype": dtypes["embedding/embedding"].name, **entries}
+    entries = {
+        "dtype": dtypes["embedding/embedding"].name,
+        **(_kept(origin) if family is not own.FAMILY else {}),
+        **entries,
+    }
     text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
     return _Target(family, text, sources, types, {"format": "pt"})
+
+
+def _kept(origin: Origin | None) -> dict[str, Any]:
+    """Return the entries of the original config.json that say nothing about the tensors, for another layout."""
+    values = {} if origin is None else json.loads(origin.config)
+    values |= values.get("text_config") or {}
+    return {name: values[name] for name in _KEPT if values.get(name) is not None}
 
 
 def _sources(
@@ -164,10 +178,13 @@ def _normal(config: ModelConfig) -> ModelConfig:
     blocks = []
     for block in config.stack:
         mixer = block.mixer
-        if isinstance(mixer, MixerConfig | AttentionConfig):
-            mixer = dataclasses.replace(mixer, chunk_size=None, implementation=None, key_heads=mixer.num_key_heads)
-        else:
-            mixer = dataclasses.replace(mixer, chunk_size=None)
+        mixer = dataclasses.replace(mixer, chunk_size=None)
+        if isinstance(mixer, MixerConfig):
+            rank = (mixer.decay_rank or mixer.key_dim) if mixer.decay == "channel" else None
+            mixer = dataclasses.replace(mixer, implementation=None, key_heads=mixer.num_key_heads, decay_rank=rank)
+        elif isinstance(mixer, AttentionConfig):
+            rotated = None if mixer.rotary_base is None else mixer.rotary_dim or mixer.key_dim
+            mixer = dataclasses.replace(mixer, implementation=None, key_heads=mixer.num_key_heads, rotary_dim=rotated)
         blocks.append(dataclasses.replace(block, mixer=mixer))
     return ModelConfig(
         config.vocab_size,

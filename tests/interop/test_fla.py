@@ -163,7 +163,7 @@ REFUSED = [
     ("gated_deltanet", {"expand_v": 1.3}, r"expand_v: got 1.3, expected head_dim . expand_v to be a whole number"),
     ("gated_deltanet", {"output_gate_activation": "relu"}, "output_gate_activation: got \"relu\", expected one of"),
     ("gated_deltanet", {"use_gate": "yes"}, "use_gate: got \"yes\", expected true or false"),
-    ("gated_deltanet", {"conv_bias": True}, "conv_bias: got true, expected no such option"),
+    ("gated_deltanet", {"conv_bias": True}, "conv_bias: got true, an option unknown here"),
     ("gated_deltanet", {"hidden_act": "gelu"}, "hidden_act: got \"gelu\", expected one of swish, powlu"),
     ("gated_deltanet", {"num_heads": 0}, "num_heads: got 0, expected an integer of at least 1"),
     ("gated_deltanet", {"attn": 3}, "attn: got 3, expected an object or a list of objects"),

@@ -3,7 +3,7 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from osdn_jax.interop.families.tables import apart, experts, frame, swiglu
+from osdn_jax.interop.families.tables import apart, experts, frame, layer_types, mixers_of, swiglu
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.mapping import Row, linear, same
 from osdn_jax.interop.options import Options
@@ -29,10 +29,10 @@ def describe(config: Mapping[str, Any]) -> ModelConfig:
     layers = options.integer("num_hidden_layers", 27)
     options.require("hidden_act", "silu")
     options.require("attention_bias", False)
-    options.require("tie_word_embeddings", False)
     options.require("mla_use_nope", True)
     options.require("num_nextn_predict_layers", 0)
-    # The attention has no positions, so the entries for them change nothing.
+    # The attention has no positions, so the entries for them change nothing; the head is never tied.
+    options.without_effect("tie_word_embeddings")
     options.without_effect("rope_theta", "rope_scaling", "rope_parameters", "rope_interleave", "head_dim")
     options.without_effect("qk_head_dim", "max_position_embeddings", "model_max_length", "output_router_logits")
     released = options.section("linear_attn_config")
@@ -96,6 +96,7 @@ def _mixture(options: Options) -> MixtureConfig:
     scale = options.number("routed_scaling_factor", 2.446)
     options.require("moe_router_activation_func", "sigmoid")
     options.require("use_grouped_topk", True)
+    options.require("topk_method", "noaux_tc")
     try:
         return MixtureConfig(
             count,
@@ -200,4 +201,45 @@ def _mixture_rows(mlp: MixtureConfig, keys: str, path: str, found: Collection[st
     ]
 
 
-FAMILY = Family("kimi_linear", "Transformers", describe, rows)
+def express(config: ModelConfig) -> dict[str, Any]:
+    """Return config.json of a model."""
+    delta, latent = mixers_of(config, LatentAttentionConfig)
+    dense = [block.mlp for block in config.stack if isinstance(block.mlp, MLPConfig)]
+    sparse = [block.mlp for block in config.stack if isinstance(block.mlp, MixtureConfig)]
+    mixture = sparse[0] if sparse else MixtureConfig(2, 1, 16, shared_hidden=16)
+    kinds = ["dense" if isinstance(block.mlp, MLPConfig) else "sparse" for block in config.stack]
+    return {
+        "model_type": "kimi_linear",
+        "architectures": ["KimiLinearForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": dense[0].hidden if dense else 4 * config.width,
+        "num_hidden_layers": config.depth,
+        "layer_types": layer_types(config),
+        "mlp_layer_types": kinds,
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied_embeddings,
+        "linear_num_heads": delta.heads,
+        "linear_head_dim": delta.key_dim,
+        "linear_conv_kernel_dim": delta.conv_size,
+        "num_attention_heads": latent.heads,
+        "num_key_value_heads": latent.heads,
+        "q_lora_rank": latent.query_rank,
+        "kv_lora_rank": latent.rank,
+        "qk_nope_head_dim": latent.key_dim,
+        "qk_rope_head_dim": latent.shared_key_dim,
+        "v_head_dim": latent.value_dim,
+        "num_experts": mixture.experts,
+        "num_experts_per_token": mixture.active,
+        "moe_intermediate_size": mixture.hidden,
+        "num_shared_experts": mixture.shared_hidden // mixture.hidden,
+        "moe_renormalize": mixture.renormalize,
+        "num_expert_group": mixture.groups,
+        "topk_group": mixture.active_groups,
+        "routed_scaling_factor": mixture.scale,
+    }
+
+
+FAMILY = Family("kimi_linear", "Transformers", describe, rows, express=express)

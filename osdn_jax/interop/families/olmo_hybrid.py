@@ -4,7 +4,7 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from osdn_jax.interop.families.rotary import rotary
-from osdn_jax.interop.families.tables import apart, frame, swiglu
+from osdn_jax.interop.families.tables import apart, frame, layer_types, mixers_of, swiglu
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.mapping import Row, fused, linear, same
 from osdn_jax.interop.options import Options
@@ -139,4 +139,31 @@ def _attention_rows(mixer: AttentionConfig, keys: str, path: str) -> list[Row]:
     ]
 
 
-FAMILY = Family("olmo_hybrid", "Transformers", describe, rows)
+def express(config: ModelConfig) -> dict[str, Any]:
+    """Return config.json of a model."""
+    delta, attention = mixers_of(config, AttentionConfig)
+    return {
+        "model_type": "olmo_hybrid",
+        "architectures": ["OlmoHybridForCausalLM"],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "intermediate_size": config.stack[0].mlp.hidden,
+        "num_hidden_layers": config.depth,
+        "layer_types": layer_types(config),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied_embeddings,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.num_key_heads,
+        "rope_parameters": {"rope_type": "default", "rope_theta": attention.rotary_base},
+        "linear_num_key_heads": delta.num_key_heads,
+        "linear_num_value_heads": delta.heads,
+        "linear_key_head_dim": delta.key_dim,
+        "linear_value_head_dim": delta.value_dim,
+        "linear_conv_kernel_dim": delta.conv_size,
+        "linear_allow_neg_eigval": delta.negative_eigenvalues,
+    }
+
+
+FAMILY = Family("olmo_hybrid", "Transformers", describe, rows, express=express)

@@ -8,7 +8,7 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from osdn_jax.interop.families.rotary import rotary
-from osdn_jax.interop.families.tables import convolution, experts, frame, swiglu
+from osdn_jax.interop.families.tables import convolution, experts, frame, layer_types, mixers_of, swiglu
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.mapping import Key, Row, linear, same
 from osdn_jax.interop.options import Options
@@ -36,7 +36,7 @@ def describe_next(config: Mapping[str, Any]) -> ModelConfig:
     without = options.indices("mlp_only_layers", layers)
     sparse = _mixture(options, experts, 10, options.flag("norm_topk_prob", True))
     mlps = [sparse if sparse is not None and i not in without and (i + 1) % step == 0 else dense for i in range(layers)]
-    return _model(options, mlps, vocab_size=151936, width=2048, key_heads=2, tied=False)
+    return _model(options, mlps, vocab_size=151936, width=2048, key_heads=2, tied=None)
 
 
 def describe_dense(config: Mapping[str, Any]) -> ModelConfig:
@@ -95,6 +95,7 @@ def _model(
     options.require("hidden_act", "silu")
     options.require("attention_bias", False)
     options.require("attn_output_gate", True)
+    options.require("output_gate_type", "swish", "silu")
     options.require("use_sliding_window", False)
     delta = _delta(options, width, epsilon)
     attention = _attention(options, width, epsilon, key_heads)
@@ -136,7 +137,7 @@ def _attention(options: Options, width: int, epsilon: float, key_heads: int) -> 
     options.divisor("num_key_value_heads", key_heads, "num_attention_heads", heads)
     head_dim = options.integer("head_dim", 256)
     base, rotated = rotary(options, head_dim, 0.25, "mrope_section", "mrope_interleaved")
-    if base is None:
+    if base is None and not options.problems:
         options.problem("rope_theta", None, "a base of the rotary positions")
     return AttentionConfig(
         width,
@@ -239,6 +240,58 @@ def _mixture_rows(mlp: MixtureConfig, keys: str, path: str, found: Collection[st
     ]
 
 
+def express(config: ModelConfig, *, kind: str) -> dict[str, Any]:
+    """Return config.json of a model of a kind: "qwen3_next", "qwen3_5_text" or "qwen3_5_moe_text"."""
+    delta, attention = mixers_of(config, AttentionConfig)
+    dense = [block.mlp for block in config.stack if isinstance(block.mlp, MLPConfig)]
+    sparse = [block.mlp for block in config.stack if isinstance(block.mlp, MixtureConfig)]
+    rotated = attention.rotary_dim or attention.key_dim
+    entries: dict[str, Any] = {
+        "model_type": kind,
+        "architectures": [_CLASSES[kind]],
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.width,
+        "num_hidden_layers": config.depth,
+        "layer_types": layer_types(config),
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "rms_norm_eps": config.norm_epsilon,
+        "tie_word_embeddings": config.tied_embeddings,
+        "num_attention_heads": attention.heads,
+        "num_key_value_heads": attention.num_key_heads,
+        "head_dim": attention.key_dim,
+        "rope_parameters": {
+            "rope_type": "default",
+            "rope_theta": attention.rotary_base,
+            "partial_rotary_factor": rotated / attention.key_dim,
+        },
+        "linear_num_key_heads": delta.num_key_heads,
+        "linear_num_value_heads": delta.heads,
+        "linear_key_head_dim": delta.key_dim,
+        "linear_value_head_dim": delta.value_dim,
+        "linear_conv_kernel_dim": delta.conv_size,
+    }
+    if kind != "qwen3_5_moe_text":
+        entries["intermediate_size"] = dense[0].hidden if dense else 4 * config.width
+    if kind == "qwen3_next":
+        entries["mlp_only_layers"] = [i for i, b in enumerate(config.stack) if isinstance(b.mlp, MLPConfig)]
+        entries |= {"decoder_sparse_step": 1, "num_experts": 0}
+    if sparse and kind != "qwen3_5_text":
+        entries |= {
+            "num_experts": sparse[0].experts,
+            "num_experts_per_tok": sparse[0].active,
+            "moe_intermediate_size": sparse[0].hidden,
+            "shared_expert_intermediate_size": sparse[0].shared_hidden,
+            "norm_topk_prob": sparse[0].renormalize,
+        }
+    return entries
+
+
+_CLASSES = {
+    "qwen3_next": "Qwen3NextForCausalLM",
+    "qwen3_5_text": "Qwen3_5ForCausalLM",
+    "qwen3_5_moe_text": "Qwen3_5MoeForCausalLM",
+}
 _LEFT_OUT = {r"mtp\.": "multi-token prediction", r"model\.visual\.": "vision"}
 
 QWEN3_NEXT = Family(
@@ -246,6 +299,7 @@ QWEN3_NEXT = Family(
     "Transformers",
     describe_next,
     functools.partial(rows, by_key_head=True),
+    express=functools.partial(express, kind="qwen3_next"),
     left_out={r"mtp\.": "multi-token prediction"},
 )
 QWEN3_5 = Family(
@@ -253,6 +307,7 @@ QWEN3_5 = Family(
     "Transformers",
     describe_dense,
     functools.partial(rows, by_key_head=False),
+    express=functools.partial(express, kind="qwen3_5_text"),
     model_types=("qwen3_5", "qwen3_5_text"),
     left_out=_LEFT_OUT,
 )
@@ -261,6 +316,7 @@ QWEN3_5_MOE = Family(
     "Transformers",
     describe_moe,
     functools.partial(rows, by_key_head=False),
+    express=functools.partial(express, kind="qwen3_5_moe_text"),
     model_types=("qwen3_5_moe", "qwen3_5_moe_text"),
     left_out=_LEFT_OUT,
 )

@@ -19,7 +19,8 @@ def rotary(options: Options, head_dim: int, share: float, *without_effect: str) 
     parameters = options.section(name)
     kind = parameters.name_of("rope_type", "type")
     parameters.require(kind, "default")
-    parameters.without_effect(*without_effect)
+    scaled = parameters.any(kind, "default") != "default"  # then the other keys belong to what is refused
+    parameters.without_effect(*(parameters.config if scaled else without_effect))
     # An entry with null is another thing than none: without a base there are no positions.
     places = [place for place in (parameters, options) if "rope_theta" in place.config]
     base: float | None = _DEFAULT_BASE
@@ -32,5 +33,5 @@ def rotary(options: Options, head_dim: int, share: float, *without_effect: str) 
     rotated = int(head_dim * share)
     if rotated < 2 or rotated % 2:
         holder.problem("partial_rotary_factor", share, f"an even number of at least 2 of the {head_dim} channels")
-        rotated = head_dim
+        return None, None
     return base, None if base is None or rotated >= head_dim else rotated

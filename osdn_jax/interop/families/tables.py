@@ -1,9 +1,33 @@
 """Rows that the tables of several families share."""
 
 from collections.abc import Collection, Mapping
+from typing import Any
 
 from osdn_jax.interop.mapping import Key, Row, fused, linear, same
-from osdn_jax.nn.config import MixerConfig, MixtureConfig, ModelConfig
+from osdn_jax.nn.config import LatentAttentionConfig, MixerConfig, MixtureConfig, ModelConfig
+
+
+def mixers_of(config: ModelConfig, attention: type[Any], heads: int = 1) -> tuple[MixerConfig, Any]:
+    """Return the first delta mixer and the first mixer of another kind, which describe a model whose mixers agree.
+
+    A model without one of them is described with a small one that no layer has.
+
+    Args:
+        config: the model.
+        attention: the class of the other mixers.
+        heads: heads of a mixer that stands in.
+    """
+    mixers = [block.mixer for block in config.stack]
+    delta = next((mixer for mixer in mixers if isinstance(mixer, MixerConfig)), None)
+    other = next((mixer for mixer in mixers if isinstance(mixer, attention)), None)
+    sizes: dict[str, Any] = {"width": config.width, "heads": heads, "key_dim": 16, "value_dim": 16}
+    latent = {"rank": 16} if attention is LatentAttentionConfig else {}
+    return delta or MixerConfig(**sizes), other or attention(**sizes, **latent)
+
+
+def layer_types(config: ModelConfig) -> list[str]:
+    """Return the kind of each layer, as config.json of Transformers names it."""
+    return ["linear_attention" if isinstance(b.mixer, MixerConfig) else "full_attention" for b in config.stack]
 
 
 def frame(config: ModelConfig, embedding: str, norm: str, head: str = "lm_head.weight") -> list[Row]:

@@ -1,0 +1,93 @@
+"""The tokenizer of a folder, and the ids of its special tokens."""
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from osdn_jax.interop.folder import existing_folder, read_json
+
+if TYPE_CHECKING:
+    from osdn_jax.data import Tokenizer
+
+# The later files are asked only for what the earlier ones do not say.
+_FILES = ("generation_config.json", "config.json")
+
+
+class FolderTokenizer(NamedTuple):
+    """The tokenizer of a folder.
+
+    Attributes:
+        tokenizer: converts text to ids and back.
+        bos_id: id of the token that starts a text; None if the folder names none.
+        eos_ids: ids of the tokens that end a text; empty if the folder names none.
+        missing: names of what the folder does not say, of "bos_token" and "eos_token".
+    """
+
+    tokenizer: "Tokenizer"
+    bos_id: int | None
+    eos_ids: tuple[int, ...]
+    missing: tuple[str, ...]
+
+
+def tokenizer(path: str | os.PathLike[str]) -> FolderTokenizer:
+    """Load the tokenizer of a folder; chat templates are left to the caller.
+
+    The ids of the tokens that start and end a text come from generation_config.json, else from config.json, else from
+    the names in tokenizer_config.json.
+
+    Args:
+        path: the folder, with a tokenizer.json or a tokenizer.model.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: it holds no tokenizer, or a damaged one; or a special token is none of its ids.
+        ImportError: the extra `tokenizers` or `train` is not installed.
+    """
+    from osdn_jax.data import load_tokenizer
+
+    folder = existing_folder(path)
+    loaded = load_tokenizer(folder)
+    starts, ends = _ids(folder, "bos"), _ids(folder, "eos")
+    missing = tuple(name for name, ids in (("bos_token", starts), ("eos_token", ends)) if not ids)
+    return FolderTokenizer(loaded, starts[0] if starts else None, ends, missing)
+
+
+def _ids(folder: Path, kind: str) -> tuple[int, ...]:
+    """Return the ids of the tokens of a kind, "bos" or "eos"."""
+    for name in _FILES:
+        values = read_json(folder / name)[1] if (folder / name).is_file() else {}
+        texts = values.get("text_config")
+        for entries in (values, texts if isinstance(texts, dict) else {}):
+            value = entries.get(f"{kind}_token_id")
+            if value is not None:
+                return _checked(folder / name, f"{kind}_token_id", value)
+    settings = folder / "tokenizer_config.json"
+    token = read_json(settings)[1].get(f"{kind}_token") if settings.is_file() else None
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is None:
+        return ()
+    found = _id_of(folder / "tokenizer.json", token)
+    if found is None:
+        raise ValueError(f"{settings}: got the {kind}_token {token!r}, which tokenizer.json does not have")
+    return (found,)
+
+
+def _id_of(file: Path, token: Any) -> int | None:
+    """Return the id of a token by its name in a tokenizer.json."""
+    if not isinstance(token, str) or not file.is_file():
+        return None
+    values = read_json(file)[1]
+    for added in values.get("added_tokens") or []:
+        if added.get("content") == token:
+            return added.get("id")
+    vocabulary = (values.get("model") or {}).get("vocab")
+    if isinstance(vocabulary, list):  # of a unigram model: [token, score] for each id
+        return next((i for i, (name, _) in enumerate(vocabulary) if name == token), None)
+    return (vocabulary or {}).get(token)
+
+
+def _checked(file: Path, name: str, value: Any) -> tuple[int, ...]:
+    values = value if isinstance(value, list) else [value]
+    if not values or any(type(x) is not int or x < 0 for x in values):
+        raise ValueError(f"{file}: got {name} {value!r}, expected an id or a list of ids")
+    return tuple(values)
