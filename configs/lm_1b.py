@@ -50,6 +50,6 @@ RECIPES = {
 
 def get_config(arg: str | None = None) -> ConfigDict:
     """arg: rule=, seed=, data= (a key of RECIPES; default by rule), steps= (default by the recipe's tokens)."""
-    config = language_model(arg, RECIPES, width=2048, heads=16, mlp_dim=5632, tied_embeddings=False)
+    config, _ = language_model(arg, RECIPES, width=2048, heads=16, mlp_dim=5632, tied_embeddings=False)
     config.accumulate = 2  # with remat 41 GB of an H200 on 8 of them, 13 GB on 64: docs/planning.md
     return config

@@ -4,7 +4,8 @@
 
 The sizes are those of Preconditioned DeltaNet (arXiv 2604.21100, github.com/ntumm120/preconditioned-deltanet), whose
 DeltaNet has 341.6M parameters and whose Gated DeltaNet has 341.8M: embeddings are tied, and no rule has an output gate,
-which would add 25M. Their KDA has one of low rank, and 354M; --config.model.output_gate=true adds one of full rank.
+which would add 25M. Their KDA has one of low rank, and 354M: gate=low_rank gives it to any rule. gate=full adds one of
+full rank.
 
     delta_net          341,594,112
     osdn               341,815,488
@@ -17,6 +18,8 @@ which would add 25M. Their KDA has one of low rank, and 354M; --config.model.out
     pkda               348,304,128
     transformer        341,099,520
 
+With gate=low_rank, as in Preconditioned DeltaNet's code: kda 354,226,368, os_kda 354,447,744, pkda 354,620,160.
+
 15 billion tokens, 2^19 a step; AdamW with betas 0.9 and 0.95, clipped at 1, warm-up of 1,024 steps, cosine down to a
 tenth. Two recipes: data=fineweb_edu, the default, has OSDN's context and learning rate (2605.13473), the warm-up of
 github.com/fla-org/flame and the weight decay of Gated DeltaNet (2412.06464); data=slimpajama is Preconditioned
@@ -26,9 +29,12 @@ positions of base 10,000, no biases.
 The vocabulary has 32,000 entries. Use a tokenizer of that size, such as Llama 2's, or train one (docs/training.md).
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from configs.shared.language_model import Recipe, language_model
+from osdn_jax.training import ConfigError
 
 RECIPES = {
     "fineweb_edu": Recipe(
@@ -51,5 +57,14 @@ RECIPES = {
 
 
 def get_config(arg: str | None = None) -> ConfigDict:
-    """arg: rule=, seed=, data= (a key of RECIPES; default by rule), steps= (default by the recipe's tokens)."""
-    return language_model(arg, RECIPES, width=1024, heads=8, mlp_dim=2816, tied_embeddings=True)
+    """arg: rule=, seed=, data= (a key of RECIPES; default by rule), steps= (default by the recipe's tokens), gate=."""
+    size: dict[str, Any] = {"width": 1024, "heads": 8, "mlp_dim": 2816, "tied_embeddings": True}
+    config, given = language_model(arg, RECIPES, **size, gate="none")
+    if given.gate not in ("none", "low_rank", "full"):
+        raise ConfigError(f"gate: got {given.gate!r}, expected one of none, low_rank, full")
+    config.model.output_gate = given.gate != "none"
+    if given.gate == "low_rank":  # that of Kimi Delta Attention in flash-linear-attention
+        config.model.output_gate_rank = 128
+        config.model.output_gate_bias = True
+        config.model.output_gate_activation = "sigmoid"
+    return config

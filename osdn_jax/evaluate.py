@@ -38,6 +38,7 @@ from osdn_jax.nn import MixerConfig
 from osdn_jax.training import CheckpointError, CheckpointMismatchError
 from osdn_jax.training.command_line import fail
 from osdn_jax.training.data import build_corpus
+from osdn_jax.training.model_config import model_name
 from osdn_jax.training.trained import Trained, Unread, open_trained
 
 _PROGRAM = "python -m osdn_jax.evaluate"
@@ -214,7 +215,7 @@ def _about(given: argparse.Namespace, trained: Trained, model: TextModel) -> dic
         "run": {
             "workdir": given.workdir,
             "step": trained.step,
-            "rule": trained.config.model.rule,
+            "rule": model_name(trained.config),
             "parameters": sum(x.size for x in trained.parameters.values()),
             "tokenizer": trained.tokenizer.name,
             "trained_length": trained.config.sequence_length,
@@ -259,7 +260,7 @@ def _plot(path: Path, workdir: str, trained: Trained, positions: dict[str, list[
 
     counts = "; ".join(f"{name}: {buckets[0].windows:,} windows" for name, buckets in positions.items())
     plot_positions(
-        {f"{trained.config.model.rule}, {name}": buckets for name, buckets in positions.items()},
+        {f"{model_name(trained.config)}, {name}": buckets for name, buckets in positions.items()},
         path,
         title=f"Perplexity by position, {workdir}, step {trained.step:,}",
         note=f"{counts}; state carried through each window; bands: one standard error over windows, one run",

@@ -33,10 +33,11 @@ LAYERS = {
     "osdn_jax.regression": {"osdn_jax.ops", "osdn_jax.compare", *SHARED},
     "osdn_jax.sampling": {"osdn_jax.nn"},
     "osdn_jax.evaluation": {"osdn_jax.ops", "osdn_jax.nn", "osdn_jax.data", "osdn_jax.sampling", *SHARED},
-    "osdn_jax.training": {"osdn_jax.nn", "osdn_jax.data", "osdn_jax.evaluation", *SHARED},
+    "osdn_jax.training": {"osdn_jax.nn", "osdn_jax.data", "osdn_jax.interop", "osdn_jax.evaluation", *SHARED},
     "osdn_jax.planning": {"osdn_jax.nn", "osdn_jax.evaluation", "osdn_jax.training", "pallas_kernels", *SHARED},
     "osdn_jax.diagnose": {"osdn_jax.nn", "osdn_jax.evaluation", "osdn_jax.training", *SHARED},
     "osdn_jax.sweep": {"osdn_jax.nn", "osdn_jax.data", "osdn_jax.compare", "osdn_jax.training", *SHARED},
+    "osdn_jax.convert": {"osdn_jax.nn", "osdn_jax.interop", "osdn_jax.training", *SHARED},
     "osdn_jax.generate": {"osdn_jax.sampling", "osdn_jax.training", *SHARED},
     "osdn_jax.evaluate": {
         "osdn_jax.nn",

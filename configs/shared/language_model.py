@@ -1,7 +1,7 @@
 """The settings that configs/lm_340m.py and configs/lm_1b.py have in common."""
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ml_collections import ConfigDict
 
@@ -22,17 +22,27 @@ class Recipe(NamedTuple):
 
 
 def language_model(
-    arg: str | None, recipes: Mapping[str, Recipe], *, width: int, heads: int, mlp_dim: int, tied_embeddings: bool
-) -> ConfigDict:
-    """Return the configuration of a model of 24 layers.
+    arg: str | None,
+    recipes: Mapping[str, Recipe],
+    *,
+    width: int,
+    heads: int,
+    mlp_dim: int,
+    tied_embeddings: bool,
+    rule: str = "osdn",
+    **further: Any,
+) -> tuple[ConfigDict, ConfigDict]:
+    """Return the configuration of a model of 24 layers, and the arguments that were given or their defaults.
 
     Args:
         arg: rule=, seed=, data= (a key of recipes; default: slimpajama for pdn, pgdn and pkda, else fineweb_edu),
             steps= (default: the recipe's tokens).
         recipes: by name.
         width, heads, mlp_dim, tied_embeddings: the size of the model.
+        rule: default of the argument rule.
+        **further: further arguments of the configuration file, with their defaults.
     """
-    given = parse_arg(arg, rule="osdn", seed=0, data="", steps=0)
+    given = parse_arg(arg, rule=rule, seed=0, data="", steps=0, **further)
     data = given.data or ("slimpajama" if given.rule in ("pdn", "pgdn", "pkda") else "fineweb_edu")
     if data not in recipes:
         raise ConfigError(f"data: got {data!r}, expected one of {', '.join(recipes)}")
@@ -62,4 +72,4 @@ def language_model(
     config.validation.batch_size = 64
     config.validation.sequence_length = recipe.sequence_length
     config.checkpoint.every = 1000
-    return config
+    return config, given

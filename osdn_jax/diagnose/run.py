@@ -14,6 +14,7 @@ from osdn_jax.evaluation.diagnostics import Diagnostics, check_delta_rule, diagn
 from osdn_jax.evaluation.hindsight import STEPS
 from osdn_jax.nn import CausalLM, ModelConfig, Parameters
 from osdn_jax.training import build_data
+from osdn_jax.training.model_config import model_name
 from osdn_jax.training.trained import open_trained
 
 WINDOWS = 4
@@ -93,7 +94,7 @@ def diagnose_run(
     )
     about = {
         "run": os.fspath(workdir),
-        "rule": run.config.model.rule,
+        "rule": model_name(run.config),
         "step": trained.step,
         "seed": run.config.seed,
         "windows": windows,

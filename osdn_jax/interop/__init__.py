@@ -7,7 +7,7 @@
 from osdn_jax.interop.families import FAMILIES
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.inspection import Inspection, inspect
-from osdn_jax.interop.loading import load_pretrained, logits
+from osdn_jax.interop.loading import assembled, load_pretrained, logits
 from osdn_jax.interop.origin import Origin
 from osdn_jax.interop.saving import save_pretrained
 from osdn_jax.interop.tokens import FolderTokenizer, tokenizer
@@ -18,6 +18,7 @@ __all__ = [
     "FolderTokenizer",
     "Inspection",
     "Origin",
+    "assembled",
     "inspect",
     "load_pretrained",
     "logits",

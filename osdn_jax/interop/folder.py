@@ -162,8 +162,13 @@ def read_json(file: Path) -> tuple[str, dict[str, Any]]:
 
 
 def unserved(file: Path, config: Mapping[str, Any], *, ignore_remote_code: bool) -> list[str]:
-    """Return a line for each entry of a config that asks to run code, or says that the weights are quantised."""
+    """Return a line for each reason in config.json not to load the folder: code to run, quantised weights, a run."""
     problems = []
+    if "model_type" not in config and (file.parent / "checkpoints").is_dir():
+        problems.append(
+            f"{file.parent}: is the working directory of a run of train.py, expected a folder that "
+            "python -m osdn_jax.convert makes of it"
+        )
     places = {"": config} | {f"{key}.": value for key, value in config.items() if isinstance(value, dict)}
     for prefix, values in places.items():
         for name in _REMOTE_CODE:

@@ -13,6 +13,7 @@ from osdn_jax.interop.families import family_of
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.folder import CONFIG_FILE, Weights, existing_folder, read_config, read_weights, unserved
 from osdn_jax.interop.loading import parameter_shapes
+from osdn_jax.interop.options import ConfigProblems
 from osdn_jax.interop.plan import Plan, match
 from osdn_jax.nn.config import AttentionConfig, LatentAttentionConfig, Mixer, MixerConfig, MixtureConfig, ModelConfig
 
@@ -60,6 +61,8 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
                 family.rows(config, entries, found.keys()), parameter_shapes(config), found, [*family.left_out]
             )
             problems += plan.problems
+    except ConfigProblems as error:
+        problems += [f"{CONFIG_FILE}: {problem}" for problem in error.problems]
     except (ValueError, TypeError, OSError) as error:
         problems.append(joined_lines(error))
     problems += [joined_lines(error) for error in weights.problems]

@@ -15,7 +15,7 @@ from jax.sharding import NamedSharding
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
-from osdn_jax.interop.families import family_of
+from osdn_jax.interop.families import family_of, own
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.folder import Folder
 from osdn_jax.interop.mapping import Shape
@@ -71,7 +71,7 @@ def load_pretrained(
         mesh: mesh with the axes `nn.MESH_AXES`; each device gets its part of the parameters, by `nn.parameter_spec`.
             Default: all parameters are on the default device.
         max_length: tokens that the caches of attention hold in decoding. Default: `max_position_embeddings` of the
-            folder, at most 2048.
+            folder, at most 2048; for our own models, that of their configuration.
         allow_nonfinite: load tensors with NaN or infinities too. Default: False, an error that names them.
         ignore_remote_code: load a folder whose config.json names Python code to run (`auto_map`), with this
             package's implementation of the family. No code of a folder is ever run. Default: False, an error.
@@ -94,8 +94,8 @@ def load_pretrained(
     wanted = checked_dtype(dtype)
     check_mesh(mesh, opened.shapes)
     config = dataclasses.replace(opened.config, dtype=_computation(opened, wanted))
-    graph, state = nnx.split(nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0))))
-    arrays, bad = {}, []
+    arrays: dict[str, jax.Array] = {}
+    bad: list[str] = []
     for source in opened.plan.sources:
         parameters, nonfinite = read_parameters(opened.folder, source)
         bad += nonfinite
@@ -110,10 +110,21 @@ def load_pretrained(
                 f"{opened.folder.path}: NaN or infinities in the tensors (allow_nonfinite=True loads them)",
             )
         )
-    flat = [(path, variable.replace(arrays["/".join(map(str, path))])) for path, variable in nnx.to_flat_state(state)]
-    model = nnx.merge(graph, nnx.from_flat_state(flat))
+    model = assembled(config, arrays)
     model.origin = origin_of(opened)
     return model
+
+
+def assembled(config: ModelConfig, parameters: Mapping[str, jax.Array]) -> CausalLM:
+    """Return the model of a configuration with these parameters, without creating others.
+
+    Args:
+        config: the configuration.
+        parameters: {path: array} of all parameters, as `nn.split_model` names them.
+    """
+    graph, state = nnx.split(nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0))))
+    flat = [(path, x.replace(parameters["/".join(map(str, path))])) for path, x in nnx.to_flat_state(state)]
+    return nnx.merge(graph, nnx.from_flat_state(flat))
 
 
 @functools.partial(jax.jit, static_argnums=0)
@@ -158,7 +169,9 @@ def open_folder(
         raise ValueError(f"max_length: got {max_length!r}, expected an int of at least 1")
     folder = Folder(path, ignore_remote_code=ignore_remote_code)
     family = family_of(folder.config)
-    config = with_max_length(family.describe(folder.config), max_length or _own_length(folder.config))
+    config = family.describe(folder.config)
+    if max_length is not None or family is not own.FAMILY:  # our own configurations have it
+        config = with_max_length(config, max_length or _own_length(folder.config))
     shapes = parameter_shapes(config)
     found = {name: tensor.shape for name, tensor in folder.tensors.items()}
     rows = family.rows(config, folder.config, found.keys())

@@ -30,8 +30,25 @@ _WITHOUT_EFFECT = {
     "problem_type",
     "chunk_size_feed_forward",
     "is_encoder_decoder",
+    # Without effect once `folder.unserved` has let them pass.
+    "auto_map",
+    "trust_remote_code",
+    "quantization_config",
 }
 _MISSING: Any = object()
+
+
+class ConfigProblems(ValueError):
+    """The problems of a config.json.
+
+    Attributes:
+        problems: a line for each.
+    """
+
+    def __init__(self, problems: list[str]) -> None:
+        """Join the lines to one message."""
+        super().__init__("config.json: " + "; ".join(problems))
+        self.problems = problems
 
 
 class Options:
@@ -159,7 +176,7 @@ class Options:
             return
         self._note_unknown()
         if self.problems:
-            raise ValueError("; ".join(["config.json: " + self.problems[0], *self.problems[1:]]))
+            raise ConfigProblems(self.problems)
 
     def _note_unknown(self) -> None:
         for name in self.config:

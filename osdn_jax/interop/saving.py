@@ -145,7 +145,7 @@ def _target(config: ModelConfig, origin: Origin | None, layout: str | None, dtyp
     }
     entries = {
         "dtype": dtypes["embedding/embedding"].name,
-        **(_kept(origin) if family is not own.FAMILY else {}),
+        **_kept(origin),
         **entries,
     }
     text = json.dumps(entries, indent=2, sort_keys=True) + "\n"

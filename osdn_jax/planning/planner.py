@@ -15,6 +15,7 @@ from osdn_jax.nn import flops, parameter_formula
 from osdn_jax.planning import advice, devices, hlo, memory
 from osdn_jax.planning.program import Program, build_program
 from osdn_jax.training.config import ConfigError
+from osdn_jax.training.model_config import model_name
 from osdn_jax.training.tasks import with_task
 
 _REMATS = ("none", "blocks", "full")
@@ -173,7 +174,7 @@ def plan(config: ConfigDict, topology: str, gpu: str | None = None) -> Plan:
         compiled_for="gpu" if described else "cpu",
         gpu=chosen,
         mesh=dict(program.mesh.shape),
-        rule=config.model.rule,
+        rule=model_name(config),
         remat=remat,
         accumulate=config.accumulate,
         rows=config.batch_size,

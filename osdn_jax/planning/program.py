@@ -17,6 +17,7 @@ from osdn_jax.nn.split import Parameters, split_model
 from osdn_jax.training.build import build_model_config, build_step_config
 from osdn_jax.training.initial_state import shapes_at_start
 from osdn_jax.training.mesh import Layout, build_mesh, mesh_sizes
+from osdn_jax.training.starting_point import with_init
 from osdn_jax.training.step import StepConfig, TrainState, make_train_step
 
 _BATCH = {"inputs": jnp.int32, "targets": jnp.int32, "segment_ids": jnp.int32, "weights": jnp.float32}
@@ -59,6 +60,7 @@ def build_program(config: ConfigDict, devices: list[jax.Device]) -> Program:
             f"batch_size, sequence_length: got {config.batch_size} x {config.sequence_length} tokens a step, expected "
             f"fewer than {_MAX_TOKENS:,}"
         )
+    config = with_init(config)
     sizes = mesh_sizes(config, len(devices))
     used = math.prod(sizes.values())
     if used != len(devices):

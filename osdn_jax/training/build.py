@@ -1,113 +1,16 @@
 """Build the model, the optimiser and the step's settings from a configuration."""
 
-import dataclasses
-from typing import Any
-
 import jax
 import optax
 import optax.contrib
 from flax import nnx
 from ml_collections import ConfigDict
 
-from osdn_jax.nn import AttentionConfig, CausalLM, Chunks, HypergradientConfig, MixerConfig, ModelConfig, mixer_config
-from osdn_jax.nn.config import TRANSFORMER
+from osdn_jax.nn import CausalLM, Chunks, MixtureConfig
 from osdn_jax.nn.parameters import muon_mask, weight_decay_mask
+from osdn_jax.training.model_config import build_model_config
 from osdn_jax.training.ranges import check_ranges
 from osdn_jax.training.step import StepConfig
-from osdn_jax.training.tasks import vocabulary_size, with_task
-
-
-def build_model_config(config: ConfigDict) -> ModelConfig:
-    """Return the model configuration of a run.
-
-    Args:
-        config: with the keys of `default_config`; `config.model` and, for the size of the vocabulary,
-            `config.data` are read.
-
-    Returns:
-        The configuration that `nn.CausalLM` takes.
-
-    Raises:
-        ValueError: a field out of its range, an unknown rule or preset, an option that the rule does not have, or
-            heads that do not divide the width although key_dim or value_dim is not given.
-        ValueError, FileNotFoundError, ImportError: as `load_tokenizer`, if model.vocab_size is not given.
-
-    Example:
-        >>> from osdn_jax.training import build_model_config, default_config
-        >>> build_model_config(default_config()).vocab_size
-        256
-    """
-    check_ranges(config, "model.")
-    config = with_task(config)
-    model = config.model
-    for name in ("key_dim", "value_dim"):
-        if model[name] is None and model.width % model.heads:
-            raise ValueError(
-                f"model.heads: got {model.heads}, expected a divisor of model.width = {model.width}; "
-                f"or give model.{name}, the size of each head"
-            )
-    fields = {
-        "width": model.width,
-        "heads": model.heads,
-        "key_heads": model.key_heads,
-        "key_dim": model.width // model.heads if model.key_dim is None else model.key_dim,
-        "value_dim": model.width // model.heads if model.value_dim is None else model.value_dim,
-        "chunk_size": model.chunk_size,
-        "implementation": model.implementation,
-    }
-    if model.rule == TRANSFORMER:
-        _refuse(
-            config, "has no delta rule", negative_eigenvalues=False, match_step=False, key_norm=True, fixed_beta=None
-        )
-        longest = config.sequence_length if model.max_length is None else model.max_length
-        fields |= {"rotary_base": model.rotary_base, "qk_norm": model.qk_norm, "max_length": longest}
-    else:
-        names = ("conv_size", "negative_eigenvalues", "match_step", "key_norm", "fixed_beta")
-        fields |= {name: model[name] for name in names}
-    mixer = mixer_config(model.rule, **fields)
-    if model.output_gate is not None:
-        mixer = dataclasses.replace(mixer, output_gate=model.output_gate)
-    mixer = _with_preconditioner(config, mixer)
-    return ModelConfig(
-        vocab_size=vocabulary_size(config),
-        layers=model.layers,
-        mixer=mixer,
-        mlp_dim=model.mlp_dim,
-        tied_embeddings=model.tied_embeddings,
-        dropout=model.dropout,
-        dtype=model.dtype,
-        remat=model.remat,
-    )
-
-
-def _with_preconditioner(config: ConfigDict, mixer: MixerConfig | AttentionConfig) -> MixerConfig | AttentionConfig:
-    """Return the mixer with the settings of its preconditioner; raise ValueError for those of one it does not have."""
-    model = config.model
-    kind = mixer.preconditioner if isinstance(mixer, MixerConfig) else "none"
-    if kind != "hypergradient":
-        others = dict.fromkeys(("preset", "beta_aware", "eta", "initial", "anchor"))
-        _refuse(config, "has no hypergradient preconditioner", **others, forget_gate="token")
-    if kind != "gram":
-        _refuse(config, "has no Gram preconditioner", squash=None)
-    if not isinstance(mixer, MixerConfig):
-        return mixer
-    if kind == "gram" and model.squash is not None:
-        return dataclasses.replace(mixer, gram=dataclasses.replace(mixer.gram, squash=model.squash))
-    if kind != "hypergradient":
-        return mixer
-    settings = mixer.hypergradient
-    if model.preset is not None:
-        settings = HypergradientConfig.preset(model.preset, beta_aware=settings.beta_aware)
-    changes = {name: model[name] for name in ("beta_aware", "eta", "initial", "anchor") if model[name] is not None}
-    changes |= {name: model[name] for name in ("forget", "forget_gate", "forget_constant")}
-    return dataclasses.replace(mixer, hypergradient=dataclasses.replace(settings, **changes))
-
-
-def _refuse(config: ConfigDict, why: str, **unset: Any) -> None:
-    """Raise ValueError if one of these options of the model has another value than the one that leaves it unset."""
-    for name, value in unset.items():
-        if config.model[name] != value:
-            raise ValueError(f"model.{name}: got {config.model[name]!r}, but the rule {config.model.rule!r} {why}")
 
 
 def build_model(config: ConfigDict) -> CausalLM:
@@ -211,7 +114,8 @@ def build_step_config(config: ConfigDict) -> StepConfig:
     """Return the settings of the training step that are not the optimiser's.
 
     Args:
-        config: with the keys of `default_config`; accumulate, batch_size, ema and config.loss are read.
+        config: with the keys of `default_config`; accumulate, batch_size, ema, config.loss and, for a mixture of
+            experts, config.model are read.
 
     Raises:
         ValueError: a number out of range, or accumulate does not divide batch_size.
@@ -223,6 +127,7 @@ def build_step_config(config: ConfigDict) -> StepConfig:
         accumulate=config.accumulate,
         chunks=Chunks(config.loss.sequence_chunk, config.loss.vocabulary_chunk),
         z_loss=config.loss.z_loss,
+        balance=config.loss.balance if _has_mixture(config) else 0.0,
         ema=config.ema,
     )
 
@@ -230,3 +135,9 @@ def build_step_config(config: ConfigDict) -> StepConfig:
 def random_state(config: ConfigDict) -> jax.Array:
     """Return the key data (uint32) of the random numbers that training uses after initialisation."""
     return jax.random.key_data(jax.random.fold_in(jax.random.key(config.seed), 1))
+
+
+def _has_mixture(config: ConfigDict) -> bool:
+    if config.model.stack is None:
+        return config.model.experts is not None
+    return any(isinstance(block.mlp, MixtureConfig) for block in build_model_config(config).stack)

@@ -34,6 +34,9 @@ def default_config() -> ConfigDict:
     config.batch_size = 16  # windows per step
     config.sequence_length = 256  # tokens per window
     config.accumulate = 1  # micro-batches per step (gradient accumulation); divides batch_size
+    # A folder to start from, as `interop.load_pretrained` reads it: another library's model or one of ours. Its model
+    # takes the place of most keys of config.model.
+    config.init = ""
     config.ema = 0.0  # decay of a moving average of the parameters, used for validation and sampling; 0: none
     config.max_skipped_steps = 10  # a step with a non-finite loss or gradient is skipped; more in a row end the run
 
@@ -42,7 +45,7 @@ def default_config() -> ConfigDict:
     # `python -m osdn_jax.data.prepare` wrote; hf:NAME streams a data set of the Hugging Face hub; "" is Shakespeare.
     config.data.path = ""
     config.data.mixture = ""  # instead of a path: path:weight,path:weight; a weight is a share of the windows
-    config.data.tokenizer = "bytes"  # or a tokenizer.json, a SentencePiece .model, or a folder with one of them
+    config.data.tokenizer = "bytes"  # or a tokenizer.json, a SentencePiece .model, a folder with one, or init: its own
     config.data.field = "text"  # column of the text in .jsonl, .parquet and hf:
     config.data.subset = ""  # of hf:, such as sample-10BT
     config.data.split = "train"  # of hf:
@@ -85,16 +88,46 @@ def default_config() -> ConfigDict:
     config.model.match_step = False  # a control: the preconditioner's step size without its direction
     config.model.key_norm = True  # unit keys of the delta rules
     config.model.fixed_beta = placeholder(float)  # beta of every token; default: a learned gate
-    config.model.rotary_base = 10_000.0  # of the transformer's rotary positions
-    config.model.qk_norm = False  # of the transformer
-    config.model.max_length = placeholder(int)  # tokens in the transformer's key-value cache; default: sequence_length
+    config.model.output_gate_rank = placeholder(int)  # of an output gate of low rank
+    config.model.output_gate_bias = False
+    config.model.output_gate_activation = "silu"  # or sigmoid
+    config.model.decay_rank = placeholder(int)  # of a decay per channel; default: key_dim
+    # Attention: of the rule transformer, and of a hybrid's attention blocks.
+    config.model.attention_every = placeholder(int)  # a hybrid: every n-th block is attention; default: none
+    config.model.attention_norm = "pre"  # or post: x + norm(f(x)), in a hybrid's attention blocks
+    config.model.attention_heads = placeholder(int)  # of a hybrid's attention; default: heads
+    config.model.attention_key_heads = placeholder(int)  # of a hybrid's attention; default: attention_heads
+    config.model.attention_gate = False  # output gate of a hybrid's attention
+    config.model.positions = "rotary"  # or none
+    config.model.rotary_base = 10_000.0  # of rotary positions
+    config.model.rotary_dim = placeholder(int)  # channels of each head that are rotated; default: all
+    config.model.window = placeholder(int)  # tokens that each token sees; default: all
+    config.model.qk_norm = False
+    config.model.qk_norm_over = "head"  # or all: one norm over the channels of all heads
+    config.model.max_length = placeholder(int)  # tokens in the key-value cache; default: sequence_length
+    # A mixture of experts in place of the MLPs.
+    config.model.experts = placeholder(int)  # number of experts; default: no mixture
+    config.model.active_experts = 2  # that each token is sent to
+    config.model.expert_dim = placeholder(int)  # hidden units of an expert; default: mlp_dim
+    config.model.shared_expert_dim = 0  # hidden units of an expert that every token is sent to; 0: none
+    config.model.shared_expert_gate = False
+    config.model.router = "softmax"  # or sigmoid
+    config.model.dense_layers = 0  # blocks at the start that keep their MLP
+    # JSON of an nn.ModelConfig, in place of all sizes and options above but dropout, dtype and remat; set by init.
+    config.model.stack = placeholder(str)
     config.model.chunk_size = placeholder(int)  # of the rule; default: by measurement
     config.model.implementation = placeholder(str)  # of the rule; default: the fastest available (transformer: chunk)
 
     config.loss = ConfigDict()
     config.loss.sequence_chunk = 512  # tokens of each window per block of logits
     config.loss.vocabulary_chunk = 8192  # vocabulary entries per block of logits
+    config.loss.balance = 0.01  # coefficient of the load-balancing loss of mixtures of experts (arXiv 2101.03961)
     config.loss.z_loss = 0.0  # coefficient of the mean of logsumexp(logits)^2; not part of the reported loss
+
+    config.surgery = ConfigDict()  # what `interop.replace_rule` changes in the model of init
+    config.surgery.preconditioner = placeholder(str)  # hypergradient, gram or none; default: as it is
+    config.surgery.decay = placeholder(str)  # scalar or channel; default: as it is
+    config.surgery.layers = ""  # numbers of the blocks, such as 0,1,-1; default: all with a delta rule
 
     config.optimizer = ConfigDict()
     config.optimizer.name = "adamw"  # or muon: Muon for the weight matrices of the blocks, AdamW for the rest

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import optax
 from ml_collections import ConfigDict
@@ -19,9 +18,9 @@ from osdn_jax.nn import count_parameters
 from osdn_jax.nn.flops import per_token
 from osdn_jax.nn.split import split_model
 from osdn_jax.progress import ProgressBar, Stopwatch, say
-from osdn_jax.training import agreement, distributed, fingerprints
+from osdn_jax.training import agreement, distributed
 from osdn_jax.training.build import build_schedule, build_step_config
-from osdn_jax.training.checkpoints import CheckpointError, Checkpoints, load_parameters
+from osdn_jax.training.checkpoints import CheckpointError, Checkpoints
 from osdn_jax.training.config import MAY_CHANGE_ON_RESUME, ConfigError
 from osdn_jax.training.data import Data, build_data
 from osdn_jax.training.initial_state import plan_start
@@ -30,13 +29,15 @@ from osdn_jax.training.limits import check_memory, out_of_memory
 from osdn_jax.training.lock import WorkdirLock
 from osdn_jax.training.mesh import Layout, build_mesh, describe
 from osdn_jax.training.metrics import MetricsWriter, read_metrics
+from osdn_jax.training.model_config import model_name
 from osdn_jax.training.plots import plot_loss
 from osdn_jax.training.profiling import Profile
 from osdn_jax.training.ranges import check_ranges
+from osdn_jax.training.starting_point import Origin, RunOrigin, origin_of, with_init
 from osdn_jax.training.step import TrainState, make_train_step
 from osdn_jax.training.tasks import with_task
 from osdn_jax.training.validation import ACCURACY, BITS_PER_BYTE, HeldOut, make_validate
-from osdn_jax.training.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir, checked_workdir, load_config
+from osdn_jax.training.workdir import CHECKPOINT_FOLDER, CONFIG_FILE, check_workdir, checked_workdir
 
 if TYPE_CHECKING:
     import grain
@@ -154,7 +155,7 @@ def _train(
     workdir, primary = checked_workdir(workdir), distributed.is_primary()
     try:
         _check(config, stop_at)
-        config = with_task(config)
+        config = with_init(with_task(config), workdir)
         layout = Layout(build_mesh(config))
         check_memory(config)
         model, optimizer, create = plan_start(config, layout)
@@ -162,7 +163,7 @@ def _train(
         schedule = jax.jit(build_schedule(config))  # one program, not one for each of its operations
         data = build_data(config)
         batches, held_out = _batches(config, data, layout)
-        origin = None if start_from is None else _Origin.of(start_from, data)
+        origin = origin_of(config, start_from, data)
     except BaseException as error:  # noqa: BLE001 (whatever it is, the other processes must not wait for it)
         agreement.fail(error)
 
@@ -171,7 +172,7 @@ def _train(
         config,
         workdir=str(workdir.absolute()),
         stop_at=stop_at,
-        start_from=None if origin is None else str(origin.folder),
+        start_from=str(origin.folder) if isinstance(origin, RunOrigin) else None,
         **data.fingerprints,
     )
     agreement.agree(run)
@@ -204,7 +205,7 @@ def _train(
         if primary:
             for message in messages:
                 say(message)
-            say(f"{config.model.rule}: {parameters:,} parameters; {data.summary}; {describe(layout.mesh)}")
+            say(f"{model_name(config)}: {parameters:,} parameters; {data.summary}; {describe(layout.mesh)}")
             if start:
                 say(f"going on from the checkpoint of step {start:,} of {config.steps:,}")
 
@@ -269,7 +270,7 @@ def _train(
     # --- Report.
     rows = read_metrics(workdir) if primary else []
     if rows:
-        plot_loss({config.model.rule: rows}, workdir / "loss.png", unit=unit)
+        plot_loss({model_name(config): rows}, workdir / "loss.png", unit=unit)
     finals = [row[BITS_PER_BYTE] for row in rows if row["step"] == config.steps and BITS_PER_BYTE in row]
     result = Result(
         step=int(state.step),
@@ -312,43 +313,20 @@ def _spread(source: WindowSource, count: int, batch_size: int, **share: int) -> 
     return validation_batches(rows, batch_size=batch_size, **share)
 
 
-class _Origin(NamedTuple):
-    """The run that a new run takes its parameters from."""
-
-    folder: Path  # of its checkpoints
-    key: str  # of the parameters in a checkpoint
-    fingerprints: dict[str, str]  # that its checkpoint must have
-
-    @classmethod
-    def of(cls, workdir: str | Path, data: Data) -> "_Origin":
-        """Describe the run in a directory. Raises FileNotFoundError if there is none, or it has no checkpoints."""
-        path = Path(workdir).expanduser().absolute()
-        for name in (CONFIG_FILE, CHECKPOINT_FOLDER):
-            if not (path / name).exists():
-                raise FileNotFoundError(
-                    f"start_from: got {str(workdir)!r}, expected the directory of a run; it has no {name}"
-                )
-        key = "ema" if load_config(path).ema else "params"
-        same = {fingerprints.TOKENIZER: data.fingerprints[fingerprints.TOKENIZER]}
-        return cls(path / CHECKPOINT_FOLDER, key, same)
-
-
 def _restored(
     checkpoints: Checkpoints,
     state: TrainState,
     batches: "grain.DatasetIterator",
     workdir: Path,
-    origin: _Origin | None,
+    origin: Origin | None,
 ) -> tuple[TrainState, int, list[str]]:
     """Restore the newest checkpoint, or else the parameters of the origin: (state, its step, messages)."""
     restored = checkpoints.restore(state, batches)
     if restored is None:
         if origin is None:
             return state, 0, []
-        step, params = load_parameters(origin.folder, state.params, key=origin.key, fingerprints=origin.fingerprints)
-        ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # each is donated
-        message = f"starting from the parameters of step {step:,} in {origin.folder.parent}"
-        return state._replace(params=params, ema=ema), 0, [message]
+        state, message = origin.start(state)
+        return state, 0, [message]
     start = int(restored.state.step)
     if restored.step != start:
         folder = workdir / CHECKPOINT_FOLDER / str(restored.step)
@@ -426,6 +404,8 @@ def _train_row(
     }
     if config.data.tokenizer != BYTES:
         row["train/bits_per_token"] = bits_per_token
+    if "balance" in numbers:
+        row["train/balance"] = numbers["balance"]
     return row
 
 

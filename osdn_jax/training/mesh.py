@@ -13,8 +13,10 @@ from jax.sharding import PartitionSpec as P
 from ml_collections import ConfigDict
 
 from osdn_jax.data import Window
+from osdn_jax.nn import MixtureConfig
 from osdn_jax.nn.config import TRANSFORMER
 from osdn_jax.nn.sharding import AXIS_RULES, MESH_AXES, parameter_spec, spec
+from osdn_jax.training.model_config import build_model_config
 from osdn_jax.training.ranges import check_ranges
 
 PyTree = Any
@@ -68,23 +70,20 @@ def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
     columns = ("mesh.context × mesh.tensor", sizes["context"] * sizes["tensor"])
     width = ("mesh.fsdp × mesh.tensor", sizes["fsdp"] * sizes["tensor"])
     tensor = ("mesh.tensor", sizes["tensor"])
-    model = config.model
     wanted = [
         ("batch_size / accumulate", config.batch_size // config.accumulate, rows),
         ("validation.batch_size", config.validation.batch_size, rows),
         ("sequence_length", config.sequence_length, columns),
         ("validation.sequence_length", config.validation.sequence_length, columns),
-        ("model.width", model.width, width),
-        ("model.heads", model.heads, tensor),
-        ("model.key_heads", model.key_heads or model.heads, tensor),
-        ("model.mlp_dim", model.mlp_dim, tensor),
+        *_sizes_of_the_model(config, width, tensor),
     ]
     for key, value, (name, size) in wanted:
         if value % size:
             raise ValueError(f"{key}: got {value}, expected a multiple of {name} = {size}")
-    if model.rule == TRANSFORMER or sizes["context"] == 1:
+    taps = _conv_size(config)
+    if taps == 0 or sizes["context"] == 1:
         return
-    needed = (model.conv_size - 1) * sizes["context"]
+    needed = (taps - 1) * sizes["context"]
     for key, value in (
         ("sequence_length", config.sequence_length),
         ("validation.sequence_length", config.validation.sequence_length),
@@ -92,8 +91,48 @@ def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
         if value < needed:
             raise ValueError(
                 f"{key}: got {value}, expected at least {needed} over mesh.context = {sizes['context']}: the "
-                f"convolution reads model.conv_size - 1 = {model.conv_size - 1} tokens of the device before"
+                f"convolution reads model.conv_size - 1 = {taps - 1} tokens of the device before"
             )
+
+
+def _sizes_of_the_model(
+    config: ConfigDict, width: tuple[str, int], tensor: tuple[str, int]
+) -> list[tuple[str, int, tuple[str, int]]]:
+    """Return (key, size, (mesh axes, their size)) of what the mesh divides in the model."""
+    model = config.model
+    if model.stack is not None:
+        made = build_model_config(config)
+        found = {("the model's width", made.width, width)}
+        for block in made.stack:
+            found.add(("the model's heads", block.mixer.heads, tensor))
+            found.add(("the model's key heads", getattr(block.mixer, "num_key_heads", block.mixer.heads), tensor))
+            if isinstance(block.mlp, MixtureConfig):
+                found.add(("the model's experts", block.mlp.experts, tensor))
+            else:
+                found.add(("the model's MLPs", block.mlp.hidden, tensor))
+        return sorted(found)
+    wanted = [
+        ("model.width", model.width, width),
+        ("model.heads", model.heads, tensor),
+        ("model.key_heads", model.key_heads or model.heads, tensor),
+        ("model.mlp_dim", model.mlp_dim, tensor),
+    ]
+    if model.attention_every is not None:
+        heads = model.attention_heads or model.heads
+        wanted += [("model.attention_heads", heads, tensor)]
+        wanted += [("model.attention_key_heads", model.attention_key_heads or heads, tensor)]
+    if model.experts is not None:
+        wanted += [("model.experts", model.experts, tensor)]
+        wanted += [("model.shared_expert_dim", model.shared_expert_dim, tensor)]
+    return wanted
+
+
+def _conv_size(config: ConfigDict) -> int:
+    """Return the taps of the longest short convolution; 0 for a model without one."""
+    model = config.model
+    if model.stack is not None:
+        return max(getattr(block.mixer, "conv_size", 0) for block in build_model_config(config).stack)
+    return 0 if model.rule == TRANSFORMER else int(model.conv_size)
 
 
 def describe(mesh: Mesh | None) -> str:

@@ -188,6 +188,14 @@ def test_the_text_of_a_model_with_vision(tmp_path):
     assert any("vision (1 tensors), multi-token prediction (1 tensors)" in line for line in lines)
 
 
+def test_a_released_config_with_code_of_a_supported_family(tmp_path):
+    folder, config, tensors = checkpoint(tmp_path / "m", "kimi_linear", _RELEASED_KIMI, {"released": True})
+    pretrained.write_folder(folder, config | {"auto_map": {"AutoConfig": "configuration_kimi.Kimi"}}, tensors)
+    with pytest.raises(ValueError, match="got auto_map, which asks to run code"):
+        interop.load_pretrained(folder)
+    interop.load_pretrained(folder, ignore_remote_code=True)
+
+
 def test_a_tied_head_in_the_file(tmp_path):
     folder, config, tensors = checkpoint(tmp_path / "m", "qwen3_next", {"tie_word_embeddings": True}, {})
     tensors["lm_head.weight"] = tensors["model.embed_tokens.weight"].copy()

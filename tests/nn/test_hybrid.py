@@ -170,10 +170,12 @@ def test_another_configuration_with_the_same_parameters():
         model.with_config(dataclasses.replace(STACK, vocab_size=V + 1))
 
 
-@pytest.mark.usefixtures("our_checks")
 def test_a_configuration_survives_json():
-    written = json.loads(json.dumps(dataclasses.asdict(STACK)))
-    assert ModelConfig(**written) == STACK
+    for config in (STACK, ModelConfig(vocab_size=V, layers=2, mixer=mixer_config("os_gdn", **SHAPES), mlp_dim=10)):
+        written = json.loads(json.dumps(dataclasses.asdict(config)))
+        assert ModelConfig.from_dict(written) == config
+    with pytest.raises(TypeError, match="mixer: got a dict with the keys heads, hat, expected those of a MixerConfig"):
+        ModelConfig.from_dict({"vocab_size": V, "mixer": {"heads": 1, "hat": 2}})
 
 
 def test_the_stack_of_a_uniform_model():

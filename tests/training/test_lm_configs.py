@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import pytest
 from flax import nnx
 
-from osdn_jax.nn import AttentionConfig, count_parameters, parameter_formula
+from osdn_jax.nn import AttentionConfig, MixtureConfig, count_parameters, parameter_formula
 from osdn_jax.training import ConfigError, build_model, build_model_config, build_schedule
 
 FOLDER = Path(__file__).parents[2] / "configs"
@@ -99,6 +99,36 @@ def test_rules_can_be_compared_on_one_recipe(name):
         config.model.rule = "osdn"
     assert all(config == configs[0] for config in configs)
     assert configs[0] != get_config(name)
+
+
+@pytest.mark.parametrize("rule", ["kda", "os_kda", "pkda"])
+def test_a_gate_of_low_rank_as_in_preconditioned_deltanet(rule):
+    config = get_config("lm_340m", f"rule={rule},gate=low_rank")
+    count = parameter_formula(build_model_config(config))
+    assert f"{rule} {count:,}" in (FOLDER / "lm_340m.py").read_text()
+    assert count - stated("lm_340m")[rule] == 24 * (2 * 1024 * 128 + 1024)
+    with pytest.raises(ConfigError, match="gate: got 'wide', expected one of none, low_rank, full"):
+        get_config("lm_340m", "gate=wide")
+
+
+@pytest.mark.parametrize("rule", ["delta_net", "gated_delta_net", "kda", "os_gdn", "pgdn"])
+@pytest.mark.parametrize("pattern", ["pre", "olmo"])
+def test_hybrids_have_three_delta_rules_to_one_attention(rule, pattern):
+    made = build_model_config(get_config("hybrid_340m", f"rule={rule},pattern={pattern}"))
+    kinds = [isinstance(block.mixer, AttentionConfig) for block in made.stack]
+    assert kinds == [False, False, False, True] * 6
+    assert {block.norm for block in made.stack[3::4]} == {"pre" if pattern == "pre" else "post"}
+    docstring = ast.get_docstring(ast.parse((FOLDER / "hybrid_340m.py").read_text()))
+    row = re.search(rf"^ +{rule} +([\d,]+) +([\d,]+)$", docstring, flags=re.MULTILINE)
+    assert row.group(1 if pattern == "pre" else 2) == f"{parameter_formula(made):,}"
+
+
+def test_a_hybrid_with_experts():
+    made = build_model_config(get_config("hybrid_340m", "experts=32"))
+    assert all(block.mlp == MixtureConfig(experts=32, active=4, hidden=704) for block in made.stack)
+    assert f"{parameter_formula(made):,} parameters" in (FOLDER / "hybrid_340m.py").read_text()
+    with pytest.raises(ConfigError, match="pattern: got 'post', expected one of pre, olmo"):
+        get_config("hybrid_340m", "pattern=post")
 
 
 @every_size

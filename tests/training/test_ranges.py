@@ -85,6 +85,7 @@ def test_the_ends_of_a_count(key):
         ("optimizer.muon_learning_rate", (1e-3,), (0.0, 1e39)),
         ("optimizer.weight_decay", (0.0, 1e3), (-0.1, 1e39)),
         ("optimizer.clip_norm", (1e-3, 1e9, math.inf), (0.0, -1.0)),
+        ("loss.balance", (0.0, 1e-2), (-1e-4, 1e39)),
         ("loss.z_loss", (0.0, 1e-4), (-1e-4, 1e39)),
         ("model.anchor", (0.0, -2.5, 1e9), (1e39,)),
         ("model.eta", (0.0, 0.5, 1e30), (-0.1, 1e39)),

@@ -11,7 +11,9 @@ from osdn_jax.interop.mapping import Row, same
 from osdn_jax.nn import CausalLM, ModelConfig, split_model
 
 MODEL_TYPE = "osdn_jax"
-_ENTRIES = {"model_type", "model", "dtype", "architectures"}
+_ENTRIES = {"model_type", "model", "dtype"}
+# What another layout said, and a reader of tokens may ask for.
+_ENTRIES |= {"bos_token_id", "eos_token_id", "pad_token_id", "max_position_embeddings", "initializer_range"}
 
 
 def describe(config: Mapping[str, Any]) -> ModelConfig:
@@ -23,7 +25,7 @@ def describe(config: Mapping[str, Any]) -> ModelConfig:
             "ModelConfig"
         )
     try:
-        return ModelConfig(**config["model"])
+        return ModelConfig.from_dict(config["model"])
     except TypeError as error:  # an unknown field, as a later version may write
         raise ValueError(f"config.json: model: {error}") from error
 

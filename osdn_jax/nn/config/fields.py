@@ -23,15 +23,23 @@ def nested(config: Any, name: str, *kinds: type[Any]) -> None:
 
     Raises TypeError for any other type, and for a dict whose keys do not identify one config.
     """
-    value, names = getattr(config, name), " or ".join(kind.__name__ for kind in kinds)
-    if isinstance(value, kinds):
-        return
+    value = getattr(config, name)
+    if not isinstance(value, kinds):
+        object.__setattr__(config, name, chosen(name, value, *kinds)(**value))
+
+
+def chosen(name: str, value: Any, *kinds: type[Any]) -> type[Any]:
+    """Return the config whose fields a dict has, as `dataclasses.asdict` writes it.
+
+    Raises TypeError for any other type, and for a dict whose keys do not identify one config.
+    """
+    names = " or ".join(kind.__name__ for kind in kinds)
     if not isinstance(value, dict):
         raise TypeError(f"{name}: got {type(value).__name__}, expected a {names}")
     fitting = [kind for kind in kinds if set(value) <= {field.name for field in dataclasses.fields(kind)}]
     if len(fitting) != 1:
         raise TypeError(f"{name}: got a dict with the keys {', '.join(map(str, value))}, expected those of a {names}")
-    object.__setattr__(config, name, fitting[0](**value))
+    return fitting[0]
 
 
 def divides_heads(key_heads: int | None, heads: int) -> None:

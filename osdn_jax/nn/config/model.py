@@ -1,12 +1,14 @@
 """The configuration of a language model: a stack of blocks, each with a mixer and an MLP."""
 
 import dataclasses
-from typing import Literal, cast
+from collections.abc import Mapping
+from typing import Any, Literal, cast
 
 from osdn_jax.nn.config import fields
 from osdn_jax.nn.config.attention import AttentionConfig, LatentAttentionConfig
 from osdn_jax.nn.config.mixer import MixerConfig
 from osdn_jax.nn.config.mlp import MixtureConfig, MLPConfig
+from osdn_jax.nn.config.preconditioners import GramConfig, HypergradientConfig, SquaresConfig
 from osdn_jax.ops import checks
 
 # Rematerialisation, what a block keeps for its gradient: everything, the outputs of its matrix products with weights
@@ -113,6 +115,26 @@ class ModelConfig:
         if not 0.0 <= checks.number("dropout", self.dropout) < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, expected a rate from 0 to below 1")
 
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
+        """Return the configuration that `dataclasses.asdict` wrote, also after JSON made lists of tuples.
+
+        Args:
+            values: {field: value}, with dicts for configurations.
+
+        Raises:
+            ValueError: a field is out of range.
+            TypeError: an unknown field, or one of another type.
+
+        Example:
+            >>> from osdn_jax.nn import mixer_config
+            >>> mixer = mixer_config("osdn", width=64, heads=4, key_dim=16, value_dim=16)
+            >>> config = ModelConfig(vocab_size=256, layers=2, mixer=mixer, mlp_dim=128)
+            >>> ModelConfig.from_dict(dataclasses.asdict(config)) == config
+            True
+        """
+        return cls(**{name: _value(name, value) for name, value in values.items()})
+
     def _check_blocks(self) -> None:
         if self.mixer is not None or self.mlp_dim is not None:
             raise ValueError("blocks: got some beside mixer or mlp_dim, expected one or the other")
@@ -152,3 +174,30 @@ class ModelConfig:
     def is_uniform(self) -> bool:
         """True if all blocks are equal."""
         return all(block == self.stack[0] for block in self.stack)
+
+
+# The configurations that a field of a configuration may hold.
+_NESTED: dict[str, tuple[type[Any], ...]] = {
+    "mixer": (MixerConfig, AttentionConfig, LatentAttentionConfig),
+    "mlp": (MLPConfig, MixtureConfig),
+    "hypergradient": (HypergradientConfig,),
+    "gram": (GramConfig,),
+    "squares": (SquaresConfig,),
+}
+
+
+def _value(name: str, value: Any) -> Any:
+    """Return the value of a field as the constructors take it."""
+    if name == "blocks" and isinstance(value, list | tuple):
+        return tuple(
+            BlockConfig(**{key: _value(key, inner) for key, inner in block.items()})
+            if isinstance(block, dict)
+            else block
+            for block in value
+        )
+    if name == "bounds" and isinstance(value, list):
+        return tuple(value)
+    if name in _NESTED and value is not None and not isinstance(value, _NESTED[name]):
+        kind = fields.chosen(name, value, *_NESTED[name])
+        return kind(**{key: _value(key, inner) for key, inner in value.items()})
+    return value

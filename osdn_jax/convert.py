@@ -1,0 +1,80 @@
+"""Convert a model to another layout:  python -m osdn_jax.convert SOURCE DESTINATION --layout gated_deltanet
+
+SOURCE is a folder with config.json and safetensors files, or the working directory of a run of train.py, of which the
+newest checkpoint is read. A run that started from a folder (config.init) is written in the layout of that folder if its
+rule was not changed. DESTINATION is a new folder, which `osdn_jax.interop.load_pretrained` reads; in the layout of
+another library, that library reads it too.
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from osdn_jax import command
+
+if __name__ == "__main__":
+    command.start()
+
+from osdn_jax import interop
+from osdn_jax.interop.loading import open_folder, origin_of
+from osdn_jax.nn import CausalLM
+from osdn_jax.training import CheckpointError, CheckpointMismatchError
+from osdn_jax.training.command_line import fail
+from osdn_jax.training.trained import load_trained
+from osdn_jax.training.workdir import CHECKPOINT_FOLDER
+
+_PROGRAM = "python -m osdn_jax.convert"
+_DTYPES = ("float32", "bfloat16")
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the command line.
+
+    Args:
+        argv: the arguments without the program's name. Default: those of the process.
+    """
+    description = (__doc__ or "").splitlines()[0]
+    parser = command.Parser(prog=_PROGRAM, description=description, allow_abbrev=False)
+    add = parser.add_argument
+    add("source", metavar="SOURCE", help="folder of a model, or working directory of a run of train.py")
+    add("destination", metavar="DESTINATION", help="the new folder")
+    add("--layout", choices=tuple(interop.FAMILIES), metavar="NAME", help=_layouts())
+    add("--dtype", choices=_DTYPES, metavar="TYPE", help=f"of all tensors: {', '.join(_DTYPES)} (default: as they are)")
+    add("--overwrite", action="store_true", help="replace the model in a folder that is not empty")
+    given = parser.parse_args(argv)
+    try:
+        source = command.local_directory(given.source)
+        destination = command.local_directory(given.destination)
+        tokenizer = None
+        if (source / CHECKPOINT_FOLDER).is_dir():
+            model, tokenizer = _trained(source)
+        else:
+            model = interop.load_pretrained(source)
+        options = {"layout": given.layout, "dtype": given.dtype, "overwrite": given.overwrite}
+        layout = interop.save_pretrained(model, destination, **options)
+        if tokenizer is not None:
+            shutil.copyfile(tokenizer, destination / f"tokenizer{tokenizer.suffix}")
+            settings = tokenizer.with_name("tokenizer_config.json")
+            if settings.is_file():
+                shutil.copyfile(settings, destination / settings.name)
+    except (ValueError, TypeError, OSError, ImportError, CheckpointError, CheckpointMismatchError) as error:
+        fail(error)
+    print(f"{destination}: {layout}", file=sys.stdout, flush=True)
+
+
+def _layouts() -> str:
+    return f"layout to write: {', '.join(interop.FAMILIES)} (default: that of SOURCE, or osdn_jax)"
+
+
+def _trained(workdir: Path) -> tuple[CausalLM, Path | None]:
+    """Return the model of a run at its newest checkpoint, and the file of its tokenizer if it has one."""
+    trained = load_trained(workdir)
+    file = Path(trained.tokenizer.name)
+    model = interop.assembled(trained.model, trained.parameters)
+    if trained.config.init and Path(trained.config.init).is_dir():  # the folder that the run started from
+        model.origin = origin_of(open_folder(trained.config.init, ignore_remote_code=True))
+    return model, file if file.is_file() else None
+
+
+if __name__ == "__main__":
+    command.run(main)
