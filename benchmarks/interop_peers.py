@@ -11,6 +11,7 @@ kernels of flash-linear-attention, which run in an interpreter.
 import dataclasses
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.interop.cases import CASES, REFUSABLE
@@ -30,6 +32,7 @@ ROOT = Path(__file__).parent.parent
 RESULTS = Path(__file__).parent / "results"
 TOLERANCE = 1e-5  # of the largest difference of two logits
 GRADIENT_TOLERANCE = 1e-4  # of the largest difference in a gradient, relative to the largest element of the gradient
+NEW, NEW_TOKENS = "-new", 20
 
 
 @dataclasses.dataclass
@@ -44,12 +47,14 @@ class Row:
     again: float | None = None  # ours before saving and after loading again
     returned: float | None = None  # theirs from our folder, and ours
     original: float | None = None  # theirs from our folder, and theirs from the original
+    new: float | None = None  # theirs from a folder that we wrote without the original config.json, and theirs
+    left_out: int = 0  # tensors of other parts of the model, which are neither loaded nor saved
     files: str = ""  # what differs between the two folders
     error: str = ""
 
     def failed(self) -> bool:
         """Return whether anything is beyond the tolerance."""
-        pairs = (self.loaded, self.lengths, self.padded, self.returned, self.original)
+        pairs = (self.loaded, self.lengths, self.padded, self.returned, self.original, self.new)
         wrong = any(x is not None and not x <= TOLERANCE for x in pairs)
         wrong |= self.gradients is not None and not self.gradients <= GRADIENT_TOLERANCE
         return bool(wrong or self.error or self.files or self.again)
@@ -106,15 +111,19 @@ def compare(row: Row, folder: Path, work: Path) -> None:
     if (folder / "gradients").is_dir():
         row.gradients = gradient_difference(model, folder / "gradients")
     stored = interop.load_pretrained(folder)  # in the types of the file, which the saved file has to have too
-    saved = work / row.name.replace("/", "-")
+    family, row.left_out = stored.origin.family, len(stored.origin.left_out)
+    saved, new = (work / (row.name.replace("/", "-") + end) for end in ("", NEW))
     shards = list(folder.glob("model-*.safetensors"))
     size = max(shard.stat().st_size for shard in shards) if shards else 2**30
-    interop.save_pretrained(stored, saved, max_shard_bytes=size)
-    row.files = folder_differences(folder, saved)
+    interop.save_pretrained(stored, saved, max_shard_bytes=size, layout=family if row.left_out else None)
+    row.files = "" if row.left_out else folder_differences(folder, saved)
     again = interop.load_pretrained(saved, dtype="float32")
     row.again = _difference(interop.logits(again, expected["input_ids"]), ours)
     np.savez(saved / "inputs.npz", input_ids=expected["input_ids"])
     np.savez(saved / "ours.npz", logits=ours)
+    stored.origin = None
+    interop.save_pretrained(stored, new, layout=family)
+    np.savez(new / "inputs.npz", input_ids=expected["input_ids"][:1, :NEW_TOKENS])
 
 
 def gradient_difference(model: nn.CausalLM, folder: Path) -> float:
@@ -125,11 +134,12 @@ def gradient_difference(model: nn.CausalLM, folder: Path) -> float:
     """
     given = np.load(folder / "weights.npz")
     apply, parameters = nn.split_model(model)
+    tokens = jnp.asarray(given["input_ids"], jnp.int32)
 
     @jax.jit
     @jax.grad
     def gradients(parameters: dict[str, jax.Array]) -> jax.Array:
-        logits, _ = apply(parameters, given["input_ids"].astype(np.int32))
+        logits, _ = apply(parameters, tokens)
         return (logits * given["weights"]).sum()
 
     found = gradients(parameters)
@@ -141,13 +151,17 @@ def gradient_difference(model: nn.CausalLM, folder: Path) -> float:
 
 def returned(row: Row, folder: Path, work: Path) -> None:
     """Compare the logits that the other library computed from the folder saved here."""
-    saved = work / row.name.replace("/", "-")
-    if (saved / "theirs.txt").exists():
-        row.error = (saved / "theirs.txt").read_text()
-    elif (saved / "theirs.npz").exists():
+    saved, new = (work / (row.name.replace("/", "-") + end) for end in ("", NEW))
+    expected = np.load(folder / "expected.npz")["logits"]
+    for place in (saved, new):
+        if (place / "theirs.txt").exists():
+            row.error = (place / "theirs.txt").read_text()
+    if (saved / "theirs.npz").exists():
         theirs = np.load(saved / "theirs.npz")["logits"]
         row.returned = _difference(theirs, np.load(saved / "ours.npz")["logits"])
-        row.original = _difference(theirs, np.load(folder / "expected.npz")["logits"])
+        row.original = _difference(theirs, expected)
+    if (new / "theirs.npz").exists():
+        row.new = _difference(np.load(new / "theirs.npz")["logits"], expected[:1, :NEW_TOKENS])
 
 
 def _difference(a: Any, b: Any) -> float:
@@ -183,6 +197,7 @@ def markdown(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"  element of each parameter's gradient; the limit is {GRADIENT_TOLERANCE:.0e}"
     yield "- return: theirs from the folder that we saved, and ours"
     yield "- both ways: theirs from the folder that we saved, and theirs from the original"
+    yield f"- new: theirs from a folder that we wrote without the original config.json, and theirs; {NEW_TOKENS} tokens"
     if any(row["name"].startswith("more/") for row in record["rows"]):
         yield "- more/…: checkpoints that were not made by this command"
     yield "- folder: whether the folder that we saved has the same tensors, bit by bit, and the same configuration"
@@ -190,18 +205,24 @@ def markdown(record: Mapping[str, Any]) -> Iterator[str]:
     yield f"{about['date']}, {about['cpu']}, {about['cpu_cores']} cores; {names}; jax {about['jax']}, Python"
     yield f"{about['python']}: `{about['command']}`."
     yield ""
-    yield "| checkpoint | load | lengths | padding | gradients | return | both ways | folder |"
-    yield "| --- | ---: | ---: | ---: | ---: | ---: | ---: | --- |"
-    columns = ("loaded", "lengths", "padded", "gradients", "returned", "original")
+    yield "| checkpoint | load | lengths | padding | gradients | return | both ways | new | folder |"
+    yield "| --- " + "| ---: " * 7 + "| --- |"
+    columns = ("loaded", "lengths", "padded", "gradients", "returned", "original", "new")
     for row in record["rows"]:
         limits = (GRADIENT_TOLERANCE if column == "gradients" else TOLERANCE for column in columns)
         cells = " | ".join(_number(row[column], limit) for column, limit in zip(columns, limits, strict=True))
-        yield f"| {row['name']} | {cells} | {row['error'] or row['files'] or 'the same'} |"
+        yield f"| {row['name']} | {cells} | {_folder(row)} |"
     if record["refused"]:
         yield from ("", "Options that the other library runs and that `load_pretrained` refuses:", "")
         yield from ("| checkpoint | error |", "| --- | --- |")
         for name, text in record["refused"].items():
             yield f"| {name} | {text} |"
+
+
+def _folder(row: Mapping[str, Any]) -> str:
+    if row["left_out"]:
+        return row["error"] or f"without {row['left_out']} tensors of other parts"
+    return row["error"] or row["files"] or "the same"
 
 
 def _number(value: float | None, limit: float) -> str:
@@ -232,18 +253,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = parser.parse_args(argv)
     if given.peer is None and given.checkpoints is None and given.more is None:
         parser.error("--peer: expected the Python of an environment with the other libraries")
+    peer = None if given.peer is None else shutil.which(given.peer)
+    if given.peer is not None and peer is None:
+        parser.error(f"--peer: got {given.peer}, expected a Python")
+    peer = None if peer is None else str(Path(peer).absolute())  # it runs in the repository's folder
     with tempfile.TemporaryDirectory() as temporary, jax.default_matmul_precision("highest"):
         work = Path(temporary) / "saved"
         work.mkdir()
         made = given.checkpoints
-        if made is None and given.peer is not None:
+        if made is None and peer is not None:
             made = Path(temporary)
-            run_peer(given.peer, "make", str(made), *(n for n in {**CASES, **REFUSABLE} if n.startswith(given.only)))
+            run_peer(peer, "make", str(made), *(n for n in {**CASES, **REFUSABLE} if n.startswith(given.only)))
         folders = {n: made / n for n in {**CASES, **REFUSABLE} if made is not None and (made / n).is_dir()}
         if given.more is not None:
             folders |= {f"more/{f.parent.name}": f.parent for f in sorted(given.more.glob("*/expected.npz"))}
         folders = {name: folder for name, folder in folders.items() if name.startswith(given.only)}
-        record = _record(folders, work, given.peer, shlex.join(["python", "-m", "benchmarks.interop_peers", *argv]))
+        record = _record(folders, work, peer, shlex.join(["python", "-m", "benchmarks.interop_peers", *argv]))
     page = list(markdown(record))
     print("\n".join(page))
     write(given.out or RESULTS, "interop-transformers", record, page)

@@ -2,9 +2,11 @@
 
 import json
 import shutil
+import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -26,15 +28,15 @@ def checkpoint(tmp_path_factory):
     ids = rng.integers(0, 17, (2, 12))
     np.savez(folder / "expected.npz", input_ids=ids, logits=interop.logits(model, ids))
     apply, parameters = nn.split_model(model)
-    mask = (np.arange(12) >= np.array([[0], [7]])).astype(np.int32)
-    padded, _ = jax.jit(apply)(parameters, ids.astype(np.int32), segment_ids=mask)
+    tokens, mask = jnp.asarray(ids, jnp.int32), (np.arange(12) >= np.array([[0], [7]])).astype(np.int32)
+    padded, _ = jax.jit(apply)(parameters, tokens, segment_ids=mask)
     more = {"input_ids_padded": ids, "mask_padded": mask, "logits_padded": padded}
     for name, n in (("1", 1), ("long", 20)):
-        tokens = rng.integers(0, 17, (2, n))
-        more |= {f"input_ids_{name}": tokens, f"logits_{name}": interop.logits(model, tokens)}
+        more[f"input_ids_{name}"] = rng.integers(0, 17, (2, n))
+        more[f"logits_{name}"] = interop.logits(model, more[f"input_ids_{name}"])
     np.savez(folder / "more.npz", **more)
     weights = rng.normal(size=(2, 12, 17)).astype(np.float32)
-    gradients = jax.jit(jax.grad(lambda p: (apply(p, ids.astype(np.int32))[0] * weights).sum()))(parameters)
+    gradients = jax.jit(jax.grad(lambda p: (apply(p, tokens)[0] * weights).sum()))(parameters)
     saved, state = nnx.split(model)
     flat = [(path, x.replace(gradients["/".join(map(str, path))])) for path, x in nnx.to_flat_state(state)]
     interop.save_pretrained(nnx.merge(saved, nnx.from_flat_state(flat)), folder / "gradients", layout="osdn_jax")
@@ -51,7 +53,7 @@ class Peer:
         self.names = None
 
     def __call__(self, peer, module, folder, *names):
-        assert peer == "other/python"
+        assert peer == sys.executable
         folder = Path(folder)
         if module == "make":
             self.names = names
@@ -79,7 +81,7 @@ class Peer:
 
 def run(monkeypatch, tmp_path, peer, *arguments):
     monkeypatch.setattr(interop_peers, "run_peer", peer)
-    status = interop_peers.main(["--peer", "other/python", "--out", str(tmp_path / "out"), *arguments])
+    status = interop_peers.main(["--peer", sys.executable, "--out", str(tmp_path / "out"), *arguments])
     record = json.loads((tmp_path / "out" / "interop-transformers.json").read_text())
     return status, record, (tmp_path / "out" / "interop-transformers.md").read_text()
 
@@ -90,7 +92,9 @@ def test_it_compares_all_ways(monkeypatch, tmp_path, checkpoint, capsys):
     assert status == 0
     assert set(peer.names) == {*cases.CASES, *cases.REFUSABLE}
     (row,) = record["rows"]
-    differences = [row[name] for name in ("loaded", "lengths", "padded", "gradients", "again", "returned", "original")]
+    differences = [
+        row[name] for name in ("loaded", "lengths", "padded", "gradients", "again", "returned", "original", "new")
+    ]
     assert all(0 <= x <= 1e-6 for x in differences)
     assert (row["files"], row["error"], record["versions"]) == ("", "", {"torch": "1.2"})
     assert list(record["refused"]) == [REFUSED]
@@ -147,6 +151,9 @@ def test_a_python_is_needed(capsys):
         interop_peers.main([])
     assert stop.value.code == 2
     assert "--peer: expected the Python of an environment" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        interop_peers.main(["--peer", "no/such/python"])
+    assert "--peer: got no/such/python, expected a Python" in capsys.readouterr().err
 
 
 def test_the_table_of_cases():
