@@ -72,7 +72,7 @@ def save_pretrained(
 
     Args:
         model: the model.
-        path: the new folder; its parent must exist.
+        path: the new folder; folders above it are created too.
         layout: family whose layout is written, a key of `FAMILIES`, such as "gated_deltanet" or "osdn_jax". Default:
             chosen as above.
         dtype: dtype of all tensors, float32 or bfloat16. Default: that of each tensor where the model was loaded from,
@@ -265,8 +265,6 @@ def _free_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
     folder = Path(path).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"path: got {str(folder)!r}, which is a file; expected a new folder")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"path: got {str(folder)!r}, but there is no folder {str(folder.parent)!r}")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"path: got {str(folder)!r}, which is not empty; overwrite=True replaces the model in it")
     return folder
@@ -279,6 +277,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
     Files of the old folder that are neither weights nor replaced move into the new one.
     """
     with naming_the_file(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             yield new

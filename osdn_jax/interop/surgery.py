@@ -97,6 +97,24 @@ def replace_rule(
         raise TypeError(f"model: got {type(model).__name__}, expected a CausalLM")
     if type(seed) is not int:
         raise TypeError(f"seed: got {seed!r}, expected an int")
+    settings: dict[str, Any] = {"hypergradient": hypergradient, "gram": gram}
+    changed = replaced_config(model.config, layers, preconditioner=preconditioner, decay=decay, **settings)
+    return _rebuilt(model, changed, seed)
+
+
+def replaced_config(
+    config: ModelConfig,
+    layers: Iterable[int] | None = None,
+    *,
+    preconditioner: Literal["none", "hypergradient", "gram"] | None = None,
+    decay: Literal["scalar", "channel"] | None = None,
+    hypergradient: HypergradientConfig | None = None,
+    gram: GramConfig | None = None,
+) -> ModelConfig:
+    """Return the configuration of the model that `replace_rule` makes of one with this configuration.
+
+    The arguments and errors are those of `replace_rule`.
+    """
     if preconditioner is None and decay is None:
         raise ValueError("preconditioner: got None with decay=None, expected at least one of them")
     for name, value, kind in (("hypergradient", hypergradient, HypergradientConfig), ("gram", gram, GramConfig)):
@@ -105,12 +123,12 @@ def replace_rule(
         if value is not None and preconditioner != name:
             raise ValueError(f"{name}: got settings with preconditioner={preconditioner!r}, expected {name!r}")
     changes: dict[str, Any] = {"hypergradient": hypergradient, "gram": gram}
-    stack = model.config.stack
+    stack = config.stack
     mixers = {
         i: _changed(i, cast(MixerConfig, stack[i].mixer), preconditioner, decay, changes)
-        for i in _chosen(model.config, layers)
+        for i in _chosen(config, layers)
     }
-    return _rebuilt(model, _with_mixers(model.config, mixers), seed)
+    return _with_mixers(config, mixers)
 
 
 def _chosen(config: ModelConfig, layers: Iterable[int] | None) -> list[int]:
