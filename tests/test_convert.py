@@ -47,6 +47,7 @@ def test_a_run_that_started_from_another_librarys_folder_becomes_one(tmp_path, c
     task |= {"data__validation_examples": 2, "init": str(start)}
     train(tiny_config("", **task), tmp_path / "run", stop_at=2)
     train(tiny_config("", **task, surgery__preconditioner="hypergradient"), tmp_path / "changed", stop_at=1)
+    capsys.readouterr()
     assert run(capsys, tmp_path / "run", tmp_path / "back")[1] == f"{tmp_path / 'back'}: gated_deltanet\n"
     assert (tmp_path / "back/config.json").read_text() == (start / "config.json").read_text()
     before, after = read_folder(start), read_folder(tmp_path / "back")

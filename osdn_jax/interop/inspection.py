@@ -78,7 +78,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     for name, text in rows:
         start = f"  {name}".ljust(_INDENT)
         lines += textwrap.wrap(text, _WIDTH, initial_indent=start, subsequent_indent=" " * _INDENT)
-    return Inspection(lines, problems)
+    return Inspection(lines, [" ".join(problem.split()) for problem in problems])
 
 
 def _model(config: ModelConfig) -> list[tuple[str, str]]:

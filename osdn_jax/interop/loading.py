@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
@@ -69,7 +69,8 @@ def load_pretrained(
         dtype: dtype of all parameters and of the computation, float32 or bfloat16. Default: each parameter has the
             dtype of its tensors; the computation is in bfloat16 if the embedding is in 16 bits, else in float32.
         mesh: mesh with the axes `nn.MESH_AXES`; each device gets its part of the parameters, by `nn.parameter_spec`.
-            Default: all parameters are on the default device.
+            Default: all parameters are on the default device. Call the model under `jax.set_mesh(mesh)`, as in
+            training, or as it is, as in decoding; then the compiler partitions it.
         max_length: tokens that the caches of attention hold in decoding. Default: `max_position_embeddings` of the
             folder, at most 2048; for our own models, that of their configuration.
         allow_nonfinite: load tensors with NaN or infinities too. Default: False, an error that names them.
@@ -92,7 +93,7 @@ def load_pretrained(
             summary(opened.plan.problems, f"{opened.folder.path}: the tensors do not fit {opened.family.name}")
         )
     wanted = checked_dtype(dtype)
-    check_mesh(mesh, opened.shapes)
+    mesh = _checked_mesh(mesh, opened.shapes)
     config = dataclasses.replace(opened.config, dtype=_computation(opened, wanted))
     arrays: dict[str, jax.Array] = {}
     bad: list[str] = []
@@ -267,10 +268,13 @@ def _placed(name: str, value: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
 
 
-def check_mesh(mesh: jax.sharding.Mesh | None, shapes: Mapping[str, Shape]) -> None:
-    """Raise TypeError or ValueError unless the mesh has the axes of models and divides every parameter."""
+def _checked_mesh(mesh: jax.sharding.Mesh | None, shapes: Mapping[str, Shape]) -> jax.sharding.Mesh | None:
+    """Return the mesh with Auto axes, so that the model also runs where no mesh is set, as in decoding.
+
+    Raises TypeError or ValueError unless the mesh has the axes of models and divides every parameter.
+    """
     if mesh is None:
-        return
+        return None
     if not isinstance(mesh, jax.sharding.Mesh):
         raise TypeError(f"mesh: got {type(mesh).__name__}, expected a jax.sharding.Mesh")
     if not set(MESH_AXES) <= set(mesh.axis_names):
@@ -280,6 +284,7 @@ def check_mesh(mesh: jax.sharding.Mesh | None, shapes: Mapping[str, Shape]) -> N
             parts = math.prod(mesh.shape[axis] for axis in ((axes,) if isinstance(axes, str) else axes or ()))
             if size % parts:
                 raise ValueError(f"mesh: got {parts} parts for an axis of {size} of {name}, expected a divisor of it")
+    return jax.sharding.Mesh(mesh.devices, mesh.axis_names, axis_types=(AxisType.Auto,) * len(mesh.axis_names))
 
 
 def _own_length(config: Mapping[str, Any]) -> int:

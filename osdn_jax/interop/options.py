@@ -30,6 +30,46 @@ _WITHOUT_EFFECT = {
     "problem_type",
     "chunk_size_feed_forward",
     "is_encoder_decoder",
+    # Of generation and of training, which versions of Transformers before 5 wrote here.
+    "add_cross_attention",
+    "bad_words_ids",
+    "begin_suppress_tokens",
+    "cross_attention_hidden_size",
+    "decoder_start_token_id",
+    "diversity_penalty",
+    "do_sample",
+    "early_stopping",
+    "encoder_no_repeat_ngram_size",
+    "exponential_decay_length_penalty",
+    "finetuning_task",
+    "forced_bos_token_id",
+    "forced_eos_token_id",
+    "is_decoder",
+    "length_penalty",
+    "max_length",
+    "min_length",
+    "no_repeat_ngram_size",
+    "num_beam_groups",
+    "num_beams",
+    "num_return_sequences",
+    "output_scores",
+    "prefix",
+    "pruned_heads",
+    "remove_invalid_values",
+    "repetition_penalty",
+    "return_dict_in_generate",
+    "sep_token_id",
+    "suppress_tokens",
+    "task_specific_params",
+    "temperature",
+    "tf_legacy_loss",
+    "tie_encoder_decoder",
+    "tokenizer_class",
+    "top_k",
+    "top_p",
+    "torchscript",
+    "typical_p",
+    "use_bfloat16",
     # Without effect once `folder.unserved` has let them pass.
     "auto_map",
     "trust_remote_code",
@@ -180,7 +220,7 @@ class Options:
 
     def _note_unknown(self) -> None:
         for name in self.config:
-            if name not in self._known:
+            if name not in self._known and not name.startswith("_"):
                 self.problems.append(f"{self._place}{name}: got {_shown(self.config[name])}, an option unknown here")
         for section in self._sections:
             section._note_unknown()

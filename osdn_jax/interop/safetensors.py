@@ -24,6 +24,7 @@ _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _OTHER_BITS = {"BOOL": 8, "U8": 8, "I8": 8, "I16": 16, "U16": 16, "I32": 32, "U32": 32, "I64": 64, "U64": 64}
 _OTHER_BITS |= {"F8_E4M3": 8, "F8_E5M2": 8, "F8_E8M0": 8, "F4": 4, "C64": 64}
 _MAX_HEADER = 100_000_000  # bytes, the format's own limit
+_MAX_AXES = 32
 _METADATA = "__metadata__"
 
 
@@ -138,7 +139,9 @@ def _tensor(path: Path, name: str, entry: Any, start: int, total: int) -> Tensor
 
 
 def _are_sizes(values: Any) -> bool:
-    return isinstance(values, list) and all(type(value) is int and value >= 0 for value in values)
+    if not isinstance(values, list) or len(values) > _MAX_AXES:
+        return False
+    return all(type(value) is int and 0 <= value < 2**63 for value in values)
 
 
 def _check_layout(path: Path, tensors: dict[str, Tensor], start: int, total: int) -> None:

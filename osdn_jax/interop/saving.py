@@ -15,6 +15,7 @@ import numpy as np
 
 from osdn_jax._files import naming_the_file
 from osdn_jax.interop import safetensors
+from osdn_jax.interop.comparison import normal_mixer
 from osdn_jax.interop.families import FAMILIES, own
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
@@ -22,7 +23,7 @@ from osdn_jax.interop.loading import checked_dtype, parameter_shapes, with_max_l
 from osdn_jax.interop.mapping import Shape
 from osdn_jax.interop.origin import Origin
 from osdn_jax.interop.plan import Source, match
-from osdn_jax.nn import AttentionConfig, CausalLM, MixerConfig, ModelConfig, split_model
+from osdn_jax.nn import CausalLM, ModelConfig, split_model
 
 COMPANIONS = (
     "generation_config.json",
@@ -71,7 +72,7 @@ def save_pretrained(
 
     Args:
         model: the model.
-        path: the new folder; its parent must exist.
+        path: the new folder; folders above it are created too.
         layout: family whose layout is written, a key of `FAMILIES`, such as "gated_deltanet" or "osdn_jax". Default:
             chosen as above.
         dtype: dtype of all tensors, float32 or bfloat16. Default: that of each tensor where the model was loaded from,
@@ -175,20 +176,9 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
 def _normal(config: ModelConfig) -> ModelConfig:
     """Return a configuration as blocks, with one value for the fields that change no logits."""
     config = with_max_length(config, 1)
-    blocks = []
-    for block in config.stack:
-        mixer = block.mixer
-        mixer = dataclasses.replace(mixer, chunk_size=None)
-        if isinstance(mixer, MixerConfig):
-            rank = (mixer.decay_rank or mixer.key_dim) if mixer.decay == "channel" else None
-            mixer = dataclasses.replace(mixer, implementation=None, key_heads=mixer.num_key_heads, decay_rank=rank)
-        elif isinstance(mixer, AttentionConfig):
-            rotated = None if mixer.rotary_base is None else mixer.rotary_dim or mixer.key_dim
-            mixer = dataclasses.replace(mixer, implementation=None, key_heads=mixer.num_key_heads, rotary_dim=rotated)
-        blocks.append(dataclasses.replace(block, mixer=mixer))
     return ModelConfig(
         config.vocab_size,
-        blocks=tuple(blocks),
+        blocks=tuple(dataclasses.replace(block, mixer=normal_mixer(block.mixer)) for block in config.stack),
         tied_embeddings=config.tied_embeddings,
         norm_epsilon=config.norm_epsilon,
         norm_offset=config.norm_offset,
@@ -275,8 +265,6 @@ def _free_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
     folder = Path(path).expanduser().absolute()
     if folder.exists() and not folder.is_dir():
         raise FileExistsError(f"path: got {str(folder)!r}, which is a file; expected a new folder")
-    if not folder.parent.is_dir():
-        raise FileNotFoundError(f"path: got {str(folder)!r}, but there is no folder {str(folder.parent)!r}")
     if folder.is_dir() and any(folder.iterdir()) and not overwrite:
         raise FileExistsError(f"path: got {str(folder)!r}, which is not empty; overwrite=True replaces the model in it")
     return folder
@@ -289,6 +277,7 @@ def _replaced(folder: Path) -> Iterator[Path]:
     Files of the old folder that are neither weights nor replaced move into the new one.
     """
     with naming_the_file(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
         new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
         try:
             yield new

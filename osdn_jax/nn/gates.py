@@ -29,6 +29,7 @@ class DecayGate(nnx.Module):
         rank: channels between the two projections of a decay per channel. Default: K.
         bound: b < 0 for the log decay b sigmoid(exp(A_log) (f(x) + dt_bias)) of a decay per channel, which is never
             below b (github.com/fla-org/flash-linear-attention). Default: None, the decay above.
+        scaled: multiply the log decay by |s|, a learned number per head that starts at 1. Default: False.
         rngs: random streams for the parameters.
     """
 
@@ -40,6 +41,7 @@ class DecayGate(nnx.Module):
         dtype: DTypeLike,
         rank: int | None = None,
         bound: float | None = None,
+        scaled: bool = False,
         *,
         rngs: nnx.Rngs,
     ) -> None:
@@ -50,6 +52,7 @@ class DecayGate(nnx.Module):
         self.project = linear(inner or width, outputs, dtype, rngs=rngs)
         self.log_rate = NoDecayParam(initializers.log_decay_rate(rngs.params(), (heads,), jnp.float32))
         self.bias = NoDecayParam(initializers.time_step_bias(rngs.params(), (outputs,), jnp.float32))
+        self.scale = NoDecayParam(jnp.ones((heads,), jnp.float32)) if scaled else None
 
     def __call__(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H"] | Float[Array, "B T H K"]:
         """Return the log decay of each token, [B, T, H] or [B, T, H, K], at most 0."""
@@ -58,9 +61,14 @@ class DecayGate(nnx.Module):
         rate = jnp.exp(self.log_rate[...].astype(jnp.float32))[None, None]
         if self.channels is not None:
             rate, step = rate[..., None], step.reshape(*step.shape[:2], self.heads, self.channels)
-        if self.bound is not None:
-            return self.bound * jax.nn.sigmoid(rate * step)
-        return -rate * jax.nn.softplus(step)
+        if self.bound is None:
+            log_decay = -rate * jax.nn.softplus(step)
+        else:
+            log_decay = self.bound * jax.nn.sigmoid(rate * step)
+        if self.scale is None:
+            return log_decay
+        # The gradient of |s| is never 0, so that a gate that starts without decay can learn one.
+        return log_decay * jnp.abs(self.scale[...].astype(jnp.float32)).reshape(1, 1, -1, *(1,) * (log_decay.ndim - 3))
 
 
 class ChannelGate(nnx.Module):

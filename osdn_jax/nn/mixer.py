@@ -107,7 +107,8 @@ class DeltaMixer(nnx.Module):
 
         # Each of these is assigned once: NNX decides at the first assignment whether an attribute holds parameters.
         by_decay = (config.key_dim if config.decay == "channel" else None, dtype, config.decay_rank, config.decay_bound)
-        self.decay = None if config.decay == "none" else DecayGate(width, heads, *by_decay, rngs=rngs)
+        scaled = config.decay_scale
+        self.decay = None if config.decay == "none" else DecayGate(width, heads, *by_decay, scaled, rngs=rngs)
 
         self.erase_gate = ChannelGate(width, key_heads, config.key_dim, dtype, rngs=rngs) if by_channel else None
         self.write_gate = ChannelGate(width, heads, config.value_dim, dtype, rngs=rngs) if by_channel else None
@@ -117,12 +118,16 @@ class DeltaMixer(nnx.Module):
         first = config.squares.initial if config.preconditioner == "squares" else settings.initial
         start = jnp.full((scales, config.key_dim), first, jnp.float32)
         self.initial = NoDecayParam(start) if config.preconditioner in ("hypergradient", "squares") else None
+        learned_eta = by_feedback and settings.learned_eta
+        self.eta = NoDecayParam(jnp.full((scales,), settings.eta, jnp.float32)) if learned_eta else None
         gate = settings.forget_gate if by_feedback and settings.forget else "constant"
         by_token = ForgetGate(width, scales) if gate == "token" else None
         self.forget = HeadForgetGate(scales) if gate == "head" else by_token
         self.gram_decay = DecayGate(width, scales, None, dtype, rngs=rngs) if by_gram else None
         self.gram_gain = linear(width, scales, dtype, rngs=rngs) if by_gram else None
         self.gram_center = NoDecayParam(jnp.full((scales,), config.gram.center, jnp.float32)) if by_gram else None
+        log_squash = jnp.full((scales,), math.log(config.gram.squash), jnp.float32)
+        self.gram_log_squash = NoDecayParam(log_squash) if by_gram and config.gram.learned_squash else None
 
     @property
     def fused(self) -> dict[str, tuple[int, ...]]:
@@ -272,7 +277,7 @@ class DeltaMixer(nnx.Module):
         """Return the preconditioner's arguments for the tokens x."""
         settings, initial = self.config.hypergradient, cast(NoDecayParam, self.initial)
         return Hypergradient(
-            eta=settings.eta,
+            eta=settings.eta if self.eta is None else self.eta[...].astype(jnp.float32),
             log_forget=self._log_forget(x),
             initial=initial[...].astype(jnp.float32),
             anchor=settings.anchor,
@@ -299,6 +304,7 @@ class DeltaMixer(nnx.Module):
             gain=jax.nn.sigmoid(gain(x).astype(jnp.float32)),
             center=center[...].astype(jnp.float32),
             squash=self.config.gram.squash,
+            log_squash=None if self.gram_log_squash is None else self.gram_log_squash[...].astype(jnp.float32),
         )
 
     def _squares(self) -> Squares:

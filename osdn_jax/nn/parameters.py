@@ -67,13 +67,14 @@ def mixer_formula(config: Mixer) -> int:
     elif config.decay == "channel":
         rank = config.decay_rank or key_dim
         total += width * rank + rank * heads * key_dim + heads + heads * key_dim
+    total += heads if config.decay_scale else 0
     preconditioners = config.preconditioner_heads
     if config.preconditioner == "hypergradient":
-        total += preconditioners * key_dim
+        total += preconditioners * (key_dim + (1 if config.hypergradient.learned_eta else 0))
         gate = config.hypergradient.forget_gate if config.hypergradient.forget else "constant"
         total += {"token": (width + 1) * preconditioners, "head": preconditioners, "constant": 0}[gate]
     elif config.preconditioner == "gram":
-        total += 2 * width * preconditioners + 3 * preconditioners
+        total += 2 * width * preconditioners + (4 if config.gram.learned_squash else 3) * preconditioners
     elif config.preconditioner == "squares":
         total += preconditioners * key_dim
     return total

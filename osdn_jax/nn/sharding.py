@@ -46,9 +46,9 @@ _PARAMETERS: tuple[tuple[str, tuple[str | None, ...]], ...] = (
     (r"mixer/(decay/down|gate/down|query_down|down)/kernel", ("width", None)),
     (r"mixer/(decay/project|gate/project|up)/kernel", (None, "heads")),
     (r"mixer/gate/project/bias", ("heads",)),
-    (r"mixer/(gram_)?decay/(log_rate|bias)", ("heads",)),
+    (r"mixer/(gram_)?decay/(log_rate|bias|scale)", ("heads",)),
     (r"mixer/(beta|gate|query|gram_gain|(erase_gate|write_gate|gram_decay)/project|forget)/kernel", ("width", "heads")),
-    (r"mixer/(forget/bias|gram_center)", ("heads",)),
+    (r"mixer/(forget/bias|gram_center|gram_log_squash|eta)", ("heads",)),
     (r"mixer/initial", ("heads", None)),
     (r"(\w+_)?norm/scale", (None,)),
 )

@@ -12,7 +12,8 @@ from ml_collections import ConfigDict
 
 from osdn_jax import interop
 from osdn_jax.interop.loading import open_folder
-from osdn_jax.nn import CausalLM, ModelConfig
+from osdn_jax.interop.surgery import replaced_config
+from osdn_jax.nn import ModelConfig
 from osdn_jax.nn.split import split_model
 from osdn_jax.training import fingerprints
 from osdn_jax.training.checkpoints import load_parameters
@@ -57,7 +58,8 @@ class FolderOrigin(NamedTuple):
 
     def start(self, state: TrainState) -> tuple[TrainState, str]:
         """Return the state with the folder's parameters in float32, where the state's are, and a message."""
-        model = _operated(self.config, interop.load_pretrained(self.config.init, dtype=jnp.float32))
+        model, changes = interop.load_pretrained(self.config.init, dtype=jnp.float32), _surgery(self.config)
+        model = interop.replace_rule(model, **changes) if changes else model
         _, loaded = split_model(model)
         params = {name: jax.device_put(loaded[name], x.sharding) for name, x in state.params.items()}
         return _with(state, params), f"starting from the model in {self.config.init}"
@@ -118,17 +120,8 @@ def _recorded(config: ConfigDict, workdir: str | Path | None) -> str | None:
 def _model_of(config: ConfigDict) -> ModelConfig:
     """Return the configuration of the model of config.init after its surgery."""
     made = open_folder(config.init, max_length=config.model.max_length or config.sequence_length).config
-    if not _surgery(config):
-        return made
-    from flax import nnx
-
-    return nnx.eval_shape(lambda: _operated(config, CausalLM(made, rngs=nnx.Rngs(0)))).config
-
-
-def _operated(config: ConfigDict, model: CausalLM) -> CausalLM:
     changes = _surgery(config)
-    operate: Any = vars(interop).get("replace_rule")
-    return operate(model, **changes) if changes else model
+    return replaced_config(made, **changes) if changes else made
 
 
 def _surgery(config: ConfigDict) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from osdn_jax.nn import (
     AttentionConfig,
     BlockConfig,
     CausalLM,
+    GramConfig,
     LatentAttentionConfig,
     MixtureConfig,
     MLPConfig,
@@ -37,9 +38,12 @@ KDA = mixer_config(
     output_gate_bias=True,
     output_gate_activation="sigmoid",
     beta_per_key_head=True,
+    decay_scale=True,
 )
 SUMS = mixer_config("gated_delta_net", **SHAPES, preconditioner="squares")
-NEITHER = mixer_config("pgdn", **SHAPES, conv_size=0, preconditioner_per_value_head=True)
+NEITHER = mixer_config(
+    "pgdn", **SHAPES, conv_size=0, preconditioner_per_value_head=True, gram=GramConfig(learned_squash=True)
+)
 ATTENTION = mixer_config(
     "transformer", **SHAPES, rotary_dim=4, window=7, qk_norm=True, qk_norm_offset=1.0, qkv_bias=True, max_length=T
 )

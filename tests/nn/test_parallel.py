@@ -14,6 +14,8 @@ from osdn_jax.nn import (
     BlockConfig,
     CausalLM,
     DeltaMixer,
+    GramConfig,
+    HypergradientConfig,
     LatentAttention,
     LatentAttentionConfig,
     MixtureConfig,
@@ -98,13 +100,22 @@ def check_mixer(mixer, mesh):
 
 
 LATENT = LatentAttentionConfig(width=D, heads=4, key_dim=4, value_dim=6, rank=6, shared_key_dim=2, query_rank=4)
-GATES = {"decay_rank": 2, "output_gate_rank": 2, "output_gate_bias": True, "beta_per_key_head": True}
+GATES = {
+    "decay_rank": 2,
+    "output_gate_rank": 2,
+    "output_gate_bias": True,
+    "beta_per_key_head": True,
+    "decay_scale": True,
+}
+LEARNED = {"hypergradient": HypergradientConfig(learned_eta=True), "gram": GramConfig(learned_squash=True)}
 ALL_HEADS = {"qk_norm": True, "qk_norm_over": "all", "window": 9, "rotary_dim": 2, "qkv_bias": True}
 HYBRID = {
     "latent": (LatentAttention, LATENT, "all"),
     "latent over context": (LatentAttention, LATENT, "data and context"),
     "norm over all heads": (SoftmaxAttention, small_mixer("transformer", key_heads=2, **ALL_HEADS), "all"),
     "gates of low rank": (DeltaMixer, small_mixer("kda", key_heads=2, **GATES), "fsdp and tensor"),
+    "learned eta": (DeltaMixer, small_mixer("os_gdn", key_heads=2, **LEARNED), "all"),
+    "learned squash": (DeltaMixer, small_mixer("pgdn", key_heads=2, **LEARNED), "all"),
     "squares": (DeltaMixer, small_mixer("delta_net", preconditioner="squares", conv_size=0), "all"),
 }
 

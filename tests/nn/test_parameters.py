@@ -8,6 +8,7 @@ from flax import nnx
 from osdn_jax.nn import (
     CausalLM,
     DeltaMixer,
+    GramConfig,
     HypergradientConfig,
     SoftmaxAttention,
     count_parameters,
@@ -25,6 +26,7 @@ CHANGES = (
     {"hypergradient": HypergradientConfig(beta_aware=True), "key_heads": 1},
     {"hypergradient": HypergradientConfig(forget_gate="head")},
     {"hypergradient": HypergradientConfig(forget_gate="constant"), "key_norm": False},
+    {"hypergradient": HypergradientConfig(learned_eta=True), "gram": GramConfig(learned_squash=True)},
 )
 FIXED_BETA = ("delta_net", "osdn", "pgdn", "mamba2")
 
@@ -53,6 +55,13 @@ def test_a_fixed_beta_has_no_parameters(rule):
     model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(params=0)))
     assert count_parameters(model) == parameter_formula(config)
     assert parameter_formula(model_config(rule)) - parameter_formula(config) == 12 * 4
+
+
+@pytest.mark.parametrize("rule", ["gated_delta_net", "kda"])
+def test_a_scale_of_the_decay_is_a_number_per_head(rule):
+    config = model_config(rule, decay_scale=True)
+    model = nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(params=0)))
+    assert count_parameters(model) == parameter_formula(config) == parameter_formula(model_config(rule)) + 4
 
 
 def test_each_option_changes_the_count():

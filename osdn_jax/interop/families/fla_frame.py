@@ -1,4 +1,4 @@
-"""What all models of flash-linear-attention share: embedding, blocks, attention layers, MLP and head.
+"""The shared parts of flash-linear-attention's models: embedding, blocks, attention layers, MLP and head.
 
 Read from version 0.6.0 (github.com/fla-org/flash-linear-attention).
 """

@@ -23,6 +23,7 @@ def describe(config: Mapping[str, Any]) -> ModelConfig:
     layers = options.integer("num_hidden_layers", 32)
     options.require("hidden_act", "silu")
     options.require("attention_bias", False)
+    options.require("linear_use_gate", True)  # of early configurations
     options.without_effect("max_position_embeddings", "linear_a_log_min", "linear_a_log_max")
     options.without_effect("linear_dt_min", "linear_dt_max", "linear_dt_init_floor")
     heads = options.integer("num_attention_heads", 30)

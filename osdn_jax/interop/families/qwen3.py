@@ -15,6 +15,7 @@ from osdn_jax.interop.options import Options
 from osdn_jax.nn.config import AttentionConfig, BlockConfig, Mixer, MixerConfig, MixtureConfig, MLPConfig, ModelConfig
 
 KINDS = ("linear_attention", "full_attention")
+_ROUTER = ("output_router_logits", "router_aux_loss_coef")
 _WRAPPED = "model.language_model."  # prefix of the text model in a checkpoint that also has vision
 _WRAPPER_ENTRIES = (
     "vision_config",
@@ -44,6 +45,9 @@ def describe_dense(config: Mapping[str, Any]) -> ModelConfig:
     options, tied = _text_options(config)
     hidden = options.integer("intermediate_size", 12288)
     layers = options.integer("num_hidden_layers", 32)
+    options.require("num_experts", 0)
+    options.without_effect("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
+    options.without_effect("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", *_ROUTER)
     return _model(options, [MLPConfig(hidden)] * layers, vocab_size=248320, width=4096, key_heads=4, tied=tied)
 
 
@@ -74,7 +78,7 @@ def _mixture(options: Options, experts: int, active: int, renormalize: bool) -> 
     active = options.integer("num_experts_per_tok", active)
     hidden = options.integer("moe_intermediate_size", 512)
     shared = options.integer("shared_expert_intermediate_size", 512)
-    options.without_effect("output_router_logits", "router_aux_loss_coef")
+    options.without_effect(*_ROUTER)
     if not experts:
         return None
     if active > experts:
@@ -91,7 +95,8 @@ def _model(
     epsilon = options.number("rms_norm_eps", 1e-6)
     tied = options.flag("tie_word_embeddings", False) if tied is None else tied
     options.without_effect("tie_word_embeddings", "max_position_embeddings", "max_window_layers", "sliding_window")
-    options.without_effect("mamba_ssm_dtype", "mtp_num_hidden_layers", "mtp_use_dedicated_embeddings")
+    # The layers that predict further tokens (mtp) are not loaded.
+    options.without_effect("mamba_ssm_dtype", *(name for name in options.config if name.startswith("mtp_")))
     options.require("hidden_act", "silu")
     options.require("attention_bias", False)
     options.require("attn_output_gate", True)

@@ -12,9 +12,9 @@ def rotary(options: Options, head_dim: int, share: float, *without_effect: str) 
         options: the entries of config.json.
         head_dim: channels of a head.
         share: rotated share of the channels, where the config has none.
-        without_effect: further keys of `rope_parameters` that change nothing for text.
+        without_effect: further keys, of `rope_parameters` or next to it, that change nothing for text.
     """
-    options.without_effect("rope_theta", "partial_rotary_factor", "rope_parameters", "rope_scaling")
+    options.without_effect("rope_theta", "partial_rotary_factor", "rope_parameters", "rope_scaling", *without_effect)
     name = "rope_scaling" if options.any("rope_scaling") else "rope_parameters"
     parameters = options.section(name)
     kind = parameters.name_of("rope_type", "type")

@@ -22,6 +22,7 @@ _FLAGS = (
     "output_gate_bias",
     "beta_per_key_head",
     "preconditioner_per_value_head",
+    "decay_scale",
 )
 
 
@@ -58,6 +59,8 @@ class MixerConfig:
         decay_rank: channels between the two projections of a decay per channel. Default: `key_dim`.
         decay_bound: lower bound b, below 0, of a decay per channel, whose log is then b sigmoid(exp(A_log) (f +
             dt_bias)). Default: None, -exp(A_log) softplus(f + dt_bias).
+        decay_scale: multiply the log decay by |s|, a learned number per head that starts at 1; in a model that gets a
+            decay after training, near 0. Default: False.
         preconditioner_per_value_head: one preconditioner per value head in place of one per key head. Default: False.
         output_gate: multiply the normalised output by a gate of the input. Default: False.
         output_gate_rank: channels between the two projections of a gate of low rank. Default: None, one projection.
@@ -100,6 +103,7 @@ class MixerConfig:
     decay_rank: int | None = None
     decay_bound: float | None = None
     preconditioner_per_value_head: bool = False
+    decay_scale: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
@@ -147,6 +151,8 @@ class MixerConfig:
         for name in ("decay_rank", "decay_bound"):
             if self.decay != "channel" and getattr(self, name) is not None:
                 raise ValueError(f"{name}: got {getattr(self, name)!r} with decay={self.decay!r}, expected None")
+        if self.decay_scale and self.decay == "none":
+            raise ValueError("decay_scale: got True with decay='none', expected a decay to scale")
         if self.decay_bound is not None and not checks.number("decay_bound", self.decay_bound) < 0:
             raise ValueError(f"decay_bound: got {self.decay_bound}, expected None or a number below 0")
         if self.beta_per_key_head and (self.fixed_beta is not None or not self.gated_write):

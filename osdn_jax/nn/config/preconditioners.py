@@ -25,6 +25,7 @@ class HypergradientConfig:
             Forgetting; "head", a learned gate per head that starts there; "constant", `forget_constant` for all. The
             last two are of the paper's ablation.
         forget_constant: share of d - anchor that the gate "constant" keeps per token. Default: 0.999.
+        learned_eta: learn eta, a number per preconditioner that starts at `eta`, which may be 0. Default: False.
         beta_aware: b_t = beta in the update instead of 1, with one preconditioner per value head. Default: False.
         normalize: divide the update by sum(k^2) + 1e-5. Default: False.
 
@@ -42,12 +43,13 @@ class HypergradientConfig:
     normalize: bool = False
     forget_gate: ForgetGate = "token"
     forget_constant: float = 0.999
+    learned_eta: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields; bounds may be a list, as in JSON."""
         for name in ("eta", "initial", "anchor"):
             checks.number(name, getattr(self, name))
-        for name in ("forget", "beta_aware", "normalize"):
+        for name in ("forget", "beta_aware", "normalize", "learned_eta"):
             checks.flag(name, getattr(self, name))
         fields.one_of("forget_gate", self.forget_gate, ("token", "head", "constant"))
         if not 0.0 < checks.number("forget_constant", self.forget_constant) <= 1.0:
@@ -85,6 +87,7 @@ class GramConfig:
         center: value that the learned center, one per preconditioner, is initialised to. Default: -0.2.
         squash: x, at least 1 in the paper, so that the factors on the keys lie in [1/x, x]; 1 for no preconditioning.
             Default: 1.5.
+        learned_squash: learn log(x), a number per preconditioner that starts at log(squash). Default: False.
 
     Raises:
         ValueError: a field is out of range.
@@ -93,11 +96,13 @@ class GramConfig:
 
     center: float = -0.2
     squash: float = 1.5
+    learned_squash: bool = False
 
     def __post_init__(self) -> None:
         """Check the fields."""
         checks.number("center", self.center)
         fields.positive("squash", self.squash)
+        checks.flag("learned_squash", self.learned_squash)
 
 
 @dataclasses.dataclass(frozen=True)
