@@ -249,7 +249,10 @@ LAYOUTS = {
     "precond_gated_deltanet": (entries("gated_deltanet", num_v_heads=4), {"gram": GramConfig(squash=1.3)}),
     "precond_kda": (entries("kda"), {"gram": GramConfig(squash=1.3)}),
     "osla_delta_net": (entries("delta_net"), {"hypergradient": HypergradientConfig(**FIXED)}),
-    "os_gated_deltanet": (entries("gated_deltanet"), {"hypergradient": HypergradientConfig(**FIXED)}),
+    "os_gated_deltanet": (
+        entries("gated_deltanet", num_v_heads=4),
+        {"hypergradient": HypergradientConfig(**FIXED, beta_aware=True)},
+    ),
     "os_kda": (
         entries("kda", num_v_heads=4),
         {"hypergradient": HypergradientConfig(**FIXED, beta_aware=True)},
