@@ -30,6 +30,7 @@ pytestmark = pytest.mark.slow
 # The programs of the repository whose argument parsers read the lines that start them.
 MODULES = (
     "benchmarks.gpu_suite",
+    "benchmarks.interop_peers",
     "benchmarks.load_memory",
     "benchmarks.ops",
     "benchmarks.peers_cpu",

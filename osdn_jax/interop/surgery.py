@@ -272,7 +272,7 @@ def _placed(name: str, value: jax.Array, like: jax.Array) -> jax.Array:
     """Return a new parameter where those of the model are; matrices have their dtype, vectors float32."""
     if value.ndim == 2 and name.endswith("kernel") and "forget" not in name:
         value = value.astype(like.dtype)
-    sharding = like.sharding
+    sharding = getattr(like, "sharding", None)  # a traced array has none
     if isinstance(sharding, NamedSharding) and set(MESH_AXES) <= set(sharding.mesh.axis_names):
         return jax.device_put(value, NamedSharding(sharding.mesh, parameter_spec(name)))
     return value

@@ -62,6 +62,12 @@ CASES = {
     "os_gated_deltanet, decay per token": entries(
         "os_gated_deltanet", osgm_decay_mode="data_dependent", osgm_freeze=True, **CLIPPED
     ),
+    "os_gated_deltanet, shared keys, aware of beta": entries(
+        "os_gated_deltanet", **SHARED, osgm_post_gate_regret=True, osgm_eta=0.3, osgm_decay_mode="data_dependent"
+    ),
+    "os_gated_deltanet, aware of beta, learned decay": entries(
+        "os_gated_deltanet", osgm_post_gate_regret=True, osgm_eta=-0.8, osgm_decay_mode="learnable"
+    ),
     "os_gated_deltanet without": entries("os_gated_deltanet", use_osgm=False),
     "os_kda, constant decay": entries("os_kda", osgm_decay_gamma=0.9, osgm_eta=0.5),
     "os_kda, shared keys, unaware": entries(
@@ -187,7 +193,7 @@ REFUSED = [
     ("osla_delta_net", {"allow_neg_eigval": True}, "allow_neg_eigval: got true, expected false or null"),
     ("osla_delta_net", {"osgm_decay_mode": "cosine"}, "osgm_decay_mode: got \"cosine\", expected one of none,"),
     ("osla_delta_net", {"osgm_ema_alpha": 1}, "osgm_ema_alpha: got 1, expected a number above 0 and below 1"),
-    ("os_gated_deltanet", {"osgm_post_gate_regret": True}, "osgm_post_gate_regret: got true, expected false or null"),
+    ("os_gated_deltanet", {"osgm_post_gate_residual": True}, "osgm_post_gate_residual: got true, expected false or"),
     ("os_gated_deltanet", {"osgm_d_decay_source": "gdn"}, "osgm_d_decay_source: got \"gdn\", expected \"osgm\""),
     ("os_gated_deltanet", {"osgm_decay_mode": "ema"}, "osgm_decay_mode: got \"ema\", expected one of none, learnable"),
     ("os_gated_deltanet", {"osgm_d_min": 2, "osgm_d_max": 1}, "osgm_d_min: got 2, expected at most osgm_d_max = 1"),

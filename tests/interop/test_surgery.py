@@ -249,7 +249,10 @@ LAYOUTS = {
     "precond_gated_deltanet": (entries("gated_deltanet", num_v_heads=4), {"gram": GramConfig(squash=1.3)}),
     "precond_kda": (entries("kda"), {"gram": GramConfig(squash=1.3)}),
     "osla_delta_net": (entries("delta_net"), {"hypergradient": HypergradientConfig(**FIXED)}),
-    "os_gated_deltanet": (entries("gated_deltanet"), {"hypergradient": HypergradientConfig(**FIXED)}),
+    "os_gated_deltanet": (
+        entries("gated_deltanet", num_v_heads=4),
+        {"hypergradient": HypergradientConfig(**FIXED, beta_aware=True)},
+    ),
     "os_kda": (
         entries("kda", num_v_heads=4),
         {"hypergradient": HypergradientConfig(**FIXED, beta_aware=True)},
@@ -295,6 +298,17 @@ def test_a_preconditioner_is_removed():
     assert not any("gram" in name for name in split_model(plain)[1])
     assert np.abs(interop.logits(plain, IDS) - interop.logits(model, IDS)).max() > 1e-3
     check(plain, surgery.replace_rule(plain, preconditioner="hypergradient"))
+
+
+def test_shapes_alone():
+    """Inside `nnx.eval_shape` the configuration and the shapes come out, as a run plans them."""
+    config = ModelConfig(V, blocks=HYBRID)
+    for change in ({"decay": "channel", "layers": [0]}, {"preconditioner": "gram"}):
+        abstract = nnx.eval_shape(
+            lambda change=change: surgery.replace_rule(CausalLM(config, rngs=nnx.Rngs(0)), **change)
+        )
+        want = interop.loading.parameter_shapes(abstract.config)
+        assert {name: x.shape for name, x in split_model(abstract)[1].items()} == want
 
 
 def test_numbers_of_new_projections_come_from_the_seed():
@@ -361,7 +375,7 @@ GOLDEN = Path(os.environ.get("OSDN_GOLDEN_DIR", "")) / "models"
     "name", ["fla_gated_deltanet", "fla_kda", "qwen3_next", "qwen3_5", "olmo_hybrid", "kimi_linear"]
 )
 def test_golden_models(name):
-    """Of every library: unchanged within 1e-6."""
+    """The logits of every library's models are unchanged within 1e-6."""
     model = interop.load_pretrained(GOLDEN / name)
     ids = np.load(GOLDEN / name / "expected.npz")["input_ids"]
     for preconditioner in PRECONDITIONERS:

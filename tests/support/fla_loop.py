@@ -182,8 +182,11 @@ def feedback(config, w, x, keys, beta):
     mode, d, kda = decay_mode(config), w["initial_scale"].copy(), config["model_type"] == "os_kda"
     eta = read(config, "osgm_eta", 1.0)
     low, high = read(config, "osgm_d_min", 0.0), read(config, "osgm_d_max", 1e9)
-    clipped = not kda or all(config.get(name, 0) is not None for name in ("osgm_d_min", "osgm_d_max"))
-    aware = kda and read(config, "osgm_beta_aware", True)
+    aware = read(config, "osgm_beta_aware", True) if kda else config.get("osgm_post_gate_regret")
+    bounds = ("osgm_d_min", "osgm_d_max")
+    clipped = not kda or all(config.get(name, 0) is not None for name in bounds)
+    if not kda and aware and mode in ("learnable", "constant"):
+        clipped = all(config.get(name) is not None for name in bounds)
     for t, key in enumerate(keys):
         yield d
         u, b = key**2, beta[t][:, None] if aware else 1.0

@@ -18,6 +18,7 @@ from osdn_jax.interop.options import Options
 from osdn_jax.nn.config import HypergradientConfig, MixerConfig, ModelConfig, SquaresConfig
 
 _LIBRARY = "the OSDN authors' flash-linear-attention"
+_BOUNDS = ("osgm_d_min", "osgm_d_max")
 _AVERAGES = ("ema", "ema_norm")
 _GATES = {"learnable": "head", "constant": "head", "data_dependent": "token"}  # {osgm_decay_mode: forget_gate}
 
@@ -27,7 +28,6 @@ _VARIANTS: dict[str, Any] = {
     "osgm_d_decay_source": "osgm",
     "osgm_post_gate_residual": False,
     "osgm_post_gate_use_remaining": False,
-    "osgm_post_gate_regret": False,
 }
 
 
@@ -75,7 +75,13 @@ def _gated_deltanet_mixer(options: Options, width: int, epsilon: float) -> Mixer
     options.require("osgm_post_gate_clamp_min")
     options.without_effect("osgm_freeze", "osgm_post_gate_regret_chunk_size")
     mode = options.choice("osgm_decay_mode", "none", ("none", *_GATES))
-    feedback = _hypergradient(options, mode, bounded=True)
+    # In their last version (a1351e3) this is the feedback that knows beta; in earlier ones it was another.
+    aware = options.flag("osgm_post_gate_regret", False)
+    if aware:
+        options.require("osgm_use_denominator", False)
+    # Its form for gates that do not depend on the token has no default bounds.
+    bounded = not aware or mode in ("none", "data_dependent") or all(name in options for name in _BOUNDS)
+    feedback = _hypergradient(options, mode, bounded=bounded, beta_aware=aware)
     return _preconditioned(options, fla.gated_deltanet_mixer(options, width, epsilon), feedback)
 
 
@@ -83,7 +89,7 @@ def _kda_mixer(options: Options, width: int, epsilon: float) -> MixerConfig:
     mode = options.choice("osgm_decay_mode", "constant", ("none", "constant", "data_dependent"))
     aware = options.flag("osgm_beta_aware", True)
     # Its constant is a number of config.json, not a tensor; a bound that is null there is the default only if absent.
-    bounded = all(name not in options.config or name in options for name in ("osgm_d_min", "osgm_d_max"))
+    bounded = all(name not in options.config or name in options for name in _BOUNDS)
     feedback = _hypergradient(options, mode, bounded=bounded, in_file=False, beta_aware=aware)
     return _preconditioned(options, fla.kda_mixer(options, width, epsilon), feedback)
 
@@ -148,8 +154,9 @@ def _express(
     elif mixer.preconditioner == "squares" and mixer.squares.average is not None:
         mode = "ema_norm" if mixer.squares.normalize else "ema"
         changes |= {"use_osgm": True, "osgm_decay_mode": mode, "osgm_ema_alpha": mixer.squares.average}
-    if model_type == "os_kda":
-        changes["osgm_beta_aware"] = mixer.hypergradient.beta_aware
+    aware = {"os_kda": "osgm_beta_aware", "os_gated_deltanet": "osgm_post_gate_regret"}
+    if model_type in aware:
+        changes[aware[model_type]] = mixer.hypergradient.beta_aware
     unknown = _ABSENT[model_type]
     return {name: value for name, value in base(config).items() if name not in unknown} | changes
 
