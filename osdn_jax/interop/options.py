@@ -216,8 +216,8 @@ class Options:
         self._known.update(names)
 
     def problem(self, name: str, value: Any, expected: str) -> None:
-        """Note a problem of an entry."""
-        self.problems.append(f"{self._place}{name}: got {_shown(value)}, expected {expected}")
+        """Note a problem of an entry, which is shown as the config has it, or else as the value."""
+        self.problems.append(f"{self._place}{name}: got {_shown(self.config.get(name, value))}, expected {expected}")
 
     def finish(self) -> None:
         """Raise ValueError if the config, of which this may be a section, has problems or entries that nothing read."""
