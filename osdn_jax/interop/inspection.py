@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from osdn_jax._errors import joined_lines
-from osdn_jax.interop.families import family_of
+from osdn_jax.interop.families import describe, family_of
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.folder import CONFIG_FILE, Weights, existing_folder, read_config, read_weights, unserved
 from osdn_jax.interop.loading import parameter_shapes
@@ -54,7 +54,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
         _, entries = read_config(folder)
         problems += unserved(folder / CONFIG_FILE, entries, ignore_remote_code=False)
         family = family_of(entries)
-        config = family.describe(entries)
+        config = describe(family, entries)
         found = {name: tensor.shape for name, tensor in weights.tensors.items()}
         if not weights.problems:
             plan = match(

@@ -15,7 +15,7 @@ from jax.sharding import AxisType, NamedSharding
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
-from osdn_jax.interop.families import family_of, own
+from osdn_jax.interop.families import describe, family_of, own
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.folder import Folder
 from osdn_jax.interop.mapping import Shape
@@ -170,7 +170,7 @@ def open_folder(
         raise ValueError(f"max_length: got {max_length!r}, expected an int of at least 1")
     folder = Folder(path, ignore_remote_code=ignore_remote_code)
     family = family_of(folder.config)
-    config = family.describe(folder.config)
+    config = describe(family, folder.config)
     if max_length is not None or family is not own.FAMILY:  # our own configurations have it
         config = with_max_length(config, max_length or _own_length(folder.config))
     shapes = parameter_shapes(config)

@@ -75,6 +75,10 @@ _WITHOUT_EFFECT = {
     "trust_remote_code",
     "quantization_config",
 }
+MANY = 10_000
+"""The most layers or experts that a config may have; a wrong number would otherwise take all memory."""
+
+_LARGEST = 1e38  # float32 has no larger numbers
 _MISSING: Any = object()
 
 
@@ -119,14 +123,13 @@ class Options:
         return default if value is None else value
 
     @overload
-    def integer(self, name: str, default: int = ..., *, least: int = 1) -> int: ...
+    def integer(self, name: str, default: int = ..., *, least: int = 1, most: int = ...) -> int: ...
     @overload
-    def integer(self, name: str, default: None, *, least: int = 1) -> int | None: ...
-    def integer(self, name: str, default: Any = _MISSING, *, least: int = 1) -> Any:
-        """Return an integer of at least `least`; an absent or null one is the default, or a problem without one."""
-        return self._read(
-            name, default, f"an integer of at least {least}", lambda x: type(x) is int and x >= least, least
-        )
+    def integer(self, name: str, default: None, *, least: int = 1, most: int = ...) -> int | None: ...
+    def integer(self, name: str, default: Any = _MISSING, *, least: int = 1, most: int = 2**31 - 1) -> Any:
+        """Return an integer from least to most; an absent or null one is the default, or a problem without one."""
+        expected = f"an integer of at least {least}" if most > MANY else f"an integer from {least} to {most:,}"
+        return self._read(name, default, expected, lambda x: type(x) is int and least <= x <= most, least)
 
     @overload
     def number(self, name: str, default: float = ..., *, above: float = 0.0) -> float: ...
@@ -136,9 +139,10 @@ class Options:
         """Return a finite number above `above`; an absent or null one is the default, or a problem without one."""
 
         def fits(value: Any) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and above < value < float("inf")
+            return isinstance(value, int | float) and not isinstance(value, bool) and above < value < _LARGEST
 
-        return self._read(name, default, f"a number above {above:g}", fits, above + 1)
+        value = self._read(name, default, f"a number above {above:g}", fits, above + 1)
+        return None if value is None else float(value)
 
     def flag(self, name: str, default: bool) -> bool:
         """Return a boolean; an absent or null one is the default."""
@@ -146,7 +150,9 @@ class Options:
 
     def choice(self, name: str, default: str, known: Collection[str]) -> str:
         """Return one of the known words; an absent or null one is the default."""
-        return self._read(name, default, f"one of {', '.join(known)}", lambda x: x in known, default)
+        return self._read(
+            name, default, f"one of {', '.join(known)}", lambda x: isinstance(x, str) and x in known, default
+        )
 
     def name_of(self, *names: str) -> str:
         """Return the name under which the config has an entry, of several for the same option; without one, the first.
@@ -176,7 +182,11 @@ class Options:
         value = self.any(name)
         if value is None:
             return None
-        if not isinstance(value, list) or len(value) != count or any(word not in known for word in value):
+        if (
+            not isinstance(value, list)
+            or len(value) != count
+            or any(not isinstance(word, str) or word not in known for word in value)
+        ):
             self.problem(name, value, f"a list of {count} of {', '.join(known)}")
             return None
         return value
@@ -206,8 +216,8 @@ class Options:
         self._known.update(names)
 
     def problem(self, name: str, value: Any, expected: str) -> None:
-        """Note a problem of an entry."""
-        self.problems.append(f"{self._place}{name}: got {_shown(value)}, expected {expected}")
+        """Note a problem of an entry, which is shown as the config has it, or else as the value."""
+        self.problems.append(f"{self._place}{name}: got {_shown(self.config.get(name, value))}, expected {expected}")
 
     def finish(self) -> None:
         """Raise ValueError if the config, of which this may be a section, has problems or entries that nothing read."""

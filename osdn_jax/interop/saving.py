@@ -133,8 +133,11 @@ def _target(config: ModelConfig, origin: Origin | None, layout: str | None, dtyp
     family = FAMILIES[layout or own.MODEL_TYPE]
     if family.express is None:
         raise ValueError(f"layout: got {layout!r}, expected the layout of the model's own folder or {own.MODEL_TYPE!r}")
-    entries = family.express(config)
-    changed = differences(family.describe(entries), config)
+    try:
+        entries = family.express(config)
+        changed = differences(family.describe(entries), config)
+    except ValueError as error:
+        changed = [str(error)]
     if changed:
         raise ValueError(f"layout: {family.name!r} cannot hold this model: {'; '.join(changed)}")
     sources = _sources(family, config, entries, {})
@@ -146,8 +149,8 @@ def _target(config: ModelConfig, origin: Origin | None, layout: str | None, dtyp
     }
     entries = {
         "dtype": dtypes["embedding/embedding"].name,
-        **_kept(origin),
         **entries,
+        **_kept(origin),
     }
     text = json.dumps(entries, indent=2, sort_keys=True) + "\n"
     return _Target(family, text, sources, types, {"format": "pt"})

@@ -5,6 +5,8 @@ from typing import Any
 
 from osdn_jax.interop.families import fla, kimi_linear, olmo_hybrid, osdn, own, qwen3
 from osdn_jax.interop.family import Family
+from osdn_jax.interop.options import ConfigProblems
+from osdn_jax.nn import ModelConfig
 
 _ALL = (
     qwen3.QWEN3_NEXT,
@@ -40,3 +42,17 @@ def family_of(config: Mapping[str, Any]) -> Family:
     if not isinstance(kind, str) or kind not in MODEL_TYPES:
         raise ValueError(f"config.json: model_type: got {kind!r}, expected one of {', '.join(MODEL_TYPES)}")
     return MODEL_TYPES[kind]
+
+
+def describe(family: Family, config: Mapping[str, Any]) -> ModelConfig:
+    """Return the configuration of a family's model.
+
+    Raises:
+        ValueError: config.json has problems; the message says so first, also where a configuration refuses a value.
+    """
+    try:
+        return family.describe(config)
+    except ConfigProblems:
+        raise
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"config.json: {str(error).removeprefix('config.json: ')}") from error

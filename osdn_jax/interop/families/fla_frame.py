@@ -9,7 +9,7 @@ from typing import Any, cast
 
 from osdn_jax.interop.family import Rows
 from osdn_jax.interop.mapping import Key, Row, fused, linear, same
-from osdn_jax.interop.options import Options
+from osdn_jax.interop.options import MANY, Options
 from osdn_jax.nn.config import AttentionConfig, BlockConfig, MixerConfig, MLPConfig, ModelConfig
 
 LIBRARY = "flash-linear-attention"
@@ -57,7 +57,7 @@ def describe_model(
     options.require("attnres_block_size")  # residual connections to several earlier layers
     width = options.integer("hidden_size", 2048)
     epsilon = options.number("norm_eps", 1e-6)
-    depth = options.integer("num_hidden_layers", layers)
+    depth = options.integer("num_hidden_layers", layers, most=MANY)
     attention = _attention_layers(options, width, depth, lists=attention_lists)
     mlp = MLPConfig(_hidden_units(options, width), cast(Any, _activation(options)))
     vocabulary = options.integer("vocab_size", 32000)

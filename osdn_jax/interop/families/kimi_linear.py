@@ -3,10 +3,10 @@
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from osdn_jax.interop.families.tables import apart, experts, frame, layer_types, mixers_of, swiglu
+from osdn_jax.interop.families.tables import NO_TOKENS, apart, experts, frame, layer_types, mixers_of, swiglu
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.mapping import Row, linear, same
-from osdn_jax.interop.options import Options
+from osdn_jax.interop.options import MANY, Options
 from osdn_jax.nn.config import (
     BlockConfig,
     LatentAttentionConfig,
@@ -26,7 +26,7 @@ def describe(config: Mapping[str, Any]) -> ModelConfig:
     options = Options(config)
     width = options.integer("hidden_size", 2304)
     epsilon = options.number("rms_norm_eps", 1e-5)
-    layers = options.integer("num_hidden_layers", 27)
+    layers = options.integer("num_hidden_layers", 27, most=MANY)
     options.require("hidden_act", "silu")
     options.require("attention_bias", False)
     options.require("mla_use_nope", True)
@@ -86,7 +86,7 @@ def _latent(options: Options, width: int) -> LatentAttentionConfig:
 
 
 def _mixture(options: Options) -> MixtureConfig:
-    count = options.integer(options.name_of("num_experts", "num_local_experts"), 256)
+    count = options.integer(options.name_of("num_experts", "num_local_experts"), 256, most=MANY)
     active = options.integer(options.name_of("num_experts_per_token", "num_experts_per_tok"), 8)
     hidden = options.integer("moe_intermediate_size", 1024)
     shared = options.integer(options.name_of("num_shared_experts", "n_shared_experts"), 1)
@@ -211,6 +211,7 @@ def express(config: ModelConfig) -> dict[str, Any]:
     return {
         "model_type": "kimi_linear",
         "architectures": ["KimiLinearForCausalLM"],
+        **NO_TOKENS,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": dense[0].hidden if dense else 4 * config.width,

@@ -4,10 +4,10 @@ from collections.abc import Collection, Mapping
 from typing import Any
 
 from osdn_jax.interop.families.rotary import rotary
-from osdn_jax.interop.families.tables import apart, frame, layer_types, mixers_of, swiglu
+from osdn_jax.interop.families.tables import NO_TOKENS, apart, frame, layer_types, mixers_of, swiglu
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.mapping import Row, fused, linear, same
-from osdn_jax.interop.options import Options
+from osdn_jax.interop.options import MANY, Options
 from osdn_jax.nn.config import AttentionConfig, BlockConfig, Mixer, MixerConfig, MLPConfig, ModelConfig
 
 _KINDS = ("linear_attention", "full_attention")
@@ -20,7 +20,7 @@ def describe(config: Mapping[str, Any]) -> ModelConfig:
     width = options.integer("hidden_size", 3840)
     epsilon = options.number("rms_norm_eps", 1e-6)
     mlp = MLPConfig(options.integer("intermediate_size", 11008))
-    layers = options.integer("num_hidden_layers", 32)
+    layers = options.integer("num_hidden_layers", 32, most=MANY)
     options.require("hidden_act", "silu")
     options.require("attention_bias", False)
     options.require("linear_use_gate", True)  # of early configurations
@@ -146,6 +146,7 @@ def express(config: ModelConfig) -> dict[str, Any]:
     return {
         "model_type": "olmo_hybrid",
         "architectures": ["OlmoHybridForCausalLM"],
+        **NO_TOKENS,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "intermediate_size": config.stack[0].mlp.hidden,

@@ -8,10 +8,10 @@ from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 from osdn_jax.interop.families.rotary import rotary
-from osdn_jax.interop.families.tables import convolution, experts, frame, layer_types, mixers_of, swiglu
+from osdn_jax.interop.families.tables import NO_TOKENS, convolution, experts, frame, layer_types, mixers_of, swiglu
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.mapping import Key, Row, linear, same
-from osdn_jax.interop.options import Options
+from osdn_jax.interop.options import MANY, Options
 from osdn_jax.nn.config import AttentionConfig, BlockConfig, Mixer, MixerConfig, MixtureConfig, MLPConfig, ModelConfig
 
 KINDS = ("linear_attention", "full_attention")
@@ -29,10 +29,10 @@ _WRAPPER_ENTRIES = (
 def describe_next(config: Mapping[str, Any]) -> ModelConfig:
     """Return our configuration of a qwen3_next."""
     options = Options(config)
-    layers = options.integer("num_hidden_layers", 48)
+    layers = options.integer("num_hidden_layers", 48, most=MANY)
     hidden = options.integer("intermediate_size", 5632)
     dense: Any = MLPConfig(hidden)
-    experts = options.integer("num_experts", 512, least=0)
+    experts = options.integer("num_experts", 512, least=0, most=MANY)
     step = options.integer("decoder_sparse_step", 1)
     without = options.indices("mlp_only_layers", layers)
     sparse = _mixture(options, experts, 10, options.flag("norm_topk_prob", True))
@@ -44,7 +44,7 @@ def describe_dense(config: Mapping[str, Any]) -> ModelConfig:
     """Return our configuration of a qwen3_5, or of the text model of one with vision."""
     options, tied = _text_options(config)
     hidden = options.integer("intermediate_size", 12288)
-    layers = options.integer("num_hidden_layers", 32)
+    layers = options.integer("num_hidden_layers", 32, most=MANY)
     options.require("num_experts", 0)
     options.without_effect("num_experts_per_tok", "moe_intermediate_size", "shared_expert_intermediate_size")
     options.without_effect("norm_topk_prob", "decoder_sparse_step", "mlp_only_layers", *_ROUTER)
@@ -54,12 +54,12 @@ def describe_dense(config: Mapping[str, Any]) -> ModelConfig:
 def describe_moe(config: Mapping[str, Any]) -> ModelConfig:
     """Return our configuration of a qwen3_5_moe, or of the text model of one with vision."""
     options, tied = _text_options(config)
-    layers = options.integer("num_hidden_layers", 40)
+    layers = options.integer("num_hidden_layers", 40, most=MANY)
     options.without_effect("intermediate_size")
     options.require("norm_topk_prob", True)
     options.require("decoder_sparse_step", 1)
     options.require("mlp_only_layers", [])
-    sparse = _mixture(options, options.integer("num_experts", 256), 8, True)
+    sparse = _mixture(options, options.integer("num_experts", 256, most=MANY), 8, True)
     return _model(options, [sparse] * layers, vocab_size=248320, width=2048, key_heads=2, tied=tied)
 
 
@@ -254,6 +254,7 @@ def express(config: ModelConfig, *, kind: str) -> dict[str, Any]:
     entries: dict[str, Any] = {
         "model_type": kind,
         "architectures": [_CLASSES[kind]],
+        **NO_TOKENS,
         "vocab_size": config.vocab_size,
         "hidden_size": config.width,
         "num_hidden_layers": config.depth,

@@ -6,6 +6,9 @@ from typing import Any
 from osdn_jax.interop.mapping import Key, Row, fused, linear, same
 from osdn_jax.nn.config import LatentAttentionConfig, MixerConfig, MixtureConfig, ModelConfig
 
+NO_TOKENS: dict[str, None] = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+"""Entries without special tokens; the defaults of Transformers may lie outside a small vocabulary."""
+
 
 def mixers_of(config: ModelConfig, attention: type[Any], heads: int = 1) -> tuple[MixerConfig, Any]:
     """Return the first delta mixer and the first mixer of another kind, which describe a model whose mixers agree.
