@@ -25,6 +25,38 @@ def naming_the_file(path: str | os.PathLike[str]) -> Iterator[None]:
         raise OSError(error.errno, error.strerror, os.fspath(path)) from error
 
 
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Give the name of a new file that replaces `path` when the block ends; after an error inside, the old one stays.
+
+    A reader, or a crash, sees either the old content or the new, never part of it.
+
+    Args:
+        path: the file; its folder must exist.
+
+    Yields:
+        The name of an empty file, in the same folder.
+
+    Raises:
+        OSError: the file cannot be written; the error names it.
+    """
+    path = Path(path)
+    with naming_the_file(path):
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+        os.close(handle)
+        try:
+            yield Path(name)
+            with open(name, "rb+") as file:
+                os.fsync(file.fileno())
+            mask = os.umask(0)
+            os.umask(mask)
+            os.chmod(name, 0o666 & ~mask)  # mkstemp creates private files; this one gets the usual permissions
+            os.replace(name, path)
+        except BaseException:
+            Path(name).unlink(missing_ok=True)
+            raise
+
+
 def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
     """Write a file so that a reader, or a crash, sees either the old content or the new, never part of it.
 
@@ -35,21 +67,5 @@ def write_atomically(path: str | os.PathLike[str], data: str | bytes) -> None:
     Raises:
         OSError: the file cannot be written; the error names it, and the old content is still there.
     """
-    with naming_the_file(path):
-        _write_atomically(Path(path), data)
-
-
-def _write_atomically(path: Path, data: str | bytes) -> None:
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data.encode() if isinstance(data, str) else data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        os.chmod(name, 0o666 & ~mask)  # mkstemp creates private files; this one gets the usual permissions
-        os.replace(name, path)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+    with replacing(path) as place:
+        place.write_bytes(data.encode() if isinstance(data, str) else data)

@@ -1,14 +1,20 @@
 """Sampling of tokens from a model, one at a time, in constant memory."""
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, SupportsIndex
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from osdn_jax.generation import arguments
+from osdn_jax.generation.engine import Engine, Run
+from osdn_jax.generation.filters import divisor, most_likely, tempered
+from osdn_jax.generation.functions import of_logits, vocabulary_of
+from osdn_jax.generation.programs import BLOCK, Programs
+from osdn_jax.generation.request import Request
+from osdn_jax.generation.shapes import PIECE
 from osdn_jax.nn.split import Parameters
 
 
@@ -36,47 +42,15 @@ def sample_token(
         >>> int(sample_token(logits, jax.random.key(0), temperature=0.0))
         0
     """
-    temperature, top_p = _number("temperature", temperature), _number("top_p", top_p)
-    if not (np.isfinite(temperature) and temperature >= 0):
-        raise ValueError(f"temperature: got {temperature}, expected a number of at least 0")
-    if not 0 < top_p <= 1:
-        raise ValueError(f"top_p: got {top_p}, expected more than 0 and at most 1")
+    temperature, top_p = arguments.temperature(temperature), arguments.top_p(top_p)
     if temperature == 0:
         return jnp.argmax(logits)
-    logits = _tempered(logits, temperature)
+    dtype = jnp.dtype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
+    below = tempered(logits[None], jnp.asarray(divisor(temperature, dtype))[None])
     if top_p < 1:
-        index = jnp.arange(len(logits), dtype=jnp.int32)
-        below, order = jax.lax.sort((-logits, index), num_keys=1, is_stable=True)
-        likely = jax.nn.softmax(-below)
-        # A token stays if the more likely ones sum to less than top_p. The most likely one always stays, even if
-        # float32 rounds top_p to 0.
-        last = jnp.maximum(jnp.sum(jnp.cumsum(likely) - likely < top_p, dtype=jnp.int32), 1) - 1
-        least = -below[last]
-        kept = (logits > least) | ((logits == least) & (index <= order[last]))
-        logits = jnp.where(kept, logits, -jnp.inf)
-    return jax.random.categorical(key, logits)
-
-
-def _number(name: str, value: float) -> float:
-    try:
-        return float(value)
-    except OverflowError:
-        return np.inf if value > 0 else -np.inf
-    except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: got {value!r}, expected a number") from error
-
-
-def _tempered(logits: Float[Array, " Vocab"], temperature: float) -> Float[Array, " Vocab"]:
-    """Return logits / temperature, minus a constant that makes the largest 0, for any temperature above 0.
-
-    Dividing first could overflow to inf and give inf - inf; a temperature out of the dtype's range would be 0 or inf.
-    """
-    logits = logits.astype(jnp.float64 if logits.dtype == jnp.float64 else jnp.float32)
-    limits = jnp.finfo(logits.dtype)
-    divisor = np.clip(temperature, float(limits.tiny), float(limits.max)).astype(logits.dtype)
-    largest = jnp.max(logits)
-    below = jnp.where(logits == largest, 0, logits - largest) / divisor
-    return jnp.where(logits == -jnp.inf, -jnp.inf, below)
+        kept = most_likely(below, jnp.zeros(1, jnp.int32), jnp.asarray([top_p], jnp.float32))
+        below = jnp.where(kept, below, -jnp.inf)
+    return jax.random.categorical(key, below[0])
 
 
 def sample(
@@ -92,6 +66,8 @@ def sample(
     sampler: "Sampler | None" = None,
 ) -> Iterator[int]:
     """Yield tokens that continue a prompt, each as soon as it is sampled.
+
+    `osdn_jax.generation` continues many prompts at once, with more options.
 
     Args:
         apply: (parameters, tokens [1, T], states) -> (logits [1, T, vocabulary], states), as `nn.split_model` returns
@@ -133,8 +109,8 @@ class Sampler:
     Args:
         apply: as in `sample`, and so are `prompt`, `tokens`, `seed`, `temperature`, `top_p` and `forbidden`.
         parameters: the model's parameters, or their shapes.
-        token_by_token: the longest prompt to be read token by token: the program that draws does it, and no other has
-            to be compiled. Default: 0, every prompt is read at once.
+        token_by_token: the longest prompt to be read token by token, at most 64: the program that draws does it, and no
+            other has to be compiled. Default: 0, every prompt is read at once.
 
     Raises:
         ValueError, TypeError: as `sample`.
@@ -154,96 +130,42 @@ class Sampler:
         token_by_token: int = 0,
     ) -> None:
         """Check the arguments. Nothing is compiled yet."""
-        text = np.asarray(prompt)
-        if not text.size:
-            raise ValueError("prompt: got no tokens, expected at least one (such as the start of a document)")
-        if text.ndim != 1 or not np.issubdtype(text.dtype, np.integer):
-            raise TypeError(f"prompt: got {text.dtype} of shape {list(text.shape)}, expected integers [T]")
-        if (tokens := _integer("tokens", tokens)) < 0:
+        if np.size(prompt):
+            arguments.tokens("prompt", prompt, np.iinfo(np.int32).max)  # the type, before the model is traced
+        functions = of_logits(apply)
+        vocabulary = vocabulary_of(functions, parameters)
+        text = arguments.tokens("prompt", prompt, vocabulary)
+        if (tokens := arguments.integer("tokens", tokens)) < 0:
             raise ValueError(f"tokens: got {tokens}, expected at least 0")
-        words, banned = _words(seed), np.asarray([_integer("forbidden", token) for token in forbidden], np.int64)
-
-        def step(parameters: Parameters, ids: jax.Array, states: Any, index: jax.Array) -> tuple[Any, ...]:
-            logits, states = apply(parameters, ids, states)
-            last = logits[0, -1]
-            _check_tokens(text, banned, len(last))
-            if banned.size:
-                last = last.at[banned].set(-jnp.inf)
-            key = jax.random.fold_in(_key(*words), index)
-            token = sample_token(last, key, temperature=temperature, top_p=top_p)
-            token = jnp.where(jnp.max(last) > -jnp.inf, token, -1).astype(jnp.int32)
-            return token[None, None], states, index + 1
-
-        self._tokens, size = tokens, len(text)
-        self._read: Any = jax.jit(step)  # reads a part of the prompt
-        self._step: Any = self._read  # reads a token that was drawn
-        self._start: Any = None  # gives the states before a prompt that is read token by token
-        if size <= token_by_token:
-            size, self._start = 1, jax.jit(lambda parameters: apply(parameters, jnp.zeros((1, 0), jnp.int32), None)[1])
-        self._parts = [text[None, i : i + size].astype(np.int32) for i in range(0, len(text), size)]
-        self._index = np.int32(1 - len(self._parts))  # of the draw after the first part, so that the last one's is 0
-        jax.eval_shape(self._read, *self._first(parameters))  # raises errors of the arguments now, not during iteration
-
-    def _first(self, parameters: Any) -> tuple[Any, ...]:
-        """Return the arguments of the first call of a program, the states as shapes."""
-        states = None if self._start is None else jax.eval_shape(self._start, parameters)
-        return parameters, self._parts[0], states, self._index
+        options = {"max_tokens": tokens, "seed": seed, "temperature": temperature, "top_p": top_p}
+        request = Request([text], vocabulary, None, {**options, "forbidden": forbidden})
+        self._text, self._settings = text, request.batch([0]).settings
+        self._engine = Engine(Programs(functions), vocabulary, PIECE)
+        self._in_loop = len(text) <= max(1, min(token_by_token, BLOCK))
 
     def compile(self, parameters: Any) -> None:
-        """Compile what the first token needs, for parameters of these shapes on one device; `draw` compiles the rest.
-
-        For a prompt that is read token by token there is no rest.
-        """
-        self._read = self._read.lower(*self._first(parameters)).compile()
-        if self._start is not None:
-            self._step, self._start = self._read, self._start.lower(parameters).compile()
+        """Compile everything that `draw` runs, for parameters of these shapes on one device."""
+        programs = self._engine.programs
+        if self._in_loop:
+            blocks = programs.start.compile(parameters, 1)
+        else:
+            blocks = programs.read.compile(parameters, self._text[None, :-1], None, None, None)
+        self._engine.compile_loop(parameters, blocks, self._settings)
 
     def draw(self, parameters: Parameters) -> Iterator[int]:
         """Yield the tokens, each as soon as it is sampled."""
-        states, index, token = None, self._index, None
-        for i in range(self._tokens):
-            if token is not None:
-                token, states, index = self._step(parameters, token, states, index)
-            else:
-                states = None if self._start is None else self._start(parameters)
-                for part in self._parts:
-                    token, states, index = self._read(parameters, part, states, index)
-            drawn = int(np.asarray(token)[0, 0])
-            if drawn < 0:
-                raise ValueError(
-                    f"token {i} cannot be drawn: the model's logits are NaN, or -inf for all allowed tokens"
-                )
-            yield drawn
-
-
-def _integer(name: str, value: SupportsIndex) -> int:
-    try:
-        return operator.index(value)
-    except TypeError as error:
-        raise TypeError(f"{name}: got {value!r}, expected an integer") from error
-
-
-def _words(seed: SupportsIndex) -> tuple[int, int]:
-    """Return the (high, low) 32 bits of a seed."""
-    number = _integer("seed", seed)
-    if not 0 <= number < 2**64:
-        raise ValueError(f"seed: got {number}, expected an integer from 0 to 2**64 - 1")
-    return divmod(number, 2**32)
-
-
-def _key(high: int, low: int) -> jax.Array:
-    """Return the random key of a 64-bit seed; `jax.random.key` alone would use 32 bits of it."""
-    key = jax.random.key(low)
-    return jax.random.fold_in(key, np.uint32(high)) if high else key
-
-
-def _check_tokens(prompt: np.ndarray, forbidden: np.ndarray, vocabulary: int) -> None:
-    """Raise a ValueError that names the argument if a token is not in the vocabulary, or if all of it is forbidden."""
-    for name, tokens in (("prompt", prompt), ("forbidden", forbidden)):
-        outside = tokens[(tokens < 0) | (tokens >= vocabulary)]
-        if outside.size:
-            raise ValueError(
-                f"{name}: got token {outside[0]}, expected tokens of the vocabulary, 0 to {vocabulary - 1}"
-            )
-    if len(np.unique(forbidden)) == vocabulary:
-        raise ValueError(f"forbidden: got all {vocabulary} tokens of the vocabulary, expected at most {vocabulary - 1}")
+        engine, forced = self._engine, None
+        if self._in_loop:
+            state, forced = engine.start(parameters, [self._text]), self._text[None, 1:]
+        else:
+            blocks = engine.programs.read(parameters, self._text[None, :-1], None, None, None)
+            state = engine.state(blocks, [self._text], 1)
+        place = 0
+        for block in Run(engine, parameters, state, self._settings, forced):
+            for token in block[0].tolist():
+                if token < 0:
+                    raise ValueError(
+                        f"token {place} cannot be drawn: the model's logits are NaN, or -inf for all allowed tokens"
+                    )
+                place += 1
+                yield token

@@ -39,7 +39,7 @@ class Blocker:
             raise ModuleNotFoundError(f"No module named {name!r}", name=name)
 
 sys.meta_path.insert(0, Blocker())
-from osdn_jax import nn, ops
+from osdn_jax import generation, nn, ops
 from osdn_jax.regression import markdown, run_bench
 
 messages = {}

@@ -29,6 +29,7 @@ pytestmark = pytest.mark.slow
 
 # The programs of the repository whose argument parsers read the lines that start them.
 MODULES = (
+    "benchmarks.generation",
     "benchmarks.gpu_suite",
     "benchmarks.interop_peers",
     "benchmarks.load_memory",

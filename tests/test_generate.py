@@ -10,10 +10,13 @@ from pathlib import Path
 import pytest
 
 from osdn_jax import generate as module
+from osdn_jax import interop
 from osdn_jax.command import run as run_command
 from osdn_jax.generate import generate
+from osdn_jax.generation import Chunk, Generator
 from osdn_jax.training import CheckpointMismatchError
 from support import runs
+from support.continuations import language_model
 from support.forks import Forks
 from support.runs import finished
 
@@ -59,7 +62,7 @@ def test_importing_it_imports_nothing_that_only_training_needs():
 
 def test_text_is_that_of_the_newest_checkpoint(run):
     pieces = list(generate(run, "the ", **OPTIONS))
-    assert len(pieces) == 31  # one for each token, and one for the rest at the end
+    assert len(pieces) == 30  # one for each token, the last one with the rest
     text = "".join(pieces)
     assert text == "".join(generate(run, "the ", **OPTIONS))
     assert text != "".join(generate(run, "the ", tokens=30, seed=2))
@@ -104,6 +107,19 @@ def test_the_command_line_writes_prompt_and_text(run, command):
         (["--prompt", "a\udcff"], "unpaired surrogate at character 1"),
         (["--prompt", "a\0"], "NUL"),
         (["--temp", "1"], "unrecognized arguments: --temp 1"),
+        (["--top_k", "-1"], "top_k: got -1"),
+        (["--min_p", "2"], "min_p: got 2.0"),
+        (["--repetition_penalty", "0"], "repetition_penalty: got 0.0"),
+        (["--state_dtype", "int8"], "--state_dtype: invalid choice: 'int8'"),
+        (["--prompt", "a", "--prompt_ids", "1"], "not allowed with"),
+        (["--prompt_ids", "1,b"], "--prompt_ids: got '1,b', expected integers separated by commas"),
+        (["--prompt_ids", "1", "--stop", "a"], "--stop: got a text with --prompt_ids"),
+        (["--prompts", "nothing.txt"], "nothing.txt"),
+        (["--prompt", "a", "--prompt", "b", "--save_state", "state"], "--save_state: got 2 prompts, expected one"),
+        (["--save_state", "nothing/state"], "--save_state: got 'nothing/state', but there is no folder"),
+        (["--keep_every", "4"], "--keep_every: expected it with --save_state"),
+        (["--at", "4"], "--at: expected it with --load_state"),
+        (["--load_state", "nothing"], "nothing"),
     ],
 )
 def test_a_number_out_of_range_is_one_line(run, command, arguments, said):
@@ -128,10 +144,10 @@ def test_the_home_directory_may_be_abbreviated(run, command, monkeypatch):
 @pytest.mark.parametrize(("raised", "said", "ends_with"), [(KeyboardInterrupt, "", 130), (ValueError("no"), "no", 2)])
 def test_text_that_is_cut_short_ends_its_line(run, command, monkeypatch, raised, said, ends_with):
     def pieces(*_, **__):
-        yield "and"
+        yield Chunk(0, 97, "and", None)
         raise raised
 
-    monkeypatch.setattr(module, "generate", pieces)
+    monkeypatch.setattr("osdn_jax.generation.Generator.stream", pieces)
     monkeypatch.setattr(module, "main", lambda main=module.main: run_command(main))
     status, out, err = command("--workdir", run, "--prompt", "this ")
     assert (status, out) == (ends_with, "this and\n")
@@ -190,3 +206,61 @@ def test_without_a_directory_is_one_line(command):
     assert status == 2
     assert "--workdir" in err
     assert err.count("\n") == 1
+
+
+def test_several_prompts_are_written_in_their_order(run, command, tmp_path):
+    """A batch equals its prompts alone, with the seeds that follow one another."""
+    flags = ("--tokens", 12, "--temperature", 1.5, "--top_k", 9, "--min_p", 0.01, "--repetition_penalty", 1.1)
+    status, out, err = command("--workdir", run, "--prompt", "memory", "--prompt", "the ", "--seed", 3, *flags)
+    assert (status, err) == (0, "")
+    alone = [
+        command("--workdir", run, "--prompt", prompt, "--seed", seed, *flags)[1][:-1]
+        for prompt, seed in (("memory", 3), ("the ", 4))
+    ]
+    assert out == "\n\n".join(alone) + "\n"
+    (tmp_path / "prompts").write_text("memory\nthe \n")
+    assert command("--workdir", run, "--prompts", tmp_path / "prompts", "--seed", 3, *flags)[1] == out
+    text = alone[0].removeprefix("memory")
+    stopped = command("--workdir", run, "--prompt", "memory", "--seed", 3, "--stop", text[5:7], *flags)[1]
+    assert stopped == "memory" + text[: text.index(text[5:7])] + "\n"
+
+
+def test_tokens_in_place_of_text(run, command):
+    status, out, err = command("--workdir", run, "--prompt_ids", "0,116,104", "--tokens", 5, "--temperature", 0)
+    assert (status, err) == (0, "")
+    text = command("--workdir", run, "--prompt", "th", "--tokens", 5, "--temperature", 0)[1]
+    assert bytes(int(token) for token in out.split(",")[1:]).decode() == text[:-1]
+
+
+def test_a_state_is_saved_and_continued(run, command, tmp_path):
+    cold = ("--temperature", 0)
+    whole = command("--workdir", run, "--prompt", "memory", "--tokens", 20, *cold)[1]
+    first = command("--workdir", run, "--prompt", "memory", "--tokens", 8, *cold, "--save_state", tmp_path / "state")[1]
+    assert first[:-1] == whole[: len("memory") + 8]
+    load = ("--load_state", tmp_path / "state")
+    assert command("--workdir", run, *load, "--tokens", 12, *cold)[1] == whole[len("memory") + 8 :]
+    saved = ("--save_state", tmp_path / "prompt", "--keep_every", 2, "--tokens", 3)
+    assert command("--workdir", run, "--prompt", "the memory", *saved, *cold)[0] == 0
+    load = ("--load_state", tmp_path / "prompt", "--tokens", 9)
+    at = command("--workdir", run, *load, "--at", 5, "--prompt", "value", *cold)
+    assert at[:2] == (0, command("--workdir", run, "--prompt", "the value", "--tokens", 9, *cold)[1][4:])
+    assert "token: got 99, expected 1 to 11" in command("--workdir", run, *load, "--at", 99)[2]
+    (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:-9])
+    status, out, err = command("--workdir", run, "--load_state", tmp_path / "state")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "truncated" in err
+
+
+def test_a_folder_of_another_library(run, command, tmp_path):
+    """A folder without a tokenizer takes and writes tokens."""
+    model = language_model("delta_attention")
+    interop.save_pretrained(model, tmp_path / "model")
+    status, out, err = command(
+        "--model", tmp_path / "model", "--prompt_ids", "3,1,4", "--tokens", 4, "--temperature", 0
+    )
+    [want] = Generator(model).generate([[3, 1, 4]], max_tokens=4, temperature=0.0)
+    assert (status, err) == (0, "")
+    assert out == ",".join(map(str, [3, 1, 4, *want.tokens])) + "\n"
+    status, out, err = command("--model", tmp_path / "model", "--prompt", "text")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "tokenizer" in err

@@ -31,14 +31,15 @@ LAYERS = {
     "osdn_jax.interop": {"osdn_jax.nn", "osdn_jax.data", *SHARED},
     "osdn_jax.compare": {"osdn_jax.ops", *SHARED},
     "osdn_jax.regression": {"osdn_jax.ops", "osdn_jax.compare", *SHARED},
-    "osdn_jax.sampling": {"osdn_jax.nn"},
-    "osdn_jax.evaluation": {"osdn_jax.ops", "osdn_jax.nn", "osdn_jax.data", "osdn_jax.sampling", *SHARED},
+    "osdn_jax.generation": {"osdn_jax.ops", "osdn_jax.nn", "osdn_jax.interop", *SHARED},
+    "osdn_jax.sampling": {"osdn_jax.nn", "osdn_jax.generation"},
+    "osdn_jax.evaluation": {"osdn_jax.ops", "osdn_jax.nn", "osdn_jax.data", "osdn_jax.generation", *SHARED},
     "osdn_jax.training": {"osdn_jax.nn", "osdn_jax.data", "osdn_jax.interop", "osdn_jax.evaluation", *SHARED},
     "osdn_jax.planning": {"osdn_jax.nn", "osdn_jax.evaluation", "osdn_jax.training", "pallas_kernels", *SHARED},
     "osdn_jax.diagnose": {"osdn_jax.nn", "osdn_jax.evaluation", "osdn_jax.training", *SHARED},
     "osdn_jax.sweep": {"osdn_jax.nn", "osdn_jax.data", "osdn_jax.compare", "osdn_jax.training", *SHARED},
     "osdn_jax.convert": {"osdn_jax.nn", "osdn_jax.interop", "osdn_jax.training", *SHARED},
-    "osdn_jax.generate": {"osdn_jax.sampling", "osdn_jax.training", *SHARED},
+    "osdn_jax.generate": {"osdn_jax.generation", "osdn_jax.interop", "osdn_jax.training", *SHARED},
     "osdn_jax.evaluate": {
         "osdn_jax.nn",
         "osdn_jax.data",
@@ -50,7 +51,7 @@ LAYERS = {
 }
 CORE = {"jax", "flax", "jaxtyping", "numpy"}
 # Packages that have to be importable without an extra.
-BASIC = ("pallas_kernels", "osdn_jax.ops", "osdn_jax.nn", "osdn_jax.interop")
+BASIC = ("pallas_kernels", "osdn_jax.ops", "osdn_jax.nn", "osdn_jax.interop", "osdn_jax.generation")
 
 
 def layer(module):

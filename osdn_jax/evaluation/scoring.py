@@ -82,13 +82,6 @@ def token_scores(
     return TokenScores(whole(log_likelihoods), whole(greedy)), states
 
 
-def last_logits(
-    apply: Callable[..., Any], parameters: Parameters, hidden: Float[Array, "B T D"]
-) -> Float[Array, "B Vocab"]:
-    """Return the logits after the last token, in float32, from the model's features."""
-    return _logits(hidden[:, -1], apply(parameters, method="unembedding").astype(hidden.dtype))
-
-
 def _logits(hidden: jax.Array, unembedding: jax.Array) -> jax.Array:
     wide = jnp.float64 if hidden.dtype == jnp.float64 else jnp.float32
     return jnp.matmul(hidden, unembedding.T, preferred_element_type=wide)

@@ -14,7 +14,7 @@ LONG: tuple[Long, ...] = ("carried", "windows")
 
 _MAX_GENERATED = 256  # tokens of a continuation, if a request does not say
 # Settings of a generation that change nothing if they have these values, which other libraries write out.
-_NEUTRAL: dict[str, tuple[Any, ...]] = {"num_beams": (1,), "top_k": (0, None), "repetition_penalty": (1.0,)}
+_NEUTRAL: dict[str, tuple[Any, ...]] = {"num_beams": (1,)}
 
 
 class TextModel:
@@ -148,8 +148,9 @@ class TextModel:
         """Return a continuation for each (context, settings), without its stop string.
 
         Args:
-            requests: the settings are `until` (a string or several), `max_gen_toks` (256), and for sampling `do_sample`
-                (True), `temperature` (1) and `top_p` (1). Without do_sample the most likely token is taken.
+            requests: the settings are `until` (a string or several), `max_gen_toks` (256), `repetition_penalty` (1),
+                and for sampling `do_sample` (True), `temperature` (1), `top_k` (0, all) and `top_p` (1). Without
+                do_sample the most likely token is taken.
             progress: called with the number of requests that are done since its last call.
 
         Raises:
@@ -209,6 +210,7 @@ def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
     until = left.pop("until", None) or []
     limits = [left.pop(name) for name in ("max_gen_toks", "max_new_tokens", "max_tokens") if name in left]
     sampled, temperature, top_p = left.pop("do_sample", False), left.pop("temperature", 1.0), left.pop("top_p", 1.0)
+    top_k, penalty = left.pop("top_k", 0), left.pop("repetition_penalty", 1.0)
     for name, neutral in _NEUTRAL.items():
         if name in left and (value := left.pop(name)) not in neutral:
             raise ValueError(f"generation_kwargs: got {name}={value!r}, which is not supported")
@@ -218,5 +220,7 @@ def _generation(settings: Mapping[str, Any]) -> dict[str, Any]:
         "until": [until] if isinstance(until, str) else list(until),
         "max_tokens": int(limits[0]) if limits else _MAX_GENERATED,
         "temperature": float(temperature) if sampled else 0.0,
+        "top_k": int(top_k or 0) if sampled else 0,
         "top_p": float(top_p) if sampled else 1.0,
+        "repetition_penalty": float(penalty),
     }

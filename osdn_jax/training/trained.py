@@ -10,7 +10,7 @@ from flax import nnx
 from ml_collections import ConfigDict
 
 from osdn_jax.data import Tokenizer
-from osdn_jax.nn import ModelConfig
+from osdn_jax.nn import CausalLM, ModelConfig
 from osdn_jax.nn.split import Parameters, split_model
 from osdn_jax.training import fingerprints
 from osdn_jax.training.build import build_model
@@ -68,6 +68,7 @@ class Unread(NamedTuple):
         apply: the model as a function of its parameters.
         shapes: {path: shape and type} of the parameters.
         tokenizer: the run's tokenizer.
+        network: the model, with shapes as parameters.
     """
 
     workdir: Path
@@ -76,6 +77,7 @@ class Unread(NamedTuple):
     apply: Callable[..., Any]
     shapes: dict[str, jax.ShapeDtypeStruct]
     tokenizer: Tokenizer
+    network: CausalLM
 
     def load(self) -> Trained:
         """Read the parameters of the newest checkpoint. Raises as `load_trained`."""
@@ -95,4 +97,4 @@ def open_trained(workdir: str | os.PathLike[str]) -> Unread:
     tokenizer = build_tokenizer(config)
     model = nnx.eval_shape(lambda: build_model(config))
     apply, shapes = split_model(model)
-    return Unread(workdir, config, model.config, apply, shapes, tokenizer)
+    return Unread(workdir, config, model.config, apply, shapes, tokenizer, model)

@@ -203,8 +203,9 @@ def test_a_run_with_everything_on_goes_on_where_it_stopped(tmp_path, monkeypatch
     np.testing.assert_allclose(result.bits_per_byte, bits["ema"], rtol=1e-3)
     assert abs(bits["params"] - bits["ema"]) > 0.01
     drawn = {}
-    monkeypatch.setattr("osdn_jax.generate.sample", lambda apply, p, *_, **__: drawn.update(p) or iter(()))
-    assert list(generate(tmp_path / "whole")) == [""]
+    watched = lambda generator, *_, **__: drawn.update(generator.parameters) or iter(())
+    monkeypatch.setattr("osdn_jax.generation.Generator.stream", watched)
+    assert list(generate(tmp_path / "whole")) == []
     assert_close(drawn, found["ema"], 0)
 
 
