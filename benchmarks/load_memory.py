@@ -1,7 +1,7 @@
 """Measure the memory that loading a checkpoint takes:  python -m benchmarks.load_memory
 
 Writes a checkpoint with random bfloat16 tensors in the layout of Transformers' Qwen3.5, of 1.3 billion parameters by
-default, and loads it in a process of its own for each dtype. Reports the peak of the resident memory of each process
+default, and loads it in a separate process for each dtype. Reports the peak of the resident memory of each process
 and that of one that imports the package and loads nothing, so that the difference is the model and what loading adds.
 """
 

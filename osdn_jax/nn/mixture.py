@@ -17,7 +17,7 @@ from osdn_jax.ops import checks
 
 
 class Routing(NamedTuple):
-    """Where a router sends tokens.
+    """Choice of a router: the experts of each token, and the weights of their outputs.
 
     Attributes:
         experts: the experts of each token, [B, T, active].

@@ -1,4 +1,4 @@
-"""Where a new run takes its parameters from: another run, or a folder of a pretrained model."""
+"""The starting points of a new run: the parameters of another run, or of a folder of a pretrained model."""
 
 import copy
 import dataclasses
@@ -73,7 +73,7 @@ def origin_of(config: ConfigDict, start_from: str | Path | None, data: Data) -> 
     if start_from is None:
         return FolderOrigin(config) if config.init else None
     if config.init:
-        raise ValueError(f"init: got {config.init!r} beside start_from = {str(start_from)!r}; give one of them")
+        raise ValueError(f"init: got {config.init!r} and start_from = {str(start_from)!r}; give one of them")
     return RunOrigin.of(start_from, data)
 
 
@@ -82,11 +82,11 @@ def with_init(config: ConfigDict, workdir: str | Path | None = None) -> ConfigDi
 
     Args:
         config: with the keys of `default_config`.
-        workdir: directory of the run. If the run has started, its own record of the model is used, so that it goes on
-            without the folder.
+        workdir: directory of the run. If the run has started, its record of the model is used, so that it can
+            be resumed without the folder.
 
     Raises:
-        ValueError: surgery without init; a model.stack beside init; or the folder's model is not supported.
+        ValueError: surgery without init; both model.stack and init; or the folder's model is not supported.
         FileNotFoundError: there is no such folder.
     """
     if not config.init:
@@ -104,7 +104,7 @@ def with_init(config: ConfigDict, workdir: str | Path | None = None) -> ConfigDi
         changed.data.tokenizer = changed.init
     recorded = _recorded(changed, workdir)
     if config.model.stack is not None and recorded is None:
-        raise ValueError("model.stack: got a model beside init, expected one of them")
+        raise ValueError("model.stack: got a model in addition to init, expected one of them")
     changed.model.stack = recorded or json.dumps(dataclasses.asdict(_model_of(changed)))
     return changed
 

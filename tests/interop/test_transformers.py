@@ -161,6 +161,8 @@ def test_another_model_of_the_same_kind_gets_the_layout_by_name(family, tmp_path
     model.origin = None
     assert interop.save_pretrained(model, tmp_path / "n", layout=family) == family
     assert same_bits(pretrained.read_folder(tmp_path / "n"), tensors)
+    tokens = ("bos_token_id", "eos_token_id", "pad_token_id")  # whose defaults may lie outside the vocabulary
+    assert [json.loads((tmp_path / "n" / "config.json").read_text())[name] for name in tokens] == [None] * 3
     again = interop.load_pretrained(tmp_path / "n")
     assert differences(again.config, model.config) == []
     assert interop.save_pretrained(model, tmp_path / "own") == "osdn_jax"
@@ -267,6 +269,13 @@ REFUSED = [
     ("qwen3_next", {"num_experts_per_tok": 9}, "num_experts_per_tok: got 9, expected at most num_experts, 4"),
     ("qwen3_next", {"mlp_only_layers": [5]}, "mlp_only_layers: got [5], expected a list of numbers from 0 to 1"),
     ("qwen3_next", {"hidden_size": "wide"}, 'hidden_size: got "wide", expected an integer of at least 1'),
+    (
+        "qwen3_next",
+        {"num_hidden_layers": 10**9},
+        "num_hidden_layers: got 1000000000, expected an integer from 1 to 10,000",
+    ),
+    ("kimi_linear", {"num_experts": 10**30}, "num_experts: got 1000000000"),
+    ("kimi_linear", {"routed_scaling_factor": 10**60}, "routed_scaling_factor: got 1000"),
     ("qwen3_next", {"use_sliding_window": True}, "use_sliding_window: got true"),
     ("qwen3_next", {"brand_new": 1}, "brand_new: got 1, an option unknown here"),
     ("qwen3_5", {"attn_output_gate": False}, "attn_output_gate: got false"),
@@ -298,7 +307,7 @@ def test_options_are_refused_by_name(family, changes, message):
 
 
 def test_entries_of_released_and_older_configs():
-    """Which say nothing about the logits of text, or what is served anyway."""
+    """They say nothing about the logits of text, or what is served anyway."""
     more = {
         "qwen3_next": {
             "full_attention_interval": 4,

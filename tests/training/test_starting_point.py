@@ -124,7 +124,7 @@ def test_a_stack_can_be_given(folder):
     ("changes", "said"),
     [
         ({"init": "nowhere"}, "nowhere"),
-        ({"init": "FOLDER", "model__stack": "{}"}, "model.stack: got a model beside init"),
+        ({"init": "FOLDER", "model__stack": "{}"}, "model.stack: got a model in addition to init"),
         ({"surgery__preconditioner": "gram"}, "surgery.preconditioner: got 'gram' without init"),
         ({"init": "FOLDER", "surgery__layers": "0"}, "surgery.layers: got '0' without a change"),
         (
@@ -145,7 +145,7 @@ def test_what_is_wrong_is_named(folder, tmp_path, changes, said):
 
 
 def test_one_starting_point_at_a_time(folder, tmp_path):
-    with pytest.raises(ConfigError, match=r"init: got .* beside start_from"):
+    with pytest.raises(ConfigError, match=r"init: got .* and start_from"):
         train(tiny_config(text(), init=str(folder)), tmp_path / "run", start_from=tmp_path)
 
 
