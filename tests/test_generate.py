@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tokenizers
 
 from osdn_jax import generate as module
 from osdn_jax import interop
@@ -264,3 +265,27 @@ def test_a_folder_of_another_library(run, command, tmp_path):
     status, out, err = command("--model", tmp_path / "model", "--prompt", "text")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "tokenizer" in err
+
+
+def test_a_folder_with_a_tokenizer_starts_and_ends_texts_as_it_says(command, tmp_path):
+    model, folder = language_model("delta_net"), tmp_path / "model"
+    interop.save_pretrained(model, folder)
+    vocabulary = {"<s>": 0, "</s>": 1, **{letter: 2 + i for i, letter in enumerate("abcdefghijklmno")}}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.decoder = tokenizers.decoders.Fuse()
+    tokenizer.add_special_tokens(["<s>", "</s>"])
+    template = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 0)])
+    for start, special in (([0], template), ([], None)):
+        if special is not None:
+            tokenizer.post_processor = special
+        else:
+            tokenizer = tokenizers.Tokenizer.from_str(tokenizer.to_str())
+            tokenizer.post_processor = tokenizers.processors.TemplateProcessing(single="$A", special_tokens=[])
+        tokenizer.save(str(folder / "tokenizer.json"))
+        (folder / "tokenizer_config.json").write_text('{"bos_token": "<s>", "eos_token": "</s>"}')
+        status, out, err = command("--model", folder, "--prompt", "abba", "--tokens", 9, "--seed", 2)
+        options = {"max_tokens": 9, "temperature": 0.8, "top_p": 0.95, "seed": 2, "stop_tokens": [1]}
+        [want] = Generator(model).generate([[*start, 2, 3, 3, 2]], **options)
+        letters = [token for token in want.tokens if token > 1]
+        assert (status, err) == (0, "")
+        assert out == "abba" + "".join("abcdefghijklmno"[token - 2] for token in letters) + "\n"
