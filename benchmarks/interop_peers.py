@@ -4,7 +4,7 @@ The other library, in a separate environment, writes tiny random checkpoints of 
 computes. Here each is loaded, run, saved and loaded again; then the other library loads the folders saved here and
 computes the logits once more. It writes benchmarks/results/interop-transformers.md and .json and prints the former.
 The exit status is 1 if logits differ by more than 1e-5, or if a saved folder differs from the one that was loaded.
-benchmarks/interop/README.md says how to make the environment. It takes about 15 minutes, most of it for the Triton
+benchmarks/interop/README.md says how to make the environment. It takes about half an hour, much of it for the Triton
 kernels of flash-linear-attention, which run in an interpreter.
 """
 
