@@ -197,7 +197,7 @@ def test_the_stack_of_a_uniform_model():
     ("changes", "error", "said"),
     [
         ({"layers": 4}, ValueError, "layers: got 4 with 6 blocks"),
-        ({"mlp_dim": 4}, ValueError, "blocks: got some beside mixer or mlp_dim"),
+        ({"mlp_dim": 4}, ValueError, "blocks: got some in addition to mixer or mlp_dim"),
         ({"blocks": ()}, TypeError, r"blocks: got \(\), expected a tuple"),
         ({"blocks": (KDA,)}, TypeError, "blocks: got MixerConfig at 0, expected a BlockConfig"),
         ({"blocks": None, "layers": None}, ValueError, "layers: got None"),

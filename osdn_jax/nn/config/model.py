@@ -137,7 +137,7 @@ class ModelConfig:
 
     def _check_blocks(self) -> None:
         if self.mixer is not None or self.mlp_dim is not None:
-            raise ValueError("blocks: got some beside mixer or mlp_dim, expected one or the other")
+            raise ValueError("blocks: got some in addition to mixer or mlp_dim, expected one or the other")
         if not isinstance(self.blocks, (tuple, list)) or not self.blocks:
             raise TypeError(f"blocks: got {self.blocks!r}, expected a tuple of at least one BlockConfig")
         blocks = tuple(BlockConfig(**block) if isinstance(block, dict) else block for block in self.blocks)
