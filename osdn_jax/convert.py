@@ -16,6 +16,7 @@ if __name__ == "__main__":
     command.start()
 
 from osdn_jax import interop
+from osdn_jax.interop.folder import IGNORE_REMOTE_CODE
 from osdn_jax.interop.loading import open_folder, origin_of
 from osdn_jax.nn import CausalLM
 from osdn_jax.training import CheckpointError, CheckpointMismatchError
@@ -41,6 +42,7 @@ def main(argv: list[str] | None = None) -> None:
     add("--layout", choices=tuple(interop.FAMILIES), metavar="NAME", help=_layouts())
     add("--dtype", choices=_DTYPES, metavar="TYPE", help=f"of all tensors: {', '.join(_DTYPES)} (default: as they are)")
     add("--overwrite", action="store_true", help="replace the model in a folder that is not empty")
+    add("--ignore_remote_code", action="store_true", help=IGNORE_REMOTE_CODE)
     given = parser.parse_args(argv)
     try:
         source = command.local_directory(given.source)
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         if (source / CHECKPOINT_FOLDER).is_dir():
             model, tokenizer = _trained(source)
         else:
-            model = interop.load_pretrained(source)
+            model = interop.load_pretrained(source, ignore_remote_code=given.ignore_remote_code)
         options = {"layout": given.layout, "dtype": given.dtype, "overwrite": given.overwrite}
         layout = interop.save_pretrained(model, destination, **options)
         if tokenizer is not None:

@@ -111,7 +111,7 @@ def _run(workdir: str | Path, *, text: bool, state_dtype: str | None = None) -> 
     return _Source(generator, options, lambda: run.load().parameters)
 
 
-def _folder(path: Path, *, text: bool, state_dtype: str | None = None) -> _Source:
+def _folder(path: Path, *, text: bool, state_dtype: str | None = None, ignore_remote_code: bool = False) -> _Source:
     """Return the model of a folder in the format of Transformers."""
     from osdn_jax import interop
 
@@ -121,7 +121,7 @@ def _folder(path: Path, *, text: bool, state_dtype: str | None = None) -> _Sourc
         found = interop.tokenizer(path)
         tokenizer = found.tokenizer
         options = {"start_tokens": _start_tokens(path, tokenizer), "stop_tokens": found.eos_ids}
-    model = interop.load_pretrained(path)
+    model = interop.load_pretrained(path, ignore_remote_code=ignore_remote_code)
     generator = Generator(model, tokenizer, state_dtype=state_dtype, token_by_token=_TOKEN_BY_TOKEN, **options)
     return _Source(generator, {}, None)
 
@@ -197,6 +197,11 @@ def _parser() -> command.Parser:
     model = parser.add_mutually_exclusive_group(required=True)
     model.add_argument("--workdir", help="working directory of a run of train.py")
     model.add_argument("--model", help="folder with config.json and safetensors files, as Transformers saves them")
+    parser.add_argument(
+        "--ignore_remote_code",
+        action="store_true",
+        help="load a folder whose config.json names Python code, without running that code",
+    )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
         "--prompt", action="append", help="text to continue; several make a batch (default: the start of a document)"
@@ -264,7 +269,12 @@ def _stream(given: argparse.Namespace) -> tuple[list[Any], Iterator[Chunk], Call
     if given.workdir is not None:
         source = _run(command.directory("workdir", given.workdir), text=text, state_dtype=given.state_dtype)
     else:
-        source = _folder(command.directory("model", given.model), text=text, state_dtype=given.state_dtype)
+        source = _folder(
+            command.directory("model", given.model),
+            text=text,
+            state_dtype=given.state_dtype,
+            ignore_remote_code=given.ignore_remote_code,
+        )
     options: dict[str, Any] = {
         "max_tokens": given.tokens,
         "temperature": given.temperature,

@@ -46,6 +46,14 @@ def _recall_from_config_to_figure(namespace):
     assert min(len(row.seeds) for labels in namespace["sweeps"].values() for row in labels.values()) == 5
 
 
+def _other_libraries_models(namespace):
+    assert namespace["again"] == namespace["whole"]
+    assert max(namespace["differences"].values()) < 1e-6
+    assert list(namespace["written"].values()) == ["gated_deltanet", "osdn_jax", "precond_gated_deltanet"]
+    assert namespace["sizes"]["delta rule"][0] == namespace["sizes"]["delta rule"][-1]
+    assert len(namespace["curves"]) == 3
+
+
 # The parameters of a reduced run, and what holds after it.
 _REDUCED = {
     "01_one_operator": ({"LENGTH": 256, "REPEATS": 1}, _one_operator),
@@ -53,6 +61,7 @@ _REDUCED = {
         {"SEEDS": 2, "TOKENS": 300, "SIZE": 8, "POINTS": 3},
         _what_the_preconditioner_does,
     ),
+    "04_other_libraries_models": ({"PRETRAINING": 8, "TUNING": 8, "TOKENS": 4}, _other_libraries_models),
     "03_recall_from_config_to_figure": ({"STEPS": 4, "EVERY": 2, "EXAMPLES": 8}, _recall_from_config_to_figure),
 }
 

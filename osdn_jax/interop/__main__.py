@@ -10,6 +10,7 @@ from osdn_jax import command
 if __name__ == "__main__":
     command.start()
 
+from osdn_jax.interop.folder import IGNORE_REMOTE_CODE
 from osdn_jax.interop.inspection import inspect
 
 _PROGRAM = "python -m osdn_jax.interop"
@@ -29,9 +30,10 @@ def main(argv: list[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", required=True, metavar="inspect")
     looking = commands.add_parser("inspect", help="say what a folder is and what would be loaded", allow_abbrev=False)
     looking.add_argument("path", metavar="PATH", help="folder with config.json and safetensors files")
+    looking.add_argument("--ignore_remote_code", action="store_true", help=IGNORE_REMOTE_CODE)
     given = parser.parse_args(argv)
     try:
-        found = inspect(given.path)
+        found = inspect(given.path, ignore_remote_code=given.ignore_remote_code)
     except (ValueError, TypeError, OSError) as error:
         print(f"{_PROGRAM} inspect: error: {error}", file=sys.stderr)
         return command.USAGE_ERROR

@@ -20,6 +20,10 @@ _PICKLES = ("pytorch_model.bin", "pytorch_model.bin.index.json", "*.pt", "*.pth"
 _REMOTE_CODE = ("auto_map", "trust_remote_code", "custom_pipelines")
 
 
+IGNORE_REMOTE_CODE = "load a folder whose config.json names Python code, without running that code"
+"""Help text of the flag of every command line that reads a folder."""
+
+
 class Folder:
     """The configuration and the tensors of a folder; opening one reads headers only.
 

@@ -33,11 +33,12 @@ class Inspection(NamedTuple):
     problems: list[str]
 
 
-def inspect(path: str | os.PathLike[str]) -> Inspection:
+def inspect(path: str | os.PathLike[str], *, ignore_remote_code: bool = False) -> Inspection:
     """Describe a folder without reading its tensors.
 
     Args:
         path: the folder.
+        ignore_remote_code: as in `load_pretrained`. Default: False.
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
@@ -52,7 +53,7 @@ def inspect(path: str | os.PathLike[str]) -> Inspection:
     plan: Plan | None = None
     try:
         _, entries = read_config(folder)
-        problems += unserved(folder / CONFIG_FILE, entries, ignore_remote_code=False)
+        problems += unserved(folder / CONFIG_FILE, entries, ignore_remote_code=ignore_remote_code)
         family = family_of(entries)
         config = describe(family, entries)
         found = {name: tensor.shape for name, tensor in weights.tensors.items()}

@@ -37,6 +37,7 @@ def default_config() -> ConfigDict:
     # A folder to start from, as `interop.load_pretrained` reads it: another library's model or one of ours. Its model
     # takes the place of most keys of config.model.
     config.init = ""
+    config.ignore_remote_code = False  # load a folder of init whose config.json names Python code, without that code
     config.ema = 0.0  # decay of a moving average of the parameters, used for validation and sampling; 0: none
     config.max_skipped_steps = 10  # a step with a non-finite loss or gradient is skipped; more in a row end the run
 

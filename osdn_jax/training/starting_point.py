@@ -4,10 +4,11 @@ import copy
 import dataclasses
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
 from ml_collections import ConfigDict
 
 from osdn_jax import interop
@@ -58,7 +59,16 @@ class FolderOrigin(NamedTuple):
 
     def start(self, state: TrainState) -> tuple[TrainState, str]:
         """Return the state with the folder's parameters in float32, where the state's are, and a message."""
-        model, changes = interop.load_pretrained(self.config.init, dtype=jnp.float32), _surgery(self.config)
+        sharding = next(iter(state.params.values())).sharding
+        model, changes = (
+            interop.load_pretrained(
+                self.config.init,
+                dtype=jnp.float32,
+                mesh=cast(Mesh, sharding.mesh) if isinstance(sharding, NamedSharding) else None,
+                ignore_remote_code=self.config.ignore_remote_code,
+            ),
+            _surgery(self.config),
+        )
         model = interop.replace_rule(model, **changes) if changes else model
         _, loaded = split_model(model)
         params = {name: jax.device_put(loaded[name], x.sharding) for name, x in state.params.items()}
@@ -119,7 +129,11 @@ def _recorded(config: ConfigDict, workdir: str | Path | None) -> str | None:
 
 def _model_of(config: ConfigDict) -> ModelConfig:
     """Return the configuration of the model of config.init after its surgery."""
-    made = open_folder(config.init, max_length=config.model.max_length or config.sequence_length).config
+    made = open_folder(
+        config.init,
+        max_length=config.model.max_length or config.sequence_length,
+        ignore_remote_code=config.ignore_remote_code,
+    ).config
     changes = _surgery(config)
     return replaced_config(made, **changes) if changes else made
 

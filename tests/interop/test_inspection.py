@@ -125,3 +125,10 @@ def test_folders_without_a_tokenizer(folder, tmp_path):
         interop.tokenizer(folder)
     with pytest.raises(FileNotFoundError, match="which does not exist"):
         interop.tokenizer(tmp_path / "absent")
+
+
+def test_remote_code_is_ignored_if_asked(folder, capsys):
+    change(folder, auto_map={"AutoModel": "mine.Model"})
+    assert command.main(["inspect", str(folder)]) == 2
+    assert "auto_map" in capsys.readouterr().err
+    assert command.main(["inspect", str(folder), "--ignore_remote_code"]) == 0
