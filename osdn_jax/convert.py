@@ -19,6 +19,7 @@ from osdn_jax import interop
 from osdn_jax.interop.folder import IGNORE_REMOTE_CODE
 from osdn_jax.interop.loading import open_folder, origin_of
 from osdn_jax.nn import CausalLM
+from osdn_jax.progress import say
 from osdn_jax.training import CheckpointError, CheckpointMismatchError
 from osdn_jax.training.command_line import fail
 from osdn_jax.training.trained import load_trained
@@ -40,7 +41,12 @@ def main(argv: list[str] | None = None) -> None:
     add("source", metavar="SOURCE", help="folder of a model, or working directory of a run of train.py")
     add("destination", metavar="DESTINATION", help="the new folder")
     add("--layout", choices=tuple(interop.FAMILIES), metavar="NAME", help=_layouts())
-    add("--dtype", choices=_DTYPES, metavar="TYPE", help=f"of all tensors: {', '.join(_DTYPES)} (default: as they are)")
+    add(
+        "--dtype",
+        choices=_DTYPES,
+        metavar="TYPE",
+        help=f"of all tensors: {', '.join(_DTYPES)} (default: those of SOURCE or of the folder that a run started from)",
+    )
     add("--overwrite", action="store_true", help="replace the model in a folder that is not empty")
     add("--ignore_remote_code", action="store_true", help=IGNORE_REMOTE_CODE)
     given = parser.parse_args(argv)
@@ -73,9 +79,23 @@ def _trained(workdir: Path) -> tuple[CausalLM, Path | None]:
     trained = load_trained(workdir)
     file = Path(trained.tokenizer.name)
     model = interop.assembled(trained.model, trained.parameters)
-    if trained.config.init and Path(trained.config.init).is_dir():  # the folder that the run started from
-        model.origin = origin_of(open_folder(trained.config.init, ignore_remote_code=True))
+    model.origin = _start(trained.config.init)
     return model, file if file.is_file() else None
+
+
+def _start(folder: str) -> interop.Origin | None:
+    """Return the note of the folder that a run started from; None if it is gone or has changed since."""
+    if not folder:
+        return None
+    try:
+        opened = open_folder(folder, ignore_remote_code=True)
+    except (ValueError, OSError) as error:
+        say(f"note: the layout of {folder} is not used: {error}")
+        return None
+    if opened.plan.problems:
+        say(f"note: the layout of {folder} is not used: its tensors have changed since the run started")
+        return None
+    return origin_of(opened)
 
 
 if __name__ == "__main__":

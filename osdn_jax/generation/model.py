@@ -197,7 +197,7 @@ def _shapes(blocks: Any) -> dict[str, tuple[Any, ...]]:
         name = "blocks" + jax.tree_util.keystr(path)
         if is_cache(node):
             for field, x in node._asdict().items():
-                found[f"{name}.{field}"] = (*x.shape[:1], *x.shape[2:])
+                found[f"{name}.{field}"] = (*x.shape[:-2], *x.shape[-1:])
         else:
             found[name] = tuple(node.shape)
     return found

@@ -115,28 +115,28 @@ def fit_caches(blocks: Any, shapes: Any) -> Any:
     def fit(cache: Any, wanted: Any) -> Any:
         arrays = {name: x for name, x in cache._asdict().items() if name not in ("position", "start")}
         return cache._replace(
-            **{name: _in_slots(x, cache.position, getattr(wanted, name).shape[1]) for name, x in arrays.items()}
+            **{name: _in_slots(x, cache.position, getattr(wanted, name).shape[-2]) for name, x in arrays.items()}
         )
 
     return map_caches(fit, blocks, shapes)
 
 
 def _in_slots(x: Array, position: Int[Array, ""], size: int) -> Array:
-    """Return a cache [B, S, ...] in which position p is in slot p modulo S, in `size` slots."""
-    before, slot = x.shape[1], jnp.arange(size, dtype=jnp.int32)
+    """Return a cache [..., S, C] in which position p is in slot p modulo S, in `size` slots."""
+    before, slot = x.shape[-2], jnp.arange(size, dtype=jnp.int32)
     if size == before:
         return x
     held = position - 1 - (position - 1 - slot) % size  # the last position before `position` with this slot
     known = (held >= 0) & (held >= position - before)
-    rows = jnp.take(x, jnp.where(known, held % before, 0), axis=1)
-    return jnp.where(known.reshape(-1, *[1] * (x.ndim - 2)), rows, jnp.zeros_like(rows))
+    rows = jnp.take(x, jnp.where(known, held % before, 0), axis=-2)
+    return jnp.where(known.reshape(*[1] * (x.ndim - 2), -1, 1), rows, jnp.zeros_like(rows))
 
 
 def without_caches(blocks: Any, tokens: int) -> Any:
     """Return the blocks' states with None in place of each attention cache that holds this number of tokens."""
 
     def held(cache: Any) -> Any:
-        slots = {x.shape[1] for name, x in cache._asdict().items() if name not in ("position", "start")}
+        slots = {x.shape[-2] for name, x in cache._asdict().items() if name not in ("position", "start")}
         return None if min(slots) >= tokens else cache
 
     return map_caches(held, blocks)

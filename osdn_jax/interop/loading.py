@@ -4,7 +4,7 @@ import dataclasses
 import functools
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -203,18 +203,34 @@ def read_parameters(folder: Folder, source: Source) -> tuple[dict[str, np.ndarra
     Raises:
         ValueError: a copy of a tensor differs from it.
     """
-    tensors, bad = [], []
-    for names in source.names:
+    bad: list[str] = []
+
+    def read(names: Sequence[str]) -> list[np.ndarray]:
         values = [folder.tensors[name].read() for name in names]
-        bad += [name for name, value in zip(names, values, strict=True) if not _is_finite(value)]
-        tensors.append(values[0] if source.row.experts is None else np.stack(values))
+        bad.extend(name for name, value in zip(names, values, strict=True) if not _is_finite(value))
+        return values
+
     for name, copy in source.copies:
         if not np.array_equal(folder.tensors[name].read().view(np.uint8), folder.tensors[copy].read().view(np.uint8)):
             raise ValueError(f"{folder.path}: {copy} differs from {name}, expected the same values: they are tied")
-    dtypes = {tensor.dtype for tensor in tensors}
-    if len(dtypes) > 1:  # pieces of one parameter; each type fits into float32 without rounding
-        tensors = [tensor.astype(np.float32) for tensor in tensors]
-    return source.row.load(tensors), bad
+    if source.row.experts is None:
+        return source.row.load(_alike(read([name for [name] in source.names]))), bad
+    parameters: dict[str, np.ndarray] = {}
+    count, types = source.row.experts, {DTYPES[folder.tensors[name].type] for group in source.names for name in group}
+    for expert, names in enumerate(zip(*source.names, strict=True)):  # one at a time, each into its place
+        for name, value in source.row.load(read(names)).items():
+            if expert == 0:
+                dtype = value.dtype if len(types) == 1 else np.dtype(np.float32)
+                parameters[name] = np.empty((count, *value.shape), dtype)
+            parameters[name][expert] = value
+    return parameters, bad
+
+
+def _alike(tensors: list[np.ndarray]) -> list[np.ndarray]:
+    """Return pieces of one parameter in one type; each fits into float32 without rounding."""
+    if len({tensor.dtype for tensor in tensors}) == 1:
+        return tensors
+    return [tensor.astype(np.float32) for tensor in tensors]
 
 
 def origin_of(opened: Opened) -> Origin:

@@ -15,7 +15,7 @@ from osdn_jax.nn.config import AttentionConfig
 from osdn_jax.nn.layers import RMSNorm, linear
 from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
-from osdn_jax.nn.softmax import attend, attend_cudnn, rotate
+from osdn_jax.nn.softmax import attend_cache, attend_cudnn, rotate
 from osdn_jax.ops import checks
 
 
@@ -23,14 +23,14 @@ class AttentionState(NamedTuple):
     """The cache of attention: the last S = max_length keys and values (with a window no more than the window).
 
     Attributes:
-        keys: [B, S, Hk, K], already rotated; the key of position p is in slot p modulo S.
-        values: [B, S, Hk, V], in the same slots.
+        keys: [B, Hk, S, K], already rotated; the key of position p is in slot p modulo S.
+        values: [B, Hk, S, V], in the same slots.
         position: position of the next token.
         start: [B], position at which the current segment began; the next token sees nothing before it.
     """
 
-    keys: Float[Array, "B S Hk K"]
-    values: Float[Array, "B S Hk V"]
+    keys: Float[Array, "B Hk S K"]
+    values: Float[Array, "B Hk S V"]
     position: Int[Array, ""]
     start: Int[Array, " B"]
 
@@ -100,7 +100,7 @@ class SoftmaxAttention(nnx.Module):
     ) -> tuple[Float[Array, "B T D"], AttentionState]:
         """Mix a sequence, or its continuation from a state; one token at a time is decoding.
 
-        Positions continue through packed segments: only their differences matter, and no token sees another segment.
+        Positions count from the start of each packed segment, and no token sees another segment.
         A token that is not finite (NaN or inf) reaches no token before it and no other segment.
 
         Args:
@@ -139,7 +139,7 @@ class SoftmaxAttention(nnx.Module):
         if state is None:
             position, start = jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32)
         else:
-            slots = (config.cache_length, heads)
+            slots = (heads, config.cache_length)
             keys_and_values = {"keys": (state.keys, config.key_dim), "values": (state.values, config.value_dim)}
             cache.check_arrays(batch, {name: (x, (*slots, size)) for name, (x, size) in keys_and_values.items()})
             cache.check_arrays(batch, {"start": (state.start, ())})
@@ -150,13 +150,15 @@ class SoftmaxAttention(nnx.Module):
             if segment_ids is not None:
                 segment_ids = jax.lax.all_gather(segment_ids, context_axis, axis=1, tiled=True)
         positions = position + offset + jnp.arange(length, dtype=jnp.int32)
-        if config.rotary_base is not None:
-            q, k = (rotate(y, positions, config.rotary_base, config.rotary_dim) for y in (q, k))
-        if context_axis is not None:
-            k, v = (jax.lax.all_gather(y, context_axis, axis=1, tiled=True) for y in (k, v))
         of_keys = position + jnp.arange(total, dtype=jnp.int32)
         all_starts = cache.segment_starts(of_keys, start, segment_ids)
         starts = jax.lax.dynamic_slice_in_dim(all_starts, offset, length, axis=1)
+        if config.rotary_base is not None:
+            # From the start of the segment: the angles, and their rounding, do not depend on what lies before it.
+            within = positions[None] - starts
+            q, k = (rotate(y, within, config.rotary_base, config.rotary_dim) for y in (q, k))
+        if context_axis is not None:
+            k, v = (jax.lax.all_gather(y, context_axis, axis=1, tiled=True) for y in (k, v))
         window = config.window if state is None else config.cache_length
         if window is not None:
             starts = jnp.maximum(starts, positions[None] - (window - 1))
@@ -169,7 +171,7 @@ class SoftmaxAttention(nnx.Module):
             out = attend_cudnn(q, k, v, None if segment_ids is None else starts)
         else:
             options: dict[str, Any] = {"key_positions": of_keys, "chunk_size": config.chunk_size}
-            out = attend(q, keys, values, starts, first_query=position + offset, **options)
+            out = attend_cache(q, keys, values, starts, first_query=position + offset, **options)
 
         out = out.reshape(batch, length, config.heads * config.value_dim)
         if self.gate is not None:
@@ -180,17 +182,18 @@ class SoftmaxAttention(nnx.Module):
     def _extended(
         self, state: AttentionState | None, k: jax.Array, v: jax.Array
     ) -> tuple[tuple[jax.Array, jax.Array], jax.Array, jax.Array]:
-        """Return (the cache after the tokens of k and v, keys and values that these tokens see some of)."""
-        slots = self.config.cache_length
+        """Return (the cache after the tokens of k and v; keys and values, heads first, that they see some of)."""
+        slots, length = self.config.cache_length, k.shape[1]
+        k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
         if state is None:
             return (cache.first_cache(k, slots), cache.first_cache(v, slots)), k, v
         before, new = (state.keys, state.values), (k, v)
         after = tuple(cache.append(old, x, state.position) for old, x in zip(before, new, strict=True))
-        if k.shape[1] == 1:  # the cache holds all that the token sees
+        if length == 1:  # the cache holds all that the token sees
             keys, values = (x.astype(k.dtype) for x in after)
         else:
             both = zip(before, new, strict=True)
-            keys, values = (jnp.concatenate([old.astype(x.dtype), x], axis=1) for old, x in both)
+            keys, values = (jnp.concatenate([old.astype(x.dtype), x], axis=2) for old, x in both)
         return cast(tuple[jax.Array, jax.Array], after), keys, values
 
 

@@ -1,6 +1,6 @@
 """Attention caches of a fixed number of tokens: the entry of position p is in slot p modulo that number.
 
-A step writes one slot in place, which costs the same however full the cache is.
+Slots are the second axis from the end. A step overwrites one slot, at the same cost however full the cache is.
 """
 
 import jax
@@ -10,29 +10,31 @@ from jaxtyping import Array, Float, Int
 from osdn_jax.ops import checks
 
 
-def first_cache(x: Float[Array, "B T ..."], slots: int) -> Float[Array, "B S ..."]:
+def first_cache(x: Float[Array, "*B T C"], slots: int) -> Float[Array, "*B S C"]:
     """Return the cache after the first T tokens of a sequence; slots without a token hold zeros.
 
     Args:
         x: the tokens' entries.
         slots: S, tokens that the cache holds.
     """
-    length = x.shape[1]
+    length = x.shape[-2]
     if length > slots:
-        return jnp.roll(x[:, length - slots :], length % slots, axis=1)
-    return jnp.pad(x, [(0, slots - length if axis == 1 else 0) for axis in range(x.ndim)])
+        return jnp.roll(x[..., length - slots :, :], length % slots, axis=-2)
+    return jnp.pad(x, [(0, slots - length if axis == x.ndim - 2 else 0) for axis in range(x.ndim)])
 
 
-def append(cache: Float[Array, "B S ..."], x: Float[Array, "B T ..."], position: Int[Array, ""]) -> jax.Array:
+def append(
+    cache: Float[Array, "*B S C"], x: Float[Array, "*B T C"], position: Int[Array, ""]
+) -> Float[Array, "*B S C"]:
     """Return the cache with the entries of T tokens, the first at `position`, in place of the oldest ones."""
-    slots, length = cache.shape[1], x.shape[1]
+    slots, length = cache.shape[-2], x.shape[-2]
     x = x.astype(cache.dtype)
     if length == 1:
-        return jax.lax.dynamic_update_slice_in_dim(cache, x, position % slots, axis=1)
+        return jax.lax.dynamic_update_slice_in_dim(cache, x, position % slots, axis=-2)
     if length > slots:
-        x, position, length = x[:, length - slots :], position + (length - slots), slots
+        x, position, length = x[..., length - slots :, :], position + (length - slots), slots
     index = (position + jnp.arange(length, dtype=jnp.int32)) % slots
-    return cache.at[:, index].set(x, unique_indices=True)
+    return cache.at[..., index, :].set(x, unique_indices=True)
 
 
 def slot_positions(slots: int, position: Int[Array, ""]) -> Int[Array, " S"]:

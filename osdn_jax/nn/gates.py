@@ -67,7 +67,7 @@ class DecayGate(nnx.Module):
             log_decay = self.bound * jax.nn.sigmoid(rate * step)
         if self.scale is None:
             return log_decay
-        # The gradient of |s| is never 0, so that a gate that starts without decay can learn one.
+        # The gradient of |s| is 1 or -1 except at 0, so a gate that starts near 0 can learn a decay.
         return log_decay * jnp.abs(self.scale[...].astype(jnp.float32)).reshape(1, 1, -1, *(1,) * (log_decay.ndim - 3))
 
 

@@ -15,7 +15,7 @@ from osdn_jax.nn.config import LatentAttentionConfig
 from osdn_jax.nn.layers import RMSNorm, linear
 from osdn_jax.nn.parallel import shard_size
 from osdn_jax.nn.sharding import module_with_auto_axes
-from osdn_jax.nn.softmax import attend
+from osdn_jax.nn.softmax import attend, attend_cache
 from osdn_jax.ops import checks
 
 _ABSORBED = 16  # tokens of a continuation, at most, whose queries are projected to the latent space
@@ -184,10 +184,11 @@ class LatentAttention(nnx.Module):
         own = jnp.einsum("bthk,rhk->bthr", own, up[..., : config.key_dim])
         # `attend` scales by the size of these queries; the scale is that of the heads' own queries.
         scale = ((config.rank + config.shared_key_dim) / q.shape[-1]) ** 0.5
-        q = jnp.concatenate([own, shared], axis=-1) * jnp.asarray(scale, q.dtype)
-        keys, values = latents[:, :, None], latents[:, :, None, : config.rank]
+        wide = jnp.float64 if q.dtype == jnp.float64 else jnp.float32  # a scale in bfloat16 would be wrong by 0.1 %
+        q = (jnp.concatenate([own, shared], axis=-1).astype(wide) * scale).astype(q.dtype)
+        keys, values = latents[:, None], latents[:, None, :, : config.rank]
         options: dict[str, Any] = {"key_positions": of_keys, "chunk_size": config.chunk_size}
-        out = attend(q, keys, values, first, first_query=first_query, **options)
+        out = attend_cache(q, keys, values, first, first_query=first_query, **options)
         return jnp.einsum("bthr,rhv->bthv", out, up[..., config.key_dim :])
 
 

@@ -323,16 +323,22 @@ class CausalLM(nnx.Module):
         return cast(tuple[BlockState, ...], self(jnp.zeros((batch, 0), jnp.int32))[1])
 
     def restart(self, states: tuple[BlockState, ...], rows: Bool[Array, " B"]) -> tuple[BlockState, ...]:
-        """Return the states with these rows at the start of a sequence: their next token sees nothing before it.
+        """Return the states with these rows reset, so that their next token starts a new sequence.
 
         Args:
             states: one per block, as returned by an earlier call.
             rows: [B], True for the rows that start again.
 
         Raises:
-            ValueError: states are not one per block.
+            ValueError: states are not one per block, or rows have another length than the states.
+            TypeError: rows are not booleans.
         """
         self._check_states(states)
+        batch = jax.tree.leaves(states[0])[0].shape[0]
+        if rows.dtype != jnp.bool_:
+            raise TypeError(f"rows: got {rows.dtype}, expected booleans")
+        if rows.shape != (batch,):
+            raise ValueError(f"rows: got shape {rows.shape}, expected ({batch},), one for each row of the states")
         start = self.start_states(rows.shape[0])
 
         def select(fresh: jax.Array, old: jax.Array) -> jax.Array:

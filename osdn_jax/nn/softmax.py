@@ -14,7 +14,7 @@ _CHUNK = 512  # queries in a chunk, by default
 
 
 def rotate(
-    x: Float[Array, "B T H K"], positions: Int[Array, " T"], base: float, size: int | None = None
+    x: Float[Array, "B T H K"], positions: Int[Array, "B T"], base: float, size: int | None = None
 ) -> Float[Array, "B T H K"]:
     """Rotate each pair (x_i, x_{i + K/2}) by the angle position * base^(-2i / K): rotary position embedding.
 
@@ -23,15 +23,15 @@ def rotate(
 
     Args:
         x: queries or keys, [B, T, H, K] with even K.
-        positions: [T] integers.
+        positions: [B, T] integers, or [1, T] for all rows.
         base: base of the geometric series of frequencies, 10,000 in the paper.
         size: number of channels that are rotated, the first ones of each head, in place of all K. Default: K.
     """
     if size is not None and size < x.shape[-1]:
         return jnp.concatenate([rotate(x[..., :size], positions, base), x[..., size:]], axis=-1)
     half, wide = x.shape[-1] // 2, _wide(x.dtype)
-    angles = positions.astype(wide)[:, None] * base ** (-jnp.arange(half, dtype=wide) / half)[None]
-    cosine, sine = jnp.cos(angles)[None, :, None], jnp.sin(angles)[None, :, None]
+    angles = positions.astype(wide)[..., None] * base ** (-jnp.arange(half, dtype=wide) / half)[None, None]
+    cosine, sine = jnp.cos(angles)[:, :, None], jnp.sin(angles)[:, :, None]
     a, b = jnp.split(x.astype(wide), 2, axis=-1)
     return jnp.concatenate([a * cosine - b * sine, a * sine + b * cosine], axis=-1).astype(x.dtype)
 
@@ -64,7 +64,22 @@ def attend(
     """
     last = (k.shape[1] - q.shape[1] if first_query is None else first_query) + jnp.arange(q.shape[1], dtype=jnp.int32)
     columns = jnp.arange(k.shape[1], dtype=jnp.int32) if key_positions is None else key_positions
-    return _attend((q, k, v), first, last, columns, chunk_size or _CHUNK)
+    return _attend((q, k.swapaxes(1, 2), v.swapaxes(1, 2)), first, last, columns, chunk_size or _CHUNK)
+
+
+def attend_cache(
+    q: Float[Array, "B T H K"],
+    k: Float[Array, "B Hk S K"],
+    v: Float[Array, "B Hk S V"],
+    first: Int[Array, "B T"],
+    *,
+    first_query: Int[Array, ""] | int,
+    key_positions: Int[Array, " S"],
+    chunk_size: int | None = None,
+) -> Float[Array, "B T H V"]:
+    """Return `attend` for keys and values with heads before tokens, as caches hold them: a step reads them in order."""
+    last = first_query + jnp.arange(q.shape[1], dtype=jnp.int32)
+    return _attend((q, k, v), first, last, key_positions, chunk_size or _CHUNK)
 
 
 @functools.partial(jax.jit, static_argnums=4)
@@ -108,13 +123,13 @@ def _by_chunks(attend: Callable[..., jax.Array], heads: Any, seen: Any, size: in
 def _attend_chunk(
     q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, columns: jax.Array
 ) -> jax.Array:
-    (batch, rows, heads, size), key_heads = q.shape, k.shape[2]
+    (batch, rows, heads, size), key_heads = q.shape, k.shape[1]
     wide = _wide(q.dtype)
     groups = q.reshape(batch, rows, key_heads, heads // key_heads, size)
-    scores = jnp.einsum("bthgk,bshk->bhgts", groups, k, preferred_element_type=wide) * size**-0.5
+    scores = jnp.einsum("bthgk,bhsk->bhgts", groups, k, preferred_element_type=wide) * size**-0.5
     visible = _visible(columns, first, last)
     weights = jax.nn.softmax(jnp.where(visible[:, None, None], scores, -jnp.inf), axis=-1)
-    out = jnp.einsum("bhgts,bshv->bthgv", weights.astype(v.dtype), v, preferred_element_type=wide)
+    out = jnp.einsum("bhgts,bhsv->bthgv", weights.astype(v.dtype), v, preferred_element_type=wide)
     return out.reshape(batch, rows, heads, v.shape[-1]).astype(v.dtype)
 
 
@@ -123,7 +138,7 @@ def _attend_query(
     q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, columns: jax.Array
 ) -> jax.Array:
     """Return `_attend_chunk` of one query, with zeros for the keys and values that it does not see."""
-    visible = jnp.any(_visible(columns, first, last), axis=1)[..., None, None]
+    visible = jnp.any(_visible(columns, first, last), axis=1)[:, None, :, None]
     k, v = (jnp.where(visible, x, jnp.zeros_like(x)) for x in (k, v))
     return _attend_chunk(q, k, v, first, last, columns)
 
@@ -139,15 +154,15 @@ def attend_cudnn(q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array | No
     """Return `attend` of queries with as many keys by cuDNN, which needs an NVIDIA GPU; None for `first` means 0."""
 
     def cudnn(heads: Any, seen: Any) -> jax.Array:
-        q, k, v = heads
+        q, k, v = heads[0], heads[1].swapaxes(1, 2), heads[2].swapaxes(1, 2)
         mask = None
         if first is not None:
-            mask = (jnp.arange(k.shape[1], dtype=jnp.int32)[None, None] >= seen[0][..., None])[:, None]
+            mask = (seen[2][None, None] >= seen[0][..., None])[:, None]
         return jax.nn.dot_product_attention(q, k, v, mask=mask, is_causal=True, implementation="cudnn")
 
     last = jnp.arange(q.shape[1], dtype=jnp.int32)
     seen = (jnp.zeros(q.shape[:2], jnp.int32) if first is None else first, last, last)
-    return contained(cudnn, _by_queries, (q, k, v), seen)
+    return contained(cudnn, _by_queries, (q, k.swapaxes(1, 2), v.swapaxes(1, 2)), seen)
 
 
 def _wide(dtype: jnp.dtype) -> jnp.dtype:

@@ -70,12 +70,13 @@ def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
     columns = ("mesh.context × mesh.tensor", sizes["context"] * sizes["tensor"])
     width = ("mesh.fsdp × mesh.tensor", sizes["fsdp"] * sizes["tensor"])
     tensor = ("mesh.tensor", sizes["tensor"])
+    fsdp = ("mesh.fsdp", sizes["fsdp"])
     wanted = [
         ("batch_size / accumulate", config.batch_size // config.accumulate, rows),
         ("validation.batch_size", config.validation.batch_size, rows),
         ("sequence_length", config.sequence_length, columns),
         ("validation.sequence_length", config.validation.sequence_length, columns),
-        *_sizes_of_the_model(config, width, tensor),
+        *_sizes_of_the_model(config, width, tensor, fsdp),
     ]
     for key, value, (name, size) in wanted:
         if value % size:
@@ -96,7 +97,7 @@ def check_divisible(config: ConfigDict, sizes: Mapping[str, int]) -> None:
 
 
 def _sizes_of_the_model(
-    config: ConfigDict, width: tuple[str, int], tensor: tuple[str, int]
+    config: ConfigDict, width: tuple[str, int], tensor: tuple[str, int], fsdp: tuple[str, int]
 ) -> list[tuple[str, int, tuple[str, int]]]:
     """Return (key, size, (mesh axes, their size)) of what the mesh divides in the model."""
     model = config.model
@@ -105,9 +106,11 @@ def _sizes_of_the_model(
         found = {("the model's width", made.width, width)}
         for block in made.stack:
             found.add(("the model's heads", block.mixer.heads, tensor))
+            found.add(("the rank of the model's queries", getattr(block.mixer, "query_rank", None) or 0, fsdp))
             found.add(("the model's key heads", getattr(block.mixer, "num_key_heads", block.mixer.heads), tensor))
             if isinstance(block.mlp, MixtureConfig):
                 found.add(("the model's experts", block.mlp.experts, tensor))
+                found.add(("the model's shared experts", block.mlp.shared_hidden, tensor))
             else:
                 found.add(("the model's MLPs", block.mlp.hidden, tensor))
         return sorted(found)

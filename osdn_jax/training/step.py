@@ -80,8 +80,8 @@ def make_train_step(
         step(state, batch) -> (state, metrics), which donates the old state. The batch is as in
         `nn.likelihood_sums`. Metrics are scalars: loss (nats per target token), gradient_norm (before clipping),
         update_norm (also of a skipped update) and parameter_norm in float32; skipped_steps and skipped_in_a_row in
-        int32; with config.balance also balance, 1 if all experts have equal shares. When it is
-        traced, the step raises ValueError for a batch whose rows config.accumulate does not divide.
+        int32; with config.balance also balance, 1 if all experts have equal shares. When it is traced, the step
+        raises ValueError for a batch whose rows config.accumulate does not divide.
 
     Example:
         >>> import jax

@@ -58,9 +58,9 @@ def test_kept_states_share_one_attention_cache():
     assert sorted(recurrent.kept) == [0, 8, 16, 24, 32]
     sizes = {token: sum(x.size for x in jax.tree.leaves(blocks)) for token, blocks in hybrid.kept.items()}
     assert len(set(sizes.values())) == 1
-    caches = [x for x in jax.tree.leaves(hybrid.last) if x.ndim == 4 and x.shape[1] >= len(PROMPT)]
+    caches = [x for x in jax.tree.leaves(hybrid.last) if x.ndim == 4 and x.shape[2] >= len(PROMPT)]
     assert len(caches) == 2  # keys and values, at the end alone
-    assert all(x.shape[1] < len(PROMPT) for x in jax.tree.leaves(hybrid.kept) if x.ndim == 4)
+    assert all(x.shape[2] < len(PROMPT) for x in jax.tree.leaves(hybrid.kept) if x.ndim == 4)
 
 
 def test_a_saved_state_continues_the_same(tmp_path):
@@ -176,15 +176,15 @@ def test_places_of_a_prompt_that_are_none_are_refused():
 )
 def test_caches_of_another_size_hold_the_last_tokens(before, after, position):
     def holding(slots):
-        x = np.zeros((1, slots, 1, 1), np.float32)
+        x = np.zeros((1, 1, slots, 1), np.float32)
         for token in range(max(0, position - min(before, slots)), position):
-            x[0, token % slots] = token + 1
+            x[0, 0, token % slots] = token + 1
         return x
 
     def state(x):
         return (AttentionState(jnp.asarray(x), jnp.asarray(-x), jnp.int32(position), jnp.zeros(1, jnp.int32)),)
 
-    [got] = fit_caches(state(holding(before)), state(np.zeros((1, after, 1, 1), np.float32)))
+    [got] = fit_caches(state(holding(before)), state(np.zeros((1, 1, after, 1), np.float32)))
     np.testing.assert_array_equal(got.keys, holding(after))
     np.testing.assert_array_equal(got.values, -holding(after))
 
@@ -193,9 +193,9 @@ def test_attention_caches_have_the_size_of_the_request():
     """Also more than the configuration's max_length, which limits models given as (apply, parameters) alone."""
     model = language_model("attention")
     state = generator("attention").prefill(prompts(20))
-    assert {x.shape[1] for x in jax.tree.leaves(state.blocks) if x.ndim == 4} == {24}
+    assert {x.shape[2] for x in jax.tree.leaves(state.blocks) if x.ndim == 4} == {24}
     pair = Generator(split_model(model), piece=16).prefill(prompts(20))
-    assert {x.shape[1] for x in jax.tree.leaves(pair.blocks) if x.ndim == 4} == {2048}
+    assert {x.shape[2] for x in jax.tree.leaves(pair.blocks) if x.ndim == 4} == {2048}
 
 
 # The largest error of the logits after 48 tokens, relative to their norm; benchmarks/results/generation-bfloat16.md has

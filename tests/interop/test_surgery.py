@@ -23,6 +23,7 @@ from osdn_jax.nn import (
     GramConfig,
     HypergradientConfig,
     LatentAttentionConfig,
+    MixerConfig,
     MixtureConfig,
     MLPConfig,
     ModelConfig,
@@ -385,3 +386,7 @@ def test_golden_models(name):
         with jax.default_matmul_precision("highest"):
             got, want = (interop.logits(m, ids) for m in (changed, model))
         np.testing.assert_allclose(got, want, rtol=0, atol=1e-6)
+    delta = [block.mixer for block in model.config.stack if isinstance(block.mixer, MixerConfig)]
+    if all(mixer.decay == "scalar" for mixer in delta):
+        got = interop.logits(surgery.replace_rule(model, decay="channel"), ids)
+        np.testing.assert_allclose(got, interop.logits(model, ids), rtol=0, atol=1e-6)

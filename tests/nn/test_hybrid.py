@@ -117,6 +117,15 @@ def test_rows_restart():
     assert relative_error(got[1], continued[1, 9:]) < 1e-5
     with pytest.raises(ValueError, match="states: got 2 of them, expected a tuple of 6"):
         model.restart(states[:2], jnp.asarray([True, False]))
+    with pytest.raises(ValueError, match=r"rows: got shape \(1,\), expected \(2,\)"):
+        model.restart(states, jnp.asarray([True]))
+
+
+@pytest.mark.usefixtures("our_checks")
+def test_rows_that_restart_are_booleans():
+    model = CausalLM(STACK, rngs=nnx.Rngs(0))
+    with pytest.raises(TypeError, match="rows: got int32, expected booleans"):
+        model.restart(model.start_states(B), jnp.zeros(B, jnp.int32))
 
 
 def test_start_states_continue_like_none():
@@ -168,8 +177,8 @@ def test_another_configuration_with_the_same_parameters():
     other = model.with_config(dataclasses.replace(STACK, blocks=longer))
     assert other.origin == "a folder"
     np.testing.assert_array_equal(other(tokens())[0], model(tokens())[0])
-    assert other.start_states(1)[3].keys.shape[1] == 99
-    assert other.start_states(1)[2].keys.shape[1] == 7  # the window
+    assert other.start_states(1)[3].keys.shape[2] == 99
+    assert other.start_states(1)[2].keys.shape[2] == 7  # the window
     with pytest.raises(ValueError, match=r"config: got one whose model has .* \(2 parameters differ\)"):
         model.with_config(dataclasses.replace(STACK, vocab_size=V + 1))
 

@@ -141,7 +141,9 @@ def _attention_rows(mixer: AttentionConfig, keys: str, path: str) -> list[Row]:
 
 
 def express(config: ModelConfig) -> dict[str, Any]:
-    """Return config.json of a model."""
+    """Return config.json of a model. Raises ValueError for layers of one kind only, which Transformers refuses."""
+    if len(set(layer_types(config))) < 2:
+        raise ValueError("layout: 'olmo_hybrid' needs layers of both kinds, a delta rule and attention")
     delta, attention = mixers_of(config, AttentionConfig)
     return {
         "model_type": "olmo_hybrid",
