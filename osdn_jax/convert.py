@@ -45,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
         "--dtype",
         choices=_DTYPES,
         metavar="TYPE",
-        help=f"of all tensors: {', '.join(_DTYPES)} (default: those of SOURCE or of the folder that a run started from)",
+        help=f"of all tensors: {', '.join(_DTYPES)} (default: those of SOURCE, or of the folder a run started from)",
     )
     add("--overwrite", action="store_true", help="replace the model in a folder that is not empty")
     add("--ignore_remote_code", action="store_true", help=IGNORE_REMOTE_CODE)

@@ -7,11 +7,12 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from osdn_jax import interop
 from osdn_jax.interop.families import family_of
 from osdn_jax.interop.saving import differences
-from osdn_jax.nn import MESH_AXES, split_model
+from osdn_jax.nn import MESH_AXES, CausalLM, ModelConfig, mixer_config, split_model
 from support import pretrained
 
 FAMILIES = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "olmo_hybrid", "kimi_linear")
@@ -169,6 +170,14 @@ def test_another_model_of_the_same_kind_gets_the_layout_by_name(family, tmp_path
     np.testing.assert_array_equal(
         interop.logits(interop.load_pretrained(tmp_path / "own"), IDS), interop.logits(model, IDS)
     )
+
+
+def test_a_layout_needs_the_kinds_of_layers_of_its_library(tmp_path):
+    mixer = mixer_config("gated_delta_net", width=16, heads=2, key_dim=4, value_dim=8)
+    model = CausalLM(ModelConfig(vocab_size=32, layers=2, mixer=mixer, mlp_dim=16), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="'olmo_hybrid' needs layers of both kinds"):
+        interop.save_pretrained(model, tmp_path / "m", layout="olmo_hybrid")
+    assert not (tmp_path / "m").exists()
 
 
 def test_the_text_of_a_model_with_vision(tmp_path):
