@@ -19,7 +19,6 @@ from osdn_jax import command
 if __name__ == "__main__":
     command.start()
 
-from osdn_jax._optional import require
 from osdn_jax.generation import Chunk, GenerationState, Generator, PromptCache
 from osdn_jax.training import CheckpointError, CheckpointMismatchError
 from osdn_jax.training.command_line import fail
@@ -120,20 +119,10 @@ def _folder(path: Path, *, text: bool, state_dtype: str | None = None, ignore_re
     if text:
         found = interop.tokenizer(path)
         tokenizer = found.tokenizer
-        options = {"start_tokens": _start_tokens(path, tokenizer), "stop_tokens": found.eos_ids}
+        options = {"start_tokens": found.start_tokens, "stop_tokens": found.eos_ids}
     model = interop.load_pretrained(path, ignore_remote_code=ignore_remote_code)
     generator = Generator(model, tokenizer, state_dtype=state_dtype, token_by_token=_TOKEN_BY_TOKEN, **options)
     return _Source(generator, {}, None)
-
-
-def _start_tokens(path: Path, tokenizer: Any) -> list[int]:
-    """Return the tokens that the folder's tokenizer puts before a text."""
-    file = path / "tokenizer.json"
-    if file.is_file():
-        library = require("tokenizers", "tokenizers", "a tokenizer.json").Tokenizer.from_file(str(file))
-        ids, bare = (library.encode("a", add_special_tokens=special).ids for special in (True, False))
-        return next((ids[:i] for i in range(len(ids)) if ids[i : i + len(bare)] == bare), [])
-    return [tokenizer.bos_id]  # as a SentencePiece model usually does
 
 
 class _Output:
@@ -204,7 +193,9 @@ def _parser() -> command.Parser:
     )
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument(
-        "--prompt", action="append", help="text to continue; several make a batch (default: the start of a document)"
+        "--prompt",
+        action="append",
+        help="text to continue; several make a batch (default: the start of a document, if the tokenizer has one)",
     )
     prompts.add_argument("--prompts", help="file with one prompt in each line")
     prompts.add_argument(

@@ -1,8 +1,11 @@
 """Strict JAX, eight CPU devices, and checks of shapes at run time, set before anything imports the package."""
 
 import atexit
+import ctypes
+import gc
 import math
 import os
+import sys
 import tempfile
 from pathlib import Path
 
@@ -54,6 +57,21 @@ def pytest_xdist_auto_num_workers(config):
         cores = min(cores, math.ceil(int(limit[0]) / int(limit[1])))
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return max(1, min(cores, round(memory / 3e9)))
+
+
+_MOST_MEMORY = 3e9  # bytes of a process before it drops its compiled programs, which the directory keeps
+
+
+@pytest.fixture(scope="module", autouse=True)
+def bounded_memory():
+    """Drop compiled programs after a module that leaves a process with much memory; thousands of them take 20 GB."""
+    yield
+    pages = Path("/proc/self/statm")
+    if pages.is_file() and int(pages.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") > _MOST_MEMORY:
+        jax.clear_caches()
+        gc.collect()
+        if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+            libc.malloc_trim(0)  # glibc keeps freed memory otherwise
 
 
 @pytest.fixture(scope="module")

@@ -11,6 +11,8 @@ from jaxtyping import Int
 
 def number(name: str, value: Any) -> float:
     """Return a number as a float, infinite if it is too large for one. Raises TypeError for anything else."""
+    if isinstance(value, str | bytes | bool):
+        raise TypeError(f"{name}: got {value!r}, expected a number")
     try:
         return float(value)
     except OverflowError:
@@ -21,6 +23,8 @@ def number(name: str, value: Any) -> float:
 
 def integer(name: str, value: SupportsIndex) -> int:
     """Return an integer as an int. Raises TypeError for anything else."""
+    if isinstance(value, bool):
+        raise TypeError(f"{name}: got {value!r}, expected an integer")
     try:
         return operator.index(value)
     except TypeError as error:

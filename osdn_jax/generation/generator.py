@@ -102,10 +102,10 @@ class Generator:
         self.tokenizer = tokenizer
         self.model = Model(model, arguments.state_dtype(state_dtype), self.piece, token_by_token)
         known = () if tokenizer is None else (tokenizer.bos_id,)
-        self._start, self.stop_tokens = (
-            arguments.token_set(name, known if given is None else given, self.vocabulary)
-            for name, given in (("start_tokens", start_tokens), ("stop_tokens", stop_tokens))
-        )
+        start = known if start_tokens is None else start_tokens  # in their order
+        self._start = arguments.tokens("start_tokens", list(start), self.vocabulary, empty=True)
+        ends = known if stop_tokens is None else stop_tokens
+        self.stop_tokens = arguments.token_set("stop_tokens", ends, self.vocabulary)
 
     @property
     def vocabulary(self) -> int:

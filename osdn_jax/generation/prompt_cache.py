@@ -19,6 +19,7 @@ class PromptCache:
     larger than the window, are kept with every state.)
 
     Attributes:
+        model: the model that has read it.
         tokens: the prompt, [n].
         keep_every: tokens between two states that are kept.
         kept: {number of tokens read: the blocks' states}, without the attention caches that `last` has.
@@ -41,7 +42,8 @@ class PromptCache:
         self, model: Model, tokens: Int[np.ndarray, " n"], keep_every: int, kept: dict[int, Any], last: Any
     ) -> None:
         """Wrap states that were read or loaded."""
-        self._model, self.tokens, self.keep_every, self.kept, self.last = model, tokens, keep_every, kept, last
+        self.model = model
+        self.tokens, self.keep_every, self.kept, self.last = tokens, keep_every, kept, last
 
     @classmethod
     def read(cls, model: Model, tokens: Int[np.ndarray, " n"], keep_every: int) -> "PromptCache":
@@ -75,10 +77,10 @@ class PromptCache:
         if token < len(self.tokens):
             begin = (token - 1) // self.keep_every * self.keep_every
             blocks = rewound(self.kept[begin], self.last, begin)
-        read, engine = self.tokens[begin : token - 1], self._model.engine(len(self.tokens))
-        blocks = engine.programs.adopt(self._model.parameters, blocks, np.zeros(1, np.int32))
+        read, engine = self.tokens[begin : token - 1], self.model.engine(len(self.tokens))
+        blocks = engine.programs.adopt(self.model.parameters, blocks, np.zeros(1, np.int32))
         if len(read):
-            blocks = engine.read_exactly(self._model.parameters, blocks, read[None])
+            blocks = engine.read_exactly(self.model.parameters, blocks, read[None])
         text = self.tokens[:token]
         return GenerationState(blocks, text[-1:], engine.seen([text], 1), np.asarray([token], np.int32))  # type: ignore[arg-type]  # NumPy arrays
 

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from osdn_jax._files import replacing
+from osdn_jax.generation import arguments
 from osdn_jax.generation.fingerprints import Fingerprint, fingerprint
 from osdn_jax.generation.model import Model
 from osdn_jax.generation.prompt_cache import PromptCache
@@ -31,6 +32,8 @@ def write_state(path: str | os.PathLike[str], state: GenerationState | PromptCac
     from osdn_jax.interop import safetensors
 
     if isinstance(state, PromptCache):
+        if state.model is not model and _fingerprint(state.model) != _fingerprint(model):
+            raise ValueError("state: got the prompt cache of another model, expected one of this model")
         trees = {"last": state.last, **{f"kept/{place}": blocks for place, blocks in state.kept.items()}}
         about: dict[str, Any] = {"tokens": state.tokens.tolist(), "keep_every": state.keep_every, "rows": 1}
     else:
@@ -63,7 +66,7 @@ def read_state(path: str | os.PathLike[str], model: Model) -> GenerationState | 
     try:
         about = json.loads(header.metadata["about"])
         return _state(about, lambda name: header.tensors[name].read(), model)
-    except (KeyError, TypeError, IndexError, json.JSONDecodeError) as error:
+    except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: the state is malformed: {type(error).__name__}: {error}") from error
 
 
@@ -83,7 +86,8 @@ def _state(about: dict[str, Any], tensor: Callable[[str], np.ndarray], model: Mo
     last = blocks("last", template)
     model.check_blocks(last, rows)
     if "keep_every" in about:
-        tokens, every = np.asarray(about["tokens"], np.int32), about["keep_every"]
+        every = arguments.at_least_one("keep_every", about["keep_every"])
+        tokens = arguments.tokens("tokens", about["tokens"], model.vocabulary)
         kept = {}
         for place in range(0, len(tokens), every):
             tree = f"kept/{place}"
@@ -93,6 +97,10 @@ def _state(about: dict[str, Any], tensor: Callable[[str], np.ndarray], model: Mo
     for row, ids in enumerate(about["seen"]):
         seen[row, ids] = True
     token, length = (np.asarray(about[name], np.int32) for name in ("token", "length"))
+    for name, values in (("token", token), ("length", length)):
+        if values.shape != (rows,):
+            raise ValueError(f"{name}: got {values.shape[:1]} values, expected one for each of the {rows} texts")
+    arguments.tokens("token", token, model.vocabulary)
     return GenerationState(last, token, seen, length)  # type: ignore[arg-type]  # NumPy arrays
 
 

@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from osdn_jax._optional import require
 from osdn_jax.interop.folder import existing_folder, read_json
 
 if TYPE_CHECKING:
@@ -21,12 +22,14 @@ class FolderTokenizer(NamedTuple):
         bos_id: id of the token that starts a text; None if the folder names none.
         eos_ids: ids of the tokens that end a text; empty if the folder names none.
         missing: names of what the folder does not say, of "bos_token" and "eos_token".
+        start_tokens: ids that the tokenizer puts before a text, for `generation.Generator`.
     """
 
     tokenizer: "Tokenizer"
     bos_id: int | None
     eos_ids: tuple[int, ...]
     missing: tuple[str, ...]
+    start_tokens: tuple[int, ...]
 
 
 def tokenizer(path: str | os.PathLike[str]) -> FolderTokenizer:
@@ -49,7 +52,17 @@ def tokenizer(path: str | os.PathLike[str]) -> FolderTokenizer:
     loaded = load_tokenizer(folder)
     starts, ends = _ids(folder, "bos"), _ids(folder, "eos")
     missing = tuple(name for name, ids in (("bos_token", starts), ("eos_token", ends)) if not ids)
-    return FolderTokenizer(loaded, starts[0] if starts else None, ends, missing)
+    return FolderTokenizer(loaded, starts[0] if starts else None, ends, missing, _start_tokens(folder, loaded))
+
+
+def _start_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Return the tokens that the folder's tokenizer puts before a text."""
+    file = folder / "tokenizer.json"
+    if not file.is_file():
+        return (tokenizer.bos_id,)  # as a SentencePiece model usually does
+    library = require("tokenizers", "tokenizers", "a tokenizer.json").Tokenizer.from_file(str(file))
+    ids, bare = (library.encode("a", add_special_tokens=special).ids for special in (True, False))
+    return next((tuple(ids[:i]) for i in range(len(ids)) if ids[i : i + len(bare)] == bare), ())
 
 
 def _ids(folder: Path, kind: str) -> tuple[int, ...]:

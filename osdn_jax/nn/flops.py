@@ -72,12 +72,13 @@ def per_token(config: ModelConfig, parameters: Mapping[str, Any], length: int) -
     """
     sizes = {name: math.prod(x.shape) for name, x in parameters.items()}
     kernels = sum(size for name, size in sizes.items() if name.endswith("/kernel") and name.startswith("blocks/"))
-    for block in config.stack:
+    for block, count in config.counted:
         if isinstance(block.mlp, MixtureConfig):
-            kernels += 3 * config.width * block.mlp.active * block.mlp.hidden
-    mixing, chunks = (
-        sum(parts) for parts in zip(*(_mixing(block.mixer, length) for block in config.stack), strict=True)
-    )
+            kernels += count * 3 * config.width * block.mlp.active * block.mlp.hidden
+    mixing = chunks = 0.0
+    for block, count in config.counted:
+        recurrence, added = _mixing(block.mixer, length)
+        mixing, chunks = mixing + count * recurrence, chunks + count * added
     return Flops(
         matrices=2.0 * kernels,
         head=2.0 * sizes["embedding/embedding" if config.tied_embeddings else "head/kernel"],

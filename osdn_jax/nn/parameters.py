@@ -25,7 +25,10 @@ def count_parameters(model: nnx.Module) -> int:
 def parameter_formula(config: ModelConfig) -> int:
     """Return the number of trainable parameters of a `CausalLM`, by closed formula."""
     width = config.width
-    blocks = sum(2 * width + mixer_formula(block.mixer) + mlp_formula(block.mlp, width) for block in config.stack)
+    blocks = sum(
+        count * (2 * width + mixer_formula(block.mixer) + mlp_formula(block.mlp, width))
+        for block, count in config.counted
+    )
     return config.vocab_size * width * (1 if config.tied_embeddings else 2) + blocks + width
 
 

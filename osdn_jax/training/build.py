@@ -140,4 +140,4 @@ def random_state(config: ConfigDict) -> jax.Array:
 def _has_mixture(config: ConfigDict) -> bool:
     if config.model.stack is None:
         return config.model.experts is not None
-    return any(isinstance(block.mlp, MixtureConfig) for block in build_model_config(config).stack)
+    return any(isinstance(block.mlp, MixtureConfig) for block, _ in build_model_config(config).counted)

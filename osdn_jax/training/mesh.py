@@ -104,7 +104,7 @@ def _sizes_of_the_model(
     if model.stack is not None:
         made = build_model_config(config)
         found = {("the model's width", made.width, width)}
-        for block in made.stack:
+        for block, _ in made.counted:
             found.add(("the model's heads", block.mixer.heads, tensor))
             found.add(("the rank of the model's queries", getattr(block.mixer, "query_rank", None) or 0, fsdp))
             found.add(("the model's key heads", getattr(block.mixer, "num_key_heads", block.mixer.heads), tensor))
@@ -134,7 +134,7 @@ def _conv_size(config: ConfigDict) -> int:
     """Return the taps of the longest short convolution; 0 for a model without one."""
     model = config.model
     if model.stack is not None:
-        return max(getattr(block.mixer, "conv_size", 0) for block in build_model_config(config).stack)
+        return max(getattr(block.mixer, "conv_size", 0) for block, _ in build_model_config(config).counted)
     return 0 if model.rule == TRANSFORMER else int(model.conv_size)
 
 

@@ -28,6 +28,7 @@ _ATTENTION = {  # options of attention, and what leaves them unset
     "qk_norm": False,
     "qk_norm_over": "head",
 }
+_MOST_BLOCKS = 100_000  # of a model whose blocks are listed
 _HYBRID = {"attention_norm": "pre", "attention_heads": None, "attention_key_heads": None, "attention_gate": False}
 _MIXTURE = {
     "active_experts": 2,
@@ -117,6 +118,8 @@ def model_name(config: ConfigDict) -> str:
 def _blocks(config: ConfigDict, mixer: MixerConfig | AttentionConfig) -> tuple[BlockConfig, ...]:
     """Return the blocks of a hybrid, or of a model with a mixture of experts."""
     model = config.model
+    if model.layers > _MOST_BLOCKS:
+        raise ValueError(f"model.layers: got {model.layers}, expected at most {_MOST_BLOCKS:,} in a hybrid or mixture")
     every = model.layers + 1 if model.attention_every is None else model.attention_every
     attention = _attention(config) if model.attention_every is not None else mixer
     blocks = []

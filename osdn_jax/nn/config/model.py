@@ -1,5 +1,6 @@
 """The configuration of a language model: a stack of blocks, each with a mixer and an MLP."""
 
+import collections
 import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal, cast
@@ -156,7 +157,7 @@ class ModelConfig:
     @property
     def width(self) -> int:
         """D, the size of the residual stream."""
-        return self.stack[0].mixer.width
+        return self.counted[0][0].mixer.width
 
     @property
     def stack(self) -> tuple[BlockConfig, ...]:
@@ -166,6 +167,13 @@ class ModelConfig:
         return (BlockConfig(cast(Mixer, self.mixer), MLPConfig(cast(int, self.mlp_dim))),) * self.depth
 
     @property
+    def counted(self) -> tuple[tuple[BlockConfig, int], ...]:
+        """The different blocks with their numbers, however many there are."""
+        if self.blocks is not None:
+            return tuple(collections.Counter(self.blocks).items())
+        return ((BlockConfig(cast(Mixer, self.mixer), MLPConfig(cast(int, self.mlp_dim))), self.depth),)
+
+    @property
     def depth(self) -> int:
         """Number of blocks."""
         return cast(int, self.layers)
@@ -173,7 +181,7 @@ class ModelConfig:
     @property
     def is_uniform(self) -> bool:
         """True if all blocks are equal."""
-        return all(block == self.stack[0] for block in self.stack)
+        return len(self.counted) == 1
 
 
 # The configurations that a field of a configuration may hold.
