@@ -118,7 +118,7 @@ def test_rules_are_those_of_the_papers():
 def test_every_rule_but_the_exact_one_has_a_mixer():
     helpers = {"delta_rule", "delta_rule_step", "exact_gram_write_key", "gram_preconditioner"}
     helpers |= {"State", "hypergradient_preconditioner", "hypergradient_preset"}
-    helpers |= {"gram_write_key", "hypergradient_write_key"}
+    helpers |= {"gram_write_key", "hypergradient_write_key", "squares_preconditioner", "squares_write_key"}
     assert set(delta_rules) == set(ops.__all__) - helpers - {"exact_pdn"}
     assert set(RULES) - set(delta_rules) == {"transformer"}
 

@@ -19,6 +19,7 @@ from osdn_jax.training import (
 )
 from osdn_jax.training.initial_state import build_start
 from osdn_jax.training.mesh import Layout, build_mesh
+from osdn_jax.training.starting_point import RunOrigin
 from support.runs import assert_same_run, finished, rows, text, tiny_config, write_text
 
 pytestmark = pytest.mark.slow
@@ -67,7 +68,7 @@ def test_over_a_mesh_it_starts_from_the_same_parameters(tmp_path):
     config = longer(mesh__fsdp=2)
     layout = Layout(build_mesh(config))
     state = build_start(config, layout)[2]
-    origin = loop._Origin.of(finished()[0], build_data(config))
+    origin = RunOrigin.of(finished()[0], build_data(config))
     with Checkpoints(tmp_path) as checkpoints:
         started, step, _ = loop._restored(checkpoints, state, None, tmp_path, origin)
     assert step == 0
