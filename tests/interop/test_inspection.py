@@ -112,7 +112,7 @@ def test_the_tokenizer_of_a_folder(folder):
     found = interop.tokenizer(folder)
     assert (found.bos_id, found.eos_ids, found.missing) == (names[name], (), ("eos_token",))
     change(folder, bos_token_id=1, eos_token_id=[2, 3])
-    assert interop.tokenizer(folder)[1:] == (1, (2, 3), ())
+    assert interop.tokenizer(folder)[1:] == (1, (2, 3), (), ())
     (folder / "generation_config.json").write_text('{"eos_token_id": 4}')
     assert interop.tokenizer(folder)[1:] == (1, (4,), ())
     (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
