@@ -114,7 +114,7 @@ def test_the_tokenizer_of_a_folder(folder):
     change(folder, bos_token_id=1, eos_token_id=[2, 3])
     assert interop.tokenizer(folder)[1:] == (1, (2, 3), (), ())
     (folder / "generation_config.json").write_text('{"eos_token_id": 4}')
-    assert interop.tokenizer(folder)[1:] == (1, (4,), ())
+    assert interop.tokenizer(folder)[1:] == (1, (4,), (), ())
     (folder / "generation_config.json").write_text('{"eos_token_id": "x"}')
     with pytest.raises(ValueError, match="generation_config.json: got eos_token_id 'x'"):
         interop.tokenizer(folder)
