@@ -1,6 +1,5 @@
 """A model with its programs for each size of attention caches, and what is done with its states."""
 
-import dataclasses
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -75,7 +74,7 @@ class Model:
 
     def _with_caches(self, size: int) -> Functions:
         model: Any = self._model
-        return of_language_model(split_model(model.with_config(with_max_length(model.config, size)))[0])
+        return of_language_model(split_model(model.with_config(model.config.with_max_length(size)))[0])
 
     def run(self, batch: Batch, state: GenerationState | None) -> Run:
         """Return the continuation of a batch, of which nothing is computed yet but the prompts.
@@ -176,18 +175,6 @@ class Model:
                     f"state: got {_described(got.get(name))} at {name}, expected {_described(wanted.get(name))}: it is "
                     "the state of another model"
                 )
-
-
-def with_max_length(config: ModelConfig, size: int) -> ModelConfig:
-    """Return a model's configuration with attention caches of another size."""
-
-    def sized(mixer: Any) -> Any:
-        return dataclasses.replace(mixer, max_length=size) if hasattr(mixer, "max_length") else mixer
-
-    if config.blocks is None:
-        return dataclasses.replace(config, mixer=sized(config.mixer))
-    blocks = tuple(dataclasses.replace(block, mixer=sized(block.mixer)) for block in config.blocks)
-    return dataclasses.replace(config, blocks=blocks)
 
 
 def _shapes(blocks: Any) -> dict[str, tuple[Any, ...]]:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Int
 
+from osdn_jax.nn.cache import slot_positions
 from osdn_jax.ops import State
 
 
@@ -123,10 +124,10 @@ def fit_caches(blocks: Any, shapes: Any) -> Any:
 
 def _in_slots(x: Array, position: Int[Array, ""], size: int) -> Array:
     """Return a cache [..., S, C] in which position p is in slot p modulo S, in `size` slots."""
-    before, slot = x.shape[-2], jnp.arange(size, dtype=jnp.int32)
+    before = x.shape[-2]
     if size == before:
         return x
-    held = position - 1 - (position - 1 - slot) % size  # the last position before `position` with this slot
+    held = slot_positions(size, position)
     known = (held >= 0) & (held >= position - before)
     rows = jnp.take(x, jnp.where(known, held % before, 0), axis=-2)
     return jnp.where(known.reshape(*[1] * (x.ndim - 2), -1, 1), rows, jnp.zeros_like(rows))

@@ -22,7 +22,7 @@ from osdn_jax.interop.mapping import Shape
 from osdn_jax.interop.origin import Origin
 from osdn_jax.interop.plan import Plan, Source, grouped, match, summary
 from osdn_jax.interop.safetensors import DTYPES
-from osdn_jax.nn import MESH_AXES, CausalLM, MixerConfig, ModelConfig, parameter_spec, split_model
+from osdn_jax.nn import MESH_AXES, CausalLM, ModelConfig, parameter_spec, split_model
 
 MAX_LENGTH = 2048
 """Tokens that the caches of attention hold by default, if the model's own limit is not lower."""
@@ -172,7 +172,7 @@ def open_folder(
     family = family_of(folder.config)
     config = describe(family, folder.config)
     if max_length is not None or family is not own.FAMILY:  # our own configurations have it
-        config = with_max_length(config, max_length or _own_length(folder.config))
+        config = config.with_max_length(max_length or _own_length(folder.config))
     shapes = parameter_shapes(config)
     found = {name: tensor.shape for name, tensor in folder.tensors.items()}
     rows = family.rows(config, folder.config, found.keys())
@@ -183,18 +183,6 @@ def parameter_shapes(config: ModelConfig) -> dict[str, Shape]:
     """Return {path: shape} of the parameters of a configuration's model."""
     _, shapes = split_model(nnx.eval_shape(lambda: CausalLM(config, rngs=nnx.Rngs(0))))
     return {name: x.shape for name, x in shapes.items()}
-
-
-def with_max_length(config: ModelConfig, max_length: int) -> ModelConfig:
-    """Return the configuration with caches of attention for this number of tokens."""
-
-    def changed(mixer: Any) -> Any:
-        return mixer if isinstance(mixer, MixerConfig) else dataclasses.replace(mixer, max_length=max_length)
-
-    if config.blocks is None:
-        return dataclasses.replace(config, mixer=changed(config.mixer))
-    blocks = tuple(dataclasses.replace(block, mixer=changed(block.mixer)) for block in config.blocks)
-    return dataclasses.replace(config, blocks=blocks)
 
 
 def read_parameters(folder: Folder, source: Source) -> tuple[dict[str, np.ndarray], list[str]]:

@@ -19,7 +19,7 @@ from osdn_jax.interop.comparison import normal_mixer
 from osdn_jax.interop.families import FAMILIES, own
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
-from osdn_jax.interop.loading import checked_dtype, parameter_shapes, with_max_length
+from osdn_jax.interop.loading import checked_dtype, parameter_shapes
 from osdn_jax.interop.mapping import Shape
 from osdn_jax.interop.origin import Origin
 from osdn_jax.interop.plan import Source, match
@@ -178,7 +178,7 @@ def differences(a: ModelConfig, b: ModelConfig) -> list[str]:
 
 def _normal(config: ModelConfig) -> ModelConfig:
     """Return a configuration as blocks, with one value for the fields that change no logits."""
-    config = with_max_length(config, 1)
+    config = config.with_max_length(1)
     return ModelConfig(
         config.vocab_size,
         blocks=tuple(dataclasses.replace(block, mixer=normal_mixer(block.mixer)) for block in config.stack),

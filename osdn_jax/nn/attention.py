@@ -136,32 +136,24 @@ class SoftmaxAttention(nnx.Module):
         if self.query_norm is not None and self.key_norm is not None:
             q, k = self.query_norm(q), self.key_norm(k)
 
-        if state is None:
-            position, start = jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32)
-        else:
+        before = None
+        if state is not None:
             slots = (heads, config.cache_length)
             keys_and_values = {"keys": (state.keys, config.key_dim), "values": (state.values, config.value_dim)}
             cache.check_arrays(batch, {name: (x, (*slots, size)) for name, (x, size) in keys_and_values.items()})
             cache.check_arrays(batch, {"start": (state.start, ())})
-            position, start = state.position, state.start
-        total, offset = length, jnp.zeros((), jnp.int32)
-        if context_axis is not None:
-            total, offset = length * jax.lax.axis_size(context_axis), length * jax.lax.axis_index(context_axis)
-            if segment_ids is not None:
-                segment_ids = jax.lax.all_gather(segment_ids, context_axis, axis=1, tiled=True)
-        positions = position + offset + jnp.arange(length, dtype=jnp.int32)
-        of_keys = position + jnp.arange(total, dtype=jnp.int32)
-        all_starts = cache.segment_starts(of_keys, start, segment_ids)
-        starts = jax.lax.dynamic_slice_in_dim(all_starts, offset, length, axis=1)
+            before = state.position, state.start
+        places = cache.places(before, (batch, length), segment_ids, context_axis)
+        position, first, own, of_keys, starts, following = places
         if config.rotary_base is not None:
             # From the start of the segment: the angles, and their rounding, do not depend on what lies before it.
-            within = positions[None] - starts
+            within = own[None] - starts
             q, k = (rotate(y, within, config.rotary_base, config.rotary_dim) for y in (q, k))
         if context_axis is not None:
             k, v = (jax.lax.all_gather(y, context_axis, axis=1, tiled=True) for y in (k, v))
         window = config.window if state is None else config.cache_length
         if window is not None:
-            starts = jnp.maximum(starts, positions[None] - (window - 1))
+            starts = jnp.maximum(starts, own[None] - (window - 1))
 
         after, keys, values = self._extended(state, k, v)
         if state is not None:
@@ -171,13 +163,12 @@ class SoftmaxAttention(nnx.Module):
             out = attend_cudnn(q, k, v, None if segment_ids is None else starts)
         else:
             options: dict[str, Any] = {"key_positions": of_keys, "chunk_size": config.chunk_size}
-            out = attend_cache(q, keys, values, starts, first_query=position + offset, **options)
+            out = attend_cache(q, keys, values, starts, first_query=first, **options)
 
         out = out.reshape(batch, length, config.heads * config.value_dim)
         if self.gate is not None:
             out = out * jax.nn.sigmoid(self.gate(x))
-        start = jnp.concatenate([start[:, None], all_starts], axis=1)[:, -1]
-        return self.output(out), AttentionState(*after, position + total, start)
+        return self.output(out), AttentionState(*after, *following)
 
     def _extended(
         self, state: AttentionState | None, k: jax.Array, v: jax.Array

@@ -120,26 +120,20 @@ class LatentAttention(nnx.Module):
         latents, shared = jnp.split(self.down(x), [config.rank], axis=-1)
         latents = jnp.concatenate([self.norm(latents), shared], axis=-1)
 
-        position, start = jnp.zeros((), jnp.int32), jnp.zeros(batch, jnp.int32)
+        before = None
         if state is not None:
             shape = (slots, config.rank + config.shared_key_dim)
             cache.check_arrays(batch, {"latents": (state.latents, shape), "start": (state.start, ())})
-            position, start = state.position, state.start
-        total, offset = length, jnp.zeros((), jnp.int32)
+            before = state.position, state.start
+        places = cache.places(before, (batch, length), segment_ids, context_axis)
+        position, first, own, of_keys, starts, following = places
         if context_axis is not None:
-            total, offset = length * jax.lax.axis_size(context_axis), length * jax.lax.axis_index(context_axis)
             latents = jax.lax.all_gather(latents, context_axis, axis=1, tiled=True)
-            if segment_ids is not None:
-                segment_ids = jax.lax.all_gather(segment_ids, context_axis, axis=1, tiled=True)
-        of_keys = position + jnp.arange(total, dtype=jnp.int32)
-        all_starts = cache.segment_starts(of_keys, start, segment_ids)
-        starts = jax.lax.dynamic_slice_in_dim(all_starts, offset, length, axis=1)
 
         if state is None:
             after = cache.first_cache(latents, slots)
         else:
             after = cache.append(state.latents, latents, position)
-            own = position + offset + jnp.arange(length, dtype=jnp.int32)
             starts = jnp.maximum(starts, own[None] - (slots - 1))
             of_slots = cache.slot_positions(slots, position + 1 if length == 1 else position)
             if length == 1:  # the cache holds all that the token sees
@@ -147,12 +141,11 @@ class LatentAttention(nnx.Module):
             else:
                 latents = jnp.concatenate([state.latents.astype(x.dtype), latents], axis=1)
                 of_keys = jnp.concatenate([of_slots, of_keys])
-        seen = (starts, position + offset, of_keys)
+        seen = (starts, first, of_keys)
         absorbed = state is not None and length <= _ABSORBED
         out = self._absorbed(q, latents, *seen) if absorbed else self._expanded(q, latents, *seen)
-        start = jnp.concatenate([start[:, None], all_starts], axis=1)[:, -1]
         out = self.output(out.reshape(batch, length, config.heads * config.value_dim))
-        return out, LatentState(after, position + total, start)
+        return out, LatentState(after, *following)
 
     def _queries(self, x: jax.Array) -> jax.Array:
         lead = x.shape[:2]

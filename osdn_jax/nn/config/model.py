@@ -116,6 +116,24 @@ class ModelConfig:
         if not 0.0 <= checks.number("dropout", self.dropout) < 1.0:
             raise ValueError(f"dropout: got {self.dropout}, expected a rate from 0 to below 1")
 
+    def with_max_length(self, max_length: int) -> "ModelConfig":
+        """Return the configuration with caches of attention for this number of tokens.
+
+        Args:
+            max_length: tokens that a state of every attention holds.
+
+        Raises:
+            ValueError: max_length is below 1.
+        """
+
+        def sized(mixer: Mixer) -> Mixer:
+            return mixer if isinstance(mixer, MixerConfig) else dataclasses.replace(mixer, max_length=max_length)
+
+        if self.blocks is None:
+            return dataclasses.replace(self, mixer=sized(cast(Mixer, self.mixer)))
+        blocks = tuple(dataclasses.replace(block, mixer=sized(block.mixer)) for block in self.blocks)
+        return dataclasses.replace(self, blocks=blocks)
+
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> "ModelConfig":
         """Return the configuration that `dataclasses.asdict` wrote, also after JSON made lists of tuples.
