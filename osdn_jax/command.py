@@ -8,7 +8,7 @@ import os
 import re
 import signal
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -48,6 +48,48 @@ def output_file(flag: str, value: str, *, replaced: bool = False) -> Path:
     if not os.access(path if path.exists() else path.parent, os.W_OK):
         raise ValueError(f"--{flag}: got {value!r}, which may not be written")
     return path
+
+
+def input_file(flag: str, value: str) -> Path:
+    """Return the path of a file that can be read.
+
+    Args:
+        flag: the flag's name, without dashes, for the error.
+        value: the flag's value; "~" is expanded.
+
+    Raises:
+        ValueError: `value` does not exist, is a folder, or may not be read. The message names the flag.
+    """
+    path = Path(os.path.expanduser(value))
+    if not path.exists():
+        raise ValueError(f"--{flag}: got {value!r}, which does not exist")
+    if path.is_dir():
+        raise ValueError(f"--{flag}: got {value!r}, which is a folder, expected a file")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"--{flag}: got {value!r}, which may not be read")
+    return path
+
+
+def naming_flags(message: str, flags: Mapping[str, str]) -> str:
+    """Return a function's error message with what a user types in place of the function's arguments.
+
+    Args:
+        message: the message. An argument stands before its first colon, or with a value, as in name=True.
+        flags: {argument: the flag with its dashes, or the name of a positional argument}.
+
+    Example:
+        >>> naming_flags("max_tokens: got -1, expected at least 0", {"max_tokens": "--tokens"})
+        '--tokens: got -1, expected at least 0'
+        >>> naming_flags("path: 'a' is not empty; overwrite=True replaces it", {"overwrite": "--overwrite"})
+        "path: 'a' is not empty; --overwrite replaces it"
+        >>> naming_flags("expected another name, or layout='kda'", {"layout": "--layout"})
+        "expected another name, or --layout 'kda'"
+    """
+    for argument, flag in flags.items():
+        message = re.sub(rf"^{argument}(?=(\[\d+\])?: )", flag, message)
+        message = re.sub(rf"\b{argument}=True\b", flag, message)
+        message = re.sub(rf"\b{argument}=(?=['\d])", f"{flag} ", message)
+    return message
 
 
 def local_directory(text: str) -> Path:

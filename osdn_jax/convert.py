@@ -6,8 +6,10 @@ rule was not changed. DESTINATION is a new folder, which `osdn_jax.interop.load_
 another library, that library reads it too.
 """
 
+import contextlib
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from osdn_jax import command
@@ -26,6 +28,7 @@ from osdn_jax.training.trained import load_trained
 from osdn_jax.training.workdir import CHECKPOINT_FOLDER
 
 _PROGRAM = "python -m osdn_jax.convert"
+_FLAGS = {name: f"--{name}" for name in ("layout", "dtype", "overwrite", "ignore_remote_code")}
 _DTYPES = ("float32", "bfloat16")
 
 
@@ -50,14 +53,15 @@ def main(argv: list[str] | None = None) -> None:
     add("--overwrite", action="store_true", help="replace the model in a folder that is not empty")
     add("--ignore_remote_code", action="store_true", help=IGNORE_REMOTE_CODE)
     given = parser.parse_args(argv)
-    try:
+    with _refusing(path="SOURCE"):
         source = command.local_directory(given.source)
-        destination = command.local_directory(given.destination)
         tokenizer = None
         if (source / CHECKPOINT_FOLDER).is_dir():
             model, tokenizer = _trained(source)
         else:
             model = interop.load_pretrained(source, ignore_remote_code=given.ignore_remote_code)
+    with _refusing(path="DESTINATION"):
+        destination = command.local_directory(given.destination)
         options = {"layout": given.layout, "dtype": given.dtype, "overwrite": given.overwrite}
         layout = interop.save_pretrained(model, destination, **options)
         if tokenizer is not None:
@@ -65,9 +69,16 @@ def main(argv: list[str] | None = None) -> None:
             settings = tokenizer.with_name("tokenizer_config.json")
             if settings.is_file():
                 shutil.copyfile(settings, destination / settings.name)
-    except (ValueError, TypeError, OSError, ImportError, CheckpointError, CheckpointMismatchError) as error:
-        fail(error)
     print(f"{destination}: {layout}", file=sys.stdout, flush=True)
+
+
+@contextlib.contextmanager
+def _refusing(**names: str) -> Iterator[None]:
+    """End the command with one line if what is done inside fails; the line has these names for arguments."""
+    try:
+        yield
+    except (ValueError, TypeError, OSError, ImportError, CheckpointError, CheckpointMismatchError) as error:
+        fail(ValueError(command.naming_flags(str(error), _FLAGS | names)))
 
 
 def _layouts() -> str:

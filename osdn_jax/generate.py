@@ -12,14 +12,14 @@ import sys
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 from osdn_jax import command
 
 if __name__ == "__main__":
     command.start()
 
-from osdn_jax.generation import Chunk, GenerationState, Generator, PromptCache
+from osdn_jax.generation import Chunk, GenerationState, Generator, PromptCache, flags
 from osdn_jax.training import CheckpointError, CheckpointMismatchError
 from osdn_jax.training.command_line import fail
 from osdn_jax.training.trained import open_trained
@@ -78,11 +78,13 @@ class _Source(NamedTuple):
         generator: the generator, whose parameters may be shapes.
         options: options that the model needs.
         load: reads the parameters; None if they are there.
+        has_start: whether a token starts each text, so that a prompt may be empty.
     """
 
     generator: Generator
     options: dict[str, Any]
     load: Callable[[], Any] | None
+    has_start: bool = True
 
     def ready(self, prompts: list[Any], options: dict[str, Any], *, starts: bool = True) -> Generator:
         """Return the generator with its parameters; its programs are compiled while they are read."""
@@ -90,7 +92,7 @@ class _Source(NamedTuple):
             with ThreadPoolExecutor(1) as reader:
                 reading = reader.submit(self.load)
                 if starts:
-                    self.generator.compile(prompts, **self.options, **options)
+                    self.generator.compile(prompts, **{**self.options, **options})
                 self.generator.parameters = reading.result()
         return self.generator
 
@@ -113,16 +115,20 @@ def _run(workdir: str | Path, *, text: bool, state_dtype: str | None = None) -> 
 def _folder(path: Path, *, text: bool, state_dtype: str | None = None, ignore_remote_code: bool = False) -> _Source:
     """Return the model of a folder in the format of Transformers."""
     from osdn_jax import interop
+    from osdn_jax.interop.tokens import TOKENIZER_FILES
 
     tokenizer: Any = None
-    options: dict[str, Any] = {}
+    start: tuple[int, ...] = ()
     if text:
+        if not any((path / name).is_file() for name in TOKENIZER_FILES):
+            raise ValueError(f"--model: got {str(path)!r}, which has no tokenizer; expected tokens with --prompt_ids")
         found = interop.tokenizer(path)
-        tokenizer = found.tokenizer
-        options = {"start_tokens": found.start_tokens, "stop_tokens": found.eos_ids}
+        tokenizer, start = found.tokenizer, found.start_tokens
     model = interop.load_pretrained(path, ignore_remote_code=ignore_remote_code)
-    generator = Generator(model, tokenizer, state_dtype=state_dtype, token_by_token=_TOKEN_BY_TOKEN, **options)
-    return _Source(generator, {}, None)
+    ends = [token for token in interop.end_tokens(path) if token < model.config.vocab_size]  # others are never drawn
+    options: dict[str, Any] = {"start_tokens": start, "stop_tokens": ends, "state_dtype": state_dtype}
+    generator = Generator(model, tokenizer, token_by_token=_TOKEN_BY_TOKEN, **options)
+    return _Source(generator, {}, None, has_start=bool(start) or not text)
 
 
 class _Output:
@@ -160,15 +166,19 @@ class _Output:
 
 def main() -> None:
     """Run the command line."""
-    given = _parser().parse_args()
+    given = flags.parser((__doc__ or "").splitlines()[0]).parse_args()
+
+    def refuse(error: Exception) -> NoReturn:
+        fail(ValueError(flags.name_flags(error, given)))
+
     try:
         prompts, stream, save = _stream(given)
     except (ValueError, TypeError, OSError, ImportError, CheckpointError, CheckpointMismatchError) as error:
-        fail(error)
+        refuse(error)
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for a terminal whose encoding lacks some characters
     output = _Output(prompts)
-    with _ending_the_line():
+    with _ending_the_line(refuse):
         output.write()
         for chunk in stream:
             output.add(chunk)
@@ -176,87 +186,15 @@ def main() -> None:
         try:
             save()
         except (ValueError, OSError) as error:
-            fail(error)
-
-
-def _parser() -> command.Parser:
-    parser = command.Parser(
-        prog="python -m osdn_jax.generate", description=(__doc__ or "").splitlines()[0], allow_abbrev=False
-    )
-    model = parser.add_mutually_exclusive_group(required=True)
-    model.add_argument("--workdir", help="working directory of a run of train.py")
-    model.add_argument("--model", help="folder with config.json and safetensors files, as Transformers saves them")
-    parser.add_argument(
-        "--ignore_remote_code",
-        action="store_true",
-        help="load a folder whose config.json names Python code, without running that code",
-    )
-    prompts = parser.add_mutually_exclusive_group()
-    prompts.add_argument(
-        "--prompt",
-        action="append",
-        help="text to continue; several make a batch (default: the start of a document, if the tokenizer has one)",
-    )
-    prompts.add_argument("--prompts", help="file with one prompt in each line")
-    prompts.add_argument(
-        "--prompt_ids", action="append", type=_ids, help="tokens to continue, such as 1,2,3; tokens are written"
-    )
-    parser.add_argument("--tokens", type=int, default=300, help="number of tokens to generate, at most (default 300)")
-    parser.add_argument(
-        "--temperature",
-        type=float,
-        default=0.8,
-        help="lower is less random; 0 takes the most likely token (default 0.8)",
-    )
-    parser.add_argument("--top_k", type=int, default=0, help="sample from this number of the most likely tokens")
-    parser.add_argument(
-        "--top_p",
-        type=float,
-        default=0.95,
-        help="sample from the most likely tokens whose probabilities sum to this, in (0, 1] (default 0.95)",
-    )
-    parser.add_argument(
-        "--min_p", type=float, default=0.0, help="leave out tokens less likely than this times the most likely one"
-    )
-    parser.add_argument(
-        "--repetition_penalty",
-        type=float,
-        default=1.0,
-        help="more than 1 makes tokens of the prompt and the text less likely (default 1)",
-    )
-    parser.add_argument("--stop", action="append", default=[], help="text that ends a continuation; may be repeated")
-    parser.add_argument(
-        "--seed", type=int, default=0, help="random seed of the first prompt, 0 to 2^64 - 1 (default 0)"
-    )
-    parser.add_argument(
-        "--state_dtype",
-        choices=("float32", "bfloat16"),
-        help="dtype of the states (default: that of the model)",
-    )
-    parser.add_argument("--save_state", help="file for the state after a prompt and its continuation")
-    parser.add_argument(
-        "--keep_every",
-        type=int,
-        help="with --save_state: save the prompt alone, with a state after every this number of tokens",
-    )
-    parser.add_argument("--load_state", help="file of --save_state, which the prompts follow")
-    parser.add_argument("--at", type=int, help="with --load_state of --keep_every: start after this number of tokens")
-    return parser
-
-
-def _ids(text: str) -> list[int]:
-    try:
-        return [int(part) for part in text.split(",") if part.strip()]
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"got {text!r}, expected integers separated by commas") from None
+            refuse(error)
 
 
 def _stream(given: argparse.Namespace) -> tuple[list[Any], Iterator[Chunk], Callable[[], None] | None]:
     """Return the prompts, their continuations, and what saves the state afterwards."""
-    prompts = given.prompt or given.prompt_ids or _lines(given.prompts) or [""]
+    flags.check(given)
+    prompts = given.prompt or given.prompts or given.prompt_ids or [""]
     text = given.prompt_ids is None
     path = None if given.save_state is None else command.output_file("save_state", given.save_state, replaced=True)
-    _check_flags(given, len(prompts))
     if given.workdir is not None:
         source = _run(command.directory("workdir", given.workdir), text=text, state_dtype=given.state_dtype)
     else:
@@ -276,9 +214,13 @@ def _stream(given: argparse.Namespace) -> tuple[list[Any], Iterator[Chunk], Call
         "stop": given.stop,
         "seed": given.seed,
     }
+    if given.stop_tokens is not None:
+        options["stop_tokens"] = given.stop_tokens
+    if given.load_state is None and "" in prompts and not source.has_start:
+        raise ValueError(f"prompts: got an empty text, but the tokenizer of {given.model} puts no token before a text")
     starts = given.load_state is None and path is None
     generator = source.ready(prompts, options, starts=starts)
-    options |= source.options
+    options = source.options | options
     if starts:
         return prompts, generator.stream(prompts, **options), None
     state = None if given.load_state is None else _loaded(generator, given)
@@ -301,30 +243,8 @@ def _stream(given: argparse.Namespace) -> tuple[list[Any], Iterator[Chunk], Call
     return prompts, watched(generator.stream([[]], state=state, **options)), save
 
 
-def _check_flags(given: argparse.Namespace, prompts: int) -> None:
-    """Raise ValueError for flags that do not go together."""
-    if given.save_state is not None and prompts > 1:
-        raise ValueError(f"--save_state: got {prompts} prompts, expected one")
-    if given.keep_every is not None and (given.save_state is None or given.load_state is not None):
-        raise ValueError("--keep_every: expected it with --save_state and without --load_state")
-    if given.at is not None and given.load_state is None:
-        raise ValueError("--at: expected it with --load_state")
-    if given.stop and given.prompt_ids is not None:
-        raise ValueError("--stop: got a text with --prompt_ids, expected text prompts")
-
-
-def _lines(name: str | None) -> list[str]:
-    """Return the lines of a file of prompts."""
-    if name is None:
-        return []
-    lines = Path(name).expanduser().read_text(encoding="utf-8").splitlines()
-    if not lines:
-        raise ValueError(f"--prompts: got the empty file {name!r}, expected one prompt in each line")
-    return lines
-
-
 def _loaded(generator: Generator, given: argparse.Namespace) -> GenerationState:
-    found = generator.load_state(Path(given.load_state).expanduser())
+    found = generator.load_state(command.input_file("load_state", given.load_state))
     if isinstance(found, PromptCache):
         return found.state if given.at is None else found.at(given.at)
     if given.at is not None:
@@ -333,13 +253,13 @@ def _loaded(generator: Generator, given: argparse.Namespace) -> GenerationState:
 
 
 @contextlib.contextmanager
-def _ending_the_line() -> Iterator[None]:
-    """End the line that is written inside, also if that is interrupted or fails."""
+def _ending_the_line(refuse: Callable[[Exception], NoReturn]) -> Iterator[None]:
+    """End the line that is written inside, also if that is interrupted or fails, which `refuse` reports."""
     try:
         yield
     except ValueError as error:
         _write("\n")
-        fail(error)
+        refuse(error)
     except KeyboardInterrupt:
         _write("\n")
         raise

@@ -172,3 +172,25 @@ def pages():
 """
     assert ended(f"{script}first = pages(); print(pages() - first > 8000)") == (0, "True\n", "")
     assert ended(f"{script}command.start(); first = pages(); print(pages() - first < 100)") == (0, "True\n", "")
+
+
+def test_an_input_file_is_named_with_its_flag(tmp_path):
+    (tmp_path / "file").touch()
+    assert command.input_file("prompts", str(tmp_path / "file")) == tmp_path / "file"
+    for name, said in ((tmp_path / "nothing", "which does not exist"), (tmp_path, "which is a folder")):
+        with pytest.raises(ValueError, match=re.escape(f"--prompts: got {str(name)!r}, {said}")):
+            command.input_file("prompts", str(name))
+
+
+@pytest.mark.parametrize(
+    ("message", "said"),
+    [
+        ("path: got 'path'", "SOURCE: got 'path'"),
+        ("tokens[3]: got 1", "--ids[3]: got 1"),
+        ("tokens of path: got 1", "tokens of path: got 1"),
+        ("a: b (path=True)", "a: b (SOURCE)"),
+        ("a: or tokens='x'", "a: or --ids 'x'"),
+    ],
+)
+def test_arguments_of_functions_are_said_as_flags(message, said):
+    assert command.naming_flags(message, {"path": "SOURCE", "tokens": "--ids"}) == said

@@ -75,8 +75,8 @@ def test_layouts_and_types(tmp_path, capsys):
     [
         (["m"], "the following arguments are required: DESTINATION"),
         (["m", "n", "--layout", "llama"], "--layout: invalid choice: 'llama'"),
-        (["absent", "n"], "which does not exist"),
-        (["m", "m"], "which is not empty; overwrite=True"),
+        (["absent", "n"], "SOURCE: got 'absent', which does not exist"),
+        (["m", "m"], "which is not empty; --overwrite replaces the model"),
         (["m", "n", "--layout", "kimi_linear"], "'kimi_linear' cannot hold this model"),
     ],
 )

@@ -1,5 +1,6 @@
 """Text from a trained run."""
 
+import json
 import os
 import shutil
 import signal
@@ -96,31 +97,37 @@ def test_the_command_line_writes_prompt_and_text(run, command):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["--temperature", "-1"], "temperature: got -1.0"),
-        (["--top_p", "0"], "top_p: got 0.0"),
-        (["--tokens", "-3"], "tokens: got -3"),
+        (["--temperature", "-1"], "--temperature: got -1.0, expected a number of at least 0"),
+        (["--top_p", "0"], "--top_p: got 0.0, expected more than 0 and at most 1"),
+        (["--tokens", "-3"], "--tokens: got -3, expected an integer from 0"),
         (["--tokens", "many"], "--tokens: invalid int value: 'many'"),
-        (["--temperature", "nan"], "temperature: got nan"),
-        (["--temperature", "1e999"], "temperature: got inf"),
-        (["--top_p", "nan"], "top_p: got nan"),
-        (["--seed", "-1"], "seed: got -1, expected an integer from 0"),
-        (["--seed", str(2**70)], f"seed: got {2**70}, expected an integer from 0"),
+        (["--temperature", "nan"], "--temperature: got nan"),
+        (["--temperature", "1e999"], "--temperature: got inf"),
+        (["--top_p", "nan"], "--top_p: got nan"),
+        (["--seed", "-1"], "--seed: got -1, expected an integer from 0"),
+        (["--seed", str(2**70)], f"--seed: got {2**70}, expected an integer from 0"),
         (["--prompt", "a\udcff"], "unpaired surrogate at character 1"),
         (["--prompt", "a\0"], "NUL"),
         (["--temp", "1"], "unrecognized arguments: --temp 1"),
-        (["--top_k", "-1"], "top_k: got -1"),
-        (["--min_p", "2"], "min_p: got 2.0"),
-        (["--repetition_penalty", "0"], "repetition_penalty: got 0.0"),
+        (["--top_k", "-1"], "--top_k: got -1, expected at least 0"),
+        (["--min_p", "2"], "--min_p: got 2.0"),
+        (["--repetition_penalty", "0"], "--repetition_penalty: got 0.0"),
         (["--state_dtype", "int8"], "--state_dtype: invalid choice: 'int8'"),
         (["--prompt", "a", "--prompt_ids", "1"], "not allowed with"),
         (["--prompt_ids", "1,b"], "--prompt_ids: got '1,b', expected integers separated by commas"),
         (["--prompt_ids", "1", "--stop", "a"], "--stop: got a text with --prompt_ids"),
-        (["--prompts", "nothing.txt"], "nothing.txt"),
+        (["--prompts", "nothing.txt"], "--prompts: got 'nothing.txt', which does not exist"),
+        (["--prompts", "."], "--prompts: got '.', which is a folder, expected a file"),
+        (["--prompt_ids", "1", "--prompt_ids", "999"], "--prompt_ids[1]: got token 999, expected tokens of the vocab"),
+        (["--prompt_ids", ""], "--prompt_ids[0]: got no tokens, expected at least one"),
+        (["--stop_tokens", "1;2"], "--stop_tokens: got '1;2', expected integers separated by commas"),
+        (["--stop_tokens", "999"], "--stop_tokens: got token 999, expected tokens of the vocabulary"),
+        (["--save_state", "state", "--keep_every", "0"], "--keep_every: got 0, expected at least 1"),
         (["--prompt", "a", "--prompt", "b", "--save_state", "state"], "--save_state: got 2 prompts, expected one"),
         (["--save_state", "nothing/state"], "--save_state: got 'nothing/state', but there is no folder"),
         (["--keep_every", "4"], "--keep_every: expected it with --save_state"),
         (["--at", "4"], "--at: expected it with --load_state"),
-        (["--load_state", "nothing"], "nothing"),
+        (["--load_state", "nothing"], "--load_state: got 'nothing', which does not exist"),
     ],
 )
 def test_a_number_out_of_range_is_one_line(run, command, arguments, said):
@@ -245,7 +252,7 @@ def test_a_state_is_saved_and_continued(run, command, tmp_path):
     load = ("--load_state", tmp_path / "prompt", "--tokens", 9)
     at = command("--workdir", run, *load, "--at", 5, "--prompt", "value", *cold)
     assert at[:2] == (0, command("--workdir", run, "--prompt", "the value", "--tokens", 9, *cold)[1][4:])
-    assert "token: got 99, expected 1 to 11" in command("--workdir", run, *load, "--at", 99)[2]
+    assert "--at: got 99, expected 1 to 11" in command("--workdir", run, *load, "--at", 99)[2]
     (tmp_path / "state").write_bytes((tmp_path / "state").read_bytes()[:-9])
     status, out, err = command("--workdir", run, "--load_state", tmp_path / "state")
     assert (status, out, err.count("\n")) == (2, "", 1)
@@ -264,7 +271,41 @@ def test_a_folder_of_another_library(run, command, tmp_path):
     assert out == ",".join(map(str, [3, 1, 4, *want.tokens])) + "\n"
     status, out, err = command("--model", tmp_path / "model", "--prompt", "text")
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert "tokenizer" in err
+    assert "which has no tokenizer; expected tokens with --prompt_ids" in err
+    status, out, err = command("--model", tmp_path / "nothing", "--prompt_ids", "1")
+    assert (status, out) == (2, "")
+    assert err.startswith(f"generate: error: --model: got '{tmp_path}/nothing', which does not exist")
+
+
+def test_tokens_that_end_a_continuation(command, tmp_path):
+    """Those of the folder, unless a flag names others."""
+    model, folder = language_model("delta_net"), tmp_path / "model"
+    interop.save_pretrained(model, folder)
+    [want] = Generator(model).generate([[3, 1, 4]], max_tokens=8, temperature=0.0)
+    tokens = [3, 1, 4, *want.tokens]
+    last = want.tokens[3]
+
+    def written(*flags):
+        line = ("--model", folder, "--prompt_ids", "3,1,4", "--tokens", 8, "--temperature", 0)
+        status, out, err = command(*line, *flags)
+        assert (status, err) == (0, "")
+        return [int(token) for token in out.split(",")]
+
+    ended = [3, 1, 4, *want.tokens[: want.tokens.index(last) + 1]]
+    assert written() == tokens
+    assert written("--stop_tokens", last) == ended
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [last, 10**6]}))
+    assert written() == ended
+    assert written("--stop_tokens", "") == tokens
+
+
+def test_a_file_of_prompts_that_is_no_text_is_one_line(run, command, tmp_path):
+    for content, said in ((b"the \xff", "is not UTF-8 at byte 4"), (b"", "the empty file")):
+        (tmp_path / "prompts").write_bytes(content)
+        status, out, err = command("--workdir", run, "--prompts", tmp_path / "prompts")
+        assert (status, out, err.count("\n")) == (2, "", 1)
+        assert "--prompts: got " in err
+        assert said in err
 
 
 def test_a_folder_with_a_tokenizer_starts_and_ends_texts_as_it_says(command, tmp_path):
@@ -289,3 +330,10 @@ def test_a_folder_with_a_tokenizer_starts_and_ends_texts_as_it_says(command, tmp
         letters = [token for token in want.tokens if token > 1]
         assert (status, err) == (0, "")
         assert out == "abba" + "".join("abcdefghijklmno"[token - 2] for token in letters) + "\n"
+        status, out, err = command("--model", folder, "--tokens", 2)
+        assert status == (0 if start else 2)
+        if not start:
+            assert err == (
+                f"generate: error: --prompt: got an empty text, but the tokenizer of {folder} puts no token before "
+                "a text\n"
+            )

@@ -72,10 +72,10 @@ def repetition_penalty(value: Any) -> float:
 
 
 def max_tokens(value: Any) -> int:
-    """Return a number of tokens. Raises ValueError if it is negative."""
+    """Return a number of tokens. Raises ValueError unless it is from 0 to 2^31 - 1."""
     value = integer("max_tokens", value)
     if not 0 <= value < 2**31:
-        raise ValueError(f"max_tokens: got {value}, expected at least 0")
+        raise ValueError(f"max_tokens: got {value}, expected an integer from 0 to 2**31 - 1")
     return value
 
 

@@ -6,7 +6,8 @@ header, with the fingerprint of the model.
 
 import json
 import os
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -47,6 +48,7 @@ def write_state(path: str | os.PathLike[str], state: GenerationState | PromptCac
     about["integers"] = {name: np.asarray(x).tolist() for name, x in arrays.items() if name not in floats}
     metadata = {"format": _FORMAT, "about": json.dumps(about, separators=(",", ":"))}
     metadata |= {f"model_{name}": value for name, value in _fingerprint(model)._asdict().items()}
+    metadata["checksum"] = _checksum(metadata["about"], ((name, np.asarray(x)) for name, x in floats.items()))
     tensors = [(name, tuple(x.shape), np.dtype(x.dtype)) for name, x in floats.items()]
     with replacing(path) as place:
         safetensors.write(place, tensors, lambda name: np.asarray(floats[name]), metadata)
@@ -64,8 +66,11 @@ def read_state(path: str | os.PathLike[str], model: Model) -> GenerationState | 
         if header.metadata.get(f"model_{name}") != value:
             raise ValueError(f"{path}: got the state of a model {_WHAT[name]}, expected one of this model")
     try:
-        about = json.loads(header.metadata["about"])
-        return _state(about, lambda name: header.tensors[name].read(), model)
+        text = header.metadata["about"]
+        values = {name: tensor.read() for name, tensor in header.tensors.items()}
+        if header.metadata["checksum"] != _checksum(text, values.items()):
+            raise ValueError("its content differs from what was written (checksum)")
+        return _state(json.loads(text), values.__getitem__, model)
     except (KeyError, TypeError, IndexError, ValueError) as error:
         raise ValueError(f"{path}: the state is malformed: {type(error).__name__}: {error}") from error
 
@@ -102,6 +107,14 @@ def _state(about: dict[str, Any], tensor: Callable[[str], np.ndarray], model: Mo
             raise ValueError(f"{name}: got {values.shape[:1]} values, expected one for each of the {rows} texts")
     arguments.tokens("token", token, model.vocabulary)
     return GenerationState(last, token, seen, length)  # type: ignore[arg-type]  # NumPy arrays
+
+
+def _checksum(about: str, values: Iterable[tuple[str, np.ndarray]]) -> str:
+    """Return a checksum of the content of a file: of what the header says of the state, and of all tensors."""
+    found = zlib.crc32(about.encode())
+    for name, value in values:
+        found = zlib.crc32(np.ascontiguousarray(value).reshape(-1).view(np.uint8), zlib.crc32(name.encode(), found))
+    return f"crc32:{found:08x}"
 
 
 def _kept_template(template: Any, tree: str, integers: dict[str, Any]) -> Any:

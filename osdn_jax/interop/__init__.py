@@ -12,7 +12,7 @@ from osdn_jax.interop.loading import assembled, load_pretrained, logits
 from osdn_jax.interop.origin import Origin
 from osdn_jax.interop.saving import save_pretrained
 from osdn_jax.interop.surgery import replace_rule
-from osdn_jax.interop.tokens import FolderTokenizer, tokenizer
+from osdn_jax.interop.tokens import FolderTokenizer, end_tokens, tokenizer
 
 __all__ = [
     "FAMILIES",
@@ -21,6 +21,7 @@ __all__ = [
     "Inspection",
     "Origin",
     "assembled",
+    "end_tokens",
     "inspect",
     "load_pretrained",
     "logits",

@@ -35,12 +35,17 @@ def main(argv: list[str] | None = None) -> int:
     try:
         found = inspect(given.path, ignore_remote_code=given.ignore_remote_code)
     except (ValueError, TypeError, OSError) as error:
-        print(f"{_PROGRAM} inspect: error: {error}", file=sys.stderr)
+        _say(error)
         return command.USAGE_ERROR
     print("\n".join(found.lines), flush=True)
     for problem in found.problems:
-        print(f"{_PROGRAM} inspect: error: {problem}", file=sys.stderr)
+        _say(problem)
     return command.USAGE_ERROR if found.problems else 0
+
+
+def _say(problem: object) -> None:
+    message = command.naming_flags(str(problem), {"path": "PATH", "ignore_remote_code": "--ignore_remote_code"})
+    print(f"{_PROGRAM} inspect: error: {message}", file=sys.stderr)
 
 
 if __name__ == "__main__":

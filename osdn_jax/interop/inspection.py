@@ -15,10 +15,10 @@ from osdn_jax.interop.folder import CONFIG_FILE, Weights, existing_folder, read_
 from osdn_jax.interop.loading import parameter_shapes
 from osdn_jax.interop.options import ConfigProblems
 from osdn_jax.interop.plan import Plan, match
+from osdn_jax.interop.tokens import TOKENIZER_FILES
 from osdn_jax.nn.config import AttentionConfig, LatentAttentionConfig, Mixer, MixerConfig, MixtureConfig, ModelConfig
 
 _WIDTH, _INDENT = 80, 13
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model")
 
 
 class Inspection(NamedTuple):
@@ -151,7 +151,7 @@ def _files(folder: Path, weights: Weights) -> list[tuple[str, str]]:
     types = Counter(tensor.type for tensor in weights.tensors.values())
     kinds = ", ".join(f"{count:,} {kind}" for kind, count in types.most_common())
     rows = [("tensors", f"{kinds or 'none'}; {weights.size:,} bytes in {len(weights.files)} files")]
-    found = [name for name in _TOKENIZERS if (folder / name).is_file()]
+    found = [name for name in TOKENIZER_FILES if (folder / name).is_file()]
     return [*rows, ("tokenizer", found[0] if found else "none")]
 
 

@@ -10,6 +10,9 @@ from osdn_jax.interop.folder import existing_folder, read_json
 if TYPE_CHECKING:
     from osdn_jax.data import Tokenizer
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model")
+"""Names of the files of tokenizers."""
+
 # The later files are asked only for what the earlier ones do not say.
 _FILES = ("generation_config.json", "config.json")
 
@@ -53,6 +56,19 @@ def tokenizer(path: str | os.PathLike[str]) -> FolderTokenizer:
     starts, ends = _ids(folder, "bos"), _ids(folder, "eos")
     missing = tuple(name for name, ids in (("bos_token", starts), ("eos_token", ends)) if not ids)
     return FolderTokenizer(loaded, starts[0] if starts else None, ends, missing, _start_tokens(folder, loaded))
+
+
+def end_tokens(path: str | os.PathLike[str]) -> tuple[int, ...]:
+    """Return the ids of the tokens that end a text, which `tokenizer` has as `eos_ids`; no tokenizer is needed.
+
+    Args:
+        path: the folder.
+
+    Raises:
+        FileNotFoundError: the folder does not exist.
+        ValueError: a special token is none of the ids of its tokenizer.json.
+    """
+    return _ids(existing_folder(path), "eos")
 
 
 def _start_tokens(folder: Path, tokenizer: Any) -> tuple[int, ...]:

@@ -10,8 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from osdn_jax.generation import Generator, PromptCache
+from osdn_jax.generation import Generator, PromptCache, state_files
 from osdn_jax.generation.states import fit_caches
+from osdn_jax.interop import safetensors
 from osdn_jax.nn import split_model
 from osdn_jax.nn.attention import AttentionState
 from support import relative_error
@@ -113,12 +114,8 @@ def test_a_truncated_file_is_one_error(saved, small, tmp_path, end):
     [
         (lambda about: about.pop("format"), "got a file of the format None, expected 'osdn-jax generation state 1'"),
         (lambda about: about.pop("about"), "the state is malformed: KeyError: 'about'"),
-        (lambda about: about.update(about="{}"), "the state is malformed: KeyError: 'rows'"),
-        (lambda about: about.update(about="{"), "the state is malformed: JSONDecodeError"),
-        (
-            lambda about: about.update(about=about["about"].replace('"rows":1', '"rows":2')),
-            "the state of another model",
-        ),
+        (lambda about: about.pop("checksum"), "the state is malformed: KeyError: 'checksum'"),
+        (lambda about: about.update(about="{}"), r"the state is malformed: .* differs from what was written"),
         (lambda about: about.update(model_config="0"), "of a model of another configuration, expected one of this"),
     ],
 )
@@ -128,6 +125,38 @@ def test_a_malformed_file_is_one_error(saved, small, tmp_path, change, message):
     rewritten(path, change)
     with pytest.raises(ValueError, match=message):
         small.load_state(path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda about: about.update(about="{}"), "the state is malformed: KeyError: 'rows'"),
+        (lambda about: about.update(about="{"), "the state is malformed: JSONDecodeError"),
+        (
+            lambda about: about.update(about=about["about"].replace('"rows":1', '"rows":2')),
+            "the state of another model",
+        ),
+    ],
+)
+def test_malformed_content_is_one_error(saved, small, tmp_path, monkeypatch, change, message):
+    """With a checksum that fits."""
+    path = tmp_path / "state.safetensors"
+    path.write_bytes(saved)
+    rewritten(path, change)
+    monkeypatch.setattr(state_files, "_checksum", lambda *_: safetensors.read_header(path).metadata["checksum"])
+    with pytest.raises(ValueError, match=message):
+        small.load_state(path)
+
+
+def test_no_changed_byte_is_loaded(saved, small, tmp_path):
+    """Of a sample of all bytes, header and tensors, each with one bit flipped."""
+    path = tmp_path / "state.safetensors"
+    for place in range(0, len(saved), max(1, len(saved) // 150)):
+        changed = bytearray(saved)
+        changed[place] ^= 1 << place % 8
+        path.write_bytes(changed)
+        with pytest.raises(ValueError, match=f"^{re.escape(str(path))}: "):
+            small.load_state(path)
 
 
 def test_the_state_of_another_model_is_refused(saved, tmp_path):
