@@ -149,7 +149,7 @@ def test_malformed_content_is_one_error(saved, small, tmp_path, monkeypatch, cha
 
 
 def test_no_changed_byte_is_loaded(saved, small, tmp_path):
-    """Of a sample of all bytes, header and tensors, each with one bit flipped."""
+    """Flip one bit in each of a sample of the bytes of header and tensors."""
     path = tmp_path / "state.safetensors"
     for place in range(0, len(saved), max(1, len(saved) // 150)):
         changed = bytearray(saved)
