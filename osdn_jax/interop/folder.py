@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from osdn_jax._errors import printable
 from osdn_jax._files import naming_the_file
 from osdn_jax.interop.paths import existing_folder
 from osdn_jax.interop.plan import summary
-from osdn_jax.interop.safetensors import DTYPES, Tensor, read_header
+from osdn_jax.interop.safetensors import DTYPES, Tensor, read_header, unique
 
 CONFIG_FILE = "config.json"
 SINGLE_FILE = "model.safetensors"
@@ -88,7 +89,7 @@ def read_weights(folder: Path) -> Weights:
     weights = Weights()
     index = folder / INDEX_FILE
     try:
-        files = _indexed_files(index) if index.is_file() else {_single_file(folder): None}
+        files = _indexed_files(index) if _is_file(index) else {_single_file(folder): None}
     except (ValueError, OSError) as error:
         weights.problems.append(error)
         return weights
@@ -104,7 +105,7 @@ def read_weights(folder: Path) -> Weights:
         for name, tensor in header.tensors.items():
             if name in weights.tensors:
                 other = weights.tensors[name].file.name
-                weights.problems.append(ValueError(f"{file}: has the key {name!r}, which {other} has too"))
+                weights.problems.append(ValueError(f"{file}: has the key '{printable(name)}', which {other} has too"))
             weights.tensors[name] = tensor
     weights.problems += _wrong_types(weights.tensors)
     return weights
@@ -113,40 +114,47 @@ def read_weights(folder: Path) -> Weights:
 def _single_file(folder: Path) -> Path:
     """Return the safetensors file of a folder without an index."""
     file = folder / SINGLE_FILE
-    if file.is_file():
+    if _is_file(file):
         return file
-    others = sorted(folder.glob("*.safetensors"))
+    others = sorted(other for other in folder.glob("*.safetensors") if other.is_file())
     if len(others) == 1:
         return others[0]
     if others:
-        names = ", ".join(other.name for other in others[:3]) + (", …" if len(others) > 3 else "")
+        names = ", ".join(printable(other.name) for other in others[:3]) + (", …" if len(others) > 3 else "")
         raise FileNotFoundError(f"{folder}: got {names} without {INDEX_FILE}, expected it or {SINGLE_FILE}")
     pickles = sorted({file.name for pattern in _PICKLES for file in folder.glob(pattern)})
     if pickles:
         raise ValueError(
-            f"{folder}: got weights in {pickles[0]} only, a pickle, which can run code and is never opened; "
+            f"{folder}: got weights in {printable(pickles[0])} only, a pickle, which can run code and is never opened; "
             "expected safetensors files: save the model again with save_pretrained of its library"
         )
     raise FileNotFoundError(f"{folder}: has no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
+def _is_file(path: Path) -> bool:
+    """Return whether there is a file. Raises ValueError if there is something else at its path."""
+    if os.path.lexists(path) and not path.is_file():
+        raise ValueError(f"{path}: is a folder, a pipe or a link to no file, expected a file")
+    return path.is_file()
+
+
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     """Return the text of a folder's config.json and its entries."""
     file = folder / CONFIG_FILE
-    if not file.is_file():
+    if not _is_file(file):
         raise FileNotFoundError(f"{folder}: has no {CONFIG_FILE}; expected a folder that a save_pretrained wrote")
     return read_json(file)
 
 
 def read_json(file: Path) -> tuple[str, dict[str, Any]]:
-    """Return the text of a file and the JSON object in it. Raises ValueError if it is none."""
+    """Return the text of a file and the JSON object in it. Raises ValueError if it is none, or has a key twice."""
     with naming_the_file(file):
         if file.stat().st_size > _MAX_JSON:
             raise ValueError(f"{file}: got {file.stat().st_size:,} bytes, expected at most {_MAX_JSON:,}")
         data = file.read_bytes()
     try:
         text = data.decode("utf-8")
-        values = json.loads(text)
+        values = json.loads(text, object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: is not JSON: {error}") from error
     if not isinstance(values, dict):
@@ -162,7 +170,7 @@ def unserved(file: Path, config: Mapping[str, Any], *, ignore_remote_code: bool)
             f"{file.parent}: is the working directory of a run of train.py, expected a folder that "
             "python -m osdn_jax.convert makes of it"
         )
-    places = {"": config} | {f"{key}.": value for key, value in config.items() if isinstance(value, dict)}
+    places = {"": config} | {f"{printable(key)}.": value for key, value in config.items() if isinstance(value, dict)}
     for prefix, values in places.items():
         for name in _REMOTE_CODE:
             if values.get(name) and not ignore_remote_code:
@@ -196,17 +204,17 @@ def _indexed_files(index: Path) -> dict[Path, set[str] | None]:
     files: dict[Path, set[str] | None] = {}
     for key, name in places.items():
         if not isinstance(name, str) or not name:
-            raise ValueError(f"{index}: got {name!r} as the file of {key!r}, expected the name of a file")
+            raise ValueError(f"{index}: got {name!r:.200} as the file of {key!r:.200}, expected the name of a file")
         file = index.parent / name
         if _is_outside(index.parent, name):
-            raise ValueError(f"{index}: got the file {name!r} of {key!r}, which lies outside the folder")
+            raise ValueError(f"{index}: got the file {name!r:.200} of {key!r:.200}, which lies outside the folder")
         if not name.endswith(".safetensors"):
-            raise ValueError(f"{index}: got the file {name!r} of {key!r}, expected a safetensors file")
+            raise ValueError(f"{index}: got the file {name!r:.200} of {key!r:.200}, expected a safetensors file")
         keys = files.setdefault(file, set())
         if keys is not None:
             keys.add(key)
     for file in files:
-        if not file.is_file():
+        if not _is_file(file):
             raise FileNotFoundError(f"{index}: names the file {file.name!r}, which does not exist")
     return files
 
@@ -252,4 +260,4 @@ def _joined(folder: Path, problems: list[Exception]) -> Exception:
 
 
 def _several(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more keys"
+    return printable(names[0]) + (f" and {len(names) - 1} more keys" if len(names) > 1 else "")

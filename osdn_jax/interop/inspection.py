@@ -8,7 +8,7 @@ from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
-from osdn_jax._errors import joined_lines
+from osdn_jax._errors import escaped, joined_lines
 from osdn_jax.interop.families import describe, family_of
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.folder import CONFIG_FILE, Weights, read_config, read_weights, unserved
@@ -80,7 +80,8 @@ def inspect(path: str | os.PathLike[str], *, ignore_remote_code: bool = False) -
     for name, text in rows:
         start = f"  {name}".ljust(_INDENT)
         lines += textwrap.wrap(text, _WIDTH, initial_indent=start, subsequent_indent=" " * _INDENT)
-    return Inspection(lines, [" ".join(problem.split()) for problem in problems])
+    problems = [" ".join(problem.split()) for problem in problems]
+    return Inspection([escaped(line) for line in lines], [escaped(problem) for problem in problems])
 
 
 def _model(config: ModelConfig) -> list[tuple[str, str]]:

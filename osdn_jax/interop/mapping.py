@@ -31,7 +31,8 @@ class Key:
             grouped by heads. Default: 1.
         also: other names that the tensor may have in a file.
         copies: names under which a file may hold the same values again, as a head tied to the embedding.
-        shape: shape in the file of a vector with further axes of length 1. Default: None, the natural one.
+        shape: shape in the file of a vector with further axes of length 1, or of a tensor without elements. Default:
+            None, the natural one.
     """
 
     name: str
@@ -53,7 +54,8 @@ class Row:
 
     Args:
         keys: the tensors.
-        parameters: {path of the parameter: its pieces, in their order along its last axis}.
+        parameters: {path of the parameter: its pieces, in their order along its last axis}. Empty for tensors without
+            elements, whose keys have a shape.
         experts: number of experts that "{expert}" in the names of keys runs over. Default: None, no such names.
         transpose: the parameters are [..., inputs, outputs]. Default: True; False for vectors and tables, whose
             parameter is the tensor itself.
@@ -71,6 +73,8 @@ class Row:
 
     def shapes(self, parameters: Mapping[str, Shape]) -> list[Shape]:
         """Return the shape of each key's tensor, without the axis of experts, from the shapes of the parameters."""
+        if not self.parameters:
+            return [key.shape or (0,) for key in self.keys]
         name, *_ = self.parameters
         shape = parameters[name]
         if self.experts is not None:
@@ -99,6 +103,8 @@ class Row:
 
     def save(self, parameters: Mapping[str, np.ndarray], shapes: Sequence[Shape]) -> list[np.ndarray]:
         """Return the tensors of the keys, in these shapes; those of experts are stacked along their first axis."""
+        if not self.parameters:
+            return [np.zeros(shape, np.float32) for shape in shapes]
         axis = -2 if self.transpose else -1
         pieces: dict[str, np.ndarray] = {}
         widths = {name: width * key.groups for key in self.keys for name, width in (key.pieces or {}).items()}
@@ -161,6 +167,11 @@ def same(
         shape: the tensor's shape, if the parameter is a vector and the tensor has further axes of length 1.
     """
     return Row((Key(key, also=also, copies=copies, shape=shape),), {parameter: (key,)}, transpose=False)
+
+
+def empty(shapes: Mapping[str, Shape]) -> Row:
+    """Return the row of tensors without elements, which no parameter has: {name: shape}."""
+    return Row(tuple(Key(name, shape=shape) for name, shape in shapes.items()), {})
 
 
 def linear(key: str, parameter: str, *, also: tuple[str, ...] = ()) -> Row:

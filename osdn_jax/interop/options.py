@@ -4,7 +4,7 @@ import json
 from collections.abc import Collection, Mapping
 from typing import Any, overload
 
-from osdn_jax._errors import first_line
+from osdn_jax._errors import first_line, printable
 
 # Entries of every library's files that do not change the logits.
 _WITHOUT_EFFECT = {
@@ -78,7 +78,9 @@ _WITHOUT_EFFECT = {
 MANY = 10_000
 """The most layers or experts that a config may have; a wrong number would otherwise take all memory."""
 
-_LARGEST = 1e38  # float32 has no larger numbers
+LARGEST = 1e38
+"""A limit of numbers in a config: float32 has none that are much larger."""
+
 _MISSING: Any = object()
 
 
@@ -132,16 +134,26 @@ class Options:
         return self._read(name, default, expected, lambda x: type(x) is int and least <= x <= most, least)
 
     @overload
-    def number(self, name: str, default: float = ..., *, above: float = 0.0) -> float: ...
+    def number(self, name: str, default: float = ..., *, above: float = ..., below: float = ...) -> float: ...
     @overload
-    def number(self, name: str, default: None, *, above: float = 0.0) -> float | None: ...
-    def number(self, name: str, default: Any = _MISSING, *, above: float = 0.0) -> Any:
-        """Return a finite number above `above`; an absent or null one is the default, or a problem without one."""
+    def number(self, name: str, default: None, *, above: float = ..., below: float = ...) -> float | None: ...
+    def number(self, name: str, default: Any = _MISSING, *, above: float = 0.0, below: float = LARGEST) -> Any:
+        """Return a number between two that float32 has; an absent or null one is the default, or a problem without one.
+
+        Args:
+            name: the entry.
+            default: the default.
+            above: the number is above it. Default: 0; `-LARGEST` for any number.
+            below: the number is below it. Default: `LARGEST`.
+        """
 
         def fits(value: Any) -> bool:
-            return isinstance(value, int | float) and not isinstance(value, bool) and above < value < _LARGEST
+            return isinstance(value, int | float) and not isinstance(value, bool) and above < value < below
 
-        value = self._read(name, default, f"a number above {above:g}", fits, above + 1)
+        limits = [f"above {above:g}"] * (above > -LARGEST) + [f"below {below:g}"] * (below < LARGEST)
+        expected = " ".join(["a number", *(" and ".join(limits),) * bool(limits)])
+        stand_in = default if isinstance(default, int | float) else above + 1 if above > -LARGEST else below - 1
+        value = self._read(name, default, expected, fits, stand_in)
         return None if value is None else float(value)
 
     def flag(self, name: str, default: bool) -> bool:
@@ -163,7 +175,7 @@ class Options:
         found = [name for name in names if name in self]
         for other in found[1:]:
             if self.config[other] != self.config[found[0]]:
-                self.problem(other, self.config[other], f"{_shown(self.config[found[0]])}, as {found[0]} says")
+                self.problem(other, self.config[other], f"{shown(self.config[found[0]])}, as {found[0]} says")
         return found[0] if found else names[0]
 
     def section(self, name: str) -> "Options":
@@ -217,7 +229,8 @@ class Options:
 
     def problem(self, name: str, value: Any, expected: str) -> None:
         """Note a problem of an entry, which is shown as the config has it, or else as the value."""
-        self.problems.append(f"{self._place}{name}: got {_shown(self.config.get(name, value))}, expected {expected}")
+        got = shown(self.config.get(name, value))
+        self.problems.append(f"{self._place}{printable(name)}: got {got}, expected {expected}")
 
     def finish(self) -> None:
         """Raise ValueError if the config, of which this may be a section, has problems or entries that nothing read."""
@@ -231,7 +244,8 @@ class Options:
     def _note_unknown(self) -> None:
         for name in self.config:
             if name not in self._known and not name.startswith("_"):
-                self.problems.append(f"{self._place}{name}: got {_shown(self.config[name])}, an option unknown here")
+                got = shown(self.config[name])
+                self.problems.append(f"{self._place}{printable(name)}: got {got}, an option unknown here")
         for section in self._sections:
             section._note_unknown()
 
@@ -246,7 +260,8 @@ class Options:
         return value
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
+    """Return a value of a config for an error: as JSON, shortened."""
     try:
         text = json.dumps(value)
     except (TypeError, ValueError) as error:

@@ -8,9 +8,11 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
+from osdn_jax._errors import printable
 from osdn_jax.interop.mapping import Key, Row, Shape, stored_names
 
 _SHOWN = 20  # lines of differences in one error
+_NUMBER = r"(?<=\.)(0|[1-9][0-9]{0,8})(?=\.)"  # of a layer or an expert, between dots
 
 
 class Source(NamedTuple):
@@ -112,7 +114,7 @@ def grouped(names: Iterable[str]) -> list[str]:
     # {parts between the numbers: {number of the layer: {the other numbers}}}
     by_parts: dict[tuple[str, ...], dict[tuple[int, ...], set[tuple[int, ...]]]] = {}
     for name in names:
-        pieces = re.split(r"(?<=\.)(\d+)(?=\.)", name)
+        pieces = re.split(_NUMBER, name)
         numbers = tuple(map(int, pieces[1::2]))
         by_parts.setdefault(tuple(pieces[::2]), {}).setdefault(numbers[:1], set()).add(numbers[1:])
     lines = []
@@ -132,7 +134,8 @@ def grouped(names: Iterable[str]) -> list[str]:
 
 def _filled(parts: Sequence[str], places: Sequence[Sequence[int]]) -> str:
     """Return the parts with the numbers between them."""
-    return "".join(part + number for part, number in zip(parts, [*map(_ranges, places), ""], strict=True))
+    numbers = [*map(_ranges, places), ""]
+    return "".join(printable(part) + number for part, number in zip(parts, numbers, strict=True))
 
 
 def _names(key: Key, experts: int | None, found: Mapping[str, Shape]) -> list[str]:

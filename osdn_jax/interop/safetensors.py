@@ -1,5 +1,6 @@
 """The safetensors format: a header that is checked in full before anything is read, and tensors read one at a time."""
 
+import errno
 import json
 import os
 from collections.abc import Callable, Iterable, Mapping
@@ -9,6 +10,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
+from osdn_jax._errors import printable
 from osdn_jax._files import naming_the_file
 
 DTYPES: dict[str, np.dtype] = {
@@ -81,6 +83,8 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     """
     path = Path(path)
     with naming_the_file(path):
+        if not path.is_file():  # opening a pipe would wait for its writer
+            raise FileNotFoundError(errno.ENOENT, "No such file", str(path))
         total = path.stat().st_size
         with open(path, "rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -91,7 +95,7 @@ def read_header(path: str | os.PathLike[str]) -> Header:
                 )
             text = file.read(length)
     try:
-        entries = json.loads(text.decode("utf-8"), object_pairs_hook=_unique)
+        entries = json.loads(text.decode("utf-8"), object_pairs_hook=unique)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path}: the header is not JSON: {error}") from error
     if not isinstance(entries, dict):
@@ -104,24 +108,26 @@ def read_header(path: str | os.PathLike[str]) -> Header:
     return Header(tensors, metadata)
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     """Return the pairs of a JSON object as a dict. Raises ValueError for a key that occurs twice."""
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        names = [name for name, _ in pairs]
-        raise ValueError(f"the key {next(name for name in names if names.count(name) > 1)!r} occurs twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise ValueError(f"the key '{printable(name)}' occurs twice")
+        found[name] = value
     return found
 
 
 def _tensor(path: Path, name: str, entry: Any, start: int, total: int) -> Tensor:
-    problem = ValueError(f"{path}: the header's entry of {name!r} is malformed: {entry!r:.200}")
+    shown = f"'{printable(name)}'"
+    problem = ValueError(f"{path}: the header's entry of {shown} is malformed: {entry!r:.200}")
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
         raise problem
     kind, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not (isinstance(kind, str) and _are_sizes(shape) and _are_sizes(offsets) and len(offsets) == 2):
         raise problem
     if kind not in DTYPES and kind not in _OTHER_BITS:
-        raise ValueError(f"{path}: {name!r} has the type {kind!r:.40}, which safetensors does not have")
+        raise ValueError(f"{path}: {shown} has the type {kind!r:.40}, which safetensors does not have")
     bits = 8 * DTYPES[kind].itemsize if kind in DTYPES else _OTHER_BITS[kind]
     elements = 1
     for size in shape:
@@ -129,11 +135,11 @@ def _tensor(path: Path, name: str, entry: Any, start: int, total: int) -> Tensor
     first, last = offsets
     if 8 * (last - first) != elements * bits:
         raise ValueError(
-            f"{path}: {name!r} has {last - first:,} bytes, expected {elements * bits // 8:,} for {kind} {shape}"
+            f"{path}: {shown} has {last - first:,} bytes, expected {elements * bits // 8:,} for {kind} {shape}"
         )
     if start + last > total:
         raise ValueError(
-            f"{path}: {name!r} ends at byte {start + last:,} of {total:,}: the file is truncated or its header wrong"
+            f"{path}: {shown} ends at byte {start + last:,} of {total:,}: the file is truncated or its header wrong"
         )
     return Tensor(path, kind, tuple(shape), start + first, last - first)
 
@@ -148,10 +154,11 @@ def _check_layout(path: Path, tensors: dict[str, Tensor], start: int, total: int
     """Raise ValueError unless the tensors fill the file without gaps and do not overlap."""
     end, before = start, "the header"
     for name, tensor in sorted(tensors.items(), key=lambda item: (item[1].start, item[1].size)):
+        shown = f"'{printable(name)}'"
         if tensor.start != end:
             what = "overlaps" if tensor.start < end else "leaves a gap after"
-            raise ValueError(f"{path}: {name!r} starts at byte {tensor.start:,} and {what} {before}, expected {end:,}")
-        end, before = tensor.start + tensor.size, repr(name)
+            raise ValueError(f"{path}: {shown} starts at byte {tensor.start:,} and {what} {before}, expected {end:,}")
+        end, before = tensor.start + tensor.size, shown
     if end != total:
         raise ValueError(f"{path}: got {total:,} bytes, expected {end:,}, where the last tensor ends")
 

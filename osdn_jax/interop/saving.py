@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from osdn_jax._errors import printable
 from osdn_jax.interop import safetensors
 from osdn_jax.interop.comparison import normal_mixer
 from osdn_jax.interop.families import FAMILIES, own
@@ -126,7 +127,7 @@ def _target(config: ModelConfig, origin: Origin | None, layout: str | None, dtyp
         if same and origin.left_out and layout is None:
             raise ValueError(
                 f"model: {len(origin.left_out)} tensors of {origin.folder} were not loaded, such as "
-                f"{origin.left_out[0]}, so that folder cannot be written again; layout={family.name!r} or "
+                f"{printable(origin.left_out[0])}, so that folder cannot be written again; layout={family.name!r} or "
                 f"{own.MODEL_TYPE!r} saves what was loaded"
             )
         if same and not origin.left_out:
@@ -146,7 +147,9 @@ def _target(config: ModelConfig, origin: Origin | None, layout: str | None, dtyp
         raise ValueError(f"layout: {family.name!r} cannot hold this model: {'; '.join(changed)}")
     sources = _sources(family, config, entries, {})
     types = {
-        name: safetensors.type_name(np.result_type(*(dtypes[path] for path in source.row.parameters)))
+        name: safetensors.type_name(
+            np.result_type(*(dtypes[path] for path in source.row.parameters or ("embedding/embedding",)))
+        )
         for source in sources
         for group in source.names
         for name in group

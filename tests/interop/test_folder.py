@@ -9,6 +9,7 @@ import pytest
 
 from osdn_jax.interop import load_pretrained
 from osdn_jax.interop.folder import Folder
+from osdn_jax.interop.safetensors import read_header
 from support.pretrained import TYPES, write_folder, write_safetensors
 
 TENSORS = {name: np.full(2, i, np.float32) for i, name in enumerate("abcd")}
@@ -77,6 +78,60 @@ def test_indices_that_point_elsewhere(name, message, folder, tmp_path):
     (folder / "circle.safetensors").symlink_to(folder / "circle.safetensors")
     change_index(folder, a=name)
     check(folder, (ValueError, FileNotFoundError), message)
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX, "model-00001-of-00002.safetensors", "model.safetensors"])
+@pytest.mark.parametrize("kind", ["pipe", "folder", "circle", "link to nothing"])
+def test_what_is_no_file_is_not_opened(name, kind, folder):
+    if name == "model.safetensors":
+        (folder / INDEX).unlink()
+        (folder / "model-00001-of-00002.safetensors").unlink()  # so that there is one other file
+    (folder / name).unlink(missing_ok=True)
+    {
+        "pipe": os.mkfifo,
+        "folder": os.mkdir,
+        "circle": lambda path: path.symlink_to(path.name),
+        "link to nothing": lambda path: path.symlink_to("nothing"),
+    }[kind](folder / name)
+    if kind == "circle" and name.startswith("model-"):
+        check(folder, ValueError, "lies outside the folder")
+    else:
+        check(folder, ValueError, f"{name}: is a folder, a pipe or a link to no file, expected a file")
+
+
+def test_other_things_next_to_the_one_file(folder):
+    (folder / INDEX).unlink()
+    (folder / "model-00001-of-00002.safetensors").unlink()
+    os.mkfifo(folder / "pipe.safetensors")
+    assert Folder(folder).tensors.keys() == {"b", "d"}
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    check(folder, FileNotFoundError, "has no model.safetensors")
+    with pytest.raises(FileNotFoundError, match=r"No such file: '.*pipe.safetensors'"):
+        read_header(folder / "pipe.safetensors")
+
+
+@pytest.mark.parametrize("name", ["config.json", INDEX])
+def test_keys_that_occur_twice(name, folder):
+    values = json.loads((folder / name).read_text())
+    text = json.dumps({"deep": values, "x": 1})
+    (folder / name).write_text(text.replace('"x": 1', '"x\\u001b": 1, "x\\u001b": 2'))
+    check(folder, ValueError, rf"{name}: is not JSON: the key 'x\\x1b' occurs twice")
+
+
+def test_tensors_that_the_index_omits_are_read(folder):
+    values = json.loads((folder / INDEX).read_text())
+    del values["weight_map"]["c"]
+    (folder / INDEX).write_text(json.dumps(values))
+    assert Folder(folder).tensors.keys() == TENSORS.keys()
+
+
+def test_names_cannot_control_a_terminal(folder):
+    write_safetensors(folder / "model-00001-of-00002.safetensors", {"b\x1b[31m\n": np.zeros(2, np.int64)})
+    change_index(folder, **{"\x1b": "model-00001-of-00002.safetensors"})
+    check(folder, ValueError, r"lacks \\x1b and 2 more keys, which")
+    (folder / INDEX).unlink()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    check(folder, ValueError, r"^b\\x1b\[31m\\n: got the type I64")
 
 
 def test_links_of_the_hub_cache_are_followed(folder, tmp_path):

@@ -76,6 +76,34 @@ def test_tensors_that_do_not_fit(folder, capsys):
     ]
 
 
+def test_names_of_tensors_are_shown_safely(folder, capsys):
+    file = folder / "model-00001-of-00002.safetensors"
+    digits = "9" * 5000
+    names = (
+        "x\n\x1b[31mY",
+        f"model.layers.{digits}.x",
+        "model.layers.007.x",
+        "model.layers.\u0663.x",
+        "model.layers.12.x",
+    )
+    pretrained.write_safetensors(
+        file, pretrained.read_safetensors(file) | dict.fromkeys(names, np.zeros(1, np.float32))
+    )
+    expected = {
+        r"extra: x\n\x1b[31mY",
+        f"extra: model.layers.{digits[:187]}…",
+        "extra: model.layers.007.x",
+        "extra: model.layers.\u0663.x",
+        "extra: model.layers.12.x",
+    }
+    assert command.main(["inspect", str(folder)]) == 2
+    err = capsys.readouterr().err
+    assert {line.removeprefix("python -m osdn_jax.interop inspect: error: ") for line in err.splitlines()} == expected
+    with pytest.raises(ValueError, match="do not fit qwen3_next") as error:
+        interop.load_pretrained(folder)
+    assert {line.strip() for line in str(error.value).split("\n")[1:]} == expected
+
+
 @pytest.mark.parametrize("arguments", [[], ["inspect"], ["look", "x"], ["inspect", "a", "b"], ["inspect", "absent"]])
 def test_wrong_command_lines(arguments, capsys, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

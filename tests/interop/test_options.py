@@ -5,7 +5,7 @@ import re
 import pytest
 
 from osdn_jax.interop.families.rotary import rotary
-from osdn_jax.interop.options import Options
+from osdn_jax.interop.options import LARGEST, Options
 
 
 def test_readers_return_values_and_defaults():
@@ -51,6 +51,35 @@ def test_entries_of_wrong_types_are_refused():
     options.number("number", 1.0)
     options.integer("wide")
     assert [problem.split(":")[0] for problem in options.problems] == ["word", "words", "number", "wide"]
+
+
+def test_numbers_have_limits_on_both_sides():
+    options = Options({"a": -2, "b": -(10**400), "c": 1e300, "d": 1.0, "e": float("nan"), "f": True})
+    assert options.number("a", above=-LARGEST) == -2.0
+    assert options.number("absent", None, above=-LARGEST, below=0.0) is None
+    options.number("b", None, above=-LARGEST, below=0.0)
+    options.number("c", above=-LARGEST)
+    options.number("d", 0.5, below=1.0)
+    options.number("e", above=-LARGEST)
+    options.number("f", above=-LARGEST)
+    first, *others = options.problems
+    assert first.startswith("b: got -1000")
+    assert first.endswith("..., expected a number below 0")
+    assert others == [
+        "c: got 1e+300, expected a number",
+        "d: got 1.0, expected a number above 0 and below 1",
+        "e: got NaN, expected a number",
+        "f: got true, expected a number",
+    ]
+
+
+def test_names_cannot_control_a_terminal():
+    options = Options({"odd\x1b[31m\n": 1, "x" * 5000: 2})
+    with pytest.raises(ValueError, match=r"config.json: odd") as error:
+        options.finish()
+    assert str(error.value) == (
+        rf"config.json: odd\x1b[31m\n: got 1, an option unknown here; {'x' * 200}…: got 2, an option unknown here"
+    )
 
 
 def test_required_values_are_compared_with_their_types():

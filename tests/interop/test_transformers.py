@@ -69,6 +69,7 @@ VARIANTS = {
         "groups": {"num_experts": 6, "num_expert_group": 3, "topk_group": 2, "moe_renormalize": False},
         "two shared": {"num_shared_experts": 2, "mlp_layer_types": ["sparse", "dense"]},
         "no shared channels": {"qk_rope_head_dim": 0},
+        "no shared experts": {"num_shared_experts": 0, "mlp_layer_types": ["sparse", "sparse"]},
     },
 }
 CASES = {family: (family, {}, {}) for family in FAMILIES}
@@ -170,6 +171,25 @@ def test_another_model_of_the_same_kind_gets_the_layout_by_name(family, tmp_path
     np.testing.assert_array_equal(
         interop.logits(interop.load_pretrained(tmp_path / "own"), IDS), interop.logits(model, IDS)
     )
+
+
+def test_a_mixture_without_shared_experts(tmp_path):
+    """Transformers saves tensors without elements for it; files of others may have none."""
+    changes = VARIANTS["kimi_linear"]["no shared experts"]
+    folder, config, tensors = checkpoint(tmp_path / "m", "kimi_linear", changes, {})
+    model = interop.load_pretrained(folder)
+    model.origin = None
+    assert interop.save_pretrained(model, tmp_path / "new", layout="kimi_linear") == "kimi_linear"
+    assert same_bits(pretrained.read_folder(tmp_path / "new"), tensors)
+    some = {name: x for name, x in tensors.items() if x.size}
+    assert len(some) == len(tensors) - 6
+    loaded = interop.load_pretrained(pretrained.write_folder(tmp_path / "without", config, some))
+    np.testing.assert_array_equal(interop.logits(loaded, IDS), interop.logits(model, IDS))
+    interop.save_pretrained(loaded, tmp_path / "again")
+    assert same_bits(pretrained.read_folder(tmp_path / "again"), some)
+    tensors["model.layers.0.block_sparse_moe.shared_experts.up_proj.weight"] = np.zeros((1, 12), np.float32)
+    with pytest.raises(ValueError, match=r"shared_experts.up_proj.weight: got shape \[1, 12\], expected \[0, 12\]"):
+        interop.load_pretrained(pretrained.write_folder(tmp_path / "wrong", config, tensors))
 
 
 def test_a_layout_needs_the_kinds_of_layers_of_its_library(tmp_path):

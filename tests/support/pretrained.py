@@ -170,6 +170,8 @@ def tensors_of(config, *, seed=0, dtype=np.float32, released=False, stacked=Fals
 
 def _random(rng, name, shape, offset_norms):
     values = rng.normal(size=shape)
+    if not values.size:
+        return values
     if name.endswith("A_log"):
         return np.abs(values)
     if len(shape) < 2:

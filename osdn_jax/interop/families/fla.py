@@ -10,7 +10,7 @@ from typing import Any
 from osdn_jax.interop.families.fla_frame import LIBRARY, describe_model, express_frame, model_rows
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.mapping import Row, fused, linear, same
-from osdn_jax.interop.options import Options
+from osdn_jax.interop.options import LARGEST, Options
 from osdn_jax.nn.config import GramConfig, MixerConfig, ModelConfig
 
 _GATES = {"swish": "silu", "silu": "silu", "sigmoid": "sigmoid"}  # {name in config.json: name here}
@@ -66,10 +66,7 @@ def gated_deltanet_mixer(
 def kda_mixer(options: Options, width: int, epsilon: float, **changes: Any) -> MixerConfig:
     """Return the mixer of KDA (arXiv 2510.26692), whose low-rank projections have the channels of a value head."""
     heads = _heads(options, heads=16, head_dim=128, expand_v=1.0)
-    bound = options.any("lower_bound")
-    if bound is not None and not (isinstance(bound, int | float) and -float("inf") < bound < 0):
-        options.problem("lower_bound", bound, "a number below 0 or null")
-        bound = None
+    bound = options.number("lower_bound", None, above=-LARGEST, below=0.0)
     if options.flag("safe_gate", False) and bound is None:
         options.problem("safe_gate", True, "it with a lower_bound")
     fields: dict[str, Any] = {

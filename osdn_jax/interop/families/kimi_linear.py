@@ -5,7 +5,7 @@ from typing import Any
 
 from osdn_jax.interop.families.tables import NO_TOKENS, apart, experts, frame, layer_types, mixers_of, swiglu
 from osdn_jax.interop.family import Family
-from osdn_jax.interop.mapping import Row, linear, same
+from osdn_jax.interop.mapping import Row, empty, linear, same
 from osdn_jax.interop.options import MANY, Options
 from osdn_jax.nn.config import (
     BlockConfig,
@@ -89,7 +89,7 @@ def _mixture(options: Options) -> MixtureConfig:
     count = options.integer(options.name_of("num_experts", "num_local_experts"), 256, most=MANY)
     active = options.integer(options.name_of("num_experts_per_token", "num_experts_per_tok"), 8)
     hidden = options.integer("moe_intermediate_size", 1024)
-    shared = options.integer(options.name_of("num_shared_experts", "n_shared_experts"), 1)
+    shared = options.integer(options.name_of("num_shared_experts", "n_shared_experts"), 1, least=0)
     groups = options.integer(options.name_of("num_expert_group", "n_group"), 1)
     active_groups = options.integer("topk_group", 1)
     renormalize = options.flag(options.name_of("moe_renormalize", "norm_topk_prob"), True)
@@ -156,7 +156,7 @@ def rows(config: ModelConfig, source: Mapping[str, Any], keys: Collection[str]) 
             table += swiglu(sparse if found else dense, f"{path}mlp/", block.mlp.hidden)
         else:
             found = any(key.startswith(dense) for key in keys)
-            table += _mixture_rows(block.mlp, dense if found else sparse, f"{path}mlp/", keys)
+            table += _mixture_rows(block.mlp, dense if found else sparse, f"{path}mlp/", keys, config.width)
     return table
 
 
@@ -192,10 +192,18 @@ def _latent_rows(mixer: LatentAttentionConfig, keys: str, path: str) -> list[Row
     ]
 
 
-def _mixture_rows(mlp: MixtureConfig, keys: str, path: str, found: Collection[str]) -> list[Row]:
+def _mixture_rows(mlp: MixtureConfig, keys: str, path: str, found: Collection[str], width: int) -> list[Row]:
+    shared = f"{keys}shared_experts."
+    if mlp.shared_hidden:
+        shared_rows = swiglu(shared, f"{path}shared/", mlp.shared_hidden)
+    elif found and not any(key.startswith(shared) for key in found):
+        shared_rows = []
+    else:  # Transformers saves a shared expert of no hidden units
+        inner = dict.fromkeys((f"{shared}gate_proj.weight", f"{shared}up_proj.weight"), (0, width))
+        shared_rows = [empty({**inner, f"{shared}down_proj.weight": (width, 0)})]
     return [
         *experts(mlp, f"{keys}experts.", path, ("w1", "w3", "w2"), found),
-        *swiglu(f"{keys}shared_experts.", f"{path}shared/", mlp.shared_hidden),
+        *shared_rows,
         linear(f"{keys}gate.weight", f"{path}router/kernel"),
         same(f"{keys}gate.e_score_correction_bias", f"{path}router_bias"),
     ]

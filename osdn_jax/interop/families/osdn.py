@@ -6,7 +6,6 @@ its loops in Python differ, this is what the kernels compute: they read the stat
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ from osdn_jax.interop.families import fla
 from osdn_jax.interop.families.fla_frame import describe_model, express_frame, model_rows
 from osdn_jax.interop.family import Family
 from osdn_jax.interop.mapping import Row, linear, same
-from osdn_jax.interop.options import Options
+from osdn_jax.interop.options import LARGEST, Options
 from osdn_jax.nn.config import HypergradientConfig, MixerConfig, ModelConfig, SquaresConfig
 
 _LIBRARY = "the OSDN authors' flash-linear-attention"
@@ -54,10 +53,7 @@ def _delta_net_mixer(options: Options, width: int, epsilon: float) -> MixerConfi
     if options.flag("osgm_decay", False) and mode == "none":  # the name in their earlier versions
         mode = "learnable"
     options.without_effect("osgm_ema_normalize")  # the mode decides
-    average = options.number("osgm_ema_alpha", 0.999)
-    if average >= 1:
-        options.problem("osgm_ema_alpha", average, "a number above 0 and below 1")
-        average = 0.999
+    average = options.number("osgm_ema_alpha", 0.999, below=1.0)
     feedback = _hypergradient(options, mode, bounded=True)
     if not options.flag("use_osgm", False):
         changes: dict[str, Any] = {"preconditioner": "squares"}
@@ -116,15 +112,12 @@ def _hypergradient(
         in_file: the constant gate is a tensor of the files, the inverse logistic function of what is kept.
         beta_aware: update by what beta leaves of the residual.
     """
-    eta = options.any("osgm_eta", 1.0)
-    low, high = options.any("osgm_d_min", 0.0), options.any("osgm_d_max", 1e9)
+    eta = options.number("osgm_eta", 1.0, above=-LARGEST)
+    low = options.number("osgm_d_min", 0.0, above=-LARGEST)
+    high = options.number("osgm_d_max", 1e9, above=-LARGEST)
     kept = options.number("osgm_decay_gamma", 0.999)
-    for name, value in (("osgm_eta", eta), ("osgm_d_min", low), ("osgm_d_max", high)):
-        if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-            options.problem(name, value, "a number or null")
-            return HypergradientConfig()
     if low > high:
-        options.problem("osgm_d_min", low, f"at most osgm_d_max = {high}")
+        options.problem("osgm_d_min", low, f"at most osgm_d_max = {high:g}")
     if kept > 1:
         options.problem("osgm_decay_gamma", kept, "a number above 0 and at most 1")
     normalize = options.flag("osgm_use_denominator", False)
@@ -132,12 +125,12 @@ def _hypergradient(
         return HypergradientConfig()
     constant = mode == "constant" and not in_file
     return HypergradientConfig(
-        eta=float(eta),
-        bounds=(float(low), float(high)) if bounded else None,
+        eta=eta,
+        bounds=(low, high) if bounded else None,
         initial=0.0,
         forget=mode in _GATES,
         forget_gate="constant" if constant else _GATES.get(mode, "token"),  # type: ignore[arg-type]  # by the mode
-        forget_constant=float(kept) if constant else 0.999,
+        forget_constant=kept if constant else 0.999,
         normalize=normalize,
         beta_aware=beta_aware,
     )
