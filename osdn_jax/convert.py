@@ -18,6 +18,7 @@ if __name__ == "__main__":
     command.start()
 
 from osdn_jax import interop
+from osdn_jax._files import replacing
 from osdn_jax.interop.folder import IGNORE_REMOTE_CODE
 from osdn_jax.interop.loading import open_folder, origin_of
 from osdn_jax.nn import CausalLM
@@ -65,10 +66,10 @@ def main(argv: list[str] | None = None) -> None:
         options = {"layout": given.layout, "dtype": given.dtype, "overwrite": given.overwrite}
         layout = interop.save_pretrained(model, destination, **options)
         if tokenizer is not None:
-            shutil.copyfile(tokenizer, destination / f"tokenizer{tokenizer.suffix}")
+            _copy(tokenizer, destination / f"tokenizer{tokenizer.suffix}")
             settings = tokenizer.with_name("tokenizer_config.json")
             if settings.is_file():
-                shutil.copyfile(settings, destination / settings.name)
+                _copy(settings, destination / settings.name)
     print(f"{destination}: {layout}", file=sys.stdout, flush=True)
 
 
@@ -79,6 +80,12 @@ def _refusing(**names: str) -> Iterator[None]:
         yield
     except (ValueError, TypeError, OSError, ImportError, CheckpointError, CheckpointMismatchError) as error:
         fail(ValueError(command.naming_flags(str(error), _FLAGS | names)))
+
+
+def _copy(file: Path, target: Path) -> None:
+    """Copy a file, which may be the target itself; a link in its place is replaced, not written through."""
+    with replacing(target) as new:
+        shutil.copyfile(file, new)
 
 
 def _layouts() -> str:

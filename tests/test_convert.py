@@ -70,6 +70,28 @@ def test_layouts_and_types(tmp_path, capsys):
     assert 0 < np.median(error) < 0.05
 
 
+def test_a_run_over_the_folder_that_it_started_from(tmp_path, capsys, monkeypatch):
+    """The tokenizer is there already; and a link to a file elsewhere is replaced, not the file."""
+    model = CausalLM(model_config("gated_delta_net"), rngs=nnx.Rngs(0))
+    for name in ("start", "other"):
+        interop.save_pretrained(model, tmp_path / name)
+    (tmp_path / "start" / "tokenizer.json").write_text("{}")
+    (tmp_path / "start" / "tokenizer_config.json").write_text("[]")
+    (tmp_path / "elsewhere").write_text("another")
+    (tmp_path / "other" / "tokenizer.json").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "run" / "checkpoints").mkdir(parents=True)
+    monkeypatch.setattr(convert, "_trained", lambda _: (model, tmp_path / "start" / "tokenizer.json"))
+    for name in ("start", "other"):
+        assert run(capsys, tmp_path / "run", tmp_path / name, "--overwrite") == (
+            0,
+            f"{tmp_path / name}: osdn_jax\n",
+            "",
+        )
+        assert (tmp_path / name / "tokenizer.json").read_text() == "{}"
+        assert (tmp_path / name / "tokenizer_config.json").read_text() == "[]"
+    assert (tmp_path / "elsewhere").read_text() == "another"
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
