@@ -107,13 +107,17 @@ def _id_of(file: Path, token: Any) -> int | None:
     if not isinstance(token, str) or not file.is_file():
         return None
     values = read_json(file)[1]
-    for added in values.get("added_tokens") or []:
-        if added.get("content") == token:
-            return added.get("id")
-    vocabulary = (values.get("model") or {}).get("vocab")
-    if isinstance(vocabulary, list):  # of a unigram model: [token, score] for each id
-        return next((i for i, (name, _) in enumerate(vocabulary) if name == token), None)
-    return (vocabulary or {}).get(token)
+    try:
+        for added in values.get("added_tokens") or []:
+            if added.get("content") == token:
+                return _checked(file, f"the id of {token!r}", added.get("id"))[0]
+        vocabulary = (values.get("model") or {}).get("vocab")
+        if isinstance(vocabulary, list):  # of a unigram model: [token, score] for each id
+            return next((i for i, row in enumerate(vocabulary) if row[0] == token), None)
+        found = (vocabulary or {}).get(token)
+    except (AttributeError, TypeError, LookupError) as error:  # another type of JSON where an object or a list is expected
+        raise ValueError(f"{file}: is no tokenizer: its added_tokens or its vocab is malformed") from error
+    return None if found is None else _checked(file, f"the id of {token!r}", found)[0]
 
 
 def _checked(file: Path, name: str, value: Any) -> tuple[int, ...]:

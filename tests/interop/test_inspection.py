@@ -148,6 +148,26 @@ def test_the_tokenizer_of_a_folder(folder):
         interop.tokenizer(folder)
 
 
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"added_tokens": ["x"]}, "is no tokenizer: its added_tokens or its vocab is malformed"),
+        ({"added_tokens": 5}, "is no tokenizer"),
+        ({"model": []}, "which tokenizer.json does not have"),
+        ({"model": [1]}, "is no tokenizer"),
+        ({"model": {"vocab": [3]}}, "is no tokenizer"),
+        ({"model": {"vocab": [["a", 0], []]}}, "is no tokenizer"),
+        ({"model": {"vocab": {"<e>": "x"}}}, "got the id of '<e>' 'x', expected an id"),
+        ({"added_tokens": [{"content": "<e>"}]}, "got the id of '<e>' None, expected an id"),
+    ],
+)
+def test_ids_of_damaged_tokenizers(values, message, folder):
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "<e>"}')
+    (folder / "tokenizer.json").write_text(json.dumps(values))
+    with pytest.raises(ValueError, match=message):
+        interop.end_tokens(folder)
+
+
 def test_folders_without_a_tokenizer(folder, tmp_path):
     with pytest.raises(ValueError, match="holds no tokenizer.json"):
         interop.tokenizer(folder)
