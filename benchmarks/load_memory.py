@@ -1,9 +1,10 @@
 """Measure the memory that loading a checkpoint takes:  python -m benchmarks.load_memory
 
 Writes a checkpoint with random bfloat16 tensors, of 1.3 billion parameters by default, and loads it in a separate
-process for each dtype: in the layout of Transformers' Qwen3.5, or with --model experts in that of Qwen3-Next, whose files
-have the tensors of each expert and whose model has those of a layer in one array. Reports the peak of the resident memory of each process
-and that of one that imports the package and loads nothing, so that the difference is the model and what loading adds.
+process for each dtype: in the layout of Transformers' Qwen3.5, or with --model experts in that of Qwen3-Next, whose
+files have the tensors of each expert, and whose model has those of a layer in one array. Reports the peak of the
+resident memory of each process and that of one that imports the package and loads nothing, so that the difference is
+the model and what loading adds.
 """
 
 import argparse
