@@ -96,13 +96,14 @@ def local_directory(text: str) -> Path:
     """Return a directory of this machine, with "~" expanded; it does not have to exist.
 
     Raises:
-        ValueError: the name is empty, is an address such as gs://bucket/run (which would become a folder "gs:"), or is
-            the home of an unknown user.
+        ValueError: the name is empty, is an address such as gs://bucket/run (which would become a folder "gs:"), is the
+            home of an unknown user, or has a character that no name of a file has.
     """
     if not text.strip():
         raise ValueError("got an empty name, expected a directory, such as runs/NAME")
     if "\0" in text:
         raise ValueError("got a NUL character, expected a directory")
+    os.fsencode(text)  # raises UnicodeEncodeError, a ValueError, for half of a surrogate pair
     if re.match(r"[A-Za-z][A-Za-z0-9+.-]*:/", text):  # Path makes one slash of two
         raise ValueError("got an address, expected a directory on this machine or mounted on it")
     try:

@@ -19,7 +19,9 @@ from osdn_jax import command
 if __name__ == "__main__":
     command.start()
 
-from osdn_jax.generation import Chunk, GenerationState, Generator, PromptCache, flags
+import jax
+
+from osdn_jax.generation import Chunk, GenerationState, Generator, PromptCache, arguments, flags
 from osdn_jax.training import CheckpointError, CheckpointMismatchError
 from osdn_jax.training.command_line import fail
 from osdn_jax.training.trained import open_trained
@@ -65,10 +67,13 @@ def generate(
         for text in generate("runs/osdn", "ROMEO:", tokens=100):
             print(text, end="", flush=True)
     """
+    if "max_tokens" in options:
+        raise TypeError("options: got max_tokens, expected tokens")
+    options |= {"max_tokens": arguments.max_tokens(tokens, "tokens")}
+    options |= {"temperature": temperature, "top_p": top_p, "seed": seed}
     source = _run(workdir, text=True)
-    options |= {"max_tokens": tokens, "temperature": temperature, "top_p": top_p, "seed": seed}
-    stream = source.ready([prompt], options).stream([prompt], **source.options, **options)
-    return (chunk.text for chunk in stream)
+    generator = source.ready([prompt], options)
+    return (chunk.text for chunk in generator.stream([prompt], **source.with_its(options)))
 
 
 class _Source(NamedTuple):
@@ -86,13 +91,18 @@ class _Source(NamedTuple):
     load: Callable[[], Any] | None
     has_start: bool = True
 
+    def with_its(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Return a request's options with those that the model needs; a request can forbid further tokens."""
+        forbidden = [*self.options.get("forbidden", ()), *options.get("forbidden", ())]
+        return self.options | options | {"forbidden": forbidden}
+
     def ready(self, prompts: list[Any], options: dict[str, Any], *, starts: bool = True) -> Generator:
         """Return the generator with its parameters; its programs are compiled while they are read."""
         if self.load is not None:
             with ThreadPoolExecutor(1) as reader:
                 reading = reader.submit(self.load)
                 if starts:
-                    self.generator.compile(prompts, **{**self.options, **options})
+                    self.generator.compile(prompts, **self.with_its(options))
                 self.generator.parameters = reading.result()
         return self.generator
 
@@ -115,11 +125,13 @@ def _run(workdir: str | Path, *, text: bool, state_dtype: str | None = None) -> 
 def _folder(path: Path, *, text: bool, state_dtype: str | None = None, ignore_remote_code: bool = False) -> _Source:
     """Return the model of a folder in the format of Transformers."""
     from osdn_jax import interop
+    from osdn_jax.interop.folder import existing_folder
     from osdn_jax.interop.tokens import TOKENIZER_FILES
 
     tokenizer: Any = None
     start: tuple[int, ...] = ()
     if text:
+        existing_folder(path)
         if not any((path / name).is_file() for name in TOKENIZER_FILES):
             raise ValueError(f"--model: got {str(path)!r}, which has no tokenizer; expected tokens with --prompt_ids")
         found = interop.tokenizer(path)
@@ -175,6 +187,8 @@ def main() -> None:
         prompts, stream, save = _stream(given)
     except (ValueError, TypeError, OSError, ImportError, CheckpointError, CheckpointMismatchError) as error:
         refuse(error)
+    except jax.errors.JaxRuntimeError as error:
+        refuse(_memory_error(error))
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # for a terminal whose encoding lacks some characters
     output = _Output(prompts)
@@ -220,7 +234,7 @@ def _stream(given: argparse.Namespace) -> tuple[list[Any], Iterator[Chunk], Call
         raise ValueError(f"prompts: got an empty text, but the tokenizer of {given.model} puts no token before a text")
     starts = given.load_state is None and path is None
     generator = source.ready(prompts, options, starts=starts)
-    options = source.options | options
+    options = source.with_its(options)
     if starts:
         return prompts, generator.stream(prompts, **options), None
     state = None if given.load_state is None else _loaded(generator, given)
@@ -260,10 +274,20 @@ def _ending_the_line(refuse: Callable[[Exception], NoReturn]) -> Iterator[None]:
     except ValueError as error:
         _write("\n")
         refuse(error)
+    except jax.errors.JaxRuntimeError as error:
+        _write("\n")
+        refuse(_memory_error(error))
     except KeyboardInterrupt:
         _write("\n")
         raise
     _write("\n")
+
+
+def _memory_error(error: Exception) -> Exception:
+    """Return what to tell a user whose device has not enough memory. Raises any other error of the device."""
+    if "RESOURCE_EXHAUSTED" not in str(error):
+        raise error
+    return ValueError("--tokens: not enough memory for that number of tokens, the prompts and the model")
 
 
 def _write(text: str) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax
 import pytest
 import tokenizers
 
@@ -125,6 +126,7 @@ def test_the_command_line_writes_prompt_and_text(run, command):
         (["--save_state", "state", "--keep_every", "0"], "--keep_every: got 0, expected at least 1"),
         (["--prompt", "a", "--prompt", "b", "--save_state", "state"], "--save_state: got 2 prompts, expected one"),
         (["--save_state", "nothing/state"], "--save_state: got 'nothing/state', but there is no folder"),
+        (["--ignore_remote_code"], "--ignore_remote_code: expected it with --model"),
         (["--keep_every", "4"], "--keep_every: expected it with --save_state"),
         (["--at", "4"], "--at: expected it with --load_state"),
         (["--load_state", "nothing"], "--load_state: got 'nothing', which does not exist"),
@@ -272,9 +274,10 @@ def test_a_folder_of_another_library(run, command, tmp_path):
     status, out, err = command("--model", tmp_path / "model", "--prompt", "text")
     assert (status, out, err.count("\n")) == (2, "", 1)
     assert "which has no tokenizer; expected tokens with --prompt_ids" in err
-    status, out, err = command("--model", tmp_path / "nothing", "--prompt_ids", "1")
-    assert (status, out) == (2, "")
-    assert err.startswith(f"generate: error: --model: got '{tmp_path}/nothing', which does not exist")
+    for prompt in (("--prompt_ids", "1"), ("--prompt", "a")):
+        status, out, err = command("--model", tmp_path / "nothing", *prompt)
+        assert (status, out) == (2, "")
+        assert err.startswith(f"generate: error: --model: got '{tmp_path}/nothing', which does not exist")
 
 
 def test_tokens_that_end_a_continuation(command, tmp_path):
@@ -297,6 +300,47 @@ def test_tokens_that_end_a_continuation(command, tmp_path):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [last, 10**6]}))
     assert written() == ended
     assert written("--stop_tokens", "") == tokens
+
+
+def test_a_line_of_a_file_of_prompts_ends_at_its_newline(run, command, tmp_path):
+    flags = ("--workdir", run, "--tokens", 4, "--temperature", 0)
+    (tmp_path / "prompts").write_bytes("\ufeffthe\x0cold\r\n\nmemory\u2028x\n".encode())
+    status, out, err = command(*flags, "--prompts", tmp_path / "prompts")
+    assert (status, err) == (0, "")
+    prompts = [("--prompt", text) for text in ("the\x0cold", "", "memory\u2028x")]
+    assert out == command(*flags, *[word for prompt in prompts for word in prompt])[1]
+
+
+def test_too_little_memory_is_one_line(run, command, monkeypatch):
+    full = jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 9 bytes.")
+    monkeypatch.setattr(Generator, "stream", _raising(full))
+    status, out, err = command("--workdir", run, "--prompt", "this ")
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert "--tokens: not enough memory" in err
+    monkeypatch.setattr(Generator, "stream", _raising(jax.errors.JaxRuntimeError("INTERNAL: something else")))
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        command("--workdir", run, "--prompt", "this ")
+
+
+def _raising(error):
+    def stream(*_, **__):
+        raise error
+
+    return stream
+
+
+def test_options_of_a_request_join_those_of_the_run(run):
+    options = {"tokens": 20, "temperature": 0.0}
+    text = "".join(generate(run, "the ", **options))
+    letter = text[0]
+    assert letter not in "".join(generate(run, "the ", **options, forbidden=list(letter.encode())))
+    ended = "".join(generate(run, "the ", **options, stop_tokens=list(text[3].encode())))
+    assert ended == text[: text.index(text[3])]
+    for tokens, error, said in ((-1, ValueError, "tokens: got -1"), ("a", TypeError, "tokens: got 'a'")):
+        with pytest.raises(error, match=f"^{said}, expected"):
+            generate(run, tokens=tokens)
+    with pytest.raises(TypeError, match="options: got max_tokens, expected tokens"):
+        generate(run, max_tokens=3)
 
 
 def test_a_file_of_prompts_that_is_no_text_is_one_line(run, command, tmp_path):

@@ -81,11 +81,11 @@ def repetition_penalty(value: Any) -> float:
     return float(np.clip(value, np.finfo(np.float32).tiny, np.finfo(np.float32).max))
 
 
-def max_tokens(value: Any) -> int:
+def max_tokens(value: Any, name: str = "max_tokens") -> int:
     """Return a number of tokens. Raises ValueError unless it is from 0 to 2^31 - 1."""
-    value = integer("max_tokens", value)
+    value = integer(name, value)
     if not 0 <= value < 2**31:
-        raise ValueError(f"max_tokens: got {value}, expected an integer from 0 to 2**31 - 1")
+        raise ValueError(f"{name}: got {value}, expected an integer from 0 to 2**31 - 1")
     return value
 
 

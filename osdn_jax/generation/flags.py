@@ -31,6 +31,8 @@ def check(given: argparse.Namespace) -> None:
         raise ValueError("--keep_every: expected it with --save_state and without --load_state")
     if given.at is not None and given.load_state is None:
         raise ValueError("--at: expected it with --load_state")
+    if given.ignore_remote_code and given.model is None:
+        raise ValueError("--ignore_remote_code: expected it with --model")
     if given.stop and given.prompt_ids is not None:
         raise ValueError("--stop: got a text with --prompt_ids, expected text prompts, or --stop_tokens")
 
@@ -157,13 +159,13 @@ def _ids(text: str) -> list[int]:
 def _lines(name: str) -> list[str]:
     """Return the lines of a file of prompts."""
     try:
-        lines = command.input_file("prompts", name).read_text(encoding="utf-8").splitlines()
+        text = command.input_file("prompts", name).read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise argparse.ArgumentTypeError(
             f"got {name!r}, which is not UTF-8 at byte {error.start}, expected a file of text"
         ) from error
     except (ValueError, OSError) as error:
         raise argparse.ArgumentTypeError(str(error).removeprefix("--prompts: ")) from error
-    if not lines:
+    if not text:
         raise argparse.ArgumentTypeError(f"got the empty file {name!r}, expected one prompt in each line")
-    return lines
+    return text.removesuffix("\n").split("\n")  # str.splitlines also splits at characters inside a line

@@ -139,7 +139,7 @@ class Generator:
 
         Args:
             prompts: texts, or tokens, at least one in each; a text follows the start of a document. With a state they
-                may be empty.
+                may be empty, and a text is encoded as if a document began with it, without the start.
             state: what comes before the prompts, of as many rows, or of one row that all prompts follow; it can be used
                 again. Default: None, prompts start documents.
             progress: called with the number of prompts that are done since its last call.
@@ -292,7 +292,9 @@ class Generator:
             batch, rows = request.batch(members), []
             run = self.model.run(batch, state)
             for index, text in zip(members, batch.texts, strict=True):
-                row = Row(index, text.tolist(), request, self.tokenizer)
+                # The text of a token may depend on those before it, of which a state has the last one.
+                before = [] if state is None else [int(state.token[index if len(state.token) > 1 else 0])]
+                row = Row(index, [*before, *text.tolist()], request, self.tokenizer)
                 rows.append(row)
                 if row.finish is not None:
                     yield row.chunk(None)

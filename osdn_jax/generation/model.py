@@ -72,7 +72,8 @@ class Model:
         size = cache_length(tokens) if self._sized else None
         if size not in self._engines:
             functions = self._functions if size is None else self._with_caches(size)
-            self._engines[size] = Engine(Programs(functions, self.state_dtype), self.vocabulary, self._piece)
+            programs = Programs(functions, self.state_dtype, sized=self._sized)
+            self._engines[size] = Engine(programs, self.vocabulary, self._piece)
         return self._engines[size]
 
     def _with_caches(self, size: int) -> Functions:

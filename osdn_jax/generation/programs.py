@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
 from osdn_jax.generation.filters import Settings, draw
-from osdn_jax.generation.states import fit_caches, narrow, take_rows, widen
+from osdn_jax.generation.states import fit_caches, has_caches, narrow, take_rows, widen
 from osdn_jax.nn.sharding import refuse_mesh
 
 BLOCK = 64  # tokens that one call of the loop can read and draw
@@ -49,11 +49,12 @@ class Programs:
     Args:
         functions: the model.
         state_dtype: dtype in which recurrent states and attention caches are kept; None for that of the model.
+        sized: attention caches have room for all tokens. Default: False, the oldest tokens drop out of them.
     """
 
-    def __init__(self, functions: Functions, state_dtype: Any = None) -> None:
+    def __init__(self, functions: Functions, state_dtype: Any = None, *, sized: bool = False) -> None:
         """Compile nothing yet."""
-        self._functions, self._dtype = functions, state_dtype
+        self._functions, self._dtype, self._sized = functions, state_dtype, sized
         self.traced: list[str] = []
         self.start = _Program(self._start, static=(1,))
         self.read = _Program(self._read, donated=(2,))
@@ -83,6 +84,9 @@ class Programs:
     ) -> Any:
         """Return the blocks' states after a piece of a prompt; rows of `reset` are put back to the start after it."""
         self.traced.append("read")
+        if blocks is None and not self._sized and has_caches(self.start_shapes(parameters, len(tokens))):
+            # Without states all tokens of a piece see each other; what a token sees must not depend on the pieces.
+            blocks = self.start_of(parameters, len(tokens))
         blocks = widen(blocks, self._dtype)
         blocks = self._functions.read(parameters, tokens, blocks, segment_ids)
         if reset is not None:

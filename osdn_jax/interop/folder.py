@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from osdn_jax._files import naming_the_file
+from osdn_jax.interop.paths import existing_folder
 from osdn_jax.interop.plan import summary
 from osdn_jax.interop.safetensors import DTYPES, Tensor, read_header
 
@@ -129,18 +130,6 @@ def _single_file(folder: Path) -> Path:
     raise FileNotFoundError(f"{folder}: has no {SINGLE_FILE} and no {INDEX_FILE}")
 
 
-def existing_folder(path: str | os.PathLike[str]) -> Path:
-    """Return the path of a folder that exists. Raises TypeError, FileNotFoundError or NotADirectoryError."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: got {type(path).__name__}, expected the path of a folder")
-    folder = Path(path).expanduser()
-    if not folder.exists():
-        raise FileNotFoundError(f"path: got {str(folder)!r}, which does not exist; expected a folder of this machine")
-    if not folder.is_dir():
-        raise NotADirectoryError(f"path: got {str(folder)!r}, which is a file; expected the folder with config.json")
-    return folder
-
-
 def read_config(folder: Path) -> tuple[str, dict[str, Any]]:
     """Return the text of a folder's config.json and its entries."""
     file = folder / CONFIG_FILE
@@ -168,7 +157,7 @@ def read_json(file: Path) -> tuple[str, dict[str, Any]]:
 def unserved(file: Path, config: Mapping[str, Any], *, ignore_remote_code: bool) -> list[str]:
     """Return a line for each reason in config.json not to load the folder: code to run, quantised weights, a run."""
     problems = []
-    if "model_type" not in config and (file.parent / "checkpoints").is_dir():
+    if _is_config_of_run(file.parent, config):
         problems.append(
             f"{file.parent}: is the working directory of a run of train.py, expected a folder that "
             "python -m osdn_jax.convert makes of it"
@@ -184,6 +173,18 @@ def unserved(file: Path, config: Mapping[str, Any], *, ignore_remote_code: bool)
         if values.get("quantization_config"):
             problems.append(f"{file}: got {prefix}quantization_config, expected weights that are not quantised")
     return problems
+
+
+def is_run(folder: Path) -> bool:
+    """Return whether a folder is the working directory of a run of train.py, whose config.json is not a model's."""
+    try:
+        return _is_config_of_run(folder, read_config(folder)[1])
+    except (ValueError, OSError):
+        return False
+
+
+def _is_config_of_run(folder: Path, config: Mapping[str, Any]) -> bool:
+    return "model_type" not in config and (folder / "checkpoints").is_dir()
 
 
 def _indexed_files(index: Path) -> dict[Path, set[str] | None]:

@@ -11,9 +11,10 @@ from typing import NamedTuple
 from osdn_jax._errors import joined_lines
 from osdn_jax.interop.families import describe, family_of
 from osdn_jax.interop.family import Family
-from osdn_jax.interop.folder import CONFIG_FILE, Weights, existing_folder, read_config, read_weights, unserved
+from osdn_jax.interop.folder import CONFIG_FILE, Weights, read_config, read_weights, unserved
 from osdn_jax.interop.loading import parameter_shapes
 from osdn_jax.interop.options import ConfigProblems
+from osdn_jax.interop.paths import existing_folder
 from osdn_jax.interop.plan import Plan, match
 from osdn_jax.interop.tokens import TOKENIZER_FILES
 from osdn_jax.nn.config import AttentionConfig, LatentAttentionConfig, Mixer, MixerConfig, MixtureConfig, ModelConfig
@@ -42,7 +43,7 @@ def inspect(path: str | os.PathLike[str], *, ignore_remote_code: bool = False) -
 
     Raises:
         FileNotFoundError, NotADirectoryError: there is no such folder.
-        TypeError: `path` is no path.
+        TypeError, ValueError: `path` is no path of a folder on this machine.
     """
     folder = existing_folder(path)
     rows: list[tuple[str, str]] = []

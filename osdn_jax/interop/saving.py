@@ -1,27 +1,26 @@
 """Saving a model as a folder: in the layout that it came from, in a layout that is named, or in our own."""
 
-import contextlib
 import dataclasses
 import json
 import os
 import shutil
-import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
-from osdn_jax._files import naming_the_file
 from osdn_jax.interop import safetensors
 from osdn_jax.interop.comparison import normal_mixer
 from osdn_jax.interop.families import FAMILIES, own
 from osdn_jax.interop.family import Family
-from osdn_jax.interop.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE
+from osdn_jax.interop.folder import CONFIG_FILE, INDEX_FILE, SINGLE_FILE, is_run
 from osdn_jax.interop.loading import checked_dtype, parameter_shapes
 from osdn_jax.interop.mapping import Shape
 from osdn_jax.interop.origin import Origin
+from osdn_jax.interop.paths import free_folder
+from osdn_jax.interop.placing import placed
 from osdn_jax.interop.plan import Source, match
 from osdn_jax.nn import CausalLM, ModelConfig, split_model
 
@@ -64,15 +63,16 @@ def save_pretrained(
 ) -> str:
     """Save a model as a folder with config.json and safetensors files.
 
-    The folder appears complete, or not. A model of `load_pretrained` gets the config.json, the names, shapes and
-    dtypes of the tensors of the folder that it came from, so that the library that wrote that folder reads this one;
-    its tokenizer, generation settings and chat template are copied along, if that folder is still there. If the model's
-    rule has been changed since, or it never had another layout, it is saved in our own, "osdn_jax": config.json holds
-    the fields of its `nn.ModelConfig`, and the tensors have the names of our parameters.
+    A new folder appears when it is complete; one that is overwritten is as it was before if saving fails. A model of
+    `load_pretrained` gets the config.json, the names, shapes and dtypes of the tensors of the folder that it came from,
+    so that the library that wrote that folder reads this one; its tokenizer, generation settings and chat template are
+    copied along, if that folder is still there. If the model's rule has been changed since, or it never had another
+    layout, it is saved in our own, "osdn_jax": config.json holds the fields of its `nn.ModelConfig`, and the tensors
+    have the names of our parameters.
 
     Args:
         model: the model.
-        path: the new folder; folders above it are created too.
+        path: the new folder; folders above it are created too, and a link is followed.
         layout: family whose layout is written, a key of `FAMILIES`, such as "gated_deltanet" or "osdn_jax". Default:
             chosen as above.
         dtype: dtype of all tensors, float32 or bfloat16. Default: that of each tensor where the model was loaded from,
@@ -85,10 +85,12 @@ def save_pretrained(
         The layout that was written.
 
     Raises:
-        FileExistsError: the folder is not empty, and `overwrite` is False.
-        ValueError: the layout is unknown or cannot hold this model; part of the original folder was not loaded, so that
-            its layout cannot be written; parameters are on other processes; or an argument is out of range.
-        TypeError: `model` is no `nn.CausalLM`.
+        FileExistsError: the folder is not empty, and `overwrite` is False; it is the working directory of a run; or
+            `path`, or part of it, is a file.
+        ValueError: the path is no folder of this machine; the layout is unknown or cannot hold this model; part of the
+            original folder was not loaded, so that its layout cannot be written; parameters are on other processes; or
+            an argument is out of range.
+        TypeError: `model` is no `nn.CausalLM`, or `path` no path.
         OSError: the folder cannot be written.
     """
     if not isinstance(model, CausalLM):
@@ -99,11 +101,13 @@ def save_pretrained(
     remote = [name for name, x in parameters.items() if isinstance(x, jax.Array) and not x.is_fully_addressable]
     if remote:
         raise ValueError(f"model: {remote[0]} is partly on other processes, expected all parameters on this one")
-    folder = _free_folder(path, overwrite)
+    folder = free_folder(path, overwrite=overwrite)
+    if is_run(folder):
+        raise FileExistsError(f"path: got {str(folder)!r}, the working directory of a run; expected another folder")
     origin = getattr(model, "origin", None)
     target = _target(model.config, origin, layout, {name: np.dtype(x.dtype) for name, x in parameters.items()})
     wanted = checked_dtype(dtype)
-    with _replaced(folder) as new:
+    with placed(folder, replaced=_WEIGHTS, last=CONFIG_FILE) as new:
         _write_weights(new, target, parameters, wanted, max_shard_bytes)
         (new / CONFIG_FILE).write_text(target.config if wanted is None else _with_dtype(target.config, wanted))
         if origin is not None:
@@ -259,50 +263,3 @@ def _with_dtype(text: str, dtype: np.dtype) -> str:
             if name in values:
                 values[name] = dtype.name
     return json.dumps(entries, indent=2) + "\n"
-
-
-def _free_folder(path: str | os.PathLike[str], overwrite: bool) -> Path:
-    """Return the path of the folder to write, which is absent, empty or to be overwritten."""
-    if not isinstance(path, str | os.PathLike):
-        raise TypeError(f"path: got {type(path).__name__}, expected the path of a folder")
-    folder = Path(path).expanduser().absolute()
-    if folder.exists() and not folder.is_dir():
-        raise FileExistsError(f"path: got {str(folder)!r}, which is a file; expected a new folder")
-    if folder.is_dir() and any(folder.iterdir()) and not overwrite:
-        raise FileExistsError(f"path: got {str(folder)!r}, which is not empty; overwrite=True replaces the model in it")
-    return folder
-
-
-@contextlib.contextmanager
-def _replaced(folder: Path) -> Iterator[Path]:
-    """Give an empty folder to write into, which takes the place of `folder` at the end; on an error it is removed.
-
-    Files of the old folder that are neither weights nor replaced move into the new one.
-    """
-    with naming_the_file(folder):
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        new = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-        try:
-            yield new
-            mask = os.umask(0)
-            os.umask(mask)
-            new.chmod(0o777 & ~mask)  # mkdtemp creates private folders; this one gets the usual permissions
-            if folder.is_dir():
-                _swap(folder, new)
-            else:
-                new.rename(folder)
-        except BaseException:
-            shutil.rmtree(new, ignore_errors=True)
-            raise
-
-
-def _swap(folder: Path, new: Path) -> None:
-    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
-    old.rmdir()
-    folder.rename(old)
-    new.rename(folder)
-    weights = {file for pattern in _WEIGHTS for file in old.glob(pattern)}
-    for file in old.iterdir():
-        if file not in weights and not (folder / file.name).exists():
-            file.rename(folder / file.name)
-    shutil.rmtree(old)

@@ -5,7 +5,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from osdn_jax._optional import require
-from osdn_jax.interop.folder import existing_folder, read_json
+from osdn_jax.interop.folder import read_json
+from osdn_jax.interop.paths import existing_folder
 
 if TYPE_CHECKING:
     from osdn_jax.data import Tokenizer

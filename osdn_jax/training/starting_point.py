@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from osdn_jax import interop
 from osdn_jax.interop.loading import open_folder
+from osdn_jax.interop.paths import local_folder
 from osdn_jax.interop.surgery import replaced_config
 from osdn_jax.nn import ModelConfig
 from osdn_jax.nn.split import split_model
@@ -35,8 +36,11 @@ class RunOrigin(NamedTuple):
 
     @classmethod
     def of(cls, workdir: str | Path, data: Data) -> "RunOrigin":
-        """Describe the run in a directory. Raises FileNotFoundError if there is none, or it has no checkpoints."""
-        path = Path(workdir).expanduser().absolute()
+        """Describe the run in a directory.
+
+        Raises FileNotFoundError if there is none, or it has no checkpoints, and ValueError for a wrong path.
+        """
+        path = local_folder(workdir, "start_from").absolute()
         for name in (CONFIG_FILE, CHECKPOINT_FOLDER):
             if not (path / name).exists():
                 raise FileNotFoundError(
@@ -96,7 +100,8 @@ def with_init(config: ConfigDict, workdir: str | Path | None = None) -> ConfigDi
             be resumed without the folder.
 
     Raises:
-        ValueError: surgery without init; both model.stack and init; or the folder's model is not supported.
+        ValueError: surgery without init; both model.stack and init; init is no folder of this machine; or its model is
+            not supported.
         FileNotFoundError: there is no such folder.
     """
     if not config.init:
@@ -109,7 +114,7 @@ def with_init(config: ConfigDict, workdir: str | Path | None = None) -> ConfigDi
             raise ValueError(f"data.tokenizer: got {OWN_TOKENIZER!r} without init, expected a folder in it")
         return config
     changed = copy.deepcopy(config)
-    changed.init = str(Path(config.init).expanduser().absolute())
+    changed.init = str(local_folder(config.init, "init").absolute())
     if config.data.tokenizer == OWN_TOKENIZER:
         changed.data.tokenizer = changed.init
     recorded = _recorded(changed, workdir)

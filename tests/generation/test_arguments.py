@@ -161,6 +161,14 @@ def test_paths_of_states(path, message):
     )
 
 
+def test_arguments_of_a_sampler():
+    model, prompt, options = split_model(language_model("delta_net")), np.asarray([1]), {"tokens": 2, "seed": 0}
+    refused("^token_by_token: got 65, expected", Sampler, *model, prompt, **options, token_by_token=65)
+    refused("^token_by_token: got 'a', expected", Sampler, *model, prompt, **options, token_by_token="a")
+    refused(r"^prompt: got \[1, 2\], expected an integer$", Sampler, *model, [[1, 2], [3]], **options)
+    refused(r"^prompt: got None, expected integers \[T\]$", Sampler, *model, None, **options)
+
+
 LENGTH = jnp.asarray([3, 7], jnp.int32)
 
 

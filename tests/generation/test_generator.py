@@ -5,12 +5,15 @@ import functools
 import jax
 import numpy as np
 import pytest
+import tokenizers
+from flax import nnx
 
+from osdn_jax import nn
 from osdn_jax.data import load_tokenizer
 from osdn_jax.generation import Chunk, Generator, Stopper
 from osdn_jax.nn import split_model
 from support.continuations import language_model, prompts
-from support.models import VOCABULARY
+from support.models import SHAPES, VOCABULARY
 from support.text import byte_model, continued
 
 TOKENIZER = load_tokenizer("bytes")
@@ -180,7 +183,7 @@ def test_parameters_may_come_after_the_programs():
         ({"prompts": [[1, VOCABULARY]]}, f"prompts.0.: got token {VOCABULARY}, expected tokens of the vocabulary"),
         ({"prompts": [[0.5]]}, "prompts.0.: got float64 of shape .1., expected integers"),
         ({"prompts": ["text"]}, "prompts: got text at 0 without a tokenizer, expected tokens"),
-        ({"max_tokens": -1}, "max_tokens: got -1, expected at least 0"),
+        ({"max_tokens": -1}, "max_tokens: got -1, expected an integer from 0"),
         ({"max_tokens": 1.5}, "max_tokens: got 1.5, expected an integer"),
         ({"max_tokens": [1, 2, 3]}, "max_tokens: got 3 values for 2 prompts"),
         ({"temperature": -1.0}, "temperature: got -1.0"),
@@ -246,3 +249,36 @@ def test_logits_that_are_none_name_the_token_and_the_prompt():
     broken = parameters | {"head/kernel": parameters["head/kernel"] * np.float32(np.nan)}
     with pytest.raises(ValueError, match="token 0 of prompt 0 cannot be drawn: the model's logits are NaN"):
         Generator((apply, broken), piece=16).generate(prompts(3), max_tokens=2)
+
+
+def test_text_after_a_state_is_that_without_one(tmp_path):
+    """A tokenizer whose tokens carry the blank before them writes none before the first token of a text."""
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "▁sand": 1, "▁sea": 2}, unk_token="<s>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace()
+    words.decoder = tokenizers.decoders.Metaspace()
+    words.add_special_tokens(["<s>"])
+    words.save(str(tmp_path / "tokenizer.json"))
+    model = Generator(language_model("delta_net"), load_tokenizer(tmp_path), piece=16)
+    options = {"max_tokens": 3, "forbidden": [0, 1], "stop_tokens": ()}
+    [whole] = model.generate(["sand"], **options)
+    assert (whole.tokens, whole.text) == ([2, 2, 2], " sea sea sea")
+    assert model.generate([[]], state=model.prefill(["sand"]), **options) == [whole]
+    both = model.prefill(["sand", ""])
+    assert [row.text for row in model.generate([[], []], state=both, **options)] == [whole.text, whole.text.lstrip()]
+    [stopped] = model.generate([[]], state=model.prefill(["sand"]), stop=" sea", **options)
+    assert (stopped.text, stopped.finish) == ("", "stop_string")
+
+
+def test_texts_longer_than_a_cache_depend_on_nothing_else():
+    """Neither on a longer neighbour nor on the size of pieces: (apply, parameters) have caches of a fixed size."""
+    block = nn.BlockConfig(nn.AttentionConfig(**SHAPES, max_length=16), nn.MLPConfig(10))
+    pair = split_model(nn.CausalLM(nn.ModelConfig(VOCABULARY, blocks=(block,) * 3), rngs=nnx.Rngs(0)))
+    text, longer = prompts(40, 61)
+    want = np.asarray(Generator(pair, piece=16).logits(Generator(pair, piece=16).prefill([text])))
+    for piece, texts in ((64, [text]), (64, [text, longer]), (32, [text, longer])):
+        generator = Generator(pair, piece=piece)
+        np.testing.assert_allclose(np.asarray(generator.logits(generator.prefill(texts)))[:1], want, atol=1e-5)
+    cache = generator.prompt_cache(text, keep_every=10)
+    np.testing.assert_allclose(np.asarray(generator.logits(cache.state)), want, atol=1e-5)
+    [alone], both = (generator.generate(texts, max_tokens=5, temperature=0.0) for texts in ([text], [text, longer]))
+    assert both[0].tokens == alone.tokens

@@ -124,6 +124,7 @@ def test_a_stack_can_be_given(folder):
     ("changes", "said"),
     [
         ({"init": "nowhere"}, "nowhere"),
+        ({"init": "~nobody-of-that-name/m"}, "init: got '~nobody-of-that-name/m', expected a folder of this machine"),
         ({"init": "FOLDER", "model__stack": "{}"}, "model.stack: got a model in addition to init"),
         ({"surgery__preconditioner": "gram"}, "surgery.preconditioner: got 'gram' without init"),
         ({"init": "FOLDER", "surgery__layers": "0"}, "surgery.layers: got '0' without a change"),
