@@ -1,8 +1,10 @@
 """Measure the memory that loading a checkpoint takes:  python -m benchmarks.load_memory
 
-Writes a checkpoint with random bfloat16 tensors in the layout of Transformers' Qwen3.5, of 1.3 billion parameters by
-default, and loads it in a separate process for each dtype. Reports the peak of the resident memory of each process
-and that of one that imports the package and loads nothing, so that the difference is the model and what loading adds.
+Writes a checkpoint with random bfloat16 tensors, of 1.3 billion parameters by default, and loads it in a separate
+process for each dtype: in the layout of Transformers' Qwen3.5, or with --model experts in that of Qwen3-Next, whose
+files have the tensors of each expert, and whose model has those of a layer in one array. Reports the peak of the
+resident memory of each process and that of one that imports the package and loads nothing, so that the difference is
+the model and what loading adds.
 """
 
 import argparse
@@ -22,19 +24,14 @@ import numpy as np
 from osdn_jax import command, interop
 from osdn_jax.compare.machine import environment
 from osdn_jax.interop import safetensors
-from osdn_jax.interop.families import FAMILIES
+from osdn_jax.interop.families import family_of
 from osdn_jax.interop.loading import parameter_shapes
 from osdn_jax.interop.mapping import Shape
 from osdn_jax.interop.plan import match
 
-FAMILY = "qwen3_5"
-CONFIG = {
-    "model_type": "qwen3_5_text",
+_SHARED = {
     "dtype": "bfloat16",
     "vocab_size": 50_304,
-    "hidden_size": 2048,
-    "intermediate_size": 5632,
-    "num_hidden_layers": 20,
     "num_attention_heads": 16,
     "num_key_value_heads": 4,
     "head_dim": 128,
@@ -43,6 +40,24 @@ CONFIG = {
     "linear_key_head_dim": 128,
     "linear_value_head_dim": 128,
 }
+_DENSE = {
+    "model_type": "qwen3_5_text",
+    "hidden_size": 2048,
+    "intermediate_size": 5632,
+    "num_hidden_layers": 20,
+    **_SHARED,
+}
+_EXPERTS = {
+    "model_type": "qwen3_next",
+    "hidden_size": 1024,
+    "num_hidden_layers": 10,
+    "num_experts": 64,
+    "num_experts_per_tok": 8,
+    "moe_intermediate_size": 512,
+    "shared_expert_intermediate_size": 512,
+    **_SHARED,
+}
+MODELS = {"dense": _DENSE, "experts": _EXPERTS}
 _SHARD = 500_000_000  # bytes
 _CASES = ("nothing", "as stored", "bfloat16", "float32")
 
@@ -50,7 +65,8 @@ _CASES = ("nothing", "as stored", "bfloat16", "float32")
 def main() -> None:
     """Write the checkpoint, or load it as one case, and report."""
     parser = command.Parser(prog="python -m benchmarks.load_memory", description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=CONFIG["num_hidden_layers"], help="of the model")
+    parser.add_argument("--model", choices=tuple(MODELS), default="dense", help="dense (default) or experts")
+    parser.add_argument("--layers", type=int, help="of the model (default: those of 1.3 billion parameters)")
     parser.add_argument("--output", help="JSON file of the results")
     parser.add_argument("--load", help=argparse.SUPPRESS)  # one case, in its own process
     parser.add_argument("--folder", help=argparse.SUPPRESS)
@@ -59,7 +75,9 @@ def main() -> None:
         print(json.dumps(_load(given.folder, given.load)))
         return
     with tempfile.TemporaryDirectory() as folder:
-        parameters, size = write_checkpoint(Path(folder), CONFIG | {"num_hidden_layers": given.layers})
+        config = MODELS[given.model]
+        layers = {} if given.layers is None else {"num_hidden_layers": given.layers}
+        parameters, size = write_checkpoint(Path(folder), config | layers)
         rows = [_measured(folder, case) for case in _CASES]
     print(f"{parameters:,} parameters, {size:,} bytes of bfloat16")
     for row in rows:
@@ -72,7 +90,7 @@ def main() -> None:
 
 def write_checkpoint(folder: Path, config: dict[str, Any]) -> tuple[int, int]:
     """Write config.json and random tensors in files of at most half a gigabyte; return (parameters, bytes)."""
-    family = FAMILIES[FAMILY]
+    family = family_of(config)
     model = family.describe(config)
     shapes = parameter_shapes(model)
     sources = match(family.rows(model, config, ()), shapes, {}).sources

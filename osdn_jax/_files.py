@@ -7,6 +7,26 @@ from collections.abc import Iterator
 from pathlib import Path
 
 
+def file_path(name: str, value: str | os.PathLike[str]) -> Path:
+    """Return the path of a file.
+
+    Args:
+        name: name of the argument, for error messages.
+        value: the path.
+
+    Raises:
+        ValueError: it ends in no name, as "" and ".", or has a null character.
+        TypeError: it is neither a str nor a path of one.
+    """
+    text = os.fspath(value) if isinstance(value, str | os.PathLike) else value
+    if not isinstance(text, str):
+        raise TypeError(f"{name}: got {type(text).__name__}, expected the path of a file")
+    path = Path(text)
+    if not path.name or "\0" in text:
+        raise ValueError(f"{name}: got {text!r}, expected the path of a file")
+    return path
+
+
 @contextlib.contextmanager
 def naming_the_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Add the file's name to an OSError raised inside, such as that of a full disk.

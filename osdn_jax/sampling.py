@@ -130,8 +130,7 @@ class Sampler:
         token_by_token: int = 0,
     ) -> None:
         """Check the arguments. Nothing is compiled yet."""
-        if np.size(prompt):
-            arguments.tokens("prompt", prompt, np.iinfo(np.int32).max)  # the type, before the model is traced
+        arguments.tokens("prompt", prompt, 2**31 - 1, empty=True)  # the type, before the model is traced
         functions = of_logits(apply)
         vocabulary = vocabulary_of(functions, parameters)
         text = arguments.tokens("prompt", prompt, vocabulary)
@@ -141,7 +140,7 @@ class Sampler:
         request = Request([text], vocabulary, None, {**options, "forbidden": forbidden})
         self._text, self._settings = text, request.batch([0]).settings
         self._engine = Engine(Programs(functions), vocabulary, PIECE)
-        self._in_loop = len(text) <= max(1, min(token_by_token, BLOCK))
+        self._in_loop = len(text) <= max(1, arguments.integer_between("token_by_token", token_by_token, 0, BLOCK))
 
     def compile(self, parameters: Any) -> None:
         """Compile everything that `draw` runs, for parameters of these shapes on one device."""

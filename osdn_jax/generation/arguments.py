@@ -1,9 +1,11 @@
 """Checks of a request's arguments. Every error names the argument, what came and what was expected."""
 
 import operator
-from collections.abc import Callable, Sequence
+import reprlib
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
@@ -11,14 +13,14 @@ from jaxtyping import Int
 
 def number(name: str, value: Any) -> float:
     """Return a number as a float, infinite if it is too large for one. Raises TypeError for anything else."""
-    if isinstance(value, str | bytes | bool):
-        raise TypeError(f"{name}: got {value!r}, expected a number")
+    if isinstance(value, str | bytes | bytearray | bool | np.bool_) or _axes(value):
+        raise TypeError(f"{name}: got {shown(value)}, expected a number")
     try:
         return float(value)
     except OverflowError:
         return np.inf if value > 0 else -np.inf
     except (TypeError, ValueError) as error:
-        raise TypeError(f"{name}: got {value!r}, expected a number") from error
+        raise TypeError(f"{name}: got {shown(value)}, expected a number") from error
 
 
 def integer(name: str, value: SupportsIndex) -> int:
@@ -28,7 +30,15 @@ def integer(name: str, value: SupportsIndex) -> int:
     try:
         return operator.index(value)
     except TypeError as error:
-        raise TypeError(f"{name}: got {value!r}, expected an integer") from error
+        raise TypeError(f"{name}: got {shown(value)}, expected an integer") from error
+
+
+def integer_between(name: str, value: Any, low: int, high: int) -> int:
+    """Return an integer. Raises ValueError unless it is from `low` to `high`."""
+    value = integer(name, value)
+    if not low <= value <= high:
+        raise ValueError(f"{name}: got {value}, expected an integer from {low} to {high}")
+    return value
 
 
 def temperature(value: Any) -> float:
@@ -110,7 +120,7 @@ def state_dtype(value: Any) -> jnp.dtype | None:
 
 def per_row(name: str, check: Callable[[Any], Any], value: Any, rows: int) -> list[Any]:
     """Return the checked value of each row, from one value for all of them or a sequence of one per row."""
-    if isinstance(value, (Sequence, np.ndarray)) and not isinstance(value, (str, bytes)) and np.ndim(value) == 1:
+    if _several(value):
         if len(value) != rows:
             raise ValueError(f"{name}: got {len(value)} values for {rows} prompts, expected one for each, or one value")
         return [check(x) for x in value]
@@ -120,7 +130,7 @@ def per_row(name: str, check: Callable[[Any], Any], value: Any, rows: int) -> li
 def seeds(value: Any, rows: int) -> list[int]:
     """Return the seed of each row: the numbers that follow one seed, or a sequence of one per row."""
     found = per_row("seed", seed, value, rows)
-    return found if np.ndim(value) else [(x + row) % 2**64 for row, x in enumerate(found)]
+    return found if _several(value) else [(x + row) % 2**64 for row, x in enumerate(found)]
 
 
 def tokens(name: str, value: Any, vocabulary: int, *, empty: bool = False) -> Int[np.ndarray, " T"]:
@@ -130,12 +140,14 @@ def tokens(name: str, value: Any, vocabulary: int, *, empty: bool = False) -> In
         ValueError: there are none (unless `empty`), or one is outside the vocabulary.
         TypeError: they are not integers [T].
     """
-    array = np.asarray(value)
-    if not array.size:
+    if isinstance(value, (str, bytes)) or not (isinstance(value, Sequence) or hasattr(value, "__array__")):
+        raise TypeError(f"{name}: got {shown(value)}, expected integers [T]")
+    array = _token_array(name, value)
+    if array.ndim == 1 and not array.size:
         if not empty:
             raise ValueError(f"{name}: got no tokens, expected at least one (such as the start of a document)")
         return np.zeros(0, np.int32)
-    if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+    if array.ndim != 1 or array.dtype.kind not in "iuO":
         raise TypeError(f"{name}: got {array.dtype} of shape {list(array.shape)}, expected integers [T]")
     outside = array[(array < 0) | (array >= vocabulary)]
     if outside.size:
@@ -145,9 +157,34 @@ def tokens(name: str, value: Any, vocabulary: int, *, empty: bool = False) -> In
 
 def token_set(name: str, value: Any, vocabulary: int) -> Int[np.ndarray, " n"]:
     """Return a set of tokens, possibly empty, as an array without repetitions. Raises as `tokens`."""
-    if isinstance(value, (str, bytes)) or not hasattr(value, "__iter__"):
-        raise TypeError(f"{name}: got {value!r}, expected a sequence of tokens")
-    return np.unique(tokens(name, [integer(name, token) for token in value], vocabulary, empty=True))
+    found = elements(name, value, "a sequence of tokens")
+    return np.unique(tokens(name, [integer(name, token) for token in found], vocabulary, empty=True))
+
+
+def strings(name: str, value: Any) -> list[str]:
+    """Return strings as a list, from one string or a sequence of them. Raises TypeError for anything else."""
+    found = [value] if isinstance(value, str) else elements(name, value, "a string or a sequence of strings")
+    for string in found:
+        if not isinstance(string, str):
+            raise TypeError(f"{name}: got {shown(string)}, expected strings")
+    return found
+
+
+def elements(name: str, value: Any, expected: str) -> list[Any]:
+    """Return the elements of a sequence, set or other iterable. Raises TypeError for a string and anything else."""
+    if not isinstance(value, (str, bytes, Mapping)) and hasattr(value, "__iter__") and _axes(value) != 0:
+        return list(value)
+    raise TypeError(f"{name}: got {shown(value)}, expected {expected}")
+
+
+def tokenizer(value: Any, *, needed: Sequence[str] = ("encode", "stream_decoder", "bos_id", "vocab_size")) -> Any:
+    """Return a tokenizer. Raises TypeError unless it is an object with the attributes `needed`."""
+    if isinstance(value, type):
+        raise TypeError(f"tokenizer: got the class {value.__name__}, expected a tokenizer")
+    missing = [attribute for attribute in needed if not hasattr(value, attribute)]
+    if missing:
+        raise TypeError(f"tokenizer: got {type(value).__name__} without {missing[0]}, expected a tokenizer")
+    return value
 
 
 def forbidden(value: Any, vocabulary: int, known: int | None = None) -> Int[np.ndarray, " n"]:
@@ -171,3 +208,31 @@ def forbidden(value: Any, vocabulary: int, known: int | None = None) -> Int[np.n
             f"{vocabulary - len(beyond) - 1}"
         )
     return found
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error message, in one line that is not long."""
+    return " ".join(reprlib.repr(value).split())
+
+
+def _axes(value: Any) -> int | None:
+    """Return the number of axes of an array, None for anything else."""
+    return value.ndim if isinstance(value, (np.ndarray, np.generic, jax.Array)) else None
+
+
+def _several(value: Any) -> bool:
+    """Return whether a value of an option is a sequence of values, one per row."""
+    return (isinstance(value, Sequence) and not isinstance(value, (str, bytes, bytearray))) or bool(_axes(value))
+
+
+def _token_array(name: str, value: Any) -> np.ndarray:
+    """Return tokens as an array, of Python's integers where NumPy has no type for them, such as 2**64."""
+    try:
+        array = np.asarray(value)
+    except (TypeError, ValueError, OverflowError):  # such as lists of several lengths
+        array = np.zeros((), object)
+    of_integers = isinstance(value, Sequence) and not any(isinstance(x, float | np.floating) for x in value)
+    if array.dtype.kind == "O" or (array.dtype.kind == "f" and of_integers):
+        found = [integer(name, token) for token in elements(name, value, "integers [T]")]
+        return np.asarray(found, object)
+    return array

@@ -7,7 +7,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from osdn_jax._errors import first_line
 from osdn_jax.generation.programs import Functions
+from osdn_jax.nn.sharding import refuse_mesh
 
 
 def of_language_model(apply: Callable[..., Any]) -> Functions:
@@ -62,12 +64,26 @@ def last_logits(apply: Callable[..., Any], parameters: Any, hidden: Float[Array,
 
 
 def vocabulary_of_language_model(apply: Callable[..., Any], parameters: Any) -> int:
-    """Return the number of logits of a `CausalLM`, from its shapes."""
-    return int(jax.eval_shape(lambda parameters: apply(parameters, method="unembedding"), parameters).shape[0])
+    """Return the number of logits of a `CausalLM`, from its shapes.
+
+    Raises:
+        ValueError: a call under `jax.set_mesh` of a mesh that models run on.
+        TypeError: apply and parameters are no `CausalLM`.
+    """
+    refuse_mesh()
+    expected = "expected (apply, parameters) of nn.split_model of an nn.CausalLM"
+    try:
+        found = jax.eval_shape(lambda parameters: apply(parameters, method="unembedding"), parameters)
+    except Exception as error:  # whatever a function of someone else raises
+        raise TypeError(f"model: got a pair without an unembedding, {expected}: {first_line(error)}") from error
+    if len(getattr(found, "shape", ())) != 2:
+        raise TypeError(f"model: got a pair whose unembedding is no matrix, {expected}")
+    return int(found.shape[0])
 
 
 def vocabulary_of(functions: Functions, parameters: Any) -> int:
     """Return the number of logits of a model, from its shapes."""
+    refuse_mesh()
 
     def logits(parameters: Any) -> jax.Array:
         return functions.step(parameters, jnp.zeros((1,), jnp.int32), functions.start(parameters, 1))[0]

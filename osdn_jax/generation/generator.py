@@ -8,6 +8,7 @@ from jaxtyping import Array, Float, Int
 
 from osdn_jax.generation import arguments
 from osdn_jax.generation.model import Model
+from osdn_jax.generation.programs import BLOCK
 from osdn_jax.generation.prompt_cache import PromptCache
 from osdn_jax.generation.request import Options, Request
 from osdn_jax.generation.rows import Chunk, Finish, Row
@@ -16,6 +17,7 @@ from osdn_jax.generation.state_files import read_state, write_state
 from osdn_jax.generation.states import GenerationState
 from osdn_jax.generation.stopper import TextTokenizer
 from osdn_jax.nn import CausalLM
+from osdn_jax.nn.sharding import refuse_mesh
 
 Prompt = str | Sequence[int] | Int[np.ndarray, " T"]
 
@@ -58,7 +60,8 @@ class Generator:
             are of one length: by the program that draws, so that no other has to be compiled. Default: 0.
 
     Raises:
-        ValueError: piece, batch_size or state_dtype is out of range, or a token is outside the vocabulary.
+        ValueError: piece, batch_size, token_by_token or state_dtype is out of range, a token is outside the vocabulary,
+            or a call under `jax.set_mesh` of a mesh that models run on.
         TypeError: an argument has another type.
 
     Example:
@@ -94,18 +97,16 @@ class Generator:
         self.piece = arguments.integer("piece", piece)
         if self.piece < SHORTEST or self.piece & (self.piece - 1):
             raise ValueError(f"piece: got {piece}, expected a power of two of at least {SHORTEST}")
-        self.batch_size = arguments.integer("batch_size", batch_size)
-        if self.batch_size < 1:
-            raise ValueError(f"batch_size: got {batch_size}, expected at least 1")
-        if tokenizer is not None and not all(hasattr(tokenizer, name) for name in ("encode", "bos_id", "vocab_size")):
-            raise TypeError(f"tokenizer: got {type(tokenizer).__name__}, expected a tokenizer or None")
-        self.tokenizer = tokenizer
-        self.model = Model(model, arguments.state_dtype(state_dtype), self.piece, token_by_token)
+        self.batch_size = arguments.at_least_one("batch_size", batch_size)
+        by_token = arguments.integer_between("token_by_token", token_by_token, 0, BLOCK)
+        self.tokenizer = None if tokenizer is None else arguments.tokenizer(tokenizer)
+        self.model = Model(model, arguments.state_dtype(state_dtype), self.piece, by_token)
         known = () if tokenizer is None else (tokenizer.bos_id,)
-        start = known if start_tokens is None else start_tokens  # in their order
-        self._start = arguments.tokens("start_tokens", list(start), self.vocabulary, empty=True)
-        ends = known if stop_tokens is None else stop_tokens
-        self.stop_tokens = arguments.token_set("stop_tokens", ends, self.vocabulary)
+        start = known if start_tokens is None else start_tokens
+        name = "tokenizer.bos_id" if start_tokens is None else "start_tokens"
+        self._start = arguments.tokens(name, start, self.vocabulary, empty=True)
+        ends, name = (known, "tokenizer.bos_id") if stop_tokens is None else (stop_tokens, "stop_tokens")
+        self.stop_tokens = arguments.token_set(name, ends, self.vocabulary)
 
     @property
     def vocabulary(self) -> int:
@@ -224,7 +225,8 @@ class Generator:
             state: what `prefill`, `prompt_cache` or `PromptCache.at` returned.
 
         Raises:
-            ValueError: the state is of another model.
+            ValueError: the state is of another model, or path is empty.
+            TypeError: an argument has another type.
             OSError: the file cannot be written.
         """
         write_state(path, state, self.model)
@@ -237,7 +239,8 @@ class Generator:
 
         Raises:
             ValueError: the file is damaged, no state, or of another model: the message says which of its configuration,
-                shapes and weights differs.
+                shapes and weights differs; or path is empty.
+            TypeError: path is neither a str nor a path.
             OSError: the file cannot be read.
         """
         return read_state(path, self.model)
@@ -254,7 +257,9 @@ class Generator:
             self.model.compile(request.batch(members))
 
     def _prompts(self, prompts: Any, state: GenerationState | None) -> list[Int[np.ndarray, " T"]]:
-        if isinstance(prompts, (str, bytes)) or not isinstance(prompts, (Sequence, np.ndarray)):
+        refuse_mesh()
+        several = isinstance(prompts, Sequence) or (isinstance(prompts, np.ndarray) and prompts.ndim > 0)
+        if isinstance(prompts, (str, bytes)) or not several:
             raise TypeError(f"prompts: got {type(prompts).__name__}, expected a sequence of prompts")
         texts = [self._prompt(index, prompt, state is None) for index, prompt in enumerate(prompts)]
         if state is not None:
@@ -267,13 +272,19 @@ class Generator:
         if isinstance(prompt, str):
             if self.tokenizer is None:
                 raise TypeError(f"prompts: got text at {index} without a tokenizer, expected tokens")
-            tokens = self.tokenizer.encode(prompt)
+            try:
+                tokens = self.tokenizer.encode(prompt)
+            except ValueError as error:
+                raise ValueError(f"prompts[{index}]: {error}") from error
             prompt = np.concatenate([self._start, tokens]) if starts else tokens
         return arguments.tokens(f"prompts[{index}]", prompt, self.vocabulary, empty=not starts)
 
     def _request(self, prompts: Any, state: GenerationState | None, options: Any) -> Request:
         given = {"stop_tokens": self.stop_tokens, **options}
-        return Request(self._prompts(prompts, state), self.vocabulary, self.tokenizer, given)
+        texts = self._prompts(prompts, state)
+        request = Request(texts, self.vocabulary, self.tokenizer, given)
+        self.model.check_room(texts, request.max_tokens, state)
+        return request
 
     def _stream(self, request: Request, state: GenerationState | None) -> Iterator[Chunk]:
         # Rows of a state continue it with equal numbers of tokens.

@@ -8,14 +8,17 @@ import jax
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from osdn_jax.generation import arguments
 from osdn_jax.generation.engine import Engine, Run
 from osdn_jax.generation.functions import Functions, of_language_model, vocabulary_of_language_model
 from osdn_jax.generation.programs import BLOCK, Programs
 from osdn_jax.generation.request import Batch
-from osdn_jax.generation.shapes import cache_length
+from osdn_jax.generation.shapes import LONGEST_CACHE, cache_length
 from osdn_jax.generation.states import GenerationState, has_caches, is_cache, narrow
 from osdn_jax.nn import CausalLM, ModelConfig
 from osdn_jax.nn.split import split_model
+
+_MOST = 2**31 - 1  # the largest number of tokens in a state; that of longer texts is this one
 
 
 class Model:
@@ -135,10 +138,10 @@ class Model:
         if len(state.token) == 1:
             chosen = np.zeros_like(chosen)
         tokens = np.stack([*texts, *[texts[-1]] * missing]).astype(np.int32)
-        length = np.asarray(state.length)[chosen] + tokens.shape[1]
+        length = np.minimum(np.asarray(state.length, np.int64)[chosen] + tokens.shape[1], _MOST).astype(np.int32)
         engine = self.engine(int(length.max()) + longest)
         blocks = engine.programs.adopt(self.parameters, state.blocks, chosen)
-        last = np.asarray(state.token)[chosen]
+        last = np.asarray(state.token, np.int32)[chosen]
         seen = np.asarray(state.seen)[chosen]
         if tokens.shape[1]:
             blocks = engine.read_exactly(
@@ -158,14 +161,27 @@ class Model:
         """Return the number of rows of a state. Raises TypeError or ValueError if it is not one of this model."""
         if not isinstance(state, GenerationState):
             raise TypeError(f"state: got {type(state).__name__}, expected a GenerationState")
-        rows = int(np.shape(state.token)[0])
-        if np.shape(state.seen) != (rows, self.vocabulary):
+        token = _field(state, "token", np.integer, "integers [B]")
+        rows = len(token)
+        length = _field(state, "length", np.integer, "integers [B]", rows)
+        seen = _field(state, "seen", np.bool_, "booleans [B, vocabulary]", rows)
+        if seen.shape[1] != self.vocabulary:
             raise ValueError(
-                f"state: got one of a model with {np.shape(state.seen)[-1]} vocabulary entries, expected "
-                f"{self.vocabulary}"
+                f"state: got one of a model with {seen.shape[1]} vocabulary entries, expected {self.vocabulary}"
             )
+        arguments.tokens("state.token", token, self.vocabulary)
+        for number in np.asarray(length).tolist():
+            arguments.integer_between("state.length", number, 1, LONGEST_CACHE - 1 if self._sized else _MOST)
         self.check_blocks(state.blocks, rows)
         return rows
+
+    def check_room(self, texts: Sequence[Any], max_tokens: Sequence[int], state: GenerationState | None) -> None:
+        """Raise ValueError if texts, with what comes before and after them, are too long for an attention cache."""
+        before = 0 if state is None else int(np.max(state.length))
+        for text, most in zip(texts, max_tokens, strict=True):
+            if self._sized and before + len(text) + most > LONGEST_CACHE:
+                room = LONGEST_CACHE - before - len(text)
+                raise ValueError(f"max_tokens: got {most}, expected at most {room} with attention after this text")
 
     def check_blocks(self, blocks: Any, rows: int) -> None:
         """Raise ValueError unless the blocks' states are of this model, with this number of rows."""
@@ -179,17 +195,35 @@ class Model:
 
 
 def _shapes(blocks: Any) -> dict[str, tuple[Any, ...]]:
-    """Return {name: shape} of the blocks' states, those of attention caches without their size."""
-    found = {}
+    """Return {name: (kind of numbers, shape)} of the blocks' states, those of attention caches without their size."""
+    found: dict[str, tuple[Any, ...]] = {}
     for path, node in jax.tree.leaves_with_path(blocks, is_leaf=is_cache):
         name = "blocks" + jax.tree_util.keystr(path)
-        if is_cache(node):
-            for field, x in node._asdict().items():
-                found[f"{name}.{field}"] = (*x.shape[:-2], *x.shape[-1:])
-        else:
-            found[name] = tuple(node.shape)
+        fields = {f"{name}.{field}": x for field, x in node._asdict().items()} if is_cache(node) else {name: node}
+        for field, x in fields.items():
+            if not hasattr(x, "shape"):
+                found |= {} if x is None else {field: (type(x).__name__,)}
+                continue
+            kind = "floating-point" if jax.numpy.issubdtype(x.dtype, np.floating) else str(x.dtype)
+            shape = tuple(x.shape)
+            found[field] = (kind, (*shape[:-2], *shape[-1:]) if is_cache(node) and len(shape) > 2 else shape)
     return found
 
 
-def _described(shape: tuple[Any, ...] | None) -> str:
-    return "nothing" if shape is None else f"an array of shape {list(shape)}"
+def _described(found: tuple[Any, ...] | None) -> str:
+    if found is None or len(found) == 1:
+        return "nothing" if found is None else f"a {found[0]}"
+    return f"an array ({found[0]}) of shape {list(found[1])}"
+
+
+def _field(state: GenerationState, name: str, kind: type, layout: str, rows: int | None = None) -> Any:
+    """Return a field of a state. Raises TypeError or ValueError unless it is an array of this kind and layout."""
+    field = getattr(state, name)
+    if not isinstance(field, (jax.Array, np.ndarray)):
+        raise TypeError(f"state.{name}: got {arguments.shown(field)}, expected an array of {layout}")
+    if not jax.numpy.issubdtype(field.dtype, kind):
+        raise TypeError(f"state.{name}: got dtype {field.dtype}, expected {layout}")
+    if field.ndim != layout.count(",") + 1 or len(field) == 0 or len(field) != (rows or len(field)):
+        expected = layout if rows is None else f"{layout} with a row for each of {rows} tokens"
+        raise ValueError(f"state.{name}: got shape {list(field.shape)}, expected {expected}")
+    return field

@@ -9,6 +9,7 @@ from jaxtyping import Array, Bool, Int
 
 from osdn_jax.generation.filters import Settings, draw
 from osdn_jax.generation.states import fit_caches, has_caches, narrow, take_rows, widen
+from osdn_jax.nn.sharding import refuse_mesh
 
 BLOCK = 64  # tokens that one call of the loop can read and draw
 ENDED = -2  # in place of tokens of rows that have ended
@@ -171,12 +172,14 @@ class _Program:
 
     def __call__(self, *arguments: Any) -> Any:
         """Run it, compiled for these shapes if they are new."""
+        refuse_mesh()
         if self._compiled and (executable := self._compiled.get(_shapes(arguments))) is not None:
             return executable(*[x for i, x in enumerate(arguments) if i not in self._static])
         return self._jitted(*arguments)
 
     def compile(self, *arguments: Any) -> Any:
         """Compile it for arguments of these shapes, on one device; return the shapes of its results."""
+        refuse_mesh()
         lowered = self._jitted.lower(*arguments)
         self._compiled[_shapes(arguments)] = lowered.compile()
         return lowered.out_info

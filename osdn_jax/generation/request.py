@@ -118,7 +118,9 @@ class Request:
         self._values = {name: arguments.per_row(name, check, given[name], rows) for name, check in _CHECKS.items()}
         self._seeds = arguments.seeds(given["seed"], rows)
         self.max_tokens: list[int] = self._values["max_tokens"]
-        self.stop = _strings(given["stop"], tokenizer)
+        self.stop = arguments.strings("stop", given["stop"])
+        if self.stop and tokenizer is None:
+            raise ValueError("stop: got strings without a tokenizer, expected stop_tokens")
         self.stop_tokens = arguments.token_set("stop_tokens", given["stop_tokens"], vocabulary)
         self._forbidden = arguments.forbidden(
             given["forbidden"], vocabulary, vocabulary if tokenizer is None else tokenizer.vocab_size
@@ -154,13 +156,3 @@ class Request:
         )
         settings = Settings(*arrays)
         return Batch(members, [self.texts[i] for i in members], settings, max(self.max_tokens[i] for i in members))
-
-
-def _strings(stop: Any, tokenizer: Any) -> list[str]:
-    found = [stop] if isinstance(stop, str) else list(stop)
-    for string in found:
-        if not isinstance(string, str):
-            raise TypeError(f"stop: got {string!r}, expected strings")
-    if found and tokenizer is None:
-        raise ValueError("stop: got strings without a tokenizer, expected stop_tokens")
-    return found

@@ -3,6 +3,7 @@
 SHORTEST = 16  # tokens; a shorter piece that may be padded is padded to this length
 PIECE = 2048  # tokens of a prompt that are read at a time, by default
 ROWS = 16  # prompts at a time, by default
+LONGEST_CACHE = 3 << 29  # tokens of the largest attention cache whose slots are numbered in 32 bits
 
 
 def power_of_two(number: int) -> int:

@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from osdn_jax._files import replacing
+from osdn_jax._files import file_path, replacing
 from osdn_jax.generation import arguments
 from osdn_jax.generation.fingerprints import Fingerprint, fingerprint
 from osdn_jax.generation.model import Model
@@ -32,6 +32,7 @@ def write_state(path: str | os.PathLike[str], state: GenerationState | PromptCac
     """Write a state or a prompt cache. `Generator.save_state` documents arguments and errors."""
     from osdn_jax.interop import safetensors
 
+    path = file_path("path", path)
     if isinstance(state, PromptCache):
         if state.model is not model and _fingerprint(state.model) != _fingerprint(model):
             raise ValueError("state: got the prompt cache of another model, expected one of this model")
@@ -58,6 +59,7 @@ def read_state(path: str | os.PathLike[str], model: Model) -> GenerationState | 
     """Return the state or prompt cache of a file. `Generator.load_state` documents arguments and errors."""
     from osdn_jax.interop import safetensors
 
+    path = file_path("path", path)
     header = safetensors.read_header(path)
     if header.metadata.get("format") != _FORMAT:
         got = header.metadata.get("format")
@@ -102,11 +104,9 @@ def _state(about: dict[str, Any], tensor: Callable[[str], np.ndarray], model: Mo
     for row, ids in enumerate(about["seen"]):
         seen[row, ids] = True
     token, length = (np.asarray(about[name], np.int32) for name in ("token", "length"))
-    for name, values in (("token", token), ("length", length)):
-        if values.shape != (rows,):
-            raise ValueError(f"{name}: got {values.shape[:1]} values, expected one for each of the {rows} texts")
-    arguments.tokens("token", token, model.vocabulary)
-    return GenerationState(last, token, seen, length)  # type: ignore[arg-type]  # NumPy arrays
+    state = GenerationState(last, token, seen, length)  # type: ignore[arg-type]  # NumPy arrays
+    model.check(state)
+    return state
 
 
 def _checksum(about: str, values: Iterable[tuple[str, np.ndarray]]) -> str:

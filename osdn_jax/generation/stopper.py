@@ -3,6 +3,10 @@
 from collections.abc import Collection, Iterable, Sequence
 from typing import Any, Protocol
 
+from osdn_jax.generation import arguments
+
+_ANY_TOKEN = 2**31  # a stopper does not know the vocabulary
+
 
 class TextDecoder(Protocol):
     """Turns tokens that arrive one at a time into text; `osdn_jax.data.Decoder` is one."""
@@ -47,12 +51,16 @@ class Stopper:
     Args:
         tokenizer: the tokenizer of the model.
         prompt: the tokens that are continued.
-        until: stop strings; empty ones are ignored.
+        until: stop strings, or one; empty ones are ignored.
         stop_tokens: tokens that end the text and are not part of it. Default: the start of a document.
 
     Attributes:
         text: the text so far.
         done: the text is complete.
+
+    Raises:
+        ValueError: a token is negative.
+        TypeError: an argument has another type.
 
     Example:
         >>> from osdn_jax.data import load_tokenizer
@@ -65,13 +73,17 @@ class Stopper:
         self,
         tokenizer: TextTokenizer,
         prompt: Sequence[int],
-        until: Sequence[str],
+        until: str | Sequence[str],
         stop_tokens: Collection[int] | None = None,
     ) -> None:
         """Start with an empty text."""
-        self._ends = {tokenizer.bos_id} if stop_tokens is None else set(stop_tokens)
+        needed = ("stream_decoder", "bos_id") if stop_tokens is None else ("stream_decoder",)
+        tokenizer = arguments.tokenizer(tokenizer, needed=needed)
+        arguments.tokens("prompt", prompt, _ANY_TOKEN, empty=True)
+        ends = (tokenizer.bos_id,) if stop_tokens is None else stop_tokens
+        self._ends = frozenset(arguments.token_set("stop_tokens", ends, _ANY_TOKEN).tolist())
+        self._until = [stop for stop in arguments.strings("until", until) if stop]
         self._decoder: TextDecoder = tokenizer.stream_decoder(prompt)
-        self._until = [stop for stop in until if stop]
         self._reach = max(map(len, self._until), default=1) - 1
         self._taken = 0
         self.text, self.done = "", False

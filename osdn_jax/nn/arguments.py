@@ -3,10 +3,11 @@
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from osdn_jax.ops import checks
+from osdn_jax.ops import State, checks
 
 
 def module(config: Any, kind: type, rngs: Any, layers: Any = 1) -> None:
@@ -24,12 +25,18 @@ def module(config: Any, kind: type, rngs: Any, layers: Any = 1) -> None:
     """
     if not isinstance(config, kind):
         raise TypeError(f"config: got {type_name(config)}, expected a {kind.__name__}")
-    if isinstance(layers, bool) or not isinstance(layers, (int, np.integer)):
-        raise TypeError(f"layers: got {layers!r}, expected an int of at least 1")
-    if layers < 1:
-        raise ValueError(f"layers: got {layers}, expected an int of at least 1")
+    count("layers", layers, 1)
     if not isinstance(rngs, nnx.Rngs):
         raise TypeError(f"rngs: got {type_name(rngs)}, expected an nnx.Rngs")
+
+
+def count(name: str, value: Any, least: int) -> int:
+    """Return an int. Raises TypeError for another type, and ValueError if it is below `least`."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
+        raise TypeError(f"{name}: got {value!r}, expected an int of at least {least}")
+    if value < least:
+        raise ValueError(f"{name}: got {value}, expected an int of at least {least}")
+    return int(value)
 
 
 def mixer_inputs(x: Any, width: int, state: Any = None, kind: type | None = None) -> jax.Array:
@@ -48,10 +55,62 @@ def mixer_inputs(x: Any, width: int, state: Any = None, kind: type | None = None
     x = checks.floating_array("x", x, 3, "[B, T, width]")
     if x.shape[-1] != width:
         raise ValueError(f"x: got shape {x.shape}, expected [B, T, width] with width {width}")
-    if state is not None and kind is not None and not isinstance(state, kind):
-        expected = f"the {kind.__name__} of an earlier call or None"
-        raise TypeError(f"state: got {described(state)}, expected {expected}")
+    if state is not None and kind is not None:
+        mixer_state("state", state, kind)
     return x
+
+
+# Axes of the arrays of mixers' states. Their sizes, which depend on the configuration, are checked by the mixers.
+_AXES = {
+    "window": "[B, conv_size - 1, channels]",
+    "keys": "[B, Hk, S, K]",
+    "values": "[B, Hk, S, V]",
+    "latents": "[B, S, R + shared_key_dim]",
+    "position": "[]",
+    "start": "[B]",
+}
+_POSITIONS = ("position", "start")
+
+
+def mixer_state(name: str, state: Any, kind: type) -> None:
+    """Check the type of a mixer's state, and the types and numbers of axes of its arrays.
+
+    Args:
+        name: of the state, for error messages.
+        state: expected to be of the type `kind`.
+        kind: the class of the mixer's state, a NamedTuple.
+
+    Raises:
+        ValueError: an array has another number of axes.
+        TypeError: the state, or a field of it, is of another type.
+    """
+    if not isinstance(state, kind):
+        raise TypeError(f"{name}: got {described(state)}, expected the {kind.__name__} of an earlier call")
+    for field, x in state._asdict().items():  # type: ignore[attr-defined]  # of a NamedTuple
+        if field == "rule":
+            if not isinstance(x, State):
+                raise TypeError(f"{name}.rule: got {described(x)}, expected an ops.State")
+            continue
+        numbers, axes = ("integer" if field in _POSITIONS else "floating-point"), _AXES[field]
+        if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
+            raise TypeError(f"{name}.{field}: got {described(x)}, expected an array {axes}")
+        if not jnp.issubdtype(x.dtype, jnp.integer if field in _POSITIONS else jnp.floating):
+            raise TypeError(f"{name}.{field}: got dtype {x.dtype}, expected {numbers} {axes}")
+        if x.ndim != len([axis for axis in axes[1:-1].split(",") if axis]):
+            raise ValueError(f"{name}.{field}: got shape {x.shape}, expected {axes}")
+
+
+def like_start(name: str, state: Any, start: Any) -> None:
+    """Raise ValueError unless the arrays of a mixer's state have the shapes of those at the start of a sequence."""
+    got, wanted = (
+        {f"{name}{jax.tree_util.keystr(path)}": jnp.shape(x) for path, x in jax.tree.leaves_with_path(tree)}
+        for tree in (state, start)
+    )
+    for field in sorted(got.keys() | wanted.keys()):
+        if got.get(field) != wanted.get(field):
+            came = f"shape {got[field]}" if field in got else "None"
+            expected = f"shape {wanted[field]}" if field in wanted else "None"
+            raise ValueError(f"{field}: got {came}, expected {expected}; the state is of another batch or model")
 
 
 def type_name(value: Any) -> str:
@@ -62,4 +121,4 @@ def type_name(value: Any) -> str:
 def described(value: Any) -> str:
     """Return `type_name` with an article."""
     name = type_name(value)
-    return f"an {name}" if name == "Array" else f"a {name}"
+    return f"an {name}" if name[0] in "AEIO" else f"a {name}"

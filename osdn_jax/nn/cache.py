@@ -9,8 +9,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from osdn_jax.ops import checks
-
 
 def first_cache(x: Float[Array, "*B T C"], slots: int) -> Float[Array, "*B S C"]:
     """Return the cache after the first T tokens of a sequence; slots without a token hold zeros.
@@ -118,5 +116,3 @@ def check_arrays(batch: int, arrays: dict[str, tuple[jax.Array, tuple[int, ...]]
     for name, (x, shape) in arrays.items():
         if x.shape != (batch, *shape):
             raise ValueError(f"state: got {name} of shape {x.shape}, expected {(batch, *shape)}")
-        if name != "start":
-            checks.floating_array(f"state.{name}", x, x.ndim, "")

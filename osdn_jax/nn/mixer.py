@@ -250,6 +250,8 @@ class DeltaMixer(nnx.Module):
         config, lead = self.config, x.shape[:2]
         mixed = self.project(x)
         if self.convolution is None:
+            if window is not None and window.shape != (x.shape[0], 0, 0):
+                raise ValueError(f"window: got shape {window.shape}, expected {(x.shape[0], 0, 0)} without convolution")
             window = jnp.zeros((x.shape[0], 0, 0), x.dtype)
         else:
             mixed, window = self.convolution(mixed, window, segment_ids, context_axis)

@@ -6,6 +6,7 @@ from typing import Any, cast
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jaxtyping import Array, Bool, Float, Int
 
@@ -24,7 +25,7 @@ from osdn_jax.nn.layers import RMSNorm, SwiGLU, dropout, embed, linear
 from osdn_jax.nn.mixer import DeltaMixer, MixerState
 from osdn_jax.nn.mixture import MixtureOfExperts
 from osdn_jax.nn.parallel import look_up, over_mesh
-from osdn_jax.nn.sharding import ambient_mesh, constrain, module_with_auto_axes
+from osdn_jax.nn.sharding import ambient_mesh, constrain, module_with_auto_axes, refuse_mesh
 from osdn_jax.ops import checks
 
 BlockState = MixerState | AttentionState | LatentState
@@ -36,6 +37,7 @@ _MIXERS: dict[type, Any] = {
     AttentionConfig: SoftmaxAttention,
     LatentAttentionConfig: LatentAttention,
 }
+_STATES = {MixerConfig: MixerState, AttentionConfig: AttentionState, LatentAttentionConfig: LatentState}
 
 
 class Block(nnx.Module):
@@ -276,11 +278,11 @@ class CausalLM(nnx.Module):
     def _features(
         self, tokens: jax.Array, states: Any, segment_ids: jax.Array | None, dropout_key: jax.Array | None
     ) -> tuple[jax.Array, tuple[BlockState | None, ...], jax.Array]:
-        x = self._embed(tokens)
         if segment_ids is not None:
             segment_ids = checks.segment_ids(segment_ids, tokens.shape)
         if states is not None:
             self._check_states(states)
+        x = self._embed(tokens)
         after, balances = [], []
         for i, block in enumerate(self.blocks):
             key = None if dropout_key is None else jax.random.fold_in(dropout_key, i)
@@ -319,7 +321,14 @@ class CausalLM(nnx.Module):
         return model
 
     def start_states(self, batch: int) -> tuple[BlockState, ...]:
-        """Return the states before the first token, for `batch` rows."""
+        """Return the states before the first token, for `batch` rows.
+
+        Raises:
+            ValueError: batch is negative, or a call under `jax.set_mesh`, over which models keep no states.
+            TypeError: batch is not an int.
+        """
+        batch = arguments.count("batch", batch, 0)
+        refuse_mesh("start_states")
         return cast(tuple[BlockState, ...], self(jnp.zeros((batch, 0), jnp.int32))[1])
 
     def restart(self, states: tuple[BlockState, ...], rows: Bool[Array, " B"]) -> tuple[BlockState, ...]:
@@ -330,11 +339,14 @@ class CausalLM(nnx.Module):
             rows: [B], True for the rows that start again.
 
         Raises:
-            ValueError: states are not one per block, or rows have another length than the states.
-            TypeError: rows are not booleans.
+            ValueError: states are not one per block, or belong to another config; or rows have another length than the
+                states.
+            TypeError: rows are not booleans; the states are those of another type of mixer.
         """
         self._check_states(states)
         batch = jax.tree.leaves(states[0])[0].shape[0]
+        if not isinstance(rows, (jax.Array, np.ndarray)):
+            raise TypeError(f"rows: got {arguments.type_name(rows)}, expected an array of booleans [B]")
         if rows.dtype != jnp.bool_:
             raise TypeError(f"rows: got {rows.dtype}, expected booleans")
         if rows.shape != (batch,):
@@ -345,9 +357,11 @@ class CausalLM(nnx.Module):
             return jnp.where(rows.reshape(-1, *[1] * (old.ndim - 1)), fresh.astype(old.dtype), old)
 
         restarted: list[BlockState] = []
-        for fresh, old in zip(start, states, strict=True):
-            if isinstance(old, MixerState):
-                restarted.append(jax.tree.map(select, fresh, old))
+        for i, (fresh, old) in enumerate(zip(start, states, strict=True)):
+            arguments.like_start(f"states[{i}]", old, fresh)
+            if isinstance(old, MixerState):  # its rule's state may be a plain `State`, another type of node
+                leaves, structure = jax.tree.flatten(old)
+                restarted.append(jax.tree.unflatten(structure, map(select, jax.tree.leaves(fresh), leaves)))
             else:  # the tokens before stay in the cache, unseen
                 restarted.append(old._replace(start=jnp.where(rows, old.position, old.start)))
         return tuple(restarted)
@@ -400,6 +414,10 @@ class CausalLM(nnx.Module):
         if not several or len(states) != self.config.depth:
             got = f"{len(states)} of them" if several else arguments.described(states)
             raise ValueError(f"states: got {got}, expected a tuple of {self.config.depth}, one per block, or None")
+        if ambient_mesh() is not None:
+            raise ValueError("states: got some over a mesh, expected None; decode without jax.set_mesh")
+        for i, (state, block) in enumerate(zip(states, self.config.stack, strict=True)):
+            arguments.mixer_state(f"states[{i}]", state, _STATES[type(block.mixer)])
 
 
 # Equal blocks have the same graph: as a function of its parameters, a block is traced and lowered once for all of them.

@@ -137,6 +137,20 @@ def ambient_mesh() -> jax.sharding.AbstractMesh | None:
     return None if AxisType.Manual in mesh.axis_types else mesh
 
 
+def refuse_mesh(name: str = "generation") -> None:
+    """Raise ValueError under `jax.set_mesh` of a mesh that models run on: over it they keep no states.
+
+    Args:
+        name: what is called, for the error message.
+    """
+    if (mesh := ambient_mesh()) is not None:
+        axes = ", ".join(str(axis) for axis in mesh.axis_names)
+        raise ValueError(
+            f"{name}: got a call under jax.set_mesh of a mesh ({axes}), over which models keep no states; expected a "
+            "call without jax.set_mesh"
+        )
+
+
 def constrain(x: jax.Array, *axes: str | None) -> jax.Array:
     """Return x with the sharding of these logical axes; x itself without a mesh."""
     return x if ambient_mesh() is None else jax.lax.with_sharding_constraint(x, spec(*axes))

@@ -9,9 +9,10 @@ from osdn_jax import interop
 from support.pretrained import config_of
 
 
-def test_the_checkpoint_and_its_cases(tmp_path, monkeypatch):
+@pytest.mark.parametrize("family", ["qwen3_5", "qwen3_next"])
+def test_the_checkpoint_and_its_cases(family, tmp_path, monkeypatch):
     monkeypatch.setattr(load_memory, "_SHARD", 3000)
-    config = config_of("qwen3_5", dtype="bfloat16")
+    config = config_of(family, dtype="bfloat16")
     parameters, size = load_memory.write_checkpoint(tmp_path, config)
     found = interop.inspect(tmp_path)
     assert found.problems == []
@@ -33,8 +34,9 @@ def test_wrong_command_lines(arguments, monkeypatch, capsys):
     assert capsys.readouterr().err.count("\n") == 1
 
 
-def test_the_recorded_result_is_within_its_promise():
-    path = load_memory.__file__.replace("load_memory.py", "results/load-memory.json")
+@pytest.mark.parametrize("name", ["load-memory", "load-memory-experts"])
+def test_the_recorded_result_is_within_its_promise(name):
+    path = load_memory.__file__.replace("load_memory.py", f"results/{name}.json")
     with open(path) as file:
         recorded = json.load(file)
     assert recorded["parameters"] > 1.2e9

@@ -219,7 +219,7 @@ def test_wrong_arguments_are_named_by_the_call(changes, message):
         ({"batch_size": 0}, "batch_size: got 0, expected at least 1"),
         ({"state_dtype": "float16"}, "state_dtype: got float16, expected 'float32', 'bfloat16' or None"),
         ({"state_dtype": "narrow"}, "state_dtype: got 'narrow'"),
-        ({"tokenizer": "bytes"}, "tokenizer: got str, expected a tokenizer or None"),
+        ({"tokenizer": "bytes"}, "tokenizer: got str without stream_decoder, expected a tokenizer"),
         ({"stop_tokens": [VOCABULARY]}, "stop_tokens: got token"),
     ],
 )

@@ -6,7 +6,21 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from osdn_jax.nn import CausalLM, DeltaMixer, SoftmaxAttention, likelihood_sums, mixer_config, split_model
+from osdn_jax.nn import (
+    MESH_AXES,
+    BlockConfig,
+    CausalLM,
+    DeltaMixer,
+    LatentAttention,
+    LatentAttentionConfig,
+    MLPConfig,
+    ModelConfig,
+    SoftmaxAttention,
+    likelihood_sums,
+    mixer_config,
+    split_model,
+)
+from osdn_jax.ops import State
 from support.models import model_config
 
 SIZES = {"width": 8, "heads": 2, "key_dim": 4, "value_dim": 4}
@@ -85,6 +99,100 @@ def test_random_streams_of_another_type(kind):
     )
     assert message(TypeError, made, 0) == "rngs: got int, expected an nnx.Rngs"
     assert message(TypeError, made, jax.random.key(0)) == "rngs: got Array, expected an nnx.Rngs"
+
+
+_ROWS, _KEYS = "[B]", "[B, Hk, S, K]"
+_WRONG_FIELDS = {
+    DeltaMixer: [
+        ({"window": None}, TypeError, ".window: got a NoneType, expected an array [B, conv_size - 1, channels]"),
+        ({"window": 3}, TypeError, ".window: got dtype int32, expected floating-point [B, conv_size - 1, channels]"),
+        ({"window": 1.0}, ValueError, ".window: got shape (), expected [B, conv_size - 1, channels]"),
+        ({"rule": None}, TypeError, ".rule: got a NoneType, expected an ops.State"),
+    ],
+    SoftmaxAttention: [
+        ({"position": None}, TypeError, ".position: got a NoneType, expected an array []"),
+        ({"position": 1.0}, TypeError, ".position: got dtype float32, expected integer []"),
+        ({"position": [1, 2]}, ValueError, ".position: got shape (2,), expected []"),
+        ({"start": [0.0, 0.0]}, TypeError, f".start: got dtype float32, expected integer {_ROWS}"),
+        ({"start": 0}, ValueError, f".start: got shape (), expected {_ROWS}"),
+        ({"keys": 0}, TypeError, f".keys: got dtype int32, expected floating-point {_KEYS}"),
+    ],
+}
+_WRONG_FIELDS[LatentAttention] = [
+    *_WRONG_FIELDS[SoftmaxAttention][:5],
+    ({"latents": 0}, TypeError, ".latents: got dtype int32, expected floating-point [B, S, R + shared_key_dim]"),
+]
+STATES = {
+    DeltaMixer: CONFIGS[DeltaMixer],
+    SoftmaxAttention: CONFIGS[SoftmaxAttention],
+    LatentAttention: LatentAttentionConfig(**SIZES, rank=4, shared_key_dim=2),
+}
+
+
+@pytest.mark.parametrize("kind", STATES)
+def test_fields_of_a_state(kind):
+    """The call of a mixer, that of a model and `restart` raise the same error, before anything is computed."""
+    module = kind(STATES[kind], 1, jnp.float32, rngs=nnx.Rngs(0))
+    model = CausalLM(ModelConfig(8, blocks=(BlockConfig(STATES[kind], MLPConfig(8)),)), rngs=nnx.Rngs(0))
+    x, (state,) = jnp.ones((2, 1, 8)), model.start_states(2)
+    for changes, error, said in _WRONG_FIELDS[kind]:
+        wrong = state._replace(**{name: None if y is None else jnp.asarray(y) for name, y in changes.items()})
+        assert message(error, module, x, wrong) == f"state{said}"
+        assert message(error, model, jnp.zeros((2, 1), jnp.int32), (wrong,)) == f"states[0]{said}"
+        assert message(error, model.restart, (wrong,), jnp.ones(2, bool)) == f"states[0]{said}"
+
+
+def test_a_window_without_convolution():
+    module = DeltaMixer(mixer_config("osdn", **SIZES, conv_size=0), 1, jnp.float32, rngs=nnx.Rngs(0))
+    _, state = module(jnp.ones((2, 1, 8)))
+    wrong = state._replace(window=jnp.zeros((2, 3, 24)))
+    said = "window: got shape (2, 3, 24), expected (2, 0, 0) without convolution"
+    assert message(ValueError, module, jnp.ones((2, 1, 8)), wrong) == said
+
+
+def stack():
+    blocks = tuple(BlockConfig(config, MLPConfig(8)) for config in CONFIGS.values())
+    return CausalLM(ModelConfig(8, blocks=blocks), rngs=nnx.Rngs(0))
+
+
+def test_states_that_do_not_belong_to_the_model():
+    model = stack()
+    states, rows, tokens = model.start_states(2), jnp.asarray([True, False]), jnp.zeros((2, 1), jnp.int32)
+    swapped = "states[0]: got an AttentionState, expected the MixerState of an earlier call"
+    without = "states[0]: got a NoneType, expected the MixerState of an earlier call"
+    for wrong, said in ((states[::-1], swapped), ((None, None), without)):
+        assert message(TypeError, model.restart, wrong, rows) == said
+        assert message(TypeError, model, tokens, wrong) == said
+    other = CausalLM(model_config("osdn", layers=2), rngs=nnx.Rngs(0)).start_states(2)
+    said = "states[0].rule.preconditioner: got shape (2, 2, 6), expected shape (2, 2, 4); the state is of another"
+    assert message(ValueError, model.restart, (other[0], states[1]), rows).startswith(said)
+    bare = states[0]._replace(rule=State(states[0].rule.recurrent))
+    said = "states[0].rule.preconditioner: got None, expected shape (2, 2, 4); the state is of another batch or model"
+    assert message(ValueError, model.restart, (bare, states[1]), rows) == said
+    plain = states[0]._replace(rule=State(*states[0].rule))  # made by hand, and accepted by every rule
+    assert type(model.restart((plain, states[1]), rows)[0].rule) is State
+
+
+def test_rows_and_batches_that_are_none():
+    model = stack()
+    states = model.start_states(np.int64(2))
+    for rows, came in (([True, False], "list"), (None, "NoneType")):
+        said = f"rows: got {came}, expected an array of booleans [B]"
+        assert message(TypeError, model.restart, states, rows) == said
+    for wrong, error, came in ((-1, ValueError, "-1"), ("a", TypeError, "'a'"), (1.5, TypeError, "1.5")):
+        assert message(error, model.start_states, wrong) == f"batch: got {came}, expected an int of at least 0"
+
+
+def test_states_over_a_mesh():
+    """Over a mesh a model returns None for each of them, which is no state to continue from."""
+    model, tokens, rows = stack(), jnp.zeros((2, 1), jnp.int32), jnp.asarray([True, False])
+    states = model.start_states(2)
+    said = "states: got some over a mesh, expected None; decode without jax.set_mesh"
+    with jax.set_mesh(jax.make_mesh((1, 1, 1, 1), MESH_AXES)):
+        assert message(ValueError, model, tokens, (None, None)) == said
+        assert message(ValueError, model, tokens, states) == said
+        assert message(ValueError, model.restart, states, rows) == said
+        assert message(ValueError, model.start_states, 2).startswith("start_states: got a call under jax.set_mesh")
 
 
 @pytest.mark.parametrize("config", [CONFIGS[DeltaMixer], "osdn", {"vocab_size": 3}])

@@ -289,7 +289,7 @@ def test_arguments_that_do_not_fit_are_named(rule, our_checks):
         ((tokens, one), ValueError, "of another batch|state: got keys of shape"),
         ((tokens, states[:1]), ValueError, "states: got 1 of them, expected a tuple of 2, one per block"),
         ((tokens, states[0]), ValueError, "states: got"),
-        ((tokens, other), TypeError, "state: got a (MixerState|AttentionState), expected the"),
+        ((tokens, other), TypeError, r"states\[0\]: got an? (MixerState|AttentionState), expected the"),
     ):
         with pytest.raises(error, match=said):
             apply(parameters, *arguments)
