@@ -115,7 +115,7 @@ def _id_of(file: Path, token: Any) -> int | None:
         if isinstance(vocabulary, list):  # of a unigram model: [token, score] for each id
             return next((i for i, row in enumerate(vocabulary) if row[0] == token), None)
         found = (vocabulary or {}).get(token)
-    except (AttributeError, TypeError, LookupError) as error:  # another type of JSON where an object or a list is expected
+    except (AttributeError, TypeError, LookupError) as error:  # other types of JSON than expected
         raise ValueError(f"{file}: is no tokenizer: its added_tokens or its vocab is malformed") from error
     return None if found is None else _checked(file, f"the id of {token!r}", found)[0]
 
