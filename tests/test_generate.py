@@ -322,6 +322,14 @@ def test_too_little_memory_is_one_line(run, command, monkeypatch):
         command("--workdir", run, "--prompt", "this ")
 
 
+def test_more_tokens_than_a_cache_can_have_are_one_line(command, tmp_path):
+    interop.save_pretrained(language_model("delta_attention"), tmp_path / "model")
+    line = ("--model", tmp_path / "model", "--prompt_ids", "1,2", "--tokens", 2**31 - 1)
+    status, out, err = command(*line)
+    assert (status, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"generate: error: --tokens: got {2**31 - 1}")
+
+
 def _raising(error):
     def stream(*_, **__):
         raise error

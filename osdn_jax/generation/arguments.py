@@ -1,7 +1,6 @@
 """Checks of a request's arguments. Every error names the argument, what came and what was expected."""
 
 import operator
-import reprlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, SupportsIndex
 
@@ -9,6 +8,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int
+
+from osdn_jax.nn.arguments import shown
 
 
 def number(name: str, value: Any) -> float:
@@ -110,9 +111,11 @@ def state_dtype(value: Any) -> jnp.dtype | None:
     if value is None:
         return None
     try:
-        found = jnp.dtype(value)
-    except TypeError as error:
-        raise ValueError(f"state_dtype: got {value!r}, expected 'float32', 'bfloat16' or None") from error
+        found = jnp.dtype(value) if _axes(value) is None else None
+    except TypeError:
+        found = None
+    if found is None:
+        raise ValueError(f"state_dtype: got {shown(value)}, expected 'float32', 'bfloat16' or None")
     if found not in (jnp.float32, jnp.bfloat16):
         raise ValueError(f"state_dtype: got {found}, expected 'float32', 'bfloat16' or None")
     return found
@@ -208,11 +211,6 @@ def forbidden(value: Any, vocabulary: int, known: int | None = None) -> Int[np.n
             f"{vocabulary - len(beyond) - 1}"
         )
     return found
-
-
-def shown(value: Any) -> str:
-    """Return a value for an error message, in one line that is not long."""
-    return " ".join(reprlib.repr(value).split())
 
 
 def _axes(value: Any) -> int | None:

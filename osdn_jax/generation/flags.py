@@ -41,7 +41,13 @@ def name_flags(error: Exception, given: argparse.Namespace) -> str:
     """Return an error's message with flags in place of the arguments of Python functions."""
     kinds = {"prompt": given.prompt, "prompts": given.prompts, "prompt_ids": given.prompt_ids}
     prompts = next((flag for flag, value in kinds.items() if value is not None), "prompt")
-    names = {"prompts": f"--{prompts}", "token": "--at", "state": "--load_state", "path": "--model"}
+    names = {
+        "prompts": f"--{prompts}",
+        "token": "--at",
+        "state": "--load_state",
+        "path": "--model",
+        "max_tokens": "--tokens",
+    }
     names |= {name: f"--{name}" for name in ("stop_tokens", "ignore_remote_code")}
     return command.naming_flags(str(error), names)
 

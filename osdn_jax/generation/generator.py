@@ -17,6 +17,7 @@ from osdn_jax.generation.state_files import read_state, write_state
 from osdn_jax.generation.states import GenerationState
 from osdn_jax.generation.stopper import TextTokenizer
 from osdn_jax.nn import CausalLM
+from osdn_jax.nn.arguments import shown
 from osdn_jax.nn.sharding import refuse_mesh
 
 Prompt = str | Sequence[int] | Int[np.ndarray, " T"]
@@ -150,6 +151,8 @@ class Generator:
                 another model; or the logits of a token are NaN, or -inf for all allowed tokens.
             TypeError: an argument has another type, or an option is unknown.
         """
+        if not callable(progress):
+            raise TypeError(f"progress: got {shown(progress)}, expected a function")
         stream = self.stream(prompts, state=state, **options)
         tokens: list[list[int]] = [[] for _ in prompts]
         texts: list[list[str]] = [[] for _ in prompts]

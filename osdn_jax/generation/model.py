@@ -16,6 +16,7 @@ from osdn_jax.generation.request import Batch
 from osdn_jax.generation.shapes import LONGEST_CACHE, cache_length
 from osdn_jax.generation.states import GenerationState, has_caches, is_cache, narrow
 from osdn_jax.nn import CausalLM, ModelConfig
+from osdn_jax.nn.arguments import shown
 from osdn_jax.nn.split import split_model
 
 _MOST = 2**31 - 1  # the largest number of tokens in a state; that of longer texts is this one
@@ -220,7 +221,7 @@ def _field(state: GenerationState, name: str, kind: type, layout: str, rows: int
     """Return a field of a state. Raises TypeError or ValueError unless it is an array of this kind and layout."""
     field = getattr(state, name)
     if not isinstance(field, (jax.Array, np.ndarray)):
-        raise TypeError(f"state.{name}: got {arguments.shown(field)}, expected an array of {layout}")
+        raise TypeError(f"state.{name}: got {shown(field)}, expected an array of {layout}")
     if not jax.numpy.issubdtype(field.dtype, kind):
         raise TypeError(f"state.{name}: got dtype {field.dtype}, expected {layout}")
     if field.ndim != layout.count(",") + 1 or len(field) == 0 or len(field) != (rows or len(field)):

@@ -1,5 +1,6 @@
 """Checks of modules' arguments, at trace time. Every error names the argument, what came and what was expected."""
 
+import reprlib
 from typing import Any
 
 import jax
@@ -31,11 +32,13 @@ def module(config: Any, kind: type, rngs: Any, layers: Any = 1) -> None:
 
 
 def count(name: str, value: Any, least: int) -> int:
-    """Return an int. Raises TypeError for another type, and ValueError if it is below `least`."""
+    """Return an int. Raises TypeError for another type, and ValueError unless it is from `least` to 2^31 - 1."""
     if isinstance(value, bool) or not isinstance(value, (int, np.integer)):
-        raise TypeError(f"{name}: got {value!r}, expected an int of at least {least}")
+        raise TypeError(f"{name}: got {shown(value)}, expected an int of at least {least}")
     if value < least:
         raise ValueError(f"{name}: got {value}, expected an int of at least {least}")
+    if value >= 2**31:
+        raise ValueError(f"{name}: got {value}, expected an int below 2**31")
     return int(value)
 
 
@@ -68,6 +71,8 @@ _AXES = {
     "latents": "[B, S, R + shared_key_dim]",
     "position": "[]",
     "start": "[B]",
+    "recurrent": "[B, H, K, V]",
+    "preconditioner": None,  # of 3 or 4 axes, which depends on the rule
 }
 _POSITIONS = ("position", "start")
 
@@ -90,14 +95,22 @@ def mixer_state(name: str, state: Any, kind: type) -> None:
         if field == "rule":
             if not isinstance(x, State):
                 raise TypeError(f"{name}.rule: got {described(x)}, expected an ops.State")
-            continue
-        numbers, axes = ("integer" if field in _POSITIONS else "floating-point"), _AXES[field]
-        if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
-            raise TypeError(f"{name}.{field}: got {described(x)}, expected an array {axes}")
-        if not jnp.issubdtype(x.dtype, jnp.integer if field in _POSITIONS else jnp.floating):
-            raise TypeError(f"{name}.{field}: got dtype {x.dtype}, expected {numbers} {axes}")
-        if x.ndim != len([axis for axis in axes[1:-1].split(",") if axis]):
-            raise ValueError(f"{name}.{field}: got shape {x.shape}, expected {axes}")
+            _state_array(f"{name}.rule", "recurrent", x.recurrent)
+            if x.preconditioner is not None:
+                _state_array(f"{name}.rule", "preconditioner", x.preconditioner)
+        else:
+            _state_array(name, field, x)
+
+
+def _state_array(name: str, field: str, x: Any) -> None:
+    axes, integers = _AXES[field], field in _POSITIONS
+    layout, numbers = axes or "[B, ...]", "integer" if integers else "floating-point"
+    if not isinstance(x, (jax.Array, np.ndarray, np.generic)):
+        raise TypeError(f"{name}.{field}: got {described(x)}, expected an array {layout}")
+    if not jnp.issubdtype(x.dtype, jnp.integer if integers else jnp.floating):
+        raise TypeError(f"{name}.{field}: got dtype {x.dtype}, expected {numbers} {layout}")
+    if axes is not None and x.ndim != len([axis for axis in axes[1:-1].split(",") if axis]):
+        raise ValueError(f"{name}.{field}: got shape {x.shape}, expected {layout}")
 
 
 def like_start(name: str, state: Any, start: Any) -> None:
@@ -111,6 +124,11 @@ def like_start(name: str, state: Any, start: Any) -> None:
             came = f"shape {got[field]}" if field in got else "None"
             expected = f"shape {wanted[field]}" if field in wanted else "None"
             raise ValueError(f"{field}: got {came}, expected {expected}; the state is of another batch or model")
+
+
+def shown(value: Any) -> str:
+    """Return a value for an error message, in one line that is not long."""
+    return " ".join(reprlib.repr(value).split())
 
 
 def type_name(value: Any) -> str:

@@ -163,6 +163,7 @@ class SoftmaxAttention(nnx.Module):
             out = attend_cudnn(q, k, v, None if segment_ids is None else starts)
         else:
             options: dict[str, Any] = {"key_positions": of_keys, "chunk_size": config.chunk_size}
+            options["window"] = window if state is None else None  # slots of a cache are in another order
             out = attend_cache(q, keys, values, starts, first_query=first, **options)
 
         out = out.reshape(batch, length, config.heads * config.value_dim)

@@ -401,7 +401,9 @@ class CausalLM(nnx.Module):
         return self.embedding.embedding[...] if self.head is None else self.head.kernel[...].T
 
     def _check_tokens(self, tokens: jax.Array) -> jax.Array:
-        if jnp.ndim(tokens) != 2:
+        if not isinstance(tokens, (jax.Array, np.ndarray)):
+            raise TypeError(f"tokens: got {arguments.type_name(tokens)}, expected an array [B, T]")
+        if tokens.ndim != 2:
             raise ValueError(f"tokens: got shape {jnp.shape(tokens)}, expected [B, T]")
         return checks.indices("tokens", tokens, jnp.shape(tokens), "[B, T]", self.config.vocab_size)
 

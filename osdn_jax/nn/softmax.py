@@ -45,13 +45,15 @@ def attend(
     first_query: Int[Array, ""] | int | None = None,
     key_positions: Int[Array, " S"] | None = None,
     chunk_size: int | None = None,
+    window: int | None = None,
 ) -> Float[Array, "B T H V"]:
     """Return softmax(q kᵀ / sqrt(K)) v, where query t sees the keys at positions first[t] .. first_query + t.
 
     Whatever a query does not see does not affect it, NaN included. Chunks of queries are computed one after another,
-    and recomputed in the backward pass, so that only [B, H, chunk_size, S] scores exist at a time; scores of keys that
-    a query does not see are computed too. Key head h serves the query heads h H / Hk to (h + 1) H / Hk - 1. Scores and
-    softmax are float32 (float64 for float64 inputs). Gradients exist in reverse mode only.
+    and recomputed in the backward pass, so that only [B, H, chunk_size, S] scores exist at a time, or with a window
+    [B, H, chunk_size, chunk_size + window - 1]; scores of keys that a query does not see are computed too. Key head h
+    serves the query heads h H / Hk to (h + 1) H / Hk - 1. Scores and softmax are float32 (float64 for float64 inputs).
+    Gradients exist in reverse mode only.
 
     Args:
         q: queries.
@@ -61,10 +63,12 @@ def attend(
         first_query: position of the first query's own key. Default: S - T, queries for the last keys.
         key_positions: [S], position of each key. Default: 0 to S - 1.
         chunk_size: number of queries at a time. Default: 512.
+        window: the number of keys up to its own that a query sees at most, as `first` says. Only for keys at the
+            positions 0 to S - 1. Default: None, any number.
     """
     last = (k.shape[1] - q.shape[1] if first_query is None else first_query) + jnp.arange(q.shape[1], dtype=jnp.int32)
     columns = jnp.arange(k.shape[1], dtype=jnp.int32) if key_positions is None else key_positions
-    return _attend((q, k.swapaxes(1, 2), v.swapaxes(1, 2)), first, last, columns, chunk_size or _CHUNK)
+    return _attend((q, k.swapaxes(1, 2), v.swapaxes(1, 2)), first, last, columns, chunk_size or _CHUNK, window)
 
 
 def attend_cache(
@@ -76,50 +80,63 @@ def attend_cache(
     first_query: Int[Array, ""] | int,
     key_positions: Int[Array, " S"],
     chunk_size: int | None = None,
+    window: int | None = None,
 ) -> Float[Array, "B T H V"]:
     """Return `attend` for keys and values with heads before tokens, as caches hold them: a step reads them in order."""
     last = first_query + jnp.arange(q.shape[1], dtype=jnp.int32)
-    return _attend((q, k, v), first, last, key_positions, chunk_size or _CHUNK)
+    return _attend((q, k, v), first, last, key_positions, chunk_size or _CHUNK, window)
 
 
-@functools.partial(jax.jit, static_argnums=4)
+@functools.partial(jax.jit, static_argnums=(4, 5))
 def _attend(
     heads: tuple[jax.Array, jax.Array, jax.Array],
     first: jax.Array,
     last: jax.Array,
     columns: jax.Array,
     chunk_size: int,
+    window: int | None,
 ) -> jax.Array:
     """Attend by chunks of queries; if that is not finite, by single queries that leave out what they do not see."""
 
     def chunks(heads: Any, seen: Any) -> jax.Array:
-        return _by_chunks(_attend_chunk, heads, seen, chunk_size)
+        return _by_chunks(_attend_chunk, heads, seen, chunk_size, window)
 
-    return contained(chunks, _by_queries, heads, (first, last, columns))
-
-
-def _by_queries(heads: Any, seen: Any) -> jax.Array:
-    return _by_chunks(_attend_query, heads, seen, 1)
+    return contained(chunks, functools.partial(_by_queries, window=window), heads, (first, last, columns))
 
 
-def _by_chunks(attend: Callable[..., jax.Array], heads: Any, seen: Any, size: int) -> jax.Array:
+def _by_queries(heads: Any, seen: Any, *, window: int | None = None) -> jax.Array:
+    return _by_chunks(_attend_query, heads, seen, 1, window)
+
+
+def _by_chunks(attend: Callable[..., jax.Array], heads: Any, seen: Any, size: int, window: int | None) -> jax.Array:
     """Return attend(q, k, v, first, last, columns), computed for `size` queries at a time."""
     (q, k, v), (first, last, columns) = heads, seen
     length = q.shape[1]
     if length <= size:
-        return attend(q, k, v, first, last, columns)
+        return jax.checkpoint(attend)(q, k, v, first, last, columns)
+    reach = k.shape[2] if window is None else min(k.shape[2], size + window - 1)  # keys that a chunk sees some of
+
+    @jax.checkpoint
+    def of_chunk(row: Any, k: jax.Array, v: jax.Array) -> jax.Array:
+        q, first, last = row
+        if reach == k.shape[2]:
+            return attend(q, k, v, first, last, columns)
+        begin = jnp.maximum(last[0] - (reach - size), 0)  # index of the first of them; the slice is moved to fit
+        some = (jax.lax.dynamic_slice_in_dim(x, begin, reach, axis) for x, axis in ((k, 2), (v, 2), (columns, 0)))
+        k_seen, v_seen, columns_seen = some
+        return attend(q, k_seen, v_seen, first, last, columns_seen)
 
     def chunks(x: jax.Array, axis: int) -> jax.Array:
         padding = [(0, -length % size if i == axis else 0) for i in range(x.ndim)]
         shape = (*x.shape[:axis], -(-length // size), size, *x.shape[axis + 1 :])
-        return jnp.moveaxis(jnp.pad(x, padding).reshape(shape), axis, 0)
+        # Queries after the last one repeat it: one that sees no key would be NaN, also in gradients.
+        return jnp.moveaxis(jnp.pad(x, padding, mode="edge").reshape(shape), axis, 0)
 
     rows = (chunks(q, 1), chunks(first, 1), chunks(last, 0))
-    out = jax.lax.map(lambda row: attend(row[0], k, v, *row[1:], columns), rows)
+    out = jax.lax.map(lambda row: of_chunk(row, k, v), rows)
     return jnp.moveaxis(out, 0, 1).reshape(q.shape[0], -(-length // size) * size, q.shape[2], v.shape[-1])[:, :length]
 
 
-@jax.checkpoint
 def _attend_chunk(
     q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, columns: jax.Array
 ) -> jax.Array:
@@ -133,7 +150,6 @@ def _attend_chunk(
     return out.reshape(batch, rows, heads, v.shape[-1]).astype(v.dtype)
 
 
-@jax.checkpoint
 def _attend_query(
     q: jax.Array, k: jax.Array, v: jax.Array, first: jax.Array, last: jax.Array, columns: jax.Array
 ) -> jax.Array:

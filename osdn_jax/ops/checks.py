@@ -196,4 +196,7 @@ def resets(ids: jax.Array, context_axis: str | None = None) -> jax.Array:
 def _array(name: str, value: Any, layout: str) -> jax.Array:
     if not isinstance(value, (jax.Array, np.ndarray)):
         raise TypeError(f"{name}: got {type(value).__name__}, expected an array {layout}")
-    return jnp.asarray(value)
+    try:
+        return jnp.asarray(value)
+    except TypeError as error:  # such as an array of strings
+        raise TypeError(f"{name}: got dtype {value.dtype}, expected an array {layout}") from error

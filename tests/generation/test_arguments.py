@@ -100,6 +100,7 @@ def test_texts_that_cannot_be_encoded_are_named():
         ({"token_by_token": 1.5}, "^token_by_token: got 1.5, expected an integer$"),
         ({"token_by_token": -1}, "^token_by_token: got -1, expected an integer from 0 to 64$"),
         ({"token_by_token": 65}, "^token_by_token: got 65, expected an integer from 0 to 64$"),
+        ({"state_dtype": np.ones(1)}, r"^state_dtype: got array\(\[1.\]\), expected 'float32', 'bfloat16' or None$"),
         ({"start_tokens": 5}, r"^start_tokens: got 5, expected integers \[T\]$"),
         ({"start_tokens": [[1, 2], [3]]}, r"^start_tokens: got \[1, 2\], expected an integer$"),
         ({"stop_tokens": 5}, "^stop_tokens: got 5, expected a sequence of tokens$"),

@@ -229,6 +229,11 @@ def test_wrong_settings_are_named(changes, message):
         Generator(given.pop("model"), **given)
 
 
+def test_progress_that_is_no_function_is_named_before_anything_runs():
+    with pytest.raises(TypeError, match="progress: got 5, expected a function"):
+        of_tokens().generate([[1]], progress=5)
+
+
 def test_states_of_another_model_or_number_are_refused():
     state = of_tokens().prefill(prompts(3, 4))
     with pytest.raises(ValueError, match="state: got one of 2 texts for 3 prompts, expected 1 or 3"):

@@ -108,6 +108,18 @@ _WRONG_FIELDS = {
         ({"window": 3}, TypeError, ".window: got dtype int32, expected floating-point [B, conv_size - 1, channels]"),
         ({"window": 1.0}, ValueError, ".window: got shape (), expected [B, conv_size - 1, channels]"),
         ({"rule": None}, TypeError, ".rule: got a NoneType, expected an ops.State"),
+        ({"rule": State("a")}, TypeError, ".rule.recurrent: got a str, expected an array [B, H, K, V]"),
+        (
+            {"rule": State(jnp.zeros((2, 2, 4, 4), int))},
+            TypeError,
+            ".rule.recurrent: got dtype int32, expected floating-point [B, H, K, V]",
+        ),
+        ({"rule": State(jnp.zeros(2))}, ValueError, ".rule.recurrent: got shape (2,), expected [B, H, K, V]"),
+        (
+            {"rule": State(jnp.zeros((2, 2, 4, 4)), "a")},
+            TypeError,
+            ".rule.preconditioner: got a str, expected an array [B, ...]",
+        ),
     ],
     SoftmaxAttention: [
         ({"position": None}, TypeError, ".position: got a NoneType, expected an array []"),
@@ -136,7 +148,8 @@ def test_fields_of_a_state(kind):
     model = CausalLM(ModelConfig(8, blocks=(BlockConfig(STATES[kind], MLPConfig(8)),)), rngs=nnx.Rngs(0))
     x, (state,) = jnp.ones((2, 1, 8)), model.start_states(2)
     for changes, error, said in _WRONG_FIELDS[kind]:
-        wrong = state._replace(**{name: None if y is None else jnp.asarray(y) for name, y in changes.items()})
+        arrays = {name: y if y is None or isinstance(y, State) else jnp.asarray(y) for name, y in changes.items()}
+        wrong = state._replace(**arrays)
         assert message(error, module, x, wrong) == f"state{said}"
         assert message(error, model, jnp.zeros((2, 1), jnp.int32), (wrong,)) == f"states[0]{said}"
         assert message(error, model.restart, (wrong,), jnp.ones(2, bool)) == f"states[0]{said}"
@@ -179,8 +192,18 @@ def test_rows_and_batches_that_are_none():
     for rows, came in (([True, False], "list"), (None, "NoneType")):
         said = f"rows: got {came}, expected an array of booleans [B]"
         assert message(TypeError, model.restart, states, rows) == said
+    assert message(ValueError, model.start_states, 10**30) == f"batch: got {10**30}, expected an int below 2**31"
     for wrong, error, came in ((-1, ValueError, "-1"), ("a", TypeError, "'a'"), (1.5, TypeError, "1.5")):
         assert message(error, model.start_states, wrong) == f"batch: got {came}, expected an int of at least 0"
+
+
+def test_tokens_and_segments_that_are_no_numbers():
+    model, tokens = stack(), jnp.zeros((2, 1), jnp.int32)
+    for wrong, came in (([[0], [0]], "list"), (None, "NoneType"), ("a", "str")):
+        assert message(TypeError, model, wrong) == f"tokens: got {came}, expected an array [B, T]"
+    texts = np.asarray([["a"], ["b"]])
+    assert message(TypeError, model, texts) == "tokens: got dtype <U1, expected an array [B, T]"
+    assert message(TypeError, model, tokens, None, texts) == "segment_ids: got dtype <U1, expected an array [B, T]"
 
 
 def test_states_over_a_mesh():

@@ -12,7 +12,7 @@ from osdn_jax.nn import AttentionConfig, SoftmaxAttention
 from osdn_jax.nn.parameters import weight_decay_mask
 from osdn_jax.nn.softmax import attend, rotate
 from osdn_jax.nn.split import split_model
-from support import jit, random_like, relative_error
+from support import assert_close, jit, random_like, relative_error, value_and_gradient
 from support.models import LENGTH, LENGTHS, SEGMENTS, reference_attention
 
 DOCUMENTS = jnp.asarray(SEGMENTS)
@@ -284,6 +284,35 @@ def test_chunks_bound_the_memory_of_training():
         return peak(jax.grad(lambda q: attend(q, q, q, first, chunk_size=chunk_size).sum()), q)
 
     assert memory(128) < memory(2048) / 4
+
+
+@pytest.mark.parametrize(("window", "chunk_size"), [(1, 4), (3, 1), (5, 4), (7, 5), (40, 4)])
+def test_a_window_scores_the_keys_that_a_chunk_sees(window, chunk_size):
+    """Its values and gradients are those of all keys under a mask, also in packed documents and for later queries."""
+    length = 18
+    for begin in (0, 6):  # the first query
+        arrays = dict.fromkeys("kv", (2, length, 2, 6)) | {"q": (2, length - begin, 4, 6)}
+        x = random_like({name: jax.ShapeDtypeStruct(shape, jnp.float32) for name, shape in arrays.items()}, seed=1)
+        own = np.arange(begin, length)
+        documents = np.stack([np.where(own < 11, 0, 11), np.where(own < 8, 0, 8)])
+        first = jnp.asarray(np.maximum(documents, own - window + 1), jnp.int32)
+
+        def attended(x, window=None, first=first):
+            return {"o": attend(**x, first=first, chunk_size=chunk_size, window=window)}
+
+        cotangents = random_like(jax.eval_shape(attended, x), seed=2)
+        got = value_and_gradient(lambda x: attended(x, window))(x, cotangents)
+        assert_close(got, value_and_gradient(attended)(x, cotangents), 1e-5)
+
+
+def test_a_window_bounds_the_memory_of_training():
+    q = jnp.ones((1, 4096, 1, 4))
+    first = jnp.maximum(jnp.arange(4096, dtype=jnp.int32) - 127, 0)[None]
+
+    def memory(window):
+        return peak(jax.grad(lambda q: attend(q, q, q, first, chunk_size=128, window=window).sum()), q)
+
+    assert memory(128) < memory(None) / 4
 
 
 # cuDNN

@@ -21,19 +21,19 @@ def heads(seed=0):
     return {name: jnp.asarray(rng.normal(size=(B, T, H, K)), jnp.float32) for name in "qkv"}
 
 
-def attention(x, chunk_size=None):
-    return {"o": attend(**x, first=jnp.asarray(FIRST, jnp.int32), chunk_size=chunk_size)}
+def attention(x, chunk_size=None, window=None):
+    return {"o": attend(**x, first=jnp.asarray(FIRST, jnp.int32), chunk_size=chunk_size, window=window)}
 
 
-@pytest.mark.parametrize("chunk_size", [None, 5])
+@pytest.mark.parametrize(("chunk_size", "window"), [(None, None), (5, None), (2, 8)])
 @pytest.mark.parametrize(("name", "value"), [("q", np.nan), ("k", np.nan), ("v", np.nan), ("v", np.inf), ("k", 1e30)])
-def test_attention(name, value, chunk_size):
+def test_attention(name, value, chunk_size, window):
     """A bad token reaches neither earlier tokens nor other documents, in values and in gradients."""
     x = heads()
     bad = x | {name: x[name].at[:, BAD].set(value)}
     if value == 1e30:
         bad = bad | {"q": x["q"].at[:, BAD].set(1e30)}  # finite, but their product is not
-    program = jit(value_and_gradient(lambda x: attention(x, chunk_size)))
+    program = jit(value_and_gradient(lambda x: attention(x, chunk_size, window)))
     cotangents = random_like(jax.eval_shape(attention, x), seed=1)
     want, d_want = program(x, cotangents)
     got, d_got = program(bad, cotangents)
