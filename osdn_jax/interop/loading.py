@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 from numpy.typing import ArrayLike
 
@@ -268,8 +268,18 @@ def _computation(opened: Opened, wanted: np.dtype | None) -> Any:
 def _placed(name: str, value: np.ndarray, mesh: jax.sharding.Mesh | None) -> jax.Array:
     if mesh is None:
         return jnp.asarray(value)
-    sharding = NamedSharding(mesh, parameter_spec(name))
+    sharding = NamedSharding(mesh, _spec(name, value.shape, mesh))
     return jax.make_array_from_callback(value.shape, sharding, lambda index: value[index])
+
+
+def _spec(name: str, shape: Shape, mesh: jax.sharding.Mesh) -> PartitionSpec:
+    """Return the spec of a parameter."""
+    split = [axis for axis in ("tensor", "fsdp") if mesh.shape[axis] > 1]
+    if name == "embedding/embedding" and len(split) == 2 and jax.__version_info__ < (0, 12):
+        # XLA of jax 0.11 ends the process where it looks up rows of a table that is split along both of its axes.
+        if shape[1] % math.prod(mesh.shape[axis] for axis in split) == 0:
+            return PartitionSpec(None, tuple(split))
+    return parameter_spec(name)
 
 
 def _checked_mesh(mesh: jax.sharding.Mesh | None, shapes: Mapping[str, Shape]) -> jax.sharding.Mesh | None:
