@@ -139,7 +139,7 @@ def test_every_parameter_is_counted_has_a_partition_and_a_gradient():
     assert count_parameters(model) == parameter_formula(STACK)
     apply, parameters = parameters_of(STACK)
     assert all(len(parameter_spec(name)) == x.ndim for name, x in parameters.items())
-    gradient = jax.grad(lambda p: jit(apply)(p, tokens())[0][..., 0].sum())(parameters)
+    gradient = jit(jax.grad(lambda p: apply(p, tokens())[0][..., 0].sum()))(parameters)
     without = {name for name, g in gradient.items() if not np.any(np.asarray(g))}
     assert without == {"blocks/3/mlp/router_bias"}
 
