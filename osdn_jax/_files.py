@@ -27,6 +27,13 @@ def file_path(name: str, value: str | os.PathLike[str]) -> Path:
     return path
 
 
+def give_usual_permissions(path: Path) -> None:
+    """Give a file or a folder the permissions that a new one gets."""
+    mask = os.umask(0)
+    os.umask(mask)
+    path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 @contextlib.contextmanager
 def naming_the_file(path: str | os.PathLike[str]) -> Iterator[None]:
     """Add the file's name to an OSError raised inside, such as that of a full disk.
@@ -68,9 +75,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
             yield Path(name)
             with open(name, "rb+") as file:
                 os.fsync(file.fileno())
-            mask = os.umask(0)
-            os.umask(mask)
-            os.chmod(name, 0o666 & ~mask)  # mkstemp creates private files; this one gets the usual permissions
+            give_usual_permissions(Path(name))  # mkstemp creates private files
             os.replace(name, path)
         except BaseException:
             Path(name).unlink(missing_ok=True)

@@ -135,9 +135,11 @@ def _folder(path: Path, *, text: bool, state_dtype: str | None = None, ignore_re
         if not any((path / name).is_file() for name in TOKENIZER_FILES):
             raise ValueError(f"--model: got {str(path)!r}, which has no tokenizer; expected tokens with --prompt_ids")
         found = interop.tokenizer(path)
-        tokenizer, start = found.tokenizer, found.start_tokens
+        tokenizer, start, ends = found.tokenizer, found.start_tokens, found.eos_ids
+    else:
+        ends = interop.end_tokens(path)
     model = interop.load_pretrained(path, ignore_remote_code=ignore_remote_code)
-    ends = [token for token in interop.end_tokens(path) if token < model.config.vocab_size]  # others are never drawn
+    ends = tuple(token for token in ends if token < model.config.vocab_size)  # others are never drawn
     options: dict[str, Any] = {"start_tokens": start, "stop_tokens": ends, "state_dtype": state_dtype}
     generator = Generator(model, tokenizer, token_by_token=_TOKEN_BY_TOKEN, **options)
     return _Source(generator, {}, None, has_start=bool(start) or not text)

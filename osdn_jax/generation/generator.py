@@ -290,13 +290,14 @@ class Generator:
         return request
 
     def _stream(self, request: Request, state: GenerationState | None) -> Iterator[Chunk]:
+        # The text of a token may depend on those before it, of which a state has the last one.
+        last = None if state is None else np.asarray(state.token)
         # Rows of a state continue it with equal numbers of tokens.
         for members in request.batches(self.batch_size, equal=state is not None):
             batch, rows = request.batch(members), []
             run = self.model.run(batch, state)
             for index, text in zip(members, batch.texts, strict=True):
-                # The text of a token may depend on those before it, of which a state has the last one.
-                before = [] if state is None else [int(state.token[index if len(state.token) > 1 else 0])]
+                before = [] if last is None else [int(last[index if len(last) > 1 else 0])]
                 row = Row(index, [*before, *text.tolist()], request, self.tokenizer)
                 rows.append(row)
                 if row.finish is not None:

@@ -7,7 +7,7 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from osdn_jax._files import naming_the_file
+from osdn_jax._files import give_usual_permissions, naming_the_file
 
 
 @contextlib.contextmanager
@@ -38,9 +38,7 @@ def placed(folder: Path, *, replaced: Sequence[str], last: str) -> Iterator[Path
             if exists:
                 _move_into(new, folder, replaced, last)
             else:
-                mask = os.umask(0)
-                os.umask(mask)
-                new.chmod(0o777 & ~mask)  # mkdtemp creates private folders; this one gets the usual permissions
+                give_usual_permissions(new)  # mkdtemp creates private folders
                 new.rename(folder)
         finally:
             shutil.rmtree(new, ignore_errors=True)
