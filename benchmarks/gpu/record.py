@@ -84,10 +84,12 @@ class Record:
         self.write()
 
     def content(self) -> dict[str, Any]:
-        self.calls[-1]["seconds"] = round(time.time() - self.start, 1)
+        """Return all that the file holds, as of the last `write`."""
         return {"format": FORMAT, "identity": self.identity, "calls": self.calls, "rows": self.rows}
 
     def write(self) -> None:
+        """Write the file and its table, with the seconds that the call has taken so far."""
+        self.calls[-1]["seconds"] = round(time.time() - self.start, 1)
         if self.file is not None:
             content = self.content()
             write_atomically(self.file, json.dumps(content, indent=1) + "\n")
