@@ -29,6 +29,12 @@ class Parser(argparse.ArgumentParser):
         raise SystemExit(USAGE_ERROR)
 
 
+def program() -> str:
+    """Return what a user has typed to run this program: `python -m NAME`, or a script's file name."""
+    spec = getattr(sys.modules["__main__"], "__spec__", None)  # None for a script
+    return Path(sys.argv[0]).name if spec is None else f"python -m {spec.name.removesuffix('.__main__')}"
+
+
 def output_file(flag: str, value: str, *, replaced: bool = False) -> Path:
     """Return the path of an output file, checked before the work whose results it will hold.
 
@@ -198,7 +204,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         status = READER_LEFT
     except OSError as error:
         place = "standard output: " if error.filename is None and error.errno in _DISK_ERRORS else ""
-        print(f"{Path(sys.argv[0]).name}: error: {place}{error}", file=sys.stderr)
+        print(f"{program()}: error: {place}{error}", file=sys.stderr)
         status = USAGE_ERROR
     _discard_output()
     sys.exit(status)

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
@@ -80,6 +81,21 @@ def no_reader():
 )
 def test_a_command_ends_with_its_status(script, status, out, err):
     assert ended(script) == (status, out, err)
+
+
+@pytest.mark.parametrize(
+    ("module", "said"),
+    [
+        ("osdn_jax.diagnose.__main__", "python -m osdn_jax.diagnose"),
+        ("osdn_jax.generate", "python -m osdn_jax.generate"),
+        (None, "train.py"),
+    ],
+)
+def test_a_program_is_named_as_it_was_started(module, said, monkeypatch):
+    started = types.SimpleNamespace(__spec__=module and types.SimpleNamespace(name=module))
+    monkeypatch.setitem(sys.modules, "__main__", started)
+    monkeypatch.setattr(sys, "argv", ["folder/train.py"])
+    assert command.program() == said
 
 
 @pytest.mark.parametrize(

@@ -30,6 +30,7 @@ def diagnosed(run):
 @pytest.fixture
 def command(monkeypatch, capsys):
     def call(*arguments):
+        monkeypatch.setitem(sys.modules, "__main__", module)  # errors begin with the program's name
         monkeypatch.setattr(sys, "argv", ["diagnose", *map(str, arguments)])
         status = 0
         try:
@@ -188,4 +189,4 @@ def test_a_run_without_a_delta_rule_is_one_line(tmp_path, run, command, rule):
     (tmp_path / "config.json").write_text(json.dumps(config))
     status, out, err = command("--workdir", tmp_path)
     assert (status, out, err.count("\n")) == (2, "", 1)
-    assert re.match(r"\S+: error: model: got .*, expected a delta rule: ", err)
+    assert re.match(r"python -m osdn_jax.diagnose: error: model: got .*, expected a delta rule: ", err)

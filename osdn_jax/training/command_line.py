@@ -21,7 +21,7 @@ from ml_collections import ConfigDict
 from ml_collections.config_flags import config_path
 
 from osdn_jax import command
-from osdn_jax.command import INTERRUPTED, USAGE_ERROR
+from osdn_jax.command import INTERRUPTED, USAGE_ERROR, program
 from osdn_jax.training.config import ABSENT, ConfigError, default_config, flatten
 from osdn_jax.training.interruption import end_at_second_interrupt
 
@@ -279,7 +279,7 @@ def fail(error: Exception) -> NoReturn:
 
 def print_error(error: Exception) -> None:
     """Print a user's error to stderr."""
-    print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr, flush=True)
+    print(f"{program()}: error: {error}", file=sys.stderr, flush=True)
 
 
 def run(
@@ -311,7 +311,7 @@ def run(
         try:
             app.run(guarded, flags_parser=lambda argv: parse_flags(argv, tell=tell))
         except KeyboardInterrupt:
-            print(f"{Path(sys.argv[0]).name}: interrupted", file=sys.stderr)
+            print(f"{program()}: interrupted", file=sys.stderr)
             raise SystemExit(INTERRUPTED) from None
         except Exception as error:
             if tell is not None:
