@@ -61,7 +61,7 @@ _REDUCED = {
         {"SEEDS": 2, "TOKENS": 300, "SIZE": 8, "POINTS": 3},
         _what_the_preconditioner_does,
     ),
-    "04_other_libraries_models": ({"PRETRAINING": 8, "TUNING": 8, "TOKENS": 4}, _other_libraries_models),
+    "04_other_libraries_models": ({"PRETRAINING": 8, "TUNING": 8, "TOKENS": 4, "WINDOWS": 2}, _other_libraries_models),
     "03_recall_from_config_to_figure": ({"STEPS": 4, "EVERY": 2, "EXAMPLES": 8}, _recall_from_config_to_figure),
 }
 

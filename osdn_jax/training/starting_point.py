@@ -162,5 +162,11 @@ def _surgery(config: ConfigDict) -> dict[str, Any]:
 
 
 def _with(state: TrainState, params: dict[str, jax.Array]) -> TrainState:
+    """Return the state with parameters that have been placed, and everything else placed as well.
+
+    JAX compiles a step for arrays that are bound to a device, as loaded ones are, and again for those that are not. Of
+    a mixture it returns bound ones, so the second step would be compiled anew.
+    """
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # each is donated
-    return state._replace(params=params, ema=ema)
+    bind = lambda x: x if x.committed else jax.device_put(x, x.sharding)
+    return jax.tree.map(bind, state._replace(params=params, ema=ema))

@@ -127,3 +127,8 @@ def assert_same_run(got, want, step=40):
     assert rows(got) == rows(want)
     assert arrays(got, step) == arrays(want, step)
     assert position(got, step) == position(want, step)
+
+
+def compiled_steps(caplog):
+    """Return how often a training step was compiled since the test began, of what ran within `jax.log_compiles()`."""
+    return sum("Compiling jit(step)" in message for message in caplog.messages)

@@ -1,5 +1,6 @@
 """A new run that starts from the parameters of another one."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -20,7 +21,7 @@ from osdn_jax.training import (
 from osdn_jax.training.initial_state import build_start
 from osdn_jax.training.mesh import Layout, build_mesh
 from osdn_jax.training.starting_point import RunOrigin
-from support.runs import assert_same_run, finished, rows, text, tiny_config, write_text
+from support.runs import assert_same_run, compiled_steps, finished, rows, text, tiny_config, write_text
 
 pytestmark = pytest.mark.slow
 
@@ -35,10 +36,12 @@ def longer(**changes):
     return tiny_config(text(), steps=60, optimizer__learning_rate=1e-30, **changes)
 
 
-def test_it_starts_from_the_parameters_with_a_new_schedule_and_may_be_resumed(tmp_path, capsys):
+def test_it_starts_from_the_parameters_with_a_new_schedule_and_may_be_resumed(tmp_path, capsys, caplog):
     origin = finished()[0]
     config = longer()
-    train(config, tmp_path / "new", start_from=origin, stop_at=2)
+    with jax.log_compiles():
+        train(config, tmp_path / "new", start_from=origin, stop_at=2)
+    assert compiled_steps(caplog) == 1  # not again for the second step
     assert f"starting from the parameters of step 40 in {origin}" in capsys.readouterr().out
     before, after = parameters(origin), parameters(tmp_path / "new")
     for name, x in before.items():

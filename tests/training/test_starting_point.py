@@ -4,6 +4,7 @@ import dataclasses
 import json
 import shutil
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ from osdn_jax.nn import (
 )
 from osdn_jax.training import ConfigError, build_model_config, load_config, load_trained, train
 from osdn_jax.training.starting_point import with_init
-from support.runs import rows, text, tiny_config
+from support.runs import compiled_steps, rows, text, tiny_config
 
 SHAPES = {"width": 16, "heads": 2, "key_dim": 4, "value_dim": 8}
 DELTA = BlockConfig(mixer_config("gated_delta_net", **SHAPES), MLPConfig(16))
@@ -45,11 +46,13 @@ def still(folder, **changes):
 
 
 @pytest.mark.slow
-def test_a_run_starts_from_the_folder_and_goes_on_without_it(folder, tmp_path, capsys):
+def test_a_run_starts_from_the_folder_and_goes_on_without_it(folder, tmp_path, capsys, caplog):
     moved = tmp_path / "moved"
     shutil.copytree(folder, moved)
     config = still(moved)
-    train(config, tmp_path / "run", stop_at=2)
+    with jax.log_compiles():
+        train(config, tmp_path / "run", stop_at=2)
+    assert compiled_steps(caplog) == 1  # not again for the second step
     said = capsys.readouterr().out
     assert f"starting from the model in {moved}" in said
     assert "moved: " in said
