@@ -124,9 +124,7 @@ def test_one_killed_ends_the_other_and_a_restart_goes_on(both, whole, tmp_path):
     launch(both, workdir)
     wait_for(both, workdir, 10)
     both[1].signal(signal.SIGKILL)
-    began = time.monotonic()
     (status, said), _ = finish(both, timeout=60)
-    assert time.monotonic() - began < 60
     assert status not in (0, -signal.SIGKILL), said
     launch(both, workdir)
     results = finish(both)

@@ -96,9 +96,10 @@ def test_another_model_is_refused_by_name(tmp_path):
 
 
 def test_another_tokenizer_is_refused_by_name(tmp_path, monkeypatch):
+    origin = finished()[0]  # with its own tokenizer, also if no test before has asked for it
     monkeypatch.setattr(fingerprints, "of_tokenizer", lambda tokenizer: "0" * 40)
     other = write_text(tmp_path / "other.txt", seed=3)  # another text is what fine-tuning is for
     config = longer()
     config.data.path = str(other)
     with pytest.raises(CheckpointMismatchError, match="was trained with another tokenizer"):
-        train(config, tmp_path / "new", start_from=finished()[0])
+        train(config, tmp_path / "new", start_from=origin)
