@@ -165,7 +165,7 @@ def _with(state: TrainState, params: dict[str, jax.Array]) -> TrainState:
     """Return the state with parameters that have been placed, and everything else placed as well.
 
     JAX compiles a step for arrays that are bound to a device, as loaded ones are, and again for those that are not. Of
-    a mixture it returns bound ones, so the second step would be compiled anew.
+    a mixture it returns bound ones, so the second step would be compiled again.
     """
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # each is donated
     bind = lambda x: x if x.committed else jax.device_put(x, x.sharding)
