@@ -162,11 +162,11 @@ def _surgery(config: ConfigDict) -> dict[str, Any]:
 
 
 def _with(state: TrainState, params: dict[str, jax.Array]) -> TrainState:
-    """Return the state with parameters that have been placed, and everything else placed as well.
+    """Return the state with these parameters, all of it committed to its devices.
 
-    JAX compiles a step for arrays that are bound to a device, as loaded ones are, and again for those that are not. Of
-    a mixture it returns bound ones, so the second step would be compiled again.
+    Loaded arrays are committed, new ones are not. A step that is given both returns committed ones alone, so the second
+    step would be compiled again.
     """
     ema = None if state.ema is None else jax.tree.map(jnp.copy, params)  # each is donated
-    bind = lambda x: x if x.committed else jax.device_put(x, x.sharding)
-    return jax.tree.map(bind, state._replace(params=params, ema=ema))
+    commit = lambda x: x if x.committed else jax.device_put(x, x.sharding)
+    return jax.tree.map(commit, state._replace(params=params, ema=ema))
