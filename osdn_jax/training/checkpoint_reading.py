@@ -16,6 +16,7 @@ import numpy as np
 from osdn_jax._errors import first_line
 from osdn_jax.training import distributed
 from osdn_jax.training.checkpoint_arrays import PyTree, checksums, leaves
+from osdn_jax.training.finishing_loop import finishing_loops
 
 if TYPE_CHECKING:
     import grain
@@ -180,7 +181,8 @@ def one_line(error: BaseException, length: int = 240) -> str:
 def _reading[T](call: Callable[[], T]) -> T:
     """Call a read of Orbax; what damaged files make it raise (even a plain Exception) is _UnreadableError."""
     try:
-        return call()
+        with finishing_loops():
+            return call()
     except (MemoryError, PermissionError, RuntimeError):
         raise  # such as out of memory on the device: not the files' fault
     except Exception as error:

@@ -1,11 +1,14 @@
 """Reading checkpoints: damaged ones, ones of another model or text, and files that only look like one."""
 
+import asyncio
 import gc
 import itertools
 import logging
 import shutil
+import sys
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import optax
 import pytest
@@ -18,18 +21,8 @@ from osdn_jax.training.checkpoints import (
     Checkpoints,
     load_parameters,
 )
+from osdn_jax.training.finishing_loop import finishing_loops
 from support.checkpoints import array_file, assert_same_bits, flip, half, names, new_iterator, save, state_at
-
-# Orbax leaves its other reads unawaited when one fails, and Python warns when it collects them. The fixture makes it
-# collect them here and not in a later test.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def _collect_unawaited_reads():
-    yield
-    gc.collect()
-
 
 # Damaged files
 
@@ -57,6 +50,54 @@ def test_falls_back_over_a_damaged_checkpoint_and_says_so(tmp_path, caplog, dama
     with Checkpoints(tmp_path) as checkpoints:  # and the same again
         assert checkpoints.restore(state_at(0), iterator).step == 2
     assert names(tmp_path) == ["1", "2", "3.corrupt", "3.corrupt2"]
+
+
+@pytest.mark.parametrize("damage", [half, Path.unlink])
+def test_only_the_error_of_the_first_array_is_reported(tmp_path, monkeypatch, caplog, damage):
+    """Python would report each of the others, with a traceback, if Orbax left it unfinished."""
+    state = {"params": {f"kernel{i}": jax.random.normal(jax.random.key(i), (64, 64)) for i in range(40)}}
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, state)
+    damage(array_file(tmp_path / "1"))
+    reports = []
+    monkeypatch.setattr(sys, "unraisablehook", lambda report: reports.append(str(report.exc_value)))
+    with pytest.raises(CheckpointError, match="no checkpoint in .* can be read"):
+        load_parameters(tmp_path, state["params"])
+    gc.collect()
+    assert reports == []
+    assert [record.message for record in caplog.records if record.name == "asyncio"] == []
+
+
+@pytest.mark.parametrize(("error", "finished"), [(KeyError("first"), ["None", "late"]), (KeyboardInterrupt(), [])])
+def test_a_loop_finishes_what_was_begun_in_it_unless_it_is_interrupted(error, finished, caplog):
+    ended = []
+
+    async def slow(error):
+        await asyncio.sleep(0.01)
+        ended.append(str(error))
+        if error:
+            raise error
+
+    async def fast(error):
+        raise error
+
+    async def together():
+        await asyncio.gather(slow(None), slow(ValueError("late")), *map(fast, (error, ValueError("at the same time"))))
+
+    original = asyncio.new_event_loop
+    with finishing_loops():
+        loop = asyncio.new_event_loop()
+    assert asyncio.new_event_loop is original
+    with pytest.raises(type(error)):
+        try:
+            loop.run_until_complete(together())
+        finally:
+            loop.close()
+    assert ended == finished
+    del loop
+    gc.collect()
+    if finished:
+        assert [record.message for record in caplog.records if record.name == "asyncio"] == []
 
 
 def test_whatever_file_is_damaged_the_result_is_a_checkpoint_that_was_saved(tmp_path):
