@@ -22,7 +22,7 @@ from osdn_jax.training.checkpoints import (
 )
 from support.checkpoints import array_file, assert_same_bits, half, names, new_iterator, save, shapes, state_at
 
-# Orbax leaves its other reads unawaited when one fails, and Python warns when it collects them. The fixture makes it
+# Orbax leaves its other writes unfinished when one fails, and Python warns when it collects them. The fixture makes it
 # collect them here and not in a later test.
 pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 

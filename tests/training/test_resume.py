@@ -89,8 +89,6 @@ def cut(folder):
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
 
 
-# Orbax leaves its other reads unawaited when one fails.
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_truncated_checkpoint_is_said_and_passed_over(interrupted, capsys):
     cut(interrupted / "checkpoints" / "20")
     train(tiny_config(text()), interrupted)

@@ -94,7 +94,7 @@ def test_workdir_that_is_a_file_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["", " ", "gs://bucket/run", "s3://bucket", "file:///tmp/run", "gs:/bucket/run", "hdfs+x://a", "a\0b"]
+    "name", ["", " ", "gs://bucket/run", "s3://bucket", "file:///runs/run", "gs:/bucket/run", "hdfs+x://a", "a\0b"]
 )
 def test_what_is_no_directory_is_refused_and_nothing_is_made(tmp_path, monkeypatch, name):
     monkeypatch.chdir(tmp_path)
